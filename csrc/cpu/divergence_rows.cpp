@@ -1,0 +1,484 @@
+// The row primitive on CPUs.
+//
+// For every pair of score rows (student s, teacher t): the loss
+//
+//     kd_weight * tau^2 * D(softmax(t / tau), softmax(s / tau)) + ce_weight * cross_entropy(s, label)
+//
+// times the row's coefficient, and its gradient with respect to s. A row is walked in blocks that fit the first-level
+// cache: once for the running maxima and sums of exponentials (online softmax of both models at once), once more for
+// the divergences that need normalised probabilities, and once for the gradient. Rows are shared out among torch's
+// threads, one row to one thread in a fixed order, so that results do not depend on the number of threads.
+//
+// The inner loops are plain loops over contiguous floats. Function clones compile each of them for AVX-512, AVX2 and
+// the baseline; the loader picks one when the library is loaded. Rows that are strided or of another dtype are copied
+// block by block into a small buffer first.
+#include "../stable.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../divergence.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define FASTKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FASTKD_CLONES
+#endif
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // columns: student, teacher and gradient blocks take 12 KB of fp32 together
+
+// ---- rows in memory -------------------------------------------------------------------------------------------------
+
+// A [rows, columns] tensor of any float dtype and stride, read and written one block at a time in precision F.
+template <class F>
+struct Matrix {
+  char* data;
+  ScalarType dtype;
+  int64_t row_stride, column_stride;
+  bool direct;  // blocks can be used where they lie
+
+  explicit Matrix(const Tensor& x)
+      : data(static_cast<char*>(x.data_ptr())), dtype(x.scalar_type()), row_stride(x.stride(0)),
+        column_stride(x.stride(1)),
+        direct(column_stride == 1 && dtype == (sizeof(F) == 4 ? ScalarType::Float : ScalarType::Double)) {}
+
+  template <class T>
+  T* at(int64_t row, int64_t column) const {
+    return reinterpret_cast<T*>(data) + row * row_stride + column * column_stride;
+  }
+
+  template <class T>
+  void gather(int64_t row, int64_t column, int64_t n, F* out) const {
+    const T* x = at<const T>(row, column);
+    for (int64_t j = 0; j < n; ++j) out[j] = static_cast<F>(x[j * column_stride]);
+  }
+
+  template <class T>
+  void scatter(int64_t row, int64_t column, int64_t n, const F* in) const {
+    T* x = at<T>(row, column);
+    for (int64_t j = 0; j < n; ++j) x[j * column_stride] = static_cast<T>(in[j]);
+  }
+
+  const F* read(int64_t row, int64_t column, int64_t n, F* buffer) const {
+    if (direct) return at<const F>(row, column);
+    switch (dtype) {
+      case ScalarType::Double: gather<double>(row, column, n, buffer); break;
+      case ScalarType::Float: gather<float>(row, column, n, buffer); break;
+      case ScalarType::Half: gather<torch::headeronly::Half>(row, column, n, buffer); break;
+      default: gather<torch::headeronly::BFloat16>(row, column, n, buffer); break;
+    }
+    return buffer;
+  }
+
+  // Where to put a block of results: in place if possible, else in the buffer, which `write` then stores.
+  F* target(int64_t row, int64_t column, F* buffer) const { return direct ? at<F>(row, column) : buffer; }
+
+  void write(int64_t row, int64_t column, int64_t n, const F* buffer) const {
+    if (direct) return;
+    switch (dtype) {
+      case ScalarType::Double: scatter<double>(row, column, n, buffer); break;
+      case ScalarType::Float: scatter<float>(row, column, n, buffer); break;
+      case ScalarType::Half: scatter<torch::headeronly::Half>(row, column, n, buffer); break;
+      default: scatter<torch::headeronly::BFloat16>(row, column, n, buffer); break;
+    }
+  }
+
+  F element(int64_t row, int64_t column) const {
+    F x;
+    return *read(row, column, 1, &x);
+  }
+};
+
+bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+// ---- inner loops, one block each ------------------------------------------------------------------------------------
+
+template <class F>
+FASTKD_CLONES F block_max(const F* x, int64_t n) {
+  F top = -std::numeric_limits<F>::infinity();
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < n; ++j) top = x[j] > top ? x[j] : top;
+  return top;
+}
+
+template <class F>
+struct BlockSums {
+  F student, teacher, difference, moment, student_1;
+};
+
+// Sums over a block relative to the maxima so far, which `row` holds with sums of 1: its columns' p and q are the plain
+// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one.
+template <class F, Moment kMoment, bool kSeparate>
+FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const RowConstants<F>& row) {
+  const RowConstants<F> r = row;
+  F student = 0, teacher = 0, difference = 0, moment = 0, student_1 = 0;
+#pragma omp simd reduction(+ : student, teacher, difference, moment, student_1)
+  for (int64_t j = 0; j < n; ++j) {
+    const Column<F> c(s[j], t[j], r);
+    student += c.q;
+    teacher += c.p;
+    difference += c.difference;
+    if constexpr (kMoment == Moment::kTeacher) moment += times(c.p, c.log_ratio);
+    if constexpr (kMoment == Moment::kStudent) moment += times(c.q, c.log_ratio);
+    if constexpr (kSeparate) student_1 += exp_nonpositive(s[j] - r.max_s).value;
+  }
+  return {student, teacher, difference, moment, student_1};
+}
+
+template <class F>
+FASTKD_CLONES F block_sum(const F* s, int64_t n, F max_s) {
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += exp_nonpositive(s[j] - max_s).value;
+  return sum;
+}
+
+template <class F>
+struct BlockValue {
+  F value, slope, coslope;
+};
+
+template <class D, class F>
+FASTKD_CLONES BlockValue<F> block_value(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
+                                        const Beta<F>& beta) {
+  const RowConstants<F> r = row;
+  const Beta<F> b = beta;
+  F value = 0, slope = 0, coslope = 0;
+#pragma omp simd reduction(+ : value, slope, coslope)
+  for (int64_t j = 0; j < n; ++j) {
+    const Column<F> column(s[j], t[j], r);
+    value += D::value(column, b);
+    slope += D::slope(column, b);
+    coslope += D::coslope(column, b);
+  }
+  return {value, slope, coslope};
+}
+
+// g may be s. All three are read and written at the same j only.
+template <class D, bool kSaturated, class F>
+FASTKD_CLONES void block_gradient(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
+                                  const Beta<F>& beta, F scale) {
+  const RowConstants<F> r = row;
+  const Beta<F> b = beta;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = scale * gradient_of<D, kSaturated>(Column<F>(s[j], t[j], r), b, r);
+}
+
+template <class F>
+FASTKD_CLONES void block_softmax(const F* s, F* g, int64_t n, F max_s, F scale) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = scale * exp_nonpositive(s[j] - max_s).value;
+}
+
+template <class F>
+FASTKD_CLONES void block_kd_and_softmax(const F* s, const F* kd, F* g, int64_t n, F max_s, F scale) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = kd[j] + scale * exp_nonpositive(s[j] - max_s).value;
+}
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+struct Objective {
+  Divergence divergence;
+  double beta, tau, kd_weight, ce_weight;
+};
+
+// The rows of one call. D is the divergence, F the working precision (double for double students, else float).
+template <class D, class F>
+struct RowKernel {
+  Matrix<F> student;
+  std::optional<Matrix<F>> teacher;  // absent when only the cross-entropy is asked for
+  const int64_t* labels;             // absent when ce_weight is 0
+  int64_t columns;
+  Objective objective;
+  Beta<F> beta;
+
+  static constexpr double kLowest = -std::numeric_limits<double>::infinity();
+
+  Matrix<F> view(const Tensor& x) const { return Matrix<F>(x); }
+
+  // What sums of e^((x - before) / tau) are multiplied with when the running maximum moves to `now`.
+  static double rescale(double before, double now, double inv_tau) {
+    return before == now ? 1 : std::exp((before - now) * inv_tau);
+  }
+
+  // The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf.
+  static double finite(double max) { return max == kLowest ? 0 : max; }
+
+  // Pass 1: running statistics; returns D where moments give it, else 0.
+  double statistics(int64_t row, RowStats& out) const {
+    F s_buffer[kBlock], t_buffer[kBlock];
+    const double tau = objective.tau, inv_tau = 1 / tau;
+    const bool separate = labels && tau != 1;
+    double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0;
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      const double before_s = max_s, before_t = max_t;
+      const F* s = student.read(row, start, n, s_buffer);
+      max_s = std::max<double>(max_s, block_max(s, n));
+      sum_1 *= rescale(before_s, max_s, 1);
+      if (!teacher) {
+        sum_1 += block_sum(s, n, static_cast<F>(finite(max_s)));
+        continue;
+      }
+      const F* t = teacher->read(row, start, n, t_buffer);
+      max_t = std::max<double>(max_t, block_max(t, n));
+      const RowConstants<F> constants({finite(max_s), 1, finite(max_t), 1, 0, 0, 1}, tau);
+      const auto sums_of = separate ? &block_sums<F, D::kMoment, true> : &block_sums<F, D::kMoment, false>;
+      const BlockSums<F> sums = sums_of(s, t, n, constants);
+
+      const double s_factor = rescale(before_s, max_s, inv_tau), t_factor = rescale(before_t, max_t, inv_tau);
+      // log_ratio is relative to both maxima, so the moment follows when either moves
+      const double moved = inv_tau * (finite(before_t) - finite(before_s) - finite(max_t) + finite(max_s));
+      const bool by_teacher = D::kMoment == Moment::kTeacher;
+      moment = (by_teacher ? t_factor : s_factor) * (moment + (by_teacher ? sum_t : sum_s) * moved) + sums.moment;
+      difference = s_factor * difference + (s_factor - t_factor) * sum_t + sums.difference;
+      sum_s = s_factor * sum_s + sums.student;
+      sum_t = t_factor * sum_t + sums.teacher;
+      sum_1 += sums.student_1;
+    }
+    // Where the models agree, the summed difference knows Z_s - Z_t to more digits than the two sums do.
+    if (std::abs(difference) < 0.5 * sum_t) sum_s = sum_t + difference;
+    out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate ? sum_s : sum_1};
+    if (!teacher || out.empty()) return 0;
+    if constexpr (D::kMoment == Moment::kTeacher) return moment / sum_t + std::log(sum_s / sum_t);
+    if constexpr (D::kMoment == Moment::kStudent) out.mean = -moment / sum_s - std::log(sum_s / sum_t);
+    return out.mean;
+  }
+
+  // Pass 2, for divergences without a closed form: D, and the mean of u into `stats`.
+  double value(int64_t row, RowStats& stats) const {
+    F s_buffer[kBlock], t_buffer[kBlock];
+    const RowConstants<F> constants(stats, objective.tau);
+    double value = 0, mean = 0, comean = 0;
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      const F* s = student.read(row, start, n, s_buffer);
+      const BlockValue<F> block = block_value<D, F>(s, teacher->read(row, start, n, t_buffer), n, constants, beta);
+      value += block.value;
+      mean += block.slope;
+      comean += block.coslope;
+    }
+    stats.saturated = comean < mean;
+    stats.mean = stats.saturated ? -comean : mean;
+    return value;
+  }
+
+  // Passes 1 and 2: the row's loss, before its coefficient.
+  double loss(int64_t row, RowStats& stats) const {
+    double divergence = statistics(row, stats);
+    if constexpr (D::kMoment == Moment::kNone) {
+      if (teacher && !stats.empty()) divergence = value(row, stats);
+    }
+    double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
+    if (labels) loss += objective.ce_weight * cross_entropy(row, stats);
+    return loss;
+  }
+
+  bool label_in_range(int64_t row) const { return labels[row] >= 0 && labels[row] < columns; }
+
+  double cross_entropy(int64_t row, const RowStats& stats) const {
+    if (!label_in_range(row)) return std::numeric_limits<double>::quiet_NaN();
+    return stats.max_s - static_cast<double>(student.element(row, labels[row])) + std::log(stats.sum_1);
+  }
+
+  // Pass 3: coefficient * d loss / d s, written to `gradient`, which may be `student`.
+  void gradient(int64_t row, const RowStats& stats, double coefficient, const Matrix<F>& gradient) const {
+    F s_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock];
+    const RowConstants<F> constants(stats, objective.tau);
+    const bool kd = teacher && !stats.empty();
+    const bool ce = labels && stats.sum_1 != 0;
+    const auto kd_gradient = stats.saturated ? &block_gradient<D, true, F> : &block_gradient<D, false, F>;
+    const F kd_scale = static_cast<F>(coefficient * objective.kd_weight * objective.tau);
+    const F ce_scale = static_cast<F>(coefficient * objective.ce_weight / stats.sum_1);
+    const F at_label = ce ? label_gradient(row, stats, coefficient, constants, kd, kd_scale) : F(0);
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      const F* s = student.read(row, start, n, s_buffer);
+      F* g = gradient.target(row, start, g_buffer);
+      if (kd) {
+        const F* t = teacher->read(row, start, n, t_buffer);
+        F* kd_target = ce ? g_buffer : g;  // s is needed once more where the cross-entropy adds to it
+        kd_gradient(s, t, kd_target, n, constants, beta, kd_scale);
+        if (ce) block_kd_and_softmax(s, kd_target, g, n, constants.max_s, ce_scale);
+      } else if (ce) {
+        block_softmax(s, g, n, constants.max_s, ce_scale);
+      } else {
+        std::fill(g, g + n, F(0));
+      }
+      gradient.write(row, start, n, g);
+    }
+    if (ce) {
+      const bool valid = label_in_range(row);
+      const F value = valid ? at_label : std::numeric_limits<F>::quiet_NaN();
+      const int64_t column = valid ? labels[row] : 0;
+      *gradient.target(row, column, &g_buffer[0]) = value;
+      gradient.write(row, column, 1, &value);
+    }
+  }
+
+  // The label's own column is done apart and in double: softmax - 1 would lose every digit of a confident student.
+  F label_gradient(int64_t row, const RowStats& stats, double coefficient, const RowConstants<F>& constants, bool kd,
+                   F kd_scale) const {
+    if (!label_in_range(row)) return F(0);
+    const F s = student.element(row, labels[row]);
+    const double exponential = std::exp(static_cast<double>(s) - stats.max_s);
+    double g = coefficient * objective.ce_weight * (exponential - stats.sum_1) / stats.sum_1;
+    if (kd) {
+      const Column<F> column(s, teacher->element(row, labels[row]), constants);
+      g += kd_scale * (stats.saturated ? gradient_of<D, true>(column, beta, constants)
+                                        : gradient_of<D, false>(column, beta, constants));
+    }
+    return static_cast<F>(g);
+  }
+
+  void zero(int64_t row, const Matrix<F>& gradient) const {
+    F buffer[kBlock];
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      F* g = gradient.target(row, start, buffer);
+      std::fill(g, g + n, F(0));
+      gradient.write(row, start, n, g);
+    }
+  }
+};
+
+// ---- one call -------------------------------------------------------------------------------------------------------
+
+struct Arguments {
+  const Tensor& student;
+  const std::optional<Tensor>& teacher;
+  const Tensor& coefficient;
+  const std::optional<Tensor>& labels;
+  Objective objective;
+
+  Arguments(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& coefficient,
+            const std::optional<Tensor>& labels, Objective objective)
+      : student(student), teacher(teacher), coefficient(coefficient), labels(labels), objective(objective) {
+    check_matrix(student, student.size(0), student.size(1), "student");
+    STD_TORCH_CHECK(is_float(student.scalar_type()), "fastkd: student must be of a floating dtype");
+    if (teacher) {
+      check_matrix(*teacher, student.size(0), student.size(1), "teacher");
+      STD_TORCH_CHECK(is_float(teacher->scalar_type()), "fastkd: teacher must be of a floating dtype");
+    }
+    check_vector(coefficient, student.size(0), ScalarType::Double, "coefficient");
+    if (labels) check_vector(*labels, student.size(0), ScalarType::Long, "labels");
+    STD_TORCH_CHECK(teacher || objective.kd_weight == 0, "fastkd: a teacher is needed unless kd_weight is 0");
+    STD_TORCH_CHECK(labels || objective.ce_weight == 0, "fastkd: labels are needed unless ce_weight is 0");
+    STD_TORCH_CHECK(objective.divergence >= Divergence::kForwardKL && objective.divergence < Divergence::kCount,
+                    "fastkd: unknown divergence");
+  }
+
+  double* row_results(const Tensor& loss) const {
+    check_vector(loss, student.size(0), ScalarType::Double, "loss");
+    return static_cast<double*>(loss.data_ptr());
+  }
+
+  RowStats* row_statistics(const Tensor& stats) const {
+    check_matrix(stats, student.size(0), RowStats::kCount, "stats");
+    STD_TORCH_CHECK(stats.is_contiguous() && stats.scalar_type() == ScalarType::Double,
+                    "fastkd: stats must be contiguous float64");
+    return static_cast<RowStats*>(stats.data_ptr());
+  }
+};
+
+// Calls body(kernel, row, coefficient) for every row, with the kernel of this divergence and precision.
+template <class D, class F, class Body>
+void run(const Arguments& a, const Body& body) {
+  const bool kd = a.teacher && a.objective.kd_weight != 0;
+  const bool ce = a.labels && a.objective.ce_weight != 0;
+  const RowKernel<D, F> kernel{Matrix<F>(a.student), kd ? std::optional(Matrix<F>(*a.teacher)) : std::nullopt,
+                               ce ? static_cast<const int64_t*>(a.labels->data_ptr()) : nullptr, a.student.size(1),
+                               a.objective, Beta<F>(a.objective.beta)};
+  const auto* coefficient = static_cast<const double*>(a.coefficient.data_ptr());
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.student.size(1)));
+  torch::stable::parallel_for(0, a.student.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) body(kernel, row, coefficient[row]);
+  });
+}
+
+template <class D, class Body>
+void for_precision(const Arguments& a, const Body& body) {
+  if (a.student.scalar_type() == ScalarType::Double) {
+    run<D, double>(a, body);
+  } else {
+    run<D, float>(a, body);
+  }
+}
+
+template <class Body>
+void for_rows(const Arguments& a, const Body& body) {
+  switch (a.objective.divergence) {
+    case Divergence::kForwardKL: return for_precision<ForwardKL>(a, body);
+    case Divergence::kReverseKL: return for_precision<ReverseKL>(a, body);
+    case Divergence::kJSD: return for_precision<JSD>(a, body);
+    case Divergence::kSkewKL: return for_precision<SkewKL>(a, body);
+    case Divergence::kSkewReverseKL: return for_precision<SkewReverseKL>(a, body);
+    default: return for_precision<TVD>(a, body);
+  }
+}
+
+Objective objective(int64_t divergence, double beta, double temperature, double kd_weight, double ce_weight) {
+  return {static_cast<Divergence>(divergence), beta, temperature, kd_weight, ce_weight};
+}
+
+// loss [R] = coefficient * loss; `student` becomes its gradient. Rows of coefficient 0 are not read.
+void divergence_rows_(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
+                      Tensor loss, int64_t divergence, double beta, double temperature, double kd_weight,
+                      double ce_weight) {
+  const Arguments a(student, teacher, coefficient, labels,
+                    objective(divergence, beta, temperature, kd_weight, ce_weight));
+  double* losses = a.row_results(loss);
+  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
+    const auto gradient = kernel.view(student);
+    RowStats stats;
+    losses[row] = weight == 0 ? 0 : weight * kernel.loss(row, stats);
+    weight == 0 ? kernel.zero(row, gradient) : kernel.gradient(row, stats, weight, gradient);
+  });
+}
+
+// loss [R] = coefficient * loss, and the statistics [R, 7] from which divergence_gradient starts.
+void divergence_stats(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
+                      Tensor loss, Tensor stats, int64_t divergence, double beta, double temperature, double kd_weight,
+                      double ce_weight) {
+  const Arguments a(student, teacher, coefficient, labels,
+                    objective(divergence, beta, temperature, kd_weight, ce_weight));
+  double* losses = a.row_results(loss);
+  RowStats* row_stats = a.row_statistics(stats);
+  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
+    row_stats[row] = {};
+    losses[row] = weight == 0 ? 0 : weight * kernel.loss(row, row_stats[row]);
+  });
+}
+
+// gradient [R, V] = coefficient * d loss / d student, in any dtype.
+void divergence_gradient(Tensor student, std::optional<Tensor> teacher, Tensor stats, Tensor coefficient,
+                         std::optional<Tensor> labels, Tensor gradient, int64_t divergence, double beta,
+                         double temperature, double kd_weight, double ce_weight) {
+  const Arguments a(student, teacher, coefficient, labels,
+                    objective(divergence, beta, temperature, kd_weight, ce_weight));
+  check_matrix(gradient, student.size(0), student.size(1), "gradient");
+  STD_TORCH_CHECK(is_float(gradient.scalar_type()), "fastkd: gradient must be of a floating dtype");
+  const RowStats* row_stats = a.row_statistics(stats);
+  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
+    const auto target = kernel.view(gradient);
+    weight == 0 ? kernel.zero(row, target) : kernel.gradient(row, row_stats[row], weight, target);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("divergence_rows_", TORCH_BOX(&divergence_rows_));
+  m.impl("divergence_stats", TORCH_BOX(&divergence_stats));
+  m.impl("divergence_gradient", TORCH_BOX(&divergence_gradient));
+}
+
+}  // namespace fastkd

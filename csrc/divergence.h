@@ -1,0 +1,332 @@
+// The divergence mathematics, written once for host and device.
+//
+// Two score rows s (student) and t (teacher) give q = softmax(s / tau) and p = softmax(t / tau). Every divergence D has
+//
+//     dD/ds_j = q_j (u_j - mean) / tau,     u = dD/dq,     mean = sum_k q_k u_k.
+//
+// A constant added to u cancels, so each u below is shifted to vanish where p = q. That is what keeps gradients exact
+// for a student that has nearly converged: nothing is the small difference of two large numbers.
+//
+// The same care is taken with p and q themselves. From d = log(p / q), computed from t - s and not from p and q,
+// the larger of the two is one exponential and the other follows from expm1(-|d|), so that q - p keeps its relative
+// accuracy when p and q agree to six digits, and neither overflows when they differ by e^100.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define FASTKD_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTKD_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fastkd {
+
+// The order is that of fastkd.divergence.DIVERGENCES.
+enum class Divergence : int64_t { kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTVD, kCount };
+
+// ---- elementary functions -------------------------------------------------------------------------------------------
+// double, and float on a GPU, call the platform's. float on a CPU is written out without a branch or a call, so that
+// compilers vectorise the loops that use it.
+
+template <class To, class From>
+FASTKD_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
+template <class F>
+struct Exp {
+  F value;   // e^x
+  F minus1;  // e^x - 1, accurate near 0
+};
+
+// x <= 0. e^x and e^x - 1 from one reduction x = n ln 2 + r, |r| <= ln 2 / 2: the polynomial gives e^r - 1, relative
+// error 4e-9 before rounding. Results below 2^-126 are flushed to zero: subnormals are slow and matter to no softmax.
+FASTKD_INLINE Exp<float> exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return {expf(x), expm1f(x)};
+#else
+  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  const float clamped = x < -87.0f ? -87.0f : x;  // NaN passes
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  float r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float poly = 1.9875691500e-4f;
+  poly = poly * r + 1.3981999507e-3f;
+  poly = poly * r + 8.3334519073e-3f;
+  poly = poly * r + 4.1665795894e-2f;
+  poly = poly * r + 1.6666665459e-1f;
+  poly = poly * r + 5.0000001201e-1f;
+  const float em1 = poly * (r * r) + r;
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
+  const float scale = bit_cast<float>((exponent + 127) << 23);
+  const float value = scale * em1 + scale;
+  return {x < -87.0f ? 0.0f : value, scale * em1 + (scale - 1.0f)};
+#endif
+}
+
+FASTKD_INLINE Exp<double> exp_nonpositive(double x) { return {std::exp(x), std::expm1(x)}; }
+
+// log(1 + x) for x > -1.
+FASTKD_INLINE float log_1p(float x) {
+#if defined(__CUDA_ARCH__)
+  return log1pf(x);
+#else
+  const float u = 1.0f + x;
+  // u = 2^e * m with m in [sqrt(1/2), sqrt(2)). With e = 0 the fraction is x itself, which 1 + x has rounded away.
+  const int32_t bits = bit_cast<int32_t>(u);
+  const int32_t e = (bits - 0x3f3504f3) >> 23;
+  const float m = bit_cast<float>(bits - (e << 23));
+  const float f = e == 0 ? x : m - 1.0f;
+  float poly = 7.0376836292e-2f;
+  poly = poly * f - 1.1514610310e-1f;
+  poly = poly * f + 1.1676998740e-1f;
+  poly = poly * f - 1.2420140846e-1f;
+  poly = poly * f + 1.4249322787e-1f;
+  poly = poly * f - 1.6668057665e-1f;
+  poly = poly * f + 2.0000714765e-1f;
+  poly = poly * f - 2.4999993993e-1f;
+  poly = poly * f + 3.3333331174e-1f;
+  const float z = f * f;
+  return (poly * f - 0.5f) * z + f + static_cast<float>(e) * 0.693147181f;
+#endif
+}
+
+FASTKD_INLINE double log_1p(double x) { return std::log1p(x); }
+
+// A double carried as two numbers of the working type, so that s - t + shift is exact where it matters.
+template <class F>
+struct Split {
+  F high, low;
+  Split() = default;
+  FASTKD_INLINE explicit Split(double x) : high(static_cast<F>(x)), low(static_cast<F>(x - static_cast<F>(x))) {}
+};
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+// What the gradient of a row needs, in fp64: kept between forward and backward as one line of `stats` [rows, 7].
+struct RowStats {
+  double max_s, sum_s;  // max_j s_j, sum_j e^((s_j - max_s) / tau)
+  double max_t, sum_t;
+  double mean;       // sum_j q_j u_j; of a saturated row minus sum_j q_j v_j (see the family below)
+  double saturated;  // 1 or 0
+  double sum_1;      // sum_j e^(s_j - max_s): the cross-entropy's, at temperature 1
+  static constexpr int64_t kCount = 7;
+
+  // log(Z_t) - log(Z_s) in units of score, that is times tau: t - s less this is tau log(p / q).
+  FASTKD_INLINE double shift(double tau) const { return (max_t - max_s) - tau * std::log(sum_s / sum_t); }
+  // A row of nothing but -inf has no distribution: it counts as masked, with loss and gradient 0.
+  FASTKD_INLINE bool empty() const { return sum_s == 0 || sum_t == 0; }
+};
+
+// The same, in the working precision, ready for the inner loop.
+template <class F>
+struct RowConstants {
+  F max_s, inv_sum_s, max_t, inv_sum_t, inv_tau;
+  Split<F> shift, centred_shift;  // the second also subtracts `mean`, for u = -log(p / q)
+  F mean;
+
+  FASTKD_INLINE RowConstants(const RowStats& row, double tau)
+      : max_s(static_cast<F>(row.max_s)), inv_sum_s(static_cast<F>(1 / row.sum_s)), max_t(static_cast<F>(row.max_t)),
+        inv_sum_t(static_cast<F>(1 / row.sum_t)), inv_tau(static_cast<F>(1 / tau)), shift(row.shift(tau)),
+        centred_shift(row.shift(tau) - tau * row.mean), mean(static_cast<F>(row.mean)) {}
+};
+
+// t - s, with 0 where both are -inf: a column masked in both models.
+template <class F>
+FASTKD_INLINE F score_difference(F s, F t) {
+  return s == t ? F(0) : t - s;
+}
+
+// ---- one column -----------------------------------------------------------------------------------------------------
+
+template <class F>
+struct Column {
+  F p, q;
+  F difference;      // q - p
+  F log_ratio;       // log(p / q)
+  F centred_ratio;   // log(p / q) + mean
+  F ratio;           // the smaller of p and q over the larger
+  F ratio_minus1;
+
+  FASTKD_INLINE Column(F s, F t, const RowConstants<F>& row) {
+    const F d = score_difference(s, t);
+    // What rounding took from t - s (Knuth's two-sum); 0 for infinities and for columns masked in both.
+    const F back = d - t;
+    const F lost = (t - (d - back)) - (s + back);
+    const F rest = std::abs(d) < std::numeric_limits<F>::infinity() && s != t ? lost : F(0);
+    log_ratio = ((d - row.shift.high) + (rest - row.shift.low)) * row.inv_tau;
+    centred_ratio = ((d - row.centred_shift.high) + (rest - row.centred_shift.low)) * row.inv_tau;
+
+    const bool teacher_larger = log_ratio >= F(0);
+    const Exp<F> exponential = exp_nonpositive(-std::abs(log_ratio));
+    const F top = teacher_larger ? t - row.max_t : s - row.max_s;
+    const F larger = exp_nonpositive(top * row.inv_tau).value * (teacher_larger ? row.inv_sum_t : row.inv_sum_s);
+    ratio = exponential.value;
+    ratio_minus1 = exponential.minus1;
+    const F smaller = larger * ratio;
+    const F gap = larger * ratio_minus1;
+    p = teacher_larger ? larger : smaller;
+    q = teacher_larger ? smaller : larger;
+    difference = teacher_larger ? gap : -gap;
+  }
+};
+
+// a * b with 0 * inf = 0: a probability of exactly zero contributes nothing, whatever it is multiplied with.
+template <class F>
+FASTKD_INLINE F times(F probability, F x) {
+  return probability == F(0) ? F(0) : probability * x;
+}
+
+// ---- the family -----------------------------------------------------------------------------------------------------
+
+// Which running moment beside the sums of exponentials gives D and the mean of u without a second look at the row.
+enum class Moment { kNone, kTeacher, kStudent };
+
+// D = sum p log(p / q);  u = 1 - p / q, of mean 0
+struct ForwardKL {
+  static constexpr Moment kMoment = Moment::kTeacher;
+  template <class F>
+  static FASTKD_INLINE F gradient(const Column<F>& c, const RowConstants<F>&) {
+    return c.difference;
+  }
+};
+
+// D = sum q log(q / p);  u = log(q / p), of mean D
+struct ReverseKL {
+  static constexpr Moment kMoment = Moment::kStudent;
+  template <class F>
+  static FASTKD_INLINE F gradient(const Column<F>& c, const RowConstants<F>&) {
+    return -times(c.q, c.centred_ratio);
+  }
+};
+
+// The other four are bounded, so they saturate: where p << q, u approaches a constant, and in a row whose models
+// disagree everywhere q (u - mean) is the small difference of numbers close to it. Each member therefore gives u in two
+// forms, and each row uses the one of smaller mean:
+//
+//     slope   q u,  u = 0 where p = q         coslope   q v,  v = (limit of u) - u, v = 0 where p << q
+//
+// `value` is a column's share of D, to which m - p or m - q (zero over a row) is added where that makes every share
+// positive.
+template <class F>
+struct Beta {
+  F beta, rest;          // rest = 1 - beta
+  F log_beta, log_rest;  // their logarithms
+  explicit Beta(double b)
+      : beta(static_cast<F>(b)), rest(static_cast<F>(1 - b)), log_beta(static_cast<F>(std::log(b))),
+        log_rest(static_cast<F>(std::log1p(-b))) {}
+};
+
+// m = a p + (1 - a) q
+template <class F>
+struct Mixture {
+  F m, log_p_over_m, log_q_over_m;
+  F log_m_over_limit;  // log(m / ((1 - a) q)), small where p << q
+
+  FASTKD_INLINE Mixture(const Column<F>& c, F a, F rest, F log_rest) {
+    const bool teacher_larger = c.log_ratio >= F(0);
+    m = a * c.p + rest * c.q;
+    const F log_m_over_larger = log_1p((teacher_larger ? rest : a) * c.ratio_minus1);
+    log_p_over_m = (teacher_larger ? F(0) : c.log_ratio) - log_m_over_larger;
+    log_q_over_m = (teacher_larger ? -c.log_ratio : F(0)) - log_m_over_larger;
+    log_m_over_limit = teacher_larger ? -log_q_over_m - log_rest : log_1p(a / rest * c.ratio);
+  }
+};
+
+template <class F>
+FASTKD_INLINE F share(F numerator, F denominator) {
+  return denominator > F(0) ? numerator / denominator : F(0);
+}
+
+// D = beta sum p log(p / m) + (1 - beta) sum q log(q / m), m = beta p + (1 - beta) q;  u = (1 - beta) log(q / m)
+struct JSD {
+  static constexpr Moment kMoment = Moment::kNone;
+  template <class F>
+  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>& b) {
+    const Mixture<F> mix(c, b.beta, b.rest, b.log_rest);
+    return b.beta * times(c.p, mix.log_p_over_m) + b.rest * times(c.q, mix.log_q_over_m);
+  }
+  template <class F>
+  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>& b) {
+    return b.rest * times(c.q, Mixture<F>(c, b.beta, b.rest, b.log_rest).log_q_over_m);
+  }
+  template <class F>
+  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>& b) {
+    return b.rest * times(c.q, Mixture<F>(c, b.beta, b.rest, b.log_rest).log_m_over_limit);
+  }
+};
+
+// D = sum p log(p / m), m = beta p + (1 - beta) q;  u = (1 - beta)^2 (q - p) / m
+struct SkewKL {
+  static constexpr Moment kMoment = Moment::kNone;
+  template <class F>
+  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>& b) {
+    return times(c.p, Mixture<F>(c, b.beta, b.rest, b.log_rest).log_p_over_m) + b.rest * c.difference;  // + (m - p)
+  }
+  template <class F>
+  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>& b) {
+    return b.rest * b.rest * c.difference * share(c.q, b.beta * c.p + b.rest * c.q);
+  }
+  template <class F>
+  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>& b) {
+    return b.rest * c.p * share(c.q, b.beta * c.p + b.rest * c.q);
+  }
+};
+
+// D = sum q log(q / m), m = (1 - beta) p + beta q;  u = log(q / m) - beta (1 - beta) (q - p) / m
+struct SkewReverseKL {
+  static constexpr Moment kMoment = Moment::kNone;
+  template <class F>
+  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>& b) {
+    return times(c.q, Mixture<F>(c, b.rest, b.beta, b.log_beta).log_q_over_m) - b.rest * c.difference;  // + (m - q)
+  }
+  template <class F>
+  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>& b) {
+    const Mixture<F> mix(c, b.rest, b.beta, b.log_beta);
+    return times(c.q, mix.log_q_over_m) - b.beta * b.rest * c.difference * share(c.q, mix.m);
+  }
+  template <class F>
+  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>& b) {
+    const Mixture<F> mix(c, b.rest, b.beta, b.log_beta);
+    return times(c.q, mix.log_m_over_limit) - b.rest * c.p * share(c.q, mix.m);
+  }
+};
+
+// D = 1/2 sum |p - q|;  u = 1/2 sign(q - p)
+struct TVD {
+  static constexpr Moment kMoment = Moment::kNone;
+  template <class F>
+  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>&) {
+    return F(0.5) * std::abs(c.difference);
+  }
+  template <class F>
+  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>&) {
+    return c.difference == F(0) ? F(0) : (c.difference > F(0) ? F(0.5) * c.q : F(-0.5) * c.q);
+  }
+  template <class F>
+  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>&) {
+    return c.difference == F(0) ? F(0.5) * c.q : (c.difference > F(0) ? F(0) : c.q);
+  }
+};
+
+// q (u - mean)
+template <class D, bool kSaturated, class F>
+FASTKD_INLINE F gradient_of(const Column<F>& c, const Beta<F>& b, const RowConstants<F>& row) {
+  if constexpr (D::kMoment != Moment::kNone) {
+    return D::gradient(c, row);
+  } else if constexpr (kSaturated) {
+    return -D::coslope(c, b) - c.q * row.mean;
+  } else {
+    return D::slope(c, b) - c.q * row.mean;
+  }
+}
+
+}  // namespace fastkd

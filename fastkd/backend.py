@@ -1,0 +1,75 @@
+"""What is built and usable here, and the implementation that a call gets.
+
+Three things can compute the row primitive: the compiled extension (CPU tensors), the Triton kernels (GPU tensors), and
+nobody, in which case the op runs its reference. ``impl="auto"`` takes the best there is, ``"fused"`` insists on a
+kernel and says why there is none, ``"reference"`` asks for plain torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+
+from .checks import check_choice
+
+__all__ = ["backend_for", "extension_problem", "interpret_triton", "triton_problem", "use_fused"]
+
+IMPLS = ("auto", "reference", "fused")
+
+_triton_on_cpu = False
+
+
+@functools.cache
+def extension_problem() -> str | None:
+    """Loads the compiled extension; None if it is usable, else why it is not."""
+    try:
+        importlib.import_module("fastkd._C")
+    except ImportError as error:
+        return f"the compiled extension fastkd._C is not usable ({error}); install with FASTKD_BUILD=cpu to build it"
+    return None
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """None if Triton can be imported, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+@contextlib.contextmanager
+def interpret_triton() -> Iterator[None]:
+    """Runs CPU tensors through the Triton kernels, for tests: needs TRITON_INTERPRET=1 before Triton is imported."""
+    global _triton_on_cpu
+    before, _triton_on_cpu = _triton_on_cpu, True
+    try:
+        yield
+    finally:
+        _triton_on_cpu = before
+
+
+def backend_for(device: torch.device) -> tuple[str | None, str | None]:
+    """(the kernels that serve this device: "cpp", "triton" or None, the reason where there are none)"""
+    if device.type == "cuda" or (device.type == "cpu" and _triton_on_cpu):
+        problem = triton_problem()
+        return (None, problem) if problem else ("triton", None)
+    if device.type == "cpu":
+        problem = extension_problem()
+        return (None, problem) if problem else ("cpp", None)
+    return None, f"there are no kernels for device type {device.type!r}"
+
+
+def use_fused(impl: str, device: torch.device) -> bool:
+    """Whether a call runs on kernels. Raises RuntimeError where ``impl="fused"`` has none to run on."""
+    check_choice("impl", impl, IMPLS)
+    if impl == "reference":
+        return False
+    backend, problem = backend_for(device)
+    if backend is None and impl == "fused":
+        raise RuntimeError(f'impl="fused" cannot run: {problem}')
+    return backend is not None

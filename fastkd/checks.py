@@ -1,0 +1,172 @@
+"""Argument checks of the public functions: one place, one wording, before any work and for every backend.
+
+Every message names the argument, what was expected and what was given. Checks that look at values (label range, NaN
+weights) run on CPU tensors only: on a GPU they would wait for the device, and the kernels answer such rows with NaN
+instead. Nothing here runs on values while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .divergence import DIVERGENCES, divergence_code
+
+__all__ = ["Objective", "TokenArguments", "check_choice", "check_number", "check_same_device", "check_tensor"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is computed on a pair of score rows: kd_weight * temperature^2 * divergence + ce_weight * cross-entropy."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+
+    def __post_init__(self) -> None:
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_number("beta", self.beta, "in (0, 1)", lambda x: 0 < x < 1)
+        check_number("temperature", self.temperature, "> 0", lambda x: 0 < x < math.inf)
+        check_number("kd_weight", self.kd_weight, "finite", math.isfinite)
+        check_number("ce_weight", self.ce_weight, "finite", math.isfinite)
+
+    def for_kernel(self) -> tuple[int, float, float, float, float]:
+        """The trailing arguments of every kernel: divergence code, beta, temperature, kd_weight, ce_weight."""
+        return (
+            divergence_code(self.divergence),
+            float(self.beta),
+            float(self.temperature),
+            float(self.kd_weight),
+            float(self.ce_weight),
+        )
+
+
+@dataclass(frozen=True)
+class TokenArguments:
+    """The per-token keywords that every vocabulary loss shares, and how they are averaged."""
+
+    weight: Tensor | None
+    labels: Tensor | None
+    ignore_index: int
+    reduction: str
+    normalizer: float | Tensor | None
+
+    def check(self, objective: Objective, leading: torch.Size, vocabulary: int, device: torch.device) -> None:
+        """Raises unless the keywords fit scores of shape [*leading, vocabulary]."""
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(f"ignore_index: expected an int, got {type(self.ignore_index).__name__}")
+        if self.normalizer is not None:
+            self._check_normalizer()
+        if self.weight is not None:
+            check_tensor("weight", self.weight, shape=leading, floating=True)
+            check_same_device("weight", self.weight, device)
+            if _values_are_at_hand(self.weight) and not self.weight.isfinite().all():
+                raise ValueError(f"weight: expected finite numbers, got {_first(self.weight, ~self.weight.isfinite())}")
+        if objective.ce_weight != 0 and self.labels is None:
+            raise ValueError(f"labels: expected a tensor because ce_weight is {objective.ce_weight}, got None")
+        if self.labels is not None:
+            self._check_labels(self.labels, leading, vocabulary, device)
+
+    def _check_normalizer(self) -> None:
+        if self.reduction != "mean":
+            raise ValueError(f'normalizer: only used with reduction="mean", got reduction={self.reduction!r}')
+        if isinstance(self.normalizer, Tensor):
+            if self.normalizer.dim() != 0:
+                raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(self.normalizer)}")
+        else:
+            check_number("normalizer", self.normalizer, "finite and >= 0", lambda x: 0 <= x < math.inf)
+
+    def _check_labels(self, labels: Tensor, leading: torch.Size, vocabulary: int, device: torch.device) -> None:
+        check_tensor("labels", labels, shape=leading)
+        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+        check_same_device("labels", labels, device)
+        if _values_are_at_hand(labels):
+            bad = ((labels < 0) | (labels >= vocabulary)) & (labels != self.ignore_index)
+            if bad.any():
+                raise ValueError(
+                    f"labels: expected values in [0, {vocabulary}) or ignore_index={self.ignore_index}, "
+                    f"got {_first(labels, bad)}"
+                )
+
+    def coefficients(self, leading: torch.Size, device: torch.device) -> Tensor:
+        """What each token's loss is multiplied with, [tokens] fp64: its weight over the denominator, 0 if dropped."""
+        if self.weight is None:
+            weight = torch.ones(leading, dtype=torch.float64, device=device)
+        else:
+            weight = self.weight.detach().to(torch.float64)
+        if self.labels is not None:
+            weight = weight.masked_fill(self.labels == self.ignore_index, 0)
+        if self.reduction == "mean":
+            total = weight.sum() if self.normalizer is None else self.normalizer
+            if isinstance(total, Tensor):
+                total = total.detach().to(device=device, dtype=torch.float64)
+                weight = torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
+            else:
+                weight = weight / total if total else torch.zeros_like(weight)
+        return weight.reshape(-1).contiguous()
+
+    def flat_labels(self) -> Tensor | None:
+        """Labels as the kernels take them: [tokens] int64."""
+        return None if self.labels is None else self.labels.reshape(-1).long().contiguous()
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    names = list(choices)
+    if isinstance(value, str) and value in names:
+        return
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"{name}: expected one of {', '.join(names)}, got {value!r}{hint}")
+
+
+def check_number(name: str, value: object, expected: str, holds) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number {expected}, got {type(value).__name__}")
+    if not holds(value):
+        raise ValueError(f"{name}: expected a number {expected}, got {value}")
+
+
+def check_tensor(
+    name: str, value: object, *, shape: Iterable[int | None] | None = None, floating: bool = False
+) -> None:
+    """`shape` may hold None where any size will do."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if floating and value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {value.dtype}")
+    if shape is not None:
+        wanted = list(shape)
+        fits = len(wanted) == value.dim() and all(
+            w is None or w == g for w, g in zip(wanted, value.shape, strict=True)
+        )
+        if not fits:
+            sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise ValueError(f"{name}: expected shape [{sizes}], got {_list(value)}")
+
+
+def check_same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, that of the student, got {value.device}")
+
+
+def _values_are_at_hand(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _first(x: Tensor, bad: Tensor) -> object:
+    return x[bad][0].item()
+
+
+def _list(x: Tensor) -> list[int]:
+    return list(x.shape)

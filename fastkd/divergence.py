@@ -1,0 +1,72 @@
+"""The divergence family by name: each a function of log-probabilities, in the notation of DistiLLM and GKD.
+
+p is the teacher's distribution, q the student's. ``beta`` in (0, 1) is the mixture weight of the three members that
+have one. The position of a name in :data:`DIVERGENCES` is its code in the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["DIVERGENCES", "divergence_code"]
+
+
+def _expected_log_ratio(log_p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """sum p (log a - log b) over the last dimension, where a probability of zero contributes zero."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * torch.where(p > 0, log_a - log_b, 0), 0).sum(-1)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight * a + (1 - weight) * b)"""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """KL(p || q)"""
+    return _expected_log_ratio(log_p, log_p, log_q)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """KL(q || p): MiniLLM (Gu et al., ICLR 2024)"""
+    return _expected_log_ratio(log_q, log_q, log_p)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: GKD (Agarwal et al., ICLR 2024)"""
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _expected_log_ratio(log_p, log_p, log_m) + (1 - beta) * _expected_log_ratio(log_q, log_q, log_m)
+
+
+def skew_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """KL(p || beta p + (1 - beta) q): DistiLLM (Ko et al., ICML 2024)"""
+    return _expected_log_ratio(log_p, log_p, _log_mixture(log_p, log_q, beta))
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """KL(q || (1 - beta) p + beta q): DistiLLM (Ko et al., ICML 2024)"""
+    return _expected_log_ratio(log_q, log_q, _log_mixture(log_q, log_p, beta))
+
+
+def tvd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Total variation distance, 1/2 sum |p - q|"""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+}
+
+
+def divergence_code(name: str) -> int:
+    """The number that the compiled kernels know a divergence by (csrc/divergence.h)."""
+    return list(DIVERGENCES).index(name)

@@ -1,0 +1,1 @@
+"""The ops, one per file, each in the same order: schema, fake, implementation, autograd.Function, public function."""

@@ -1,0 +1,218 @@
+"""logit_kl: divergence (and cross-entropy) between vocabulary logits that exist already.
+
+The forward pass reads both logits once and keeps seven numbers a row; the backward pass reads them again and writes the
+gradient. Nothing else of the logits' size is ever held.
+
+T tokens (any leading shape), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backend import use_fused
+from ..checks import Objective, TokenArguments, check_same_device, check_tensor
+from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_stats
+
+__all__ = ["LogitKL", "logit_kl"]
+
+# ---- schema ----------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("fastkd", "FRAGMENT")
+_library.define(
+    "logit_kl(Tensor student_logits, Tensor? teacher_logits, Tensor coefficient, Tensor? labels, "
+    f"{_OBJECTIVE}) -> (Tensor loss, Tensor stats)"
+)
+_library.define(
+    "logit_kl_backward(Tensor student_logits, Tensor? teacher_logits, Tensor stats, Tensor coefficient, "
+    f"Tensor? labels, {_OBJECTIVE}) -> Tensor"
+)
+
+# ---- fake ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastkd::logit_kl", lib=_library)
+def _(student_logits, teacher_logits, coefficient, labels, *objective):
+    return torch.empty_like(coefficient), coefficient.new_empty(coefficient.shape[0], STATS)
+
+
+@torch.library.register_fake("fastkd::logit_kl_backward", lib=_library)
+def _(student_logits, teacher_logits, stats, coefficient, labels, *objective):
+    return student_logits.new_empty(student_logits.shape)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    """[..., V] tensors as 2-d views of the same rows, without copying.
+
+    One block where the leading dimensions collapse. Where they do not (`logits[:, :-1]`, the usual shift), one block
+    for every index of the first dimension.
+    """
+    given = [x for x in logits if x is not None]
+    leading = given[0].shape[:-1]
+    try:
+        yield slice(0, leading.numel()), [None if x is None else x.view(leading.numel(), x.shape[-1]) for x in logits]
+        return
+    except RuntimeError:
+        pass
+    start = 0
+    for i in range(leading[0]):
+        for rows, block in _row_blocks(*[None if x is None else x[i] for x in logits]):
+            yield slice(start + rows.start, start + rows.stop), block
+        start += leading[1:].numel()
+
+
+def _shared_vocabulary(student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both cut to the vocabulary prefix that both have."""
+    if teacher is None:
+        return student, None
+    vocabulary = min(student.shape[-1], teacher.shape[-1])
+    return student[..., :vocabulary], teacher[..., :vocabulary]
+
+
+def _forward(student_logits, teacher_logits, coefficient, labels, *objective):
+    student, teacher = _shared_vocabulary(student_logits, teacher_logits)
+    loss = torch.empty_like(coefficient)
+    stats = coefficient.new_empty(coefficient.shape[0], STATS)
+    for rows, (s, t) in _row_blocks(student, teacher):
+        row_labels = None if labels is None else labels[rows]
+        divergence_stats(s, t, coefficient[rows], row_labels, loss[rows], stats[rows], *objective)
+    return loss, stats
+
+
+_library.impl("logit_kl", _forward, "CompositeExplicitAutograd")
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def _backward(student_logits, teacher_logits, stats, coefficient, labels, *objective):
+    gradient = student_logits.new_empty(student_logits.shape)
+    student, teacher = _shared_vocabulary(student_logits, teacher_logits)
+    gradient[..., student.shape[-1] :] = 0  # columns beyond the shared vocabulary
+    target = gradient[..., : student.shape[-1]]
+    for rows, (s, t, g) in _row_blocks(student, teacher, target):
+        row_labels = None if labels is None else labels[rows]
+        divergence_gradient(s, t, stats[rows], coefficient[rows], row_labels, g, *objective)
+    return gradient
+
+
+_library.impl("logit_kl_backward", _backward, "CompositeExplicitAutograd")
+
+# ---- autograd.Function -----------------------------------------------------------------------------------------------
+
+
+class LogitKL(torch.autograd.Function):
+    """Per-token losses [tokens] in float64, coefficient included; differentiable in the student's logits."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        student_logits: Tensor,  # [T..., Vs]
+        teacher_logits: Tensor | None,  # [T..., Vt]
+        coefficient: Tensor,  # [tokens] float64
+        labels: Tensor | None,  # [tokens] int64
+        objective: Objective,
+    ) -> Tensor:
+        loss, stats = torch.ops.fastkd.logit_kl(
+            student_logits, teacher_logits, coefficient, labels, *objective.for_kernel()
+        )
+        ctx.save_for_backward(student_logits, teacher_logits, stats, coefficient, labels)
+        ctx.objective = objective
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        student_logits, teacher_logits, stats, coefficient, labels = ctx.saved_tensors
+        gradient = torch.ops.fastkd.logit_kl_backward(
+            student_logits, teacher_logits, stats, coefficient * grad_loss, labels, *ctx.objective.for_kernel()
+        )
+        return gradient, None, None, None, None
+
+
+# ---- public function ---------------------------------------------------------------------------------------------------
+
+
+def logit_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Distillation loss between vocabulary logits, with a cross-entropy beside it if asked for.
+
+    ``kd_weight * temperature**2 * D(p, q) + ce_weight * cross_entropy(student_logits, labels)`` for every token, with
+    ``q = softmax(student_logits / temperature)`` and ``p = softmax(teacher_logits / temperature)``. The cross-entropy
+    is taken at temperature 1. Hinton et al., 2015 (arXiv 1503.02531) for the temperature; :mod:`fastkd.divergence`
+    names the source of each divergence.
+
+    Args:
+        student_logits: [..., Vs], float32, float64, float16 or bfloat16, of any stride. Receives the gradient.
+        teacher_logits: [..., Vt], the same leading shape; a constant. Where Vs and Vt differ, both models are compared
+            over the prefix they share, renormalised there; columns beyond it get a gradient of exactly 0. May be None
+            with ``kd_weight=0``.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tvd``.
+        beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
+        temperature: > 0.
+        weight: [...] a float for each token; 0 drops it.
+        labels: [...] integers in [0, V) or ``ignore_index``, which drops the token from both terms.
+        ce_weight, kd_weight: weights of the two terms.
+        reduction: ``"mean"`` divides by the sum of weights, ``"sum"`` does not, ``"none"`` returns [...].
+        normalizer: with ``"mean"``, a number or 0-d tensor that replaces the sum of weights, such as
+            ``num_items_in_batch`` under gradient accumulation.
+        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`.
+
+    Returns:
+        A 0-d tensor, or [...] with ``reduction="none"``: float32, or float64 for float64 students. 0 where no token is
+        left to average.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before any work.
+        RuntimeError: ``impl="fused"`` where no kernel can run.
+    """
+    objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
+    tokens = TokenArguments(weight, labels, ignore_index, reduction, normalizer)
+    check_tensor("student_logits", student_logits, floating=True)
+    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+        raise ValueError(f"student_logits: expected shape [..., V] with V > 0, got {list(student_logits.shape)}")
+    vocabulary = student_logits.shape[-1]
+    if teacher_logits is not None:
+        check_tensor("teacher_logits", teacher_logits, shape=[*student_logits.shape[:-1], None], floating=True)
+        check_same_device("teacher_logits", teacher_logits, student_logits.device)
+        vocabulary = min(vocabulary, teacher_logits.shape[-1])
+        if vocabulary == 0:
+            raise ValueError(f"teacher_logits: expected shape [..., V] with V > 0, got {list(teacher_logits.shape)}")
+    elif kd_weight != 0:
+        raise ValueError(f"teacher_logits: expected a tensor because kd_weight is {kd_weight}, got None")
+    leading = student_logits.shape[:-1]
+    tokens.check(objective, leading, vocabulary, student_logits.device)
+
+    if not use_fused(impl, student_logits.device):
+        return reference.logit_kl(student_logits, teacher_logits, **vars(objective), **vars(tokens))
+
+    loss = LogitKL.apply(
+        student_logits,
+        None if teacher_logits is None else teacher_logits.detach(),
+        tokens.coefficients(leading, student_logits.device),
+        tokens.flat_labels(),
+        objective,
+    )
+    loss = loss.reshape(leading) if reduction == "none" else loss.sum()
+    return loss if student_logits.dtype == torch.float64 else loss.float()

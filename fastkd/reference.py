@@ -1,0 +1,91 @@
+"""The specification: every op in plain torch, differentiated by autograd, in fp32 (fp64 for fp64 students).
+
+Nothing here is fused or saves memory; everything here is meant to be read. ``impl="reference"`` calls these functions,
+and the tests compare every other implementation with them in fp64. Arguments are those of the public functions, which
+have checked them.
+
+T tokens (any leading shape), V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .divergence import DIVERGENCES
+
+__all__ = ["linear_kl", "logit_kl"]
+
+
+def logit_kl(
+    student_logits: Tensor,  # [T..., Vs]
+    teacher_logits: Tensor | None,  # [T..., Vt]
+    *,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    weight: Tensor | None,  # [T...]
+    labels: Tensor | None,  # [T...]
+    ce_weight: float,
+    kd_weight: float,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    with torch.autocast(student_logits.device.type, enabled=False):
+        scores = student_logits.to(dtype)
+        weight = scores.new_ones(scores.shape[:-1]) if weight is None else weight.to(dtype)
+        if labels is not None:
+            weight = weight.masked_fill(labels == ignore_index, 0)
+        dropped = (weight == 0).unsqueeze(-1)
+        scores = scores.masked_fill(dropped, 0)  # whatever a dropped token holds, NaN included, it counts for nothing
+
+        loss = scores.new_zeros(scores.shape[:-1])  # [T...]
+        if teacher_logits is not None:
+            vocabulary = min(scores.shape[-1], teacher_logits.shape[-1])
+            scores = scores[..., :vocabulary]
+            target = teacher_logits.detach()[..., :vocabulary].to(dtype).masked_fill(dropped, 0)
+            if kd_weight != 0:
+                log_q = F.log_softmax(scores / temperature, -1)  # [T..., V]
+                log_p = F.log_softmax(target / temperature, -1)  # [T..., V]
+                loss = kd_weight * temperature**2 * DIVERGENCES[divergence](log_p, log_q, beta)
+        if labels is not None and ce_weight != 0:
+            index = labels.masked_fill(dropped.squeeze(-1), 0).long().unsqueeze(-1)
+            loss = loss - ce_weight * F.log_softmax(scores, -1).gather(-1, index).squeeze(-1)
+
+        loss = loss * weight
+        if reduction == "none":
+            return loss
+        if reduction == "sum":
+            return loss.sum()
+        denominator = torch.as_tensor(weight.sum() if normalizer is None else normalizer, dtype=dtype)
+        denominator = denominator.to(loss.device)
+        return torch.where(denominator == 0, 0, loss.sum() / torch.where(denominator == 0, 1, denominator))
+
+
+def linear_kl(
+    student_hidden: Tensor,  # [T..., Hs]
+    student_weight: Tensor,  # [Vs, Hs]
+    teacher_hidden: Tensor | None,  # [T..., Ht]
+    teacher_weight: Tensor | None,  # [Vt, Ht]
+    *,
+    student_bias: Tensor | None,  # [Vs]
+    teacher_bias: Tensor | None,  # [Vt]
+    student_scale: float,
+    teacher_scale: float,
+    **options,
+) -> Tensor:
+    dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        return F.linear(scale * hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        student_logits = logits(student_hidden, student_weight, student_bias, student_scale)
+        teacher_logits = None
+        if teacher_hidden is not None and teacher_weight is not None:
+            with torch.no_grad():
+                teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+        return logit_kl(student_logits, teacher_logits, **options)
