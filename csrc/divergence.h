@@ -7,9 +7,9 @@
 // A constant added to u cancels, so each u below is shifted to vanish where p = q. That is what keeps gradients exact
 // for a student that has nearly converged: nothing is the small difference of two large numbers.
 //
-// The same care is taken with p and q themselves. From d = log(p / q), computed from t - s and not from p and q,
-// the larger of the two is one exponential and the other follows from expm1(-|d|), so that q - p keeps its relative
-// accuracy when p and q agree to six digits, and neither overflows when they differ by e^100.
+// The same care is taken with p and q themselves, in a row whose models nearly agree. There log(p / q) is computed from
+// t - s and not from p and q; the larger of the two is one exponential and the other follows from e^-|log(p / q)| - 1, so
+// that q - p keeps its relative accuracy when p and q agree to six digits.
 #pragma once
 
 #include <cmath>
@@ -47,13 +47,13 @@ struct Exp {
 };
 
 // x <= 0. e^x and e^x - 1 from one reduction x = n ln 2 + r, |r| <= ln 2 / 2: the polynomial gives e^r - 1, relative
-// error 4e-9 before rounding. Results below 2^-126 are flushed to zero: subnormals are slow and matter to no softmax.
+// error 4e-9 before rounding. Results below 2^-126 come out as zero: subnormals are slow and matter to no softmax.
 FASTKD_INLINE Exp<float> exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   return {expf(x), expm1f(x)};
 #else
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
-  const float clamped = x < -87.0f ? -87.0f : x;  // NaN passes
+  const float clamped = x < -88.0f ? -88.0f : x;  // gives n = -127, whose scale below is 0; NaN passes
   const float shifted = clamped * 1.44269504f + kRound;
   const float n = shifted - kRound;
   float r = clamped - n * 0.693359375f;
@@ -65,10 +65,8 @@ FASTKD_INLINE Exp<float> exp_nonpositive(float x) {
   poly = poly * r + 1.6666665459e-1f;
   poly = poly * r + 5.0000001201e-1f;
   const float em1 = poly * (r * r) + r;
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
-  const float scale = bit_cast<float>((exponent + 127) << 23);
-  const float value = scale * em1 + scale;
-  return {x < -87.0f ? 0.0f : value, scale * em1 + (scale - 1.0f)};
+  const float scale = bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + 0x3f800000);  // 2^n
+  return {scale * em1 + scale, scale * em1 + (scale - 1.0f)};
 #endif
 }
 
@@ -115,9 +113,9 @@ struct Split {
 struct RowStats {
   double max_s, sum_s;  // max_j s_j, sum_j e^((s_j - max_s) / tau)
   double max_t, sum_t;
-  double mean;       // sum_j q_j u_j; of a saturated row minus sum_j q_j v_j (see the family below)
-  double saturated;  // 1 or 0
-  double sum_1;      // sum_j e^(s_j - max_s): the cross-entropy's, at temperature 1
+  double mean;     // sum_j q_j u_j; of a saturated row minus sum_j q_j v_j (see the family below)
+  double careful;  // 1 where the gradient takes its second form: the models nearly agree, or the row is saturated
+  double sum_1;    // sum_j e^(s_j - max_s): the cross-entropy's, at temperature 1
   static constexpr int64_t kCount = 7;
 
   // log(Z_t) - log(Z_s) in units of score, that is times tau: t - s less this is tau log(p / q).
@@ -139,38 +137,66 @@ struct RowConstants {
         centred_shift(row.shift(tau) - tau * row.mean), mean(static_cast<F>(row.mean)) {}
 };
 
-// t - s, with 0 where both are -inf: a column masked in both models.
+// beta and what the mixtures need of it.
 template <class F>
-FASTKD_INLINE F score_difference(F s, F t) {
-  return s == t ? F(0) : t - s;
-}
+struct Beta {
+  F beta, rest;          // rest = 1 - beta
+  F log_beta, log_rest;  // their logarithms
+  explicit Beta(double b)
+      : beta(static_cast<F>(b)), rest(static_cast<F>(1 - b)), log_beta(static_cast<F>(std::log(b))),
+        log_rest(static_cast<F>(std::log1p(-b))) {}
+};
 
 // ---- one column -----------------------------------------------------------------------------------------------------
 
+// Scores of -inf are masked columns. They are worked on as a very low number, so that differences stay finite and a
+// probability of zero makes products of zero; a divergence beyond what that number allows is reported as infinite.
 template <class F>
-struct Column {
+FASTKD_INLINE F unmasked(F score) {
+  return score < F(-1e30) ? F(-1e30) : score;  // NaN passes
+}
+
+FASTKD_INLINE double with_infinity(double divergence) {
+  return divergence > 1e20 ? std::numeric_limits<double>::infinity() : divergence;
+}
+
+template <class F>
+FASTKD_INLINE F student_probability(F s, const RowConstants<F>& row) {
+  return exp_nonpositive((s - row.max_s) * row.inv_tau).value * row.inv_sum_s;
+}
+
+template <class F>
+FASTKD_INLINE F teacher_probability(F t, const RowConstants<F>& row) {
+  return exp_nonpositive((t - row.max_t) * row.inv_tau).value * row.inv_sum_t;
+}
+
+// (t - s - shift) / tau, with what rounding takes from t - s (Knuth's two-sum) put back.
+template <class F>
+FASTKD_INLINE F shifted_ratio(F s, F t, const Split<F>& shift, F inv_tau) {
+  const F d = t - s;
+  const F back = d - t;
+  const F lost = (t - (d - back)) - (s + back);
+  return ((d - shift.high) + (lost - shift.low)) * inv_tau;
+}
+
+// Both probabilities, and how they differ, to full relative accuracy.
+template <class F>
+struct Pair {
   F p, q;
-  F difference;      // q - p
-  F log_ratio;       // log(p / q)
-  F centred_ratio;   // log(p / q) + mean
-  F ratio;           // the smaller of p and q over the larger
+  F difference;  // q - p
+  F log_ratio;   // log(p / q)
+  F ratio;       // the smaller of p and q over the larger
   F ratio_minus1;
+  bool teacher_larger;
 
-  FASTKD_INLINE Column(F s, F t, const RowConstants<F>& row) {
-    const F d = score_difference(s, t);
-    // What rounding took from t - s (Knuth's two-sum); 0 for infinities and for columns masked in both.
-    const F back = d - t;
-    const F lost = (t - (d - back)) - (s + back);
-    const F rest = std::abs(d) < std::numeric_limits<F>::infinity() && s != t ? lost : F(0);
-    log_ratio = ((d - row.shift.high) + (rest - row.shift.low)) * row.inv_tau;
-    centred_ratio = ((d - row.centred_shift.high) + (rest - row.centred_shift.low)) * row.inv_tau;
-
-    const bool teacher_larger = log_ratio >= F(0);
+  FASTKD_INLINE Pair(F s, F t, const RowConstants<F>& row) {
+    log_ratio = shifted_ratio(s, t, row.shift, row.inv_tau);
+    teacher_larger = log_ratio >= F(0);
     const Exp<F> exponential = exp_nonpositive(-std::abs(log_ratio));
-    const F top = teacher_larger ? t - row.max_t : s - row.max_s;
-    const F larger = exp_nonpositive(top * row.inv_tau).value * (teacher_larger ? row.inv_sum_t : row.inv_sum_s);
     ratio = exponential.value;
     ratio_minus1 = exponential.minus1;
+    const F top = teacher_larger ? t - row.max_t : s - row.max_s;
+    const F larger = exp_nonpositive(top * row.inv_tau).value * (teacher_larger ? row.inv_sum_t : row.inv_sum_s);
     const F smaller = larger * ratio;
     const F gap = larger * ratio_minus1;
     p = teacher_larger ? larger : smaller;
@@ -178,12 +204,6 @@ struct Column {
     difference = teacher_larger ? gap : -gap;
   }
 };
-
-// a * b with 0 * inf = 0: a probability of exactly zero contributes nothing, whatever it is multiplied with.
-template <class F>
-FASTKD_INLINE F times(F probability, F x) {
-  return probability == F(0) ? F(0) : probability * x;
-}
 
 // ---- the family -----------------------------------------------------------------------------------------------------
 
@@ -193,18 +213,22 @@ enum class Moment { kNone, kTeacher, kStudent };
 // D = sum p log(p / q);  u = 1 - p / q, of mean 0
 struct ForwardKL {
   static constexpr Moment kMoment = Moment::kTeacher;
-  template <class F>
-  static FASTKD_INLINE F gradient(const Column<F>& c, const RowConstants<F>&) {
-    return c.difference;
+  template <bool kCareful, class F>
+  static FASTKD_INLINE F gradient(F s, F t, const RowConstants<F>& row) {
+    if constexpr (kCareful) {
+      return Pair<F>(s, t, row).difference;
+    } else {
+      return student_probability(s, row) - teacher_probability(t, row);
+    }
   }
 };
 
 // D = sum q log(q / p);  u = log(q / p), of mean D
 struct ReverseKL {
   static constexpr Moment kMoment = Moment::kStudent;
-  template <class F>
-  static FASTKD_INLINE F gradient(const Column<F>& c, const RowConstants<F>&) {
-    return -times(c.q, c.centred_ratio);
+  template <bool kCareful, class F>
+  static FASTKD_INLINE F gradient(F s, F t, const RowConstants<F>& row) {
+    return student_probability(s, row) * -shifted_ratio(s, t, row.centred_shift, row.inv_tau);
   }
 };
 
@@ -216,14 +240,6 @@ struct ReverseKL {
 //
 // `value` is a column's share of D, to which m - p or m - q (zero over a row) is added where that makes every share
 // positive.
-template <class F>
-struct Beta {
-  F beta, rest;          // rest = 1 - beta
-  F log_beta, log_rest;  // their logarithms
-  explicit Beta(double b)
-      : beta(static_cast<F>(b)), rest(static_cast<F>(1 - b)), log_beta(static_cast<F>(std::log(b))),
-        log_rest(static_cast<F>(std::log1p(-b))) {}
-};
 
 // m = a p + (1 - a) q
 template <class F>
@@ -231,13 +247,12 @@ struct Mixture {
   F m, log_p_over_m, log_q_over_m;
   F log_m_over_limit;  // log(m / ((1 - a) q)), small where p << q
 
-  FASTKD_INLINE Mixture(const Column<F>& c, F a, F rest, F log_rest) {
-    const bool teacher_larger = c.log_ratio >= F(0);
+  FASTKD_INLINE Mixture(const Pair<F>& c, F a, F rest, F log_rest) {
     m = a * c.p + rest * c.q;
-    const F log_m_over_larger = log_1p((teacher_larger ? rest : a) * c.ratio_minus1);
-    log_p_over_m = (teacher_larger ? F(0) : c.log_ratio) - log_m_over_larger;
-    log_q_over_m = (teacher_larger ? -c.log_ratio : F(0)) - log_m_over_larger;
-    log_m_over_limit = teacher_larger ? -log_q_over_m - log_rest : log_1p(a / rest * c.ratio);
+    const F log_m_over_larger = log_1p((c.teacher_larger ? rest : a) * c.ratio_minus1);
+    log_p_over_m = (c.teacher_larger ? F(0) : c.log_ratio) - log_m_over_larger;
+    log_q_over_m = (c.teacher_larger ? -c.log_ratio : F(0)) - log_m_over_larger;
+    log_m_over_limit = c.teacher_larger ? -log_q_over_m - log_rest : log_1p(a / rest * c.ratio);
   }
 };
 
@@ -250,17 +265,21 @@ FASTKD_INLINE F share(F numerator, F denominator) {
 struct JSD {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
-  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>& b) {
-    const Mixture<F> mix(c, b.beta, b.rest, b.log_rest);
-    return b.beta * times(c.p, mix.log_p_over_m) + b.rest * times(c.q, mix.log_q_over_m);
+  static FASTKD_INLINE Mixture<F> mixture(const Pair<F>& c, const Beta<F>& b) {
+    return {c, b.beta, b.rest, b.log_rest};
   }
   template <class F>
-  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>& b) {
-    return b.rest * times(c.q, Mixture<F>(c, b.beta, b.rest, b.log_rest).log_q_over_m);
+  static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>& b) {
+    const Mixture<F> mix = mixture(c, b);
+    return b.beta * c.p * mix.log_p_over_m + b.rest * c.q * mix.log_q_over_m;
   }
   template <class F>
-  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>& b) {
-    return b.rest * times(c.q, Mixture<F>(c, b.beta, b.rest, b.log_rest).log_m_over_limit);
+  static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>& b) {
+    return b.rest * c.q * mixture(c, b).log_q_over_m;
+  }
+  template <class F>
+  static FASTKD_INLINE F coslope(const Pair<F>& c, const Beta<F>& b) {
+    return b.rest * c.q * mixture(c, b).log_m_over_limit;
   }
 };
 
@@ -268,15 +287,15 @@ struct JSD {
 struct SkewKL {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
-  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>& b) {
-    return times(c.p, Mixture<F>(c, b.beta, b.rest, b.log_rest).log_p_over_m) + b.rest * c.difference;  // + (m - p)
+  static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>& b) {
+    return c.p * Mixture<F>(c, b.beta, b.rest, b.log_rest).log_p_over_m + b.rest * c.difference;  // + (m - p)
   }
   template <class F>
-  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>& b) {
+  static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>& b) {
     return b.rest * b.rest * c.difference * share(c.q, b.beta * c.p + b.rest * c.q);
   }
   template <class F>
-  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>& b) {
+  static FASTKD_INLINE F coslope(const Pair<F>& c, const Beta<F>& b) {
     return b.rest * c.p * share(c.q, b.beta * c.p + b.rest * c.q);
   }
 };
@@ -285,18 +304,22 @@ struct SkewKL {
 struct SkewReverseKL {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
-  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>& b) {
-    return times(c.q, Mixture<F>(c, b.rest, b.beta, b.log_beta).log_q_over_m) - b.rest * c.difference;  // + (m - q)
+  static FASTKD_INLINE Mixture<F> mixture(const Pair<F>& c, const Beta<F>& b) {
+    return {c, b.rest, b.beta, b.log_beta};
   }
   template <class F>
-  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>& b) {
-    const Mixture<F> mix(c, b.rest, b.beta, b.log_beta);
-    return times(c.q, mix.log_q_over_m) - b.beta * b.rest * c.difference * share(c.q, mix.m);
+  static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>& b) {
+    return c.q * mixture(c, b).log_q_over_m - b.rest * c.difference;  // + (m - q)
   }
   template <class F>
-  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>& b) {
-    const Mixture<F> mix(c, b.rest, b.beta, b.log_beta);
-    return times(c.q, mix.log_m_over_limit) - b.rest * c.p * share(c.q, mix.m);
+  static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>& b) {
+    const Mixture<F> mix = mixture(c, b);
+    return c.q * mix.log_q_over_m - b.beta * b.rest * c.difference * share(c.q, mix.m);
+  }
+  template <class F>
+  static FASTKD_INLINE F coslope(const Pair<F>& c, const Beta<F>& b) {
+    const Mixture<F> mix = mixture(c, b);
+    return c.q * mix.log_m_over_limit - b.rest * c.p * share(c.q, mix.m);
   }
 };
 
@@ -304,28 +327,27 @@ struct SkewReverseKL {
 struct TVD {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
-  static FASTKD_INLINE F value(const Column<F>& c, const Beta<F>&) {
+  static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>&) {
     return F(0.5) * std::abs(c.difference);
   }
   template <class F>
-  static FASTKD_INLINE F slope(const Column<F>& c, const Beta<F>&) {
+  static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>&) {
     return c.difference == F(0) ? F(0) : (c.difference > F(0) ? F(0.5) * c.q : F(-0.5) * c.q);
   }
   template <class F>
-  static FASTKD_INLINE F coslope(const Column<F>& c, const Beta<F>&) {
+  static FASTKD_INLINE F coslope(const Pair<F>& c, const Beta<F>&) {
     return c.difference == F(0) ? F(0.5) * c.q : (c.difference > F(0) ? F(0) : c.q);
   }
 };
 
-// q (u - mean)
-template <class D, bool kSaturated, class F>
-FASTKD_INLINE F gradient_of(const Column<F>& c, const Beta<F>& b, const RowConstants<F>& row) {
+// q (u - mean): tau times the gradient of D in s.
+template <class D, bool kCareful, class F>
+FASTKD_INLINE F gradient_of(F s, F t, const Beta<F>& b, const RowConstants<F>& row) {
   if constexpr (D::kMoment != Moment::kNone) {
-    return D::gradient(c, row);
-  } else if constexpr (kSaturated) {
-    return -D::coslope(c, b) - c.q * row.mean;
+    return D::template gradient<kCareful>(s, t, row);
   } else {
-    return D::slope(c, b) - c.q * row.mean;
+    const Pair<F> c(s, t, row);
+    return (kCareful ? -D::coslope(c, b) : D::slope(c, b)) - c.q * row.mean;
   }
 }
 

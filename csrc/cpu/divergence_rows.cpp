@@ -30,6 +30,9 @@ namespace fastkd {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // columns: student, teacher and gradient blocks take 12 KB of fp32 together
+// Divergence, in nats, under which a row is computed with care. At 0.1 probabilities differ by some 40 %, so the plain
+// difference of two that are each good to 1e-7 is still good to 1e-6.
+constexpr double kNearlyEqual = 0.1;
 
 // ---- rows in memory -------------------------------------------------------------------------------------------------
 
@@ -113,21 +116,29 @@ struct BlockSums {
   F student, teacher, difference, moment, student_1;
 };
 
-// Sums over a block relative to the maxima so far, which `row` holds with sums of 1: its columns' p and q are the plain
-// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one.
-template <class F, Moment kMoment, bool kSeparate>
+// Sums over a block relative to the maxima so far, which `row` holds with sums of 1: probabilities are the plain
+// exponentials. kCareful: the sums' difference, and the moment, to the accuracy of Pair. kSeparate: also the sum at
+// temperature 1, for a cross-entropy beside a divergence at another one.
+template <class F, Moment kMoment, bool kCareful, bool kSeparate>
 FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const RowConstants<F>& row) {
   const RowConstants<F> r = row;
   F student = 0, teacher = 0, difference = 0, moment = 0, student_1 = 0;
 #pragma omp simd reduction(+ : student, teacher, difference, moment, student_1)
   for (int64_t j = 0; j < n; ++j) {
-    const Column<F> c(s[j], t[j], r);
-    student += c.q;
-    teacher += c.p;
-    difference += c.difference;
-    if constexpr (kMoment == Moment::kTeacher) moment += times(c.p, c.log_ratio);
-    if constexpr (kMoment == Moment::kStudent) moment += times(c.q, c.log_ratio);
-    if constexpr (kSeparate) student_1 += exp_nonpositive(s[j] - r.max_s).value;
+    const F sj = unmasked(s[j]), tj = unmasked(t[j]);
+    F p, q, log_ratio;
+    if constexpr (kCareful) {
+      const Pair<F> c(sj, tj, r);
+      p = c.p, q = c.q, log_ratio = c.log_ratio;
+      difference += c.difference;
+    } else {
+      const F top_s = (sj - r.max_s) * r.inv_tau, top_t = (tj - r.max_t) * r.inv_tau;
+      p = exp_nonpositive(top_t).value, q = exp_nonpositive(top_s).value, log_ratio = top_t - top_s;
+    }
+    student += q;
+    teacher += p;
+    moment += (kMoment == Moment::kStudent ? q : p) * log_ratio;
+    if constexpr (kSeparate) student_1 += exp_nonpositive(sj - r.max_s).value;
   }
   return {student, teacher, difference, moment, student_1};
 }
@@ -136,7 +147,7 @@ template <class F>
 FASTKD_CLONES F block_sum(const F* s, int64_t n, F max_s) {
   F sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += exp_nonpositive(s[j] - max_s).value;
+  for (int64_t j = 0; j < n; ++j) sum += exp_nonpositive(unmasked(s[j]) - max_s).value;
   return sum;
 }
 
@@ -153,7 +164,7 @@ FASTKD_CLONES BlockValue<F> block_value(const F* s, const F* t, int64_t n, const
   F value = 0, slope = 0, coslope = 0;
 #pragma omp simd reduction(+ : value, slope, coslope)
   for (int64_t j = 0; j < n; ++j) {
-    const Column<F> column(s[j], t[j], r);
+    const Pair<F> column(unmasked(s[j]), unmasked(t[j]), r);
     value += D::value(column, b);
     slope += D::slope(column, b);
     coslope += D::coslope(column, b);
@@ -162,25 +173,25 @@ FASTKD_CLONES BlockValue<F> block_value(const F* s, const F* t, int64_t n, const
 }
 
 // g may be s. All three are read and written at the same j only.
-template <class D, bool kSaturated, class F>
+template <class D, bool kCareful, class F>
 FASTKD_CLONES void block_gradient(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
                                   const Beta<F>& beta, F scale) {
   const RowConstants<F> r = row;
   const Beta<F> b = beta;
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = scale * gradient_of<D, kSaturated>(Column<F>(s[j], t[j], r), b, r);
+  for (int64_t j = 0; j < n; ++j) g[j] = scale * gradient_of<D, kCareful>(unmasked(s[j]), unmasked(t[j]), b, r);
 }
 
 template <class F>
 FASTKD_CLONES void block_softmax(const F* s, F* g, int64_t n, F max_s, F scale) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = scale * exp_nonpositive(s[j] - max_s).value;
+  for (int64_t j = 0; j < n; ++j) g[j] = scale * exp_nonpositive(unmasked(s[j]) - max_s).value;
 }
 
 template <class F>
 FASTKD_CLONES void block_kd_and_softmax(const F* s, const F* kd, F* g, int64_t n, F max_s, F scale) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = kd[j] + scale * exp_nonpositive(s[j] - max_s).value;
+  for (int64_t j = 0; j < n; ++j) g[j] = kd[j] + scale * exp_nonpositive(unmasked(s[j]) - max_s).value;
 }
 
 // ---- one row --------------------------------------------------------------------------------------------------------
@@ -212,11 +223,26 @@ struct RowKernel {
   // The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf.
   static double finite(double max) { return max == kLowest ? 0 : max; }
 
-  // Pass 1: running statistics; returns D where moments give it, else 0.
+  // Pass 1: running statistics; returns D where moments give it. Rows whose models nearly agree are walked again with
+  // more care: there D and the gradient are small differences of what the plain pass sums up.
   double statistics(int64_t row, RowStats& out) const {
+    double divergence = statistics<false>(row, out);
+    if (teacher && !out.empty() && divergence < kNearlyEqual) {
+      divergence = statistics<true>(row, out);
+      out.careful = D::kMoment != Moment::kNone;
+    }
+    if constexpr (D::kMoment == Moment::kStudent) out.mean = divergence;
+    return divergence;
+  }
+
+  template <bool kCareful>
+  double statistics(int64_t row, RowStats& out) const {
+    constexpr bool kByStudent = D::kMoment == Moment::kStudent;
     F s_buffer[kBlock], t_buffer[kBlock];
     const double tau = objective.tau, inv_tau = 1 / tau;
     const bool separate = labels && tau != 1;
+    const auto sums_of =
+        separate ? &block_sums<F, D::kMoment, kCareful, true> : &block_sums<F, D::kMoment, kCareful, false>;
     double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0;
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
@@ -230,27 +256,22 @@ struct RowKernel {
       }
       const F* t = teacher->read(row, start, n, t_buffer);
       max_t = std::max<double>(max_t, block_max(t, n));
-      const RowConstants<F> constants({finite(max_s), 1, finite(max_t), 1, 0, 0, 1}, tau);
-      const auto sums_of = separate ? &block_sums<F, D::kMoment, true> : &block_sums<F, D::kMoment, false>;
-      const BlockSums<F> sums = sums_of(s, t, n, constants);
+      const BlockSums<F> sums = sums_of(s, t, n, RowConstants<F>({finite(max_s), 1, finite(max_t), 1, 0, 0, 1}, tau));
 
       const double s_factor = rescale(before_s, max_s, inv_tau), t_factor = rescale(before_t, max_t, inv_tau);
       // log_ratio is relative to both maxima, so the moment follows when either moves
       const double moved = inv_tau * (finite(before_t) - finite(before_s) - finite(max_t) + finite(max_s));
-      const bool by_teacher = D::kMoment == Moment::kTeacher;
-      moment = (by_teacher ? t_factor : s_factor) * (moment + (by_teacher ? sum_t : sum_s) * moved) + sums.moment;
+      moment = (kByStudent ? s_factor : t_factor) * (moment + (kByStudent ? sum_s : sum_t) * moved) + sums.moment;
       difference = s_factor * difference + (s_factor - t_factor) * sum_t + sums.difference;
       sum_s = s_factor * sum_s + sums.student;
       sum_t = t_factor * sum_t + sums.teacher;
       sum_1 += sums.student_1;
     }
-    // Where the models agree, the summed difference knows Z_s - Z_t to more digits than the two sums do.
-    if (std::abs(difference) < 0.5 * sum_t) sum_s = sum_t + difference;
+    if (kCareful) sum_s = sum_t + difference;  // the summed difference has more digits than the difference of two sums
     out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate ? sum_s : sum_1};
     if (!teacher || out.empty()) return 0;
-    if constexpr (D::kMoment == Moment::kTeacher) return moment / sum_t + std::log(sum_s / sum_t);
-    if constexpr (D::kMoment == Moment::kStudent) out.mean = -moment / sum_s - std::log(sum_s / sum_t);
-    return out.mean;
+    const double log_sums = std::log(sum_s / sum_t);
+    return kByStudent ? -moment / sum_s - log_sums : moment / sum_t + log_sums;
   }
 
   // Pass 2, for divergences without a closed form: D, and the mean of u into `stats`.
@@ -266,8 +287,8 @@ struct RowKernel {
       mean += block.slope;
       comean += block.coslope;
     }
-    stats.saturated = comean < mean;
-    stats.mean = stats.saturated ? -comean : mean;
+    stats.careful = comean < mean;
+    stats.mean = stats.careful ? -comean : mean;
     return value;
   }
 
@@ -277,6 +298,7 @@ struct RowKernel {
     if constexpr (D::kMoment == Moment::kNone) {
       if (teacher && !stats.empty()) divergence = value(row, stats);
     }
+    divergence = with_infinity(divergence);
     double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
     if (labels) loss += objective.ce_weight * cross_entropy(row, stats);
     return loss;
@@ -295,7 +317,7 @@ struct RowKernel {
     const RowConstants<F> constants(stats, objective.tau);
     const bool kd = teacher && !stats.empty();
     const bool ce = labels && stats.sum_1 != 0;
-    const auto kd_gradient = stats.saturated ? &block_gradient<D, true, F> : &block_gradient<D, false, F>;
+    const auto kd_gradient = stats.careful ? &block_gradient<D, true, F> : &block_gradient<D, false, F>;
     const F kd_scale = static_cast<F>(coefficient * objective.kd_weight * objective.tau);
     const F ce_scale = static_cast<F>(coefficient * objective.ce_weight / stats.sum_1);
     const F at_label = ce ? label_gradient(row, stats, coefficient, constants, kd, kd_scale) : F(0);
@@ -332,9 +354,9 @@ struct RowKernel {
     const double exponential = std::exp(static_cast<double>(s) - stats.max_s);
     double g = coefficient * objective.ce_weight * (exponential - stats.sum_1) / stats.sum_1;
     if (kd) {
-      const Column<F> column(s, teacher->element(row, labels[row]), constants);
-      g += kd_scale * (stats.saturated ? gradient_of<D, true>(column, beta, constants)
-                                        : gradient_of<D, false>(column, beta, constants));
+      const F own = unmasked(s), other = unmasked(teacher->element(row, labels[row]));
+      g += kd_scale * (stats.careful ? gradient_of<D, true>(own, other, beta, constants)
+                                     : gradient_of<D, false>(own, other, beta, constants));
     }
     return static_cast<F>(g);
   }
