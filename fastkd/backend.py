@@ -64,6 +64,7 @@ def backend_for(device: torch.device) -> tuple[str | None, str | None]:
     return None, f"there are no kernels for device type {device.type!r}"
 
 
+@torch.compiler.assume_constant_result  # torch.compile decides once, when it traces
 def use_fused(impl: str, device: torch.device) -> bool:
     """Whether a call runs on kernels. Raises RuntimeError where ``impl="fused"`` has none to run on."""
     check_choice("impl", impl, IMPLS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .divergence import DIVERGENCES, divergence_code
 
-__all__ = ["Objective", "TokenArguments", "check_choice", "check_number", "check_same_device", "check_tensor"]
+__all__ = ["Objective", "TokenArguments", "check_choice", "check_number", "check_same_device", "check_tensor", "is_finite"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -36,8 +36,8 @@ class Objective:
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_number("beta", self.beta, "in (0, 1)", lambda x: 0 < x < 1)
         check_number("temperature", self.temperature, "> 0", lambda x: 0 < x < math.inf)
-        check_number("kd_weight", self.kd_weight, "finite", math.isfinite)
-        check_number("ce_weight", self.ce_weight, "finite", math.isfinite)
+        check_number("kd_weight", self.kd_weight, "that is finite", is_finite)
+        check_number("ce_weight", self.ce_weight, "that is finite", is_finite)
 
     def for_kernel(self) -> tuple[int, float, float, float, float]:
         """The trailing arguments of every kernel: divergence code, beta, temperature, kd_weight, ce_weight."""
@@ -84,7 +84,7 @@ class TokenArguments:
             if self.normalizer.dim() != 0:
                 raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(self.normalizer)}")
         else:
-            check_number("normalizer", self.normalizer, "finite and >= 0", lambda x: 0 <= x < math.inf)
+            check_number("normalizer", self.normalizer, ">= 0", lambda x: 0 <= x < math.inf)
 
     def _check_labels(self, labels: Tensor, leading: torch.Size, vocabulary: int, device: torch.device) -> None:
         check_tensor("labels", labels, shape=leading)
@@ -135,6 +135,11 @@ def check_number(name: str, value: object, expected: str, holds) -> None:
         raise TypeError(f"{name}: expected a number {expected}, got {type(value).__name__}")
     if not holds(value):
         raise ValueError(f"{name}: expected a number {expected}, got {value}")
+
+
+def is_finite(x: float) -> bool:
+    """math.isfinite, in a form that torch.compile traces."""
+    return -math.inf < x < math.inf
 
 
 def check_tensor(

@@ -298,6 +298,7 @@ struct RowKernel {
     if constexpr (D::kMoment == Moment::kNone) {
       if (teacher && !stats.empty()) divergence = value(row, stats);
     }
+    if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
     divergence = with_infinity(divergence);
     double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
     if (labels) loss += objective.ce_weight * cross_entropy(row, stats);
@@ -305,6 +306,23 @@ struct RowKernel {
   }
 
   bool label_in_range(int64_t row) const { return labels[row] >= 0 && labels[row] < columns; }
+
+  // A student sure of its label has sum_1 = e_label + a little, and both loss and gradient are about the little, which a
+  // sum in working precision has rounded away: sum it up alone.
+  void sharpen_sum_at_label(int64_t row, RowStats& stats) const {
+    const double at_label = std::exp(static_cast<double>(student.element(row, labels[row])) - stats.max_s);
+    if (!(at_label > 0.5 * stats.sum_1)) return;
+    F buffer[kBlock];
+    double others = 0;
+    const int64_t edges[] = {0, labels[row], labels[row] + 1, columns};
+    for (int part = 0; part < 4; part += 2) {
+      for (int64_t start = edges[part]; start < edges[part + 1]; start += kBlock) {
+        const int64_t n = std::min(kBlock, edges[part + 1] - start);
+        others += block_sum(student.read(row, start, n, buffer), n, static_cast<F>(stats.max_s));
+      }
+    }
+    stats.sum_1 = at_label + others;
+  }
 
   double cross_entropy(int64_t row, const RowStats& stats) const {
     if (!label_in_range(row)) return std::numeric_limits<double>::quiet_NaN();

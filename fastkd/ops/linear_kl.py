@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backend import use_fused
-from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor
+from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite
 from .divergence_rows import _OBJECTIVE, STATS, divergence_rows_, divergence_stats
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
@@ -49,7 +49,7 @@ def _outputs(student_hidden, student_weight, student_bias, coefficient, gradient
     wanted = zip(gradients, (student_hidden, student_weight, student_bias), strict=True)
     return (
         torch.empty_like(coefficient),
-        *(x.new_empty(x.shape) if want and x is not None else coefficient.new_empty(0) for want, x in wanted),
+        *(x.new_empty(x.shape if want else 0) if x is not None else student_weight.new_empty(0) for want, x in wanted),
     )
 
 
@@ -116,9 +116,10 @@ class _Gradients:
             else:
                 target.add_(torch.mm(scores_grad.t(), hidden, out_dtype=target.dtype), alpha=self.scale)
 
-    def results(self, empty: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        pairs = ((self.hidden_grad, hidden), (self.weight_grad, weight), (self.bias_grad, bias))
-        return tuple(empty if grad is None else grad.to(like.dtype) for grad, like in pairs)
+    def results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """In the inputs' dtype; empty where not wanted (a tensor each: outputs of an op may not alias)."""
+        gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
+        return tuple(self.weight.new_empty(0) if grad is None else grad.to(dtype) for grad in gradients)
 
 
 def _token_chunks(coefficient: Tensor, rows_at_once: int) -> Iterator[slice | Tensor]:
@@ -185,7 +186,7 @@ def _linear_kl(
             stats = weights.new_empty(count, STATS)
             divergence_stats(student, teacher, weights, row_labels, row_loss, stats, *objective)
         loss[rows] = row_loss
-    return loss, *total.results(coefficient.new_empty(0), student_hidden, student_weight, student_bias)
+    return loss, *total.results(student_weight.dtype)
 
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
@@ -327,8 +328,8 @@ def linear_kl(
     """
     objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
     tokens = TokenArguments(weight, labels, ignore_index, reduction, normalizer)
-    check_number("student_scale", student_scale, "that is finite", lambda x: x - x == 0)
-    check_number("teacher_scale", teacher_scale, "that is finite", lambda x: x - x == 0)
+    check_number("student_scale", student_scale, "that is finite", is_finite)
+    check_number("teacher_scale", teacher_scale, "that is finite", is_finite)
     if workspace_mb is not None:
         check_number("workspace_mb", workspace_mb, "> 0", lambda x: 0 < x < float("inf"))
     check_tensor("student_hidden", student_hidden, floating=True)

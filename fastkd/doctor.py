@@ -1,0 +1,71 @@
+"""``python -m fastkd.doctor``: what is active on this machine, what is not, and why.
+
+Exit code 0 where the losses run on kernels, 1 where they fall back to the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import __version__
+from .backend import backend_for, extension_problem, triton_problem
+
+TRAINING_PACKAGES = ("transformers", "accelerate", "datasets", "sentencepiece", "matplotlib")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_path() -> str:
+    """The clone of the CPU kernels that the loader picks: by instruction set, as csrc/cpu lists them."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"AVX512": "AVX-512", "AVX2": "AVX2"}.get(capability, "baseline instructions")
+
+
+def report() -> list[tuple[str, str]]:
+    """(what, how it is) line by line."""
+    lines = [
+        ("fastkd", __version__),
+        ("python", f"{platform.python_version()} on {platform.machine()} {platform.system()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+    ]
+    problem = extension_problem()
+    lines.append(("CPU kernels", problem or f"active, {_cpu_path()}"))
+    lines.append(("Triton kernels", triton_problem() or f"importable, triton {_version('triton')}"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            lines.append((f"GPU {index}", torch.cuda.get_device_name(index)))
+    else:
+        lines.append(("GPU", "none visible to torch"))
+    for device in _devices():
+        kernels, why = backend_for(device)
+        lines.append((f'impl="auto" on {device.type}', kernels or f"reference, because {why}"))
+    missing = [package for package in TRAINING_PACKAGES if _version(package) == "not installed"]
+    hint = f"not usable: pip install 'fastkd[train]' (missing: {', '.join(missing)})" if missing else "usable"
+    lines.append(("fastkd-train", hint))
+    return lines
+
+
+def _devices() -> list[torch.device]:
+    names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [torch.device(name) for name in names]
+
+
+def main() -> int:
+    lines = report()
+    width = max(len(name) for name, _ in lines)
+    for name, state in lines:
+        print(f"{name:<{width}}  {state}")
+    return 0 if all(backend_for(device)[0] for device in _devices()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What the contract test runs: every op as a case, every backend as a context, inputs that are meant to hurt."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import backend
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How teacher and student logits are drawn: standard deviation, and the student's distance from the teacher."""
+
+    name: str
+    deviation: float
+    distance: float | None  # None: the models know nothing of each other
+
+    def logits(self, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """(student, teacher) [tokens, vocabulary] in float64"""
+        teacher = self.deviation * torch.randn(tokens, vocabulary, dtype=torch.float64)
+        noise = torch.randn(tokens, vocabulary, dtype=torch.float64)
+        return (self.deviation * noise if self.distance is None else teacher + self.distance * noise), teacher
+
+
+UNRELATED = Regime("unrelated", 2.0, None)
+REGIMES = [
+    UNRELATED,
+    Regime("sd5", 5.0, 2.0),
+    Regime("sd30", 30.0, 3.0),
+    Regime("near_converged", 5.0, 1e-3),
+]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function, its inputs from a regime, and the names of the inputs that get gradients."""
+
+    name: str
+    function: Callable[..., Tensor]
+    make: Callable[..., Inputs]
+    student: tuple[str, ...]
+
+
+def _logit_inputs(regime: Regime, tokens: int = 6, vocabulary: int = 203) -> Inputs:
+    student, teacher = regime.logits(tokens, vocabulary)
+    return {"student_logits": student, "teacher_logits": teacher}
+
+
+def _linear_inputs(regime: Regime, tokens: int = 24, vocabulary: int = 203, width: int = 24) -> Inputs:
+    """Hidden states of unit variance and heads scaled so that logits have the regime's deviation and distance.
+
+    Where the student is near the teacher it has the same width plus one more, whose weights hold the noise.
+    """
+    teacher_hidden = torch.randn(tokens, width, dtype=torch.float64)
+    teacher_weight = regime.deviation * width**-0.5 * torch.randn(vocabulary, width, dtype=torch.float64)
+    if regime.distance is None:
+        student_hidden = torch.randn(tokens, width // 2, dtype=torch.float64)
+        student_weight = regime.deviation * (width // 2) ** -0.5 * torch.randn(vocabulary, width // 2).double()
+    else:
+        student_hidden = torch.cat([teacher_hidden, torch.randn(tokens, 1, dtype=torch.float64)], 1)
+        student_weight = torch.cat([teacher_weight, regime.distance * torch.randn(vocabulary, 1).double()], 1)
+    return {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "student_bias": 0.1 * torch.randn(vocabulary, dtype=torch.float64),
+        "teacher_bias": 0.1 * torch.randn(vocabulary, dtype=torch.float64),
+    }
+
+
+LOGIT_KL = Op("logit_kl", fastkd.logit_kl, _logit_inputs, ("student_logits",))
+LINEAR_KL = Op("linear_kl", fastkd.linear_kl, _linear_inputs, ("student_hidden", "student_weight", "student_bias"))
+OPS = [LOGIT_KL, LINEAR_KL]
+
+BACKENDS = ["reference", "cpp", "triton"]
+
+
+@contextlib.contextmanager
+def running_on(name: str) -> Iterator[tuple[str, torch.device]]:
+    """(impl, device) that make a call run on this backend and no other; skips where it cannot."""
+    if name == "reference":
+        yield "reference", torch.device("cpu")
+    elif name == "cpp":
+        assert backend.extension_problem() is None, backend.extension_problem()  # CI builds it: never skip silently
+        yield "fused", torch.device("cpu")
+    else:
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            yield "fused", torch.device("cuda")
+        else:
+            with backend.interpret_triton():
+                yield "fused", torch.device("cpu")
+
+
+def to(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+    """Copies, so that no test changes another's inputs."""
+    return {name: x.to(device=device, dtype=dtype, copy=True) for name, x in inputs.items()}
+
+
+def value_and_gradients(op: Op, inputs: Inputs, upstream: Tensor | float = 1.0, **options) -> tuple[Tensor, Inputs]:
+    """The loss, and the gradients of the student's inputs for an upstream gradient."""
+    inputs = dict(inputs)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in op.student if name in inputs}
+    inputs.update(leaves)
+    loss = op.function(**inputs, **options)
+    seed = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand(loss.shape)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), seed)
+    return loss.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def oracle(op: Op, inputs: Inputs, **options) -> tuple[Tensor, Inputs]:
+    """The reference in float64 on exactly the values that `inputs` hold: nothing is rounded on the way."""
+    options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
+    return value_and_gradients(op, to(inputs, torch.float64), impl="reference", **options)
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Relative Frobenius error; NaN counts as infinite."""
+    got, wanted = got.detach().cpu().double(), wanted.detach().cpu().double()
+    assert got.shape == wanted.shape
+    error = (got - wanted).norm() / wanted.norm().clamp_min(1e-300)
+    return float("inf") if error.isnan() else error.item()

@@ -1,0 +1,492 @@
+"""Every op, on every backend, in every dtype, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.divergence import DIVERGENCES
+
+from .cases import (
+    BACKENDS,
+    LINEAR_KL,
+    LOGIT_KL,
+    OPS,
+    REGIMES,
+    UNRELATED,
+    Op,
+    Regime,
+    distance,
+    oracle,
+    running_on,
+    to,
+    value_and_gradients,
+)
+
+# One rounding to the dtype, as a relative Frobenius error: at most half a unit in the last place of every element.
+ROUNDING = {torch.float64: 1.2e-16, torch.float32: 6e-8, torch.float16: 4.9e-4, torch.bfloat16: 3.9e-3}
+# Half the smallest subnormal: what rounding can take from an element however small it is.
+SMALLEST = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 3e-8, torch.bfloat16: 0.0}
+DTYPES = list(ROUNDING)
+
+
+def by_name(x):
+    return getattr(x, "name", str(x).removeprefix("torch."))
+
+
+over_ops = pytest.mark.parametrize("op", OPS, ids=by_name)
+over_backends = pytest.mark.parametrize("backend", BACKENDS)
+over_fused = pytest.mark.parametrize("backend", ["cpp", "triton"])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@over_ops
+@over_backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+@pytest.mark.parametrize("regime", REGIMES, ids=by_name)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: Regime, divergence: str):
+    inputs = to(op.make(regime), dtype)
+    loss, gradients = oracle(op, inputs, divergence=divergence)
+    with running_on(backend) as (impl, device):
+        got, got_gradients = value_and_gradients(op, to(inputs, dtype, device), impl=impl, divergence=divergence)
+
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if backend == "reference" and dtype == torch.float64:
+        assert torch.equal(got, loss)
+        return
+    # What plain torch in float32 (float64) makes of the same inputs: near convergence it has few digits left.
+    plain = torch.float64 if dtype == torch.float64 else torch.float32
+    plain_loss, plain_gradients = value_and_gradients(op, to(inputs, plain), impl="reference", divergence=divergence)
+    loss_bound, gradient_bound = (1e-12, 1e-11) if dtype == torch.float64 else (1e-6, 1e-5)
+    # What the score rows' own last digit is worth, which counts beside a loss that has nearly converged.
+    loss_bound += (1e-15 if dtype == torch.float64 else 1e-8) / loss.item()
+    assert distance(got, loss) <= max(loss_bound, 2 * distance(plain_loss, loss))
+    for name, gradient in got_gradients.items():
+        assert gradient.dtype == dtype
+        error, wanted = distance(gradient, gradients[name]), gradients[name]
+        rounding = ROUNDING[dtype] + SMALLEST[dtype] * wanted.numel() ** 0.5 / wanted.norm().item()
+        assert error <= max(gradient_bound, 2 * distance(plain_gradients[name], wanted)) + rounding, name
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("regime", REGIMES, ids=by_name)
+def test_logit_kl_needs_no_help_from_the_reference(regime: Regime, divergence: str):
+    """The row kernel alone meets its bound where plain torch in float32 is off by up to a tenth."""
+    inputs = to(LOGIT_KL.make(regime, tokens=5, vocabulary=32100), torch.float32)
+    loss, gradients = oracle(LOGIT_KL, inputs, divergence=divergence)
+    got, got_gradients = value_and_gradients(LOGIT_KL, inputs, impl="fused", divergence=divergence)
+    assert abs(got.item() - loss.item()) <= 1e-6 * abs(loss.item()) + 1e-10
+    assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
+
+
+def test_near_converged_bf16_student():
+    """bf16 logits would lose 4 to 23 % of this gradient; float32 score rows keep it."""
+    inputs = to(LINEAR_KL.make(Regime("near", 5.0, 0.02), tokens=64, vocabulary=4096, width=64), torch.bfloat16)
+    _, gradients = oracle(LINEAR_KL, inputs)
+    _, got = value_and_gradients(LINEAR_KL, inputs, impl="fused")
+    assert distance(got["student_hidden"], gradients["student_hidden"]) <= 1.5e-2
+
+
+@over_ops
+@over_backends
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_keyword(op: Op, backend: str, reduction: str):
+    """Temperature, weights, labels with ignored ones, both term weights, reductions and an upstream gradient."""
+    inputs = to(op.make(UNRELATED), torch.float32)
+    tokens = inputs[op.student[0]].shape[0]
+    labels = torch.randint(0, 203, (tokens,))
+    labels[1] = -7
+    weight = torch.rand(tokens)
+    weight[2] = 0
+    upstream = torch.randn(tokens) if reduction == "none" else torch.tensor(-2.5)
+    options = dict(
+        divergence="jsd",
+        beta=0.3,
+        temperature=2.0,
+        ce_weight=0.7,
+        kd_weight=0.4,
+        ignore_index=-7,
+        reduction=reduction,
+    )
+    loss, gradients = oracle(op, inputs, upstream=upstream, labels=labels, weight=weight, **options)
+    with running_on(backend) as (impl, device):
+        tensors = dict(labels=labels.to(device), weight=weight.to(device), upstream=upstream.to(device))
+        got, got_gradients = value_and_gradients(op, to(inputs, torch.float32, device), impl=impl, **tensors, **options)
+    assert got.shape == loss.shape
+    assert distance(got, loss) <= 1e-6
+    for name, gradient in got_gradients.items():
+        assert distance(gradient, gradients[name]) <= 1e-5, name
+
+
+@over_ops
+@over_backends
+def test_definition(op: Op, backend: str):
+    """The formula, written out here once more with F.kl_div and F.cross_entropy."""
+    inputs = to(op.make(UNRELATED), torch.float64)
+    labels = torch.randint(0, 203, (inputs[op.student[0]].shape[0],))
+    if op is LINEAR_KL:
+        student = 0.5 * inputs["student_hidden"] @ inputs["student_weight"].T + inputs["student_bias"]
+        teacher = 2.0 * inputs["teacher_hidden"] @ inputs["teacher_weight"].T + inputs["teacher_bias"]
+        options = {"student_scale": 0.5, "teacher_scale": 2.0}
+    else:
+        student, teacher, options = inputs["student_logits"], inputs["teacher_logits"], {}
+    kl = torch.nn.functional.kl_div(
+        (student / 3).log_softmax(-1), (teacher / 3).log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    wanted = 0.4 * 3**2 * kl + 0.6 * torch.nn.functional.cross_entropy(student, labels)
+    with running_on(backend) as (impl, device):
+        got = op.function(
+            **to(inputs, torch.float64, device),
+            labels=labels.to(device),
+            ce_weight=0.6,
+            kd_weight=0.4,
+            temperature=3.0,
+            impl=impl,
+            **options,
+        )
+    assert distance(got, wanted) <= 1e-12
+
+
+@over_ops
+@over_backends
+@pytest.mark.parametrize("larger", ["student", "teacher"])
+def test_vocabularies_of_different_size(op: Op, backend: str, larger: str):
+    """Models are compared over the shared prefix, and nothing reaches the columns beyond it."""
+    inputs = to(op.make(UNRELATED), torch.float32)
+    other = "teacher" if larger == "student" else "student"
+    cut = dict(inputs)
+    for name in inputs:
+        if name.startswith(other) and not name.endswith("hidden"):
+            axis = 1 if op is LOGIT_KL else 0
+            inputs[name] = inputs[name].narrow(axis, 0, 150)
+        if not name.endswith("hidden"):
+            cut[name] = cut[name].narrow(1 if op is LOGIT_KL else 0, 0, 150)
+    loss, gradients = oracle(op, cut)
+    with running_on(backend) as (impl, device):
+        got, got_gradients = value_and_gradients(op, to(inputs, torch.float32, device), impl=impl)
+    assert distance(got, loss) <= 1e-6
+    for name, gradient in got_gradients.items():
+        beyond = torch.zeros(0)
+        if name != "student_hidden":
+            axis = 1 if op is LOGIT_KL else 0
+            beyond = gradient.narrow(axis, 150, gradient.shape[axis] - 150)
+            gradient = gradient.narrow(axis, 0, 150)
+        assert distance(gradient, gradients[name]) <= 1e-5, name
+        assert not beyond.any()
+
+
+@over_ops
+@over_backends
+def test_dropped_tokens_are_not_even_read(op: Op, backend: str):
+    """NaN in the scores of a dropped token changes nothing, and its gradient is exactly zero."""
+    inputs = to(op.make(UNRELATED), torch.float32)
+    first = op.student[0]
+    weight = torch.ones(inputs[first].shape[0])
+    weight[::2] = 0
+    kept = {k: x[1::2] if k.endswith(("hidden", "logits")) else x for k, x in inputs.items()}
+    loss, gradients = oracle(op, kept)
+    if op is LOGIT_KL:
+        for name in inputs:
+            inputs[name] = inputs[name].masked_fill(weight[:, None] == 0, float("nan"))
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        got, got_gradients = value_and_gradients(op, moved, impl=impl, weight=weight.to(device))
+    assert distance(got, loss) <= 1e-6
+    assert distance(got_gradients[first][1::2], gradients[first]) <= 1e-5
+    assert torch.equal(got_gradients[first][::2].cpu(), torch.zeros_like(inputs[first][::2]))
+
+
+@over_ops
+@over_backends
+@pytest.mark.parametrize("how", ["weight", "labels", "no tokens", "normalizer"])
+def test_nothing_to_average_gives_zero(op: Op, backend: str, how: str):
+    inputs = to(op.make(UNRELATED), torch.float32)
+    if how == "no tokens":
+        inputs = {k: x[:0] if k.endswith(("hidden", "logits")) else x for k, x in inputs.items()}
+    tokens = inputs[op.student[0]].shape[0]
+    options = {
+        "weight": {"weight": torch.zeros(tokens)},
+        "labels": {"labels": torch.full((tokens,), -100), "ce_weight": 1.0},
+        "no tokens": {},
+        "normalizer": {"normalizer": torch.tensor(0)},
+    }[how]
+    with running_on(backend) as (impl, device):
+        options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        loss, gradients = value_and_gradients(op, to(inputs, torch.float32, device), impl=impl, **options)
+    assert loss.item() == 0
+    for name, gradient in gradients.items():
+        assert gradient.shape == inputs[name].shape
+        assert not gradient.any(), name
+
+
+@over_ops
+@over_fused
+def test_one_token_without_a_batch(op: Op, backend: str):
+    inputs = to(op.make(UNRELATED, tokens=1), torch.float32)
+    inputs = {k: x[0] if k.endswith(("hidden", "logits")) else x for k, x in inputs.items()}
+    loss, gradients = oracle(op, inputs, reduction="none")
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        got, got_gradients = value_and_gradients(op, moved, impl=impl, reduction="none")
+    assert got.shape == loss.shape == ()
+    assert distance(got, loss) <= 1e-6
+    for name, gradient in got_gradients.items():
+        assert distance(gradient, gradients[name]) <= 1e-5, name
+
+
+@over_ops
+@over_fused
+@pytest.mark.parametrize("layout", ["shifted", "transposed", "every other column", "broadcast"])
+def test_strides_are_respected(op: Op, backend: str, layout: str):
+    """The usual shift `[:, :-1]`, other views, and an expanded tensor; batch [2, 4]."""
+
+    def view(x: torch.Tensor) -> torch.Tensor:
+        if layout == "shifted":
+            return torch.cat([x, x[:, :1]], 1)[:, :-1]
+        if layout == "transposed":
+            return x.transpose(0, 2).contiguous().transpose(0, 2)
+        if layout == "every other column":
+            return x.repeat_interleave(2, -1)[..., ::2]
+        return x[:1].expand(2, -1, -1)
+
+    inputs = to(op.make(UNRELATED, tokens=8), torch.float32)
+    for name in inputs:
+        if name.endswith(("hidden", "logits")):
+            inputs[name] = view(inputs[name].unflatten(0, (2, 4)))
+    labels = torch.randint(0, 203, (2, 4))
+    plain = {k: x.contiguous() for k, x in inputs.items()}
+    loss, gradients = oracle(op, plain, labels=labels, ce_weight=0.5, reduction="none")
+    with running_on(backend) as (impl, device):
+        # .to() would make views contiguous, so a GPU gets its view there
+        moved = {k: view(x.to(device)) if k.endswith(("hidden", "logits")) else x.to(device) for k, x in plain.items()}
+        if device.type == "cpu":
+            moved = inputs
+        got, got_gradients = value_and_gradients(
+            op, moved, impl=impl, labels=labels.to(device), ce_weight=0.5, reduction="none"
+        )
+    assert got.shape == (2, 4)
+    assert distance(got, loss) <= 1e-6
+    for name, gradient in got_gradients.items():
+        assert distance(gradient, gradients[name]) <= 1e-5, name
+
+
+@over_fused
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_columns(backend: str, divergence: str):
+    """Columns of -inf in both models have probability exactly zero; a row of nothing else counts as 0."""
+    inputs = to(LOGIT_KL.make(UNRELATED), torch.float32)
+    banned = torch.rand(6, 203) < 0.4
+    banned[3] = True
+    allowed = [row for row in range(6) if row != 3]
+    masked = {k: x.masked_fill(banned, float("-inf")) for k, x in inputs.items()}
+    wanted_loss, wanted = [], torch.zeros(6, 203, dtype=torch.float64)
+    for row in allowed:  # the oracle sees the allowed columns alone
+        columns = ~banned[row]
+        row_inputs = {k: x[row : row + 1, columns] for k, x in inputs.items()}
+        loss, gradients = oracle(LOGIT_KL, row_inputs, divergence=divergence, reduction="sum")
+        wanted_loss.append(loss)
+        wanted[row, columns] = gradients["student_logits"][0]
+    with running_on(backend) as (impl, device):
+        got, got_gradients = value_and_gradients(
+            LOGIT_KL, to(masked, torch.float32, device), impl=impl, divergence=divergence, reduction="sum"
+        )
+    gradient = got_gradients["student_logits"].cpu()
+    assert distance(got, torch.stack(wanted_loss).sum()) <= 1e-6
+    assert distance(gradient, wanted) <= 1e-5
+    assert not gradient[banned].any()
+
+
+@over_fused
+def test_impossible_student_has_infinite_loss(backend: str):
+    """The student rules out what the teacher finds likely: KL(p || q) is infinite, and says so."""
+    inputs = to(LOGIT_KL.make(UNRELATED), torch.float32)
+    inputs["student_logits"][0, 5] = float("-inf")
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        assert fastkd.logit_kl(**moved, impl=impl).item() == float("inf")
+        assert 0 < fastkd.logit_kl(**moved, impl=impl, divergence="reverse_kl").item() < 100
+
+
+@over_fused
+@pytest.mark.parametrize("offset", [-300.0, 1e4])
+def test_common_offsets_change_nothing(backend: str, offset: float):
+    """softmax does not see a constant; with fp32 inputs the rounding of s + offset is all that may show."""
+    inputs = to(LOGIT_KL.make(REGIMES[3]), torch.float32)
+    inputs["student_logits"] = (inputs["student_logits"] + offset).float()
+    loss, gradients = oracle(LOGIT_KL, inputs)
+    with running_on(backend) as (impl, device):
+        got, got_gradients = value_and_gradients(LOGIT_KL, to(inputs, torch.float32, device), impl=impl)
+    assert abs(got.item() - loss.item()) <= 1e-6 * abs(loss.item()) + 1e-10
+    assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
+
+
+@over_ops
+@over_backends
+def test_two_backward_passes_agree(op: Op, backend: str):
+    for reduction in ("mean", "none"):
+        with running_on(backend) as (impl, device):
+            inputs = to(op.make(UNRELATED), torch.float32, device)
+            leaf = inputs[op.student[0]].requires_grad_()
+            loss = op.function(**inputs, impl=impl, reduction=reduction).sum()
+            (first,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
+            (second,) = torch.autograd.grad(3 * loss, leaf)
+        assert torch.equal(first, second)
+
+
+@over_ops
+@over_backends
+def test_only_the_student_learns(op: Op, backend: str):
+    with running_on(backend) as (impl, device):
+        inputs = {k: x.requires_grad_() for k, x in to(op.make(UNRELATED), torch.float32, device).items()}
+        op.function(**inputs, impl=impl).backward()
+    for name, x in inputs.items():
+        assert (x.grad is not None) == (name in op.student), name
+
+
+@over_fused
+@pytest.mark.parametrize("trained", [("student_hidden",), ("student_weight",), ("student_bias",), ()])
+def test_linear_kl_computes_the_gradients_that_are_asked_for(backend: str, trained: tuple[str, ...]):
+    inputs = to(LINEAR_KL.make(UNRELATED), torch.float32)
+    _, gradients = oracle(LINEAR_KL, inputs)
+    for reduction in ("mean", "none"):
+        with running_on(backend) as (impl, device):
+            moved = to(inputs, torch.float32, device)
+            for name in trained:
+                moved[name].requires_grad_()
+            loss = fastkd.linear_kl(**moved, impl=impl, reduction=reduction).mean()
+            assert loss.requires_grad == bool(trained)
+            if trained:
+                loss.backward()
+        for name in LINEAR_KL.student:
+            assert (moved[name].grad is not None) == (name in trained)
+            if name in trained:
+                assert distance(moved[name].grad, gradients[name]) <= 1e-5
+
+
+@over_fused
+@pytest.mark.parametrize("workspace_mb", [1e-6, 0.004, 1.0])
+def test_linear_kl_chunks_of_any_size(backend: str, workspace_mb: float):
+    inputs = to(LINEAR_KL.make(UNRELATED, tokens=13), torch.float32)
+    loss, gradients = oracle(LINEAR_KL, inputs)
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        got, got_gradients = value_and_gradients(LINEAR_KL, moved, impl=impl, workspace_mb=workspace_mb)
+    assert distance(got, loss) <= 1e-6
+    for name, gradient in got_gradients.items():
+        assert distance(gradient, gradients[name]) <= 1e-5, name
+
+
+@over_ops
+@over_backends
+def test_without_a_teacher(op: Op, backend: str):
+    """kd_weight=0 makes a (fused linear) cross-entropy."""
+    inputs = to(op.make(UNRELATED), torch.float32)
+    labels = torch.randint(0, 203, (inputs[op.student[0]].shape[0],))
+    for name in list(inputs):
+        if name.startswith("teacher"):
+            del inputs[name]
+    empty = {"teacher_logits": None} if op is LOGIT_KL else {"teacher_hidden": None, "teacher_weight": None}
+    options = dict(empty, ce_weight=1.0, kd_weight=0.0)
+    if op is LOGIT_KL:
+        logits = inputs["student_logits"].double().requires_grad_()
+    else:
+        hidden = inputs["student_hidden"].double().requires_grad_()
+        logits = hidden @ inputs["student_weight"].double().T + inputs["student_bias"].double()
+    wanted = torch.nn.functional.cross_entropy(logits, labels)
+    (wanted_gradient,) = torch.autograd.grad(wanted, logits if op is LOGIT_KL else hidden)
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        got, gradients = value_and_gradients(op, moved, impl=impl, labels=labels.to(device), **options)
+    assert distance(got, wanted) <= 1e-6
+    assert distance(gradients[op.student[0]], wanted_gradient) <= 1e-5
+
+
+@over_fused
+def test_cross_entropy_of_a_confident_student(backend: str):
+    """softmax - 1 at the label, where softmax is 1 to six digits."""
+    logits = torch.randn(4, 203)
+    logits[:, 7] = 22.0
+    labels = torch.full((4,), 7)
+    inputs = {"student_logits": logits, "teacher_logits": logits}
+    loss, gradients = oracle(LOGIT_KL, inputs, labels=labels, ce_weight=1.0)
+    with running_on(backend) as (impl, device):
+        got, got_gradients = value_and_gradients(
+            LOGIT_KL, to(inputs, torch.float32, device), impl=impl, labels=labels.to(device), ce_weight=1.0
+        )
+    assert distance(got, loss) <= 1e-6
+    assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
+
+
+@over_ops
+@over_backends
+def test_normalizer_makes_accumulation_exact(op: Op, backend: str):
+    """Two micro-batches of unequal size, each divided by the whole batch's token count, add up to the whole batch."""
+    with running_on(backend) as (impl, device):
+        inputs = to(op.make(UNRELATED), torch.float32, device)
+        tokens = inputs[op.student[0]].shape[0]
+        whole, whole_gradients = value_and_gradients(op, inputs, impl=impl)
+        total, total_gradient = 0, 0
+        for part in (slice(0, 2), slice(2, None)):
+            micro = {k: x[part] if k.endswith(("hidden", "logits")) else x for k, x in inputs.items()}
+            loss, gradients = value_and_gradients(op, micro, impl=impl, normalizer=torch.tensor(tokens, device=device))
+            total = total + loss
+            total_gradient = total_gradient + gradients[op.student[-1]] if op is LINEAR_KL else 0
+        number = op.function(**inputs, impl=impl, normalizer=tokens)
+    assert distance(total, whole) <= 1e-6
+    assert distance(number, whole) <= 1e-6
+    if op is LINEAR_KL:
+        assert distance(total_gradient, whole_gradients["student_bias"]) <= 1e-5
+
+
+@over_ops
+@over_fused
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(op: Op, backend: str, divergence: str, reduction: str):
+    with running_on(backend) as (impl, device):
+        sizes = {"tokens": 3, "vocabulary": 5} | ({"width": 4} if op is LINEAR_KL else {})
+        inputs = to(op.make(UNRELATED, **sizes), torch.float64, device)
+        labels = torch.tensor([1, -100, 4], device=device)
+
+        def function(*student):
+            named = dict(inputs, **dict(zip(op.student, student, strict=True)))
+            options = dict(divergence=divergence, reduction=reduction, temperature=1.5, ce_weight=0.5, beta=0.3)
+            return op.function(**named, labels=labels, impl=impl, **options)
+
+        leaves = [inputs[name].requires_grad_() for name in op.student]
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+@over_ops
+def test_autocast_casts_as_linear_does(op: Op):
+    inputs = to(op.make(UNRELATED), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradients = value_and_gradients(op, inputs)
+    expected = to(inputs, torch.bfloat16) if op is LINEAR_KL else inputs
+    wanted, wanted_gradients = value_and_gradients(op, expected)
+    assert torch.equal(loss, wanted)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, wanted_gradients[name].float())
+
+
+def test_results_do_not_depend_on_threads_or_runs():
+    inputs = to(LOGIT_KL.make(UNRELATED, tokens=64), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(value_and_gradients(LOGIT_KL, inputs, divergence="skew_kl"))
+    finally:
+        torch.set_num_threads(threads)
+    (loss, gradients), *others = results
+    for other_loss, other_gradients in others:
+        assert torch.equal(loss, other_loss)
+        assert torch.equal(gradients["student_logits"], other_gradients["student_logits"])

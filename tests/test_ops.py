@@ -1,0 +1,187 @@
+"""The ops as torch sees them: schemas, fake kernels, torch.compile, and what a direct call may not do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fastkd
+from fastkd.backend import interpret_triton
+from fastkd.checks import Objective
+
+from .cases import LINEAR_KL, LOGIT_KL, OPS, UNRELATED, Op, distance, running_on, to, value_and_gradients
+
+OBJECTIVE = Objective("jsd", 0.3, 2.0, 0.6, 0.4).for_kernel()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rows():
+    """Arguments of the row primitive: student, teacher, coefficient, labels."""
+    student, teacher = UNRELATED.logits(5, 33)
+    coefficient = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
+    return student.float(), teacher.float(), coefficient, torch.randint(0, 33, (5,))
+
+
+def test_logit_kl_opcheck(rows):
+    student, teacher, coefficient, labels = rows
+    opcheck(torch.ops.fastkd.logit_kl.default, (student, teacher, coefficient, labels, *OBJECTIVE))
+    _, stats = torch.ops.fastkd.logit_kl(student, teacher, coefficient, labels, *OBJECTIVE)
+    arguments = (student, teacher, stats, coefficient, labels, *OBJECTIVE)
+    opcheck(torch.ops.fastkd.logit_kl_backward.default, arguments)
+
+
+@pytest.mark.parametrize("gradients", [[True] * 3, [False] * 3, [True, False, False]])
+def test_linear_kl_opcheck(gradients: list[bool]):
+    x = to(LINEAR_KL.make(UNRELATED, tokens=5), torch.float32)
+    opcheck(
+        torch.ops.fastkd.linear_kl.default,
+        (
+            x["student_hidden"],
+            x["student_weight"],
+            x["student_bias"],
+            x["teacher_hidden"],
+            x["teacher_weight"],
+            x["teacher_bias"],
+            torch.rand(5, dtype=torch.float64),
+            torch.randint(0, 203, (5,)),
+            1.0,
+            1.0,
+            2048,
+            gradients,
+            *OBJECTIVE,
+        ),
+    )
+
+
+def test_row_primitive_opcheck(rows):
+    student, teacher, coefficient, labels = rows
+    loss, stats = torch.zeros(5, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
+    ops = torch.ops.fastkd
+    opcheck(ops.divergence_stats.default, (student, teacher, coefficient, labels, loss, stats, *OBJECTIVE))
+    opcheck(ops.divergence_rows_.default, (student.clone(), teacher, coefficient, labels, loss, *OBJECTIVE))
+    gradient = torch.empty_like(student)
+    opcheck(ops.divergence_gradient.default, (student, teacher, stats, coefficient, labels, gradient, *OBJECTIVE))
+
+
+def test_row_primitive_agrees_with_itself(rows):
+    """In place or through kept statistics: the same loss and the same gradient, to the bit."""
+    student, teacher, coefficient, labels = rows
+    ops = torch.ops.fastkd
+    loss, other_loss = torch.zeros(2, 5, dtype=torch.float64).unbind()
+    stats, gradient = torch.zeros(5, 7, dtype=torch.float64), torch.empty_like(student)
+    ops.divergence_stats(student, teacher, coefficient, labels, loss, stats, *OBJECTIVE)
+    ops.divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *OBJECTIVE)
+    ops.divergence_rows_(student, teacher, coefficient, labels, other_loss, *OBJECTIVE)
+    assert torch.equal(loss, other_loss)
+    assert torch.equal(gradient, student)
+
+
+def test_row_primitive_guards_memory(rows):
+    """Called directly, wrong shapes are refused and a label out of range gives NaN instead of a wild read."""
+    student, teacher, coefficient, labels = rows
+    loss = torch.zeros(5, dtype=torch.float64)
+    call = torch.ops.fastkd.divergence_rows_
+    with pytest.raises(RuntimeError, match="teacher must be"):
+        call(student, teacher[:, :-1], coefficient, labels, loss, *OBJECTIVE)
+    with pytest.raises(RuntimeError, match="labels must be"):
+        call(student, teacher, coefficient, labels[:-1], loss, *OBJECTIVE)
+    with pytest.raises(RuntimeError, match="coefficient has the wrong dtype"):
+        call(student, teacher, coefficient.float(), labels, loss, *OBJECTIVE)
+    with pytest.raises(RuntimeError, match="unknown divergence"):
+        call(student, teacher, coefficient, labels, loss, 6, *OBJECTIVE[1:])
+    call(student, teacher, coefficient, torch.tensor([0, 33, 2, 3, -1]), loss, *OBJECTIVE)
+    assert loss.isnan().tolist() == [False, True, False, False, True]
+    assert student.isnan().any(1).tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_graph_break(op: Op, reduction: str):
+    """fullgraph, forward and backward, and one compilation for every batch size."""
+    torch._dynamo.reset()
+    compilations = 0
+
+    def count(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    def function(inputs, weight):
+        return op.function(**inputs, weight=weight, reduction=reduction, temperature=2.0)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    counted = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+    for tokens in (5, 9, 12):
+        inputs = to(op.make(UNRELATED, tokens=tokens), torch.float32)
+        weight = torch.rand(tokens)
+        for name in op.student:
+            inputs[name].requires_grad_()
+        wanted, got = function(inputs, weight), compiled(inputs, weight)
+        counted(inputs, weight)
+        assert distance(got, wanted) <= 1e-6
+        leaves = [inputs[name] for name in op.student]
+        for left, right in zip(
+            torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
+        ):
+            assert distance(left, right) <= 1e-6
+    assert compilations == 1
+
+
+def test_functions_are_public():
+    """fastkd.functions.LogitKL is the op without argument checks and reductions."""
+    student, teacher = (x.float() for x in UNRELATED.logits(4, 33))
+    objective = Objective("forward_kl", 0.5, 1.0, 1.0, 0.0)
+    coefficient = torch.full((4,), 0.25, dtype=torch.float64)
+    rows = fastkd.functions.LogitKL.apply(student, teacher, coefficient, None, objective)
+    assert torch.equal(rows.sum().float(), fastkd.logit_kl(student, teacher))
+
+
+def test_modules_equal_functions():
+    x = to(LINEAR_KL.make(UNRELATED), torch.float32)
+    labels = torch.randint(0, 203, (x["student_hidden"].shape[0],))
+    constants = dict(divergence="skew_kl", beta=0.1, temperature=2.0, ce_weight=0.5)
+    module = fastkd.nn.LinearKLLoss(student_scale=0.5, **constants)
+    assert "divergence='skew_kl'" in repr(module)
+    got = module(**x, labels=labels)
+    assert torch.equal(got, fastkd.linear_kl(**x, labels=labels, student_scale=0.5, **constants))
+    y = to(LOGIT_KL.make(UNRELATED), torch.float32)
+    labels = labels[: y["student_logits"].shape[0]]
+    got = fastkd.nn.LogitKLLoss(**constants)(**y, labels=labels)
+    assert torch.equal(got, fastkd.logit_kl(**y, labels=labels, **constants))
+    with pytest.raises(ValueError, match="temperature"):
+        fastkd.nn.LogitKLLoss(temperature=0.0)
+
+
+def test_logit_kl_holds_nothing_but_the_gradient():
+    """No tensor of the logits' size is saved beside the logits themselves, nor made in forward."""
+    student, teacher = (x.float() for x in UNRELATED.logits(64, 1024))
+    student.requires_grad_()
+    saved = []
+
+    def pack(x):
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = fastkd.logit_kl(student, teacher)
+    own = {student.data_ptr(), teacher.data_ptr()}
+    assert sum(x.numel() for x in saved if x.data_ptr() not in own) <= 64 * 10
+    loss.backward()
+
+
+def test_triton_and_cpp_agree():
+    inputs = to(LOGIT_KL.make(UNRELATED), torch.float32)
+    with running_on("cpp"):
+        loss, gradients = value_and_gradients(LOGIT_KL, inputs, divergence="skew_reverse_kl")
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        with interpret_triton():
+            other, other_gradients = value_and_gradients(LOGIT_KL, inputs, divergence="skew_reverse_kl")
+        assert distance(other, loss) <= 1e-6
+        assert distance(other_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
