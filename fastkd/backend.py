@@ -8,7 +8,6 @@ kernel and says why there is none, ``"reference"`` asks for plain torch.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -17,16 +16,12 @@ import torch
 
 from .checks import check_choice
 
-__all__ = ["backend_for", "extension_problem", "interpret_triton", "triton_problem", "use_fused"]
+__all__ = ["EXTENSION_PROBLEM", "TRITON_PROBLEM", "backend_for", "interpret_triton", "use_fused"]
 
 IMPLS = ("auto", "reference", "fused")
 
-_triton_on_cpu = False
 
-
-@functools.cache
-def extension_problem() -> str | None:
-    """Loads the compiled extension; None if it is usable, else why it is not."""
+def _load_extension() -> str | None:
     try:
         importlib.import_module("fastkd._C")
     except ImportError as error:
@@ -34,12 +29,12 @@ def extension_problem() -> str | None:
     return None
 
 
-@functools.cache
-def triton_problem() -> str | None:
-    """None if Triton can be imported, else why not."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+# Why something is not usable, or None. Found out once, at import, so that torch.compile sees constants: loading the
+# extension takes a millisecond, and Triton itself is imported by the first call that needs it.
+EXTENSION_PROBLEM = _load_extension()
+TRITON_PROBLEM = None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+_triton_on_cpu = False
 
 
 @contextlib.contextmanager
@@ -56,15 +51,12 @@ def interpret_triton() -> Iterator[None]:
 def backend_for(device: torch.device) -> tuple[str | None, str | None]:
     """(the kernels that serve this device: "cpp", "triton" or None, the reason where there are none)"""
     if device.type == "cuda" or (device.type == "cpu" and _triton_on_cpu):
-        problem = triton_problem()
-        return (None, problem) if problem else ("triton", None)
+        return (None, TRITON_PROBLEM) if TRITON_PROBLEM else ("triton", None)
     if device.type == "cpu":
-        problem = extension_problem()
-        return (None, problem) if problem else ("cpp", None)
+        return (None, EXTENSION_PROBLEM) if EXTENSION_PROBLEM else ("cpp", None)
     return None, f"there are no kernels for device type {device.type!r}"
 
 
-@torch.compiler.assume_constant_result  # torch.compile decides once, when it traces
 def use_fused(impl: str, device: torch.device) -> bool:
     """Whether a call runs on kernels. Raises RuntimeError where ``impl="fused"`` has none to run on."""
     check_choice("impl", impl, IMPLS)

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from .divergence import DIVERGENCES, divergence_code
 
-__all__ = ["Objective", "TokenArguments", "check_choice", "check_number", "check_same_device", "check_tensor", "is_finite"]
+__all__ = [
+    "Objective",
+    "TokenArguments",
+    "check_choice",
+    "check_number",
+    "check_same_device",
+    "check_tensor",
+    "is_finite",
+]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -152,9 +160,7 @@ def check_tensor(
         raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {value.dtype}")
     if shape is not None:
         wanted = list(shape)
-        fits = len(wanted) == value.dim() and all(
-            w is None or w == g for w, g in zip(wanted, value.shape, strict=True)
-        )
+        fits = len(wanted) == value.dim() and all(w is None or w == g for w, g in zip(wanted, value.shape, strict=True))
         if not fits:
             sizes = ", ".join("any" if size is None else str(size) for size in wanted)
             raise ValueError(f"{name}: expected shape [{sizes}], got {_list(value)}")

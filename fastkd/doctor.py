@@ -12,7 +12,7 @@ import sys
 import torch
 
 from . import __version__
-from .backend import backend_for, extension_problem, triton_problem
+from .backend import EXTENSION_PROBLEM, TRITON_PROBLEM, backend_for
 
 TRAINING_PACKAGES = ("transformers", "accelerate", "datasets", "sentencepiece", "matplotlib")
 
@@ -37,9 +37,8 @@ def report() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.machine()} {platform.system()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
-    problem = extension_problem()
-    lines.append(("CPU kernels", problem or f"active, {_cpu_path()}"))
-    lines.append(("Triton kernels", triton_problem() or f"importable, triton {_version('triton')}"))
+    lines.append(("CPU kernels", EXTENSION_PROBLEM or f"active, {_cpu_path()}"))
+    lines.append(("Triton kernels", TRITON_PROBLEM or f"importable, triton {_version('triton')}"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             lines.append((f"GPU {index}", torch.cuda.get_device_name(index)))

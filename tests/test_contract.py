@@ -105,18 +105,18 @@ def test_every_keyword(op: Op, backend: str, reduction: str):
     weight = torch.rand(tokens)
     weight[2] = 0
     upstream = torch.randn(tokens) if reduction == "none" else torch.tensor(-2.5)
-    options = dict(
-        divergence="jsd",
-        beta=0.3,
-        temperature=2.0,
-        ce_weight=0.7,
-        kd_weight=0.4,
-        ignore_index=-7,
-        reduction=reduction,
-    )
+    options = {
+        "divergence": "jsd",
+        "beta": 0.3,
+        "temperature": 2.0,
+        "ce_weight": 0.7,
+        "kd_weight": 0.4,
+        "ignore_index": -7,
+        "reduction": reduction,
+    }
     loss, gradients = oracle(op, inputs, upstream=upstream, labels=labels, weight=weight, **options)
     with running_on(backend) as (impl, device):
-        tensors = dict(labels=labels.to(device), weight=weight.to(device), upstream=upstream.to(device))
+        tensors = {"labels": labels.to(device), "weight": weight.to(device), "upstream": upstream.to(device)}
         got, got_gradients = value_and_gradients(op, to(inputs, torch.float32, device), impl=impl, **tensors, **options)
     assert got.shape == loss.shape
     assert distance(got, loss) <= 1e-6
@@ -456,7 +456,13 @@ def test_gradcheck(op: Op, backend: str, divergence: str, reduction: str):
 
         def function(*student):
             named = dict(inputs, **dict(zip(op.student, student, strict=True)))
-            options = dict(divergence=divergence, reduction=reduction, temperature=1.5, ce_weight=0.5, beta=0.3)
+            options = {
+                "divergence": divergence,
+                "reduction": reduction,
+                "temperature": 1.5,
+                "ce_weight": 0.5,
+                "beta": 0.3,
+            }
             return op.function(**named, labels=labels, impl=impl, **options)
 
         leaves = [inputs[name].requires_grad_() for name in op.student]

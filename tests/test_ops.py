@@ -145,7 +145,7 @@ def test_functions_are_public():
 def test_modules_equal_functions():
     x = to(LINEAR_KL.make(UNRELATED), torch.float32)
     labels = torch.randint(0, 203, (x["student_hidden"].shape[0],))
-    constants = dict(divergence="skew_kl", beta=0.1, temperature=2.0, ce_weight=0.5)
+    constants = {"divergence": "skew_kl", "beta": 0.1, "temperature": 2.0, "ce_weight": 0.5}
     module = fastkd.nn.LinearKLLoss(student_scale=0.5, **constants)
     assert "divergence='skew_kl'" in repr(module)
     got = module(**x, labels=labels)

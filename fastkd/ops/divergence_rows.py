@@ -24,7 +24,7 @@ STATS = 7
 
 _OBJECTIVE = "int divergence, float beta, float temperature, float kd_weight, float ce_weight"
 
-# ---- schema ----------------------------------------------------------------------------------------------------------
+# ---- schema ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
@@ -40,7 +40,7 @@ _library.define(
     f"Tensor(a!) gradient, {_OBJECTIVE}) -> ()"
 )
 
-# ---- fake ------------------------------------------------------------------------------------------------------------
+# ---- fake -----------------------------------------------------------------------------------------------------------
 
 
 def _fake(*_: object) -> None:
@@ -50,7 +50,7 @@ def _fake(*_: object) -> None:
 for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient"):
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
 
-# ---- implementation: the extension registers its own for CPU tensors ---------------------------------------------------
+# ---- implementation: the extension registers its own for CPU tensors ------------------------------------------------
 
 
 def _triton(name: str):
@@ -73,7 +73,7 @@ def _call(name: str, student: Tensor, *arguments: object) -> None:
         getattr(torch.ops.fastkd, name)(student, *arguments)
 
 
-# ---- functions for the other ops ---------------------------------------------------------------------------------------
+# ---- functions for the other ops ------------------------------------------------------------------------------------
 
 
 def divergence_rows_(

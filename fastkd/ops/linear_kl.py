@@ -14,6 +14,7 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,12 @@ from .divergence_rows import _OBJECTIVE, STATS, divergence_rows_, divergence_sta
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
-# The two score buffers of a chunk. On two CPU cores 96 MB is within 1 % of the fastest; a GPU needs more rows in flight.
+# For the two score buffers of a chunk: enough rows in flight for the GEMMs to run at full speed.
 WORKSPACE_MB = {"cpu": 96, "cuda": 768}
 # Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
 WIDENED_ROWS = 4096
 
-# ---- schema ----------------------------------------------------------------------------------------------------------
+# ---- schema ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
@@ -41,7 +42,7 @@ _library.define(
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 
-# ---- fake ------------------------------------------------------------------------------------------------------------
+# ---- fake -----------------------------------------------------------------------------------------------------------
 
 
 def _outputs(student_hidden, student_weight, student_bias, coefficient, gradients):
@@ -58,7 +59,7 @@ def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, lab
     return _outputs(student_hidden, student_weight, student_bias, coefficient, gradients)
 
 
-# ---- forward, with the gradients -------------------------------------------------------------------------------------
+# ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -127,14 +128,16 @@ def _token_chunks(coefficient: Tensor, rows_at_once: int) -> Iterator[slice | Te
 
     Dropped tokens are skipped where that costs no wait for the device: half of a padded batch is often padding.
     """
-    kept = coefficient.nonzero().squeeze(1) if coefficient.device.type == "cpu" else None
-    everything = kept is None or kept.shape[0] == coefficient.shape[0]
-    count = coefficient.shape[0] if everything else kept.shape[0]
+    kept = None
+    count = coefficient.shape[0]
+    if coefficient.device.type == "cpu" and coefficient.count_nonzero() < count:
+        kept = coefficient.nonzero().squeeze(1)
+        count = kept.shape[0]
     chunks = -(-count // rows_at_once)
-    step = -(-count // max(chunks, 1))
-    for start in range(0, count, max(step, 1)):
-        stop = min(start + step, count)
-        yield slice(start, stop) if everything else kept[start:stop]
+    step = max(1, -(-count // max(1, chunks)))
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        yield rows if kept is None else kept[rows]
 
 
 def _linear_kl(
@@ -157,9 +160,7 @@ def _linear_kl(
     vocabulary = student_weight.shape[0]
     if teacher_weight is not None:
         vocabulary = min(vocabulary, teacher_weight.shape[0])
-    use_teacher = teacher_weight is not None and kd_weight != 0
-
-    buffers = 2 if use_teacher else 1
+    buffers = 1 if teacher_weight is None or kd_weight == 0 else 2
     rows_at_once = max(1, workspace_bytes // (buffers * vocabulary * dtype.itemsize))
     rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
     workspace = student_hidden.new_empty(buffers, rows_at_once, vocabulary, dtype=dtype)
@@ -174,7 +175,8 @@ def _linear_kl(
         count = weights.shape[0]
         student, teacher = workspace[0, :count], None
         _scores_(student, hidden, student_weight[:vocabulary], cut(student_bias), student_scale)
-        if use_teacher:
+        if buffers == 2:
+            assert teacher_hidden is not None and teacher_weight is not None
             teacher = workspace[1, :count]
             _scores_(teacher, teacher_hidden[rows], teacher_weight[:vocabulary], cut(teacher_bias), teacher_scale)
         row_labels = None if labels is None else labels[rows]
@@ -191,7 +193,7 @@ def _linear_kl(
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
 
-# ---- autograd.Function -----------------------------------------------------------------------------------------------
+# ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
 class LinearKL(torch.autograd.Function):
@@ -249,10 +251,10 @@ class LinearKLPerToken(torch.autograd.Function):
         return *wanted, *(None,) * (5 + len(ctx.constants) + 1)
 
 
-# ---- public function ---------------------------------------------------------------------------------------------------
+# ---- public function ------------------------------------------------------------------------------------------------
 
 
-def _check_head(model: str, hidden: object, weight: object, bias: object, leading, device) -> None:
+def _check_head(model: str, hidden: Any, weight: Any, bias: Any, leading: Any, device: torch.device) -> None:
     """Checks one model's hidden [..., H], weight [V, H] and bias [V]."""
     check_tensor(f"{model}_hidden", hidden, shape=None if leading is None else [*leading, None], floating=True)
     width = hidden.shape[-1] if hidden.dim() else 0
@@ -271,10 +273,10 @@ def _check_head(model: str, hidden: object, weight: object, bias: object, leadin
             raise TypeError(f"{name}: expected dtype {hidden.dtype}, that of {model}_hidden, got {tensor.dtype}")
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(*tensors: Any) -> list[Any]:
     """The casts that torch.autocast applies to the inputs of F.linear."""
     device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
 

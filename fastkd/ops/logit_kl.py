@@ -9,6 +9,7 @@ T tokens (any leading shape), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_
 
 __all__ = ["LogitKL", "logit_kl"]
 
-# ---- schema ----------------------------------------------------------------------------------------------------------
+# ---- schema ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
@@ -33,7 +34,7 @@ _library.define(
     f"Tensor? labels, {_OBJECTIVE}) -> Tensor"
 )
 
-# ---- fake ------------------------------------------------------------------------------------------------------------
+# ---- fake -----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("fastkd::logit_kl", lib=_library)
@@ -46,10 +47,10 @@ def _(student_logits, teacher_logits, stats, coefficient, labels, *objective):
     return student_logits.new_empty(student_logits.shape)
 
 
-# ---- forward ---------------------------------------------------------------------------------------------------------
+# ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def _row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
+def _row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Any]]]:
     """[..., V] tensors as 2-d views of the same rows, without copying.
 
     One block where the leading dimensions collapse. Where they do not (`logits[:, :-1]`, the usual shift), one block
@@ -89,7 +90,7 @@ def _forward(student_logits, teacher_logits, coefficient, labels, *objective):
 
 _library.impl("logit_kl", _forward, "CompositeExplicitAutograd")
 
-# ---- backward --------------------------------------------------------------------------------------------------------
+# ---- backward -------------------------------------------------------------------------------------------------------
 
 
 def _backward(student_logits, teacher_logits, stats, coefficient, labels, *objective):
@@ -105,7 +106,7 @@ def _backward(student_logits, teacher_logits, stats, coefficient, labels, *objec
 
 _library.impl("logit_kl_backward", _backward, "CompositeExplicitAutograd")
 
-# ---- autograd.Function -----------------------------------------------------------------------------------------------
+# ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
 class LogitKL(torch.autograd.Function):
@@ -137,7 +138,7 @@ class LogitKL(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-# ---- public function ---------------------------------------------------------------------------------------------------
+# ---- public function ------------------------------------------------------------------------------------------------
 
 
 def logit_kl(

@@ -1,0 +1,146 @@
+"""`import fastkd` needs torch alone; whatever else is missing leaves a working library that says what it lacks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def without(*names: str) -> str:
+    """Code that makes these modules impossible to import."""
+    return f"import sys\nsys.modules.update(dict.fromkeys({names!r}))\n"
+
+
+LOSS = """
+import torch, fastkd
+student, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+fastkd.logit_kl(student, teacher).backward()
+hidden = torch.randn(4, 3, requires_grad=True)
+fastkd.linear_kl(hidden, torch.randn(9, 3), torch.randn(4, 5), torch.randn(9, 5)).backward()
+assert student.grad.norm() > 0 and hidden.grad.norm() > 0
+"""
+
+
+def python(code: str, *, cwd: Path | str = "/", path: str | None = None) -> str:
+    """Runs code in a fresh interpreter, away from the repository; returns what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    if path is not None:
+        environment["PYTHONPATH"] = path
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("blocked", [["triton"], ["transformers"], ["fastkd._C"], ["triton", "fastkd._C", "numpy"]])
+def test_works_without(blocked: list[str]):
+    python(without(*blocked) + LOSS)
+
+
+def test_import_pulls_in_nothing_heavy():
+    loaded = python(
+        "import sys, fastkd; print([m for m in ('transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_fused_says_why_it_cannot_run():
+    out = python(
+        without("fastkd._C")
+        + "import torch, fastkd\n"
+        + "try: fastkd.logit_kl(torch.randn(2, 3), torch.randn(2, 3), impl='fused')\n"
+        + "except RuntimeError as error: print(error)"
+    )
+    assert "fastkd._C" in out
+    assert "FASTKD_BUILD=cpu" in out
+
+
+def test_doctor_tells_what_is_missing():
+    code = without("fastkd._C") + "from fastkd import doctor; print(doctor.main())"
+    out = python(code)
+    assert "reference, because the compiled extension" in out
+    assert out.strip().endswith("1")
+    healthy = python("from fastkd import doctor; print(doctor.main())")
+    assert 'impl="auto" on cpu' in healthy
+    assert healthy.strip().endswith("0")
+
+
+@pytest.mark.parametrize("install", ["editable", "source tree"])
+def test_kernels_are_ours_only_inside_fastkd(install: str):
+    """The folder `kernels/` is imported as fastkd.kernels and never as `kernels`, which is another project's name."""
+    out = python(
+        """
+        import importlib.util, fastkd.kernels
+        assert fastkd.kernels.__name__ == "fastkd.kernels"
+        print(importlib.util.find_spec("kernels") and importlib.util.find_spec("kernels").origin)
+        """,
+        path=None if install == "editable" else str(ROOT),
+    )
+    if install == "editable":
+        assert str(ROOT) not in out
+
+
+def test_wheel_holds_what_it_should(tmp_path: Path):
+    """A pure-Python wheel, built from a copy of the tree: every package, the kernels inside fastkd, no other top."""
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    for name in files.stdout.split("\n"):
+        if name and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
+    subprocess.run(
+        [*build, "-w", str(tmp_path), str(source)],
+        env=os.environ | {"FASTKD_BUILD": "none"},
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for wanted in ("fastkd/__init__.py", "fastkd/py.typed", "fastkd/kernels/rows.py", "fastkd/train/cli.py"):
+        assert wanted in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fastkd"}
+
+    unpacked = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    out = python(
+        "import fastkd.kernels; print(fastkd.kernels.__file__)\n" + LOSS,
+        path=str(unpacked),
+    )
+    assert str(unpacked) in out
+
+
+@pytest.mark.parametrize(("mode", "message"), [("gpu", "expected one of auto, none, cpu, cuda, got 'gpu'")])
+def test_build_mode_is_checked(mode: str, message: str):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | {"FASTKD_BUILD": mode},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_the_extension_is_one_stable_binary():
+    """abi3, and no C++ symbol of torch: the same file serves other Pythons and later torches."""
+    import fastkd._C
+
+    path = Path(fastkd._C.__file__)
+    assert path.name == "_C.abi3.so"
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True).stdout
+    assert "_ZN2at" not in symbols
+    assert "_ZN3c10" not in symbols
