@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import setup
 
 MODES = ("auto", "none", "cpu", "cuda")
-CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O2", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 PYTHON_ABI = "cp310"
 

@@ -14,7 +14,7 @@ import torch
 from . import __version__
 from .backend import EXTENSION_PROBLEM, TRITON_PROBLEM, backend_for
 
-TRAINING_PACKAGES = ("transformers", "accelerate", "datasets", "sentencepiece", "matplotlib")
+TRAINING_PACKAGES = ("transformers", "accelerate", "sentencepiece", "matplotlib", "tqdm")
 
 
 def _version(package: str) -> str:

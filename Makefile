@@ -1,0 +1,54 @@
+# make demo    set up, then distil a small T5 on real text (about five minutes on two cores)
+# make test    set up, then run the tests
+# make bench   set up, then compare with the peers: one table
+# make lint    ruff and mypy
+#
+# Everything is installed into $(VENV). PYTHON, VENV and TORCH can be overridden: on a machine with a GPU,
+# `make test TORCH=torch` takes PyTorch's default build, or point TORCH at the one you want.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.train
+	$(BIN)/fastkd-train --demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m fastkd.doctor
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first: the extension is built against it, in this environment and not in one of its own. The other stages name the
+# installed package, so that pip adds what the extra needs and builds nothing again.
+$(VENV)/.base: setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) numpy 'setuptools>=77' wheel
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.train: $(VENV)/.base
+	$(PIP) 'fastkd[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(PIP) 'fastkd[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) 'fastkd[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs fastkd/*.so

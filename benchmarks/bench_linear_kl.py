@@ -1,0 +1,156 @@
+"""linear_kl, forward + backward: vocabulary projections of both models and forward KL between their logits.
+
+The limit is the op's GEMMs alone, in the inputs' dtype and at the best chunk size: 2 T V (Ht + 3 Hs) FLOPs.
+
+T tokens, V vocabulary, Ht and Hs hidden widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from harness import Problem, Run, Target, fastest, not_importable, noted
+from report import main
+from torch import Tensor
+
+import fastkd
+
+IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
+LIMIT = "bare GEMMs"
+CHUNKS = (256, 512, 1024)
+TARGETS = (Target(LIMIT, 1.10), Target("torch.compile", 1.0), Target("Liger", 1.0), Target("memory", 130))
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    vocabulary: int
+    teacher_width: int
+    student_width: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        widths = f"{self.teacher_width} -> {self.student_width}"
+        return f"linear_kl T {self.tokens} V {self.vocabulary} {widths} {str(self.dtype).removeprefix('torch.')}"
+
+
+def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int, columns: int, std: float = 1.0) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, device=device).mul_(std).to(shape.dtype)
+
+    T, V, Ht, Hs = shape.tokens, shape.vocabulary, shape.teacher_width, shape.student_width
+    student_hidden, teacher_hidden = normal(T, Hs).requires_grad_(), normal(T, Ht)
+    # logits of standard deviation 3
+    student_weight, teacher_weight = normal(V, Hs, 3 * Hs**-0.5).requires_grad_(), normal(V, Ht, 3 * Ht**-0.5)
+    inputs = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+
+    def with_gradients(loss_of) -> Run:
+        return lambda: torch.autograd.grad(loss_of(*inputs), (student_hidden, student_weight))
+
+    def fused() -> Run:
+        return with_gradients(lambda *x: fastkd.linear_kl(*x, impl="fused"))
+
+    def reference() -> Run:
+        return with_gradients(lambda *x: fastkd.linear_kl(*x, impl="reference"))
+
+    def compiled() -> Run:
+        @torch.compile(dynamic=False)
+        def loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
+            log_q = F.log_softmax(F.linear(student_hidden, student_weight).float(), -1)
+            with torch.no_grad():
+                log_p = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float(), -1)
+            return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+        return with_gradients(loss)
+
+    def liger() -> Run:
+        try:
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        except ImportError as error:
+            raise not_importable("liger_kernel", error) from error
+
+        labels = torch.zeros(T, dtype=torch.long, device=device)  # only ignore_index is looked for in them
+
+        def at(chunk: int) -> Run:
+            # its beta = 0 is KL(teacher || student); compiled, which is its default, is also its fastest
+            loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, chunk_size=chunk)
+            return with_gradients(lambda *x: loss(*x, labels))
+
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # every chunk size gets code of its own
+            return best_chunk(at)
+
+    def gemms() -> Run:
+        def at(chunk: int) -> Run:
+            scores = torch.zeros(2, chunk, V, dtype=shape.dtype, device=device)
+            hidden_grad, weight_grad = torch.zeros_like(student_hidden), torch.zeros_like(student_weight)
+
+            @torch.no_grad()
+            def run() -> tuple[Tensor, ...]:
+                for start in range(0, T, chunk):
+                    rows = slice(start, min(start + chunk, T))
+                    student, teacher = scores[:, : rows.stop - rows.start]
+                    torch.mm(student_hidden[rows], student_weight.t(), out=student)
+                    torch.mm(teacher_hidden[rows], teacher_weight.t(), out=teacher)
+                    torch.mm(student, student_weight, out=hidden_grad[rows])
+                    weight_grad.addmm_(student.t(), student_hidden[rows], beta=0.5)  # 0.5: repeated runs stay finite
+                return ()
+
+            return run
+
+        return best_chunk(at)
+
+    def best_chunk(at: Callable[[int], Run]) -> Run:
+        sizes = sorted({min(size, T) for size in CHUNKS})
+        chunk, run = fastest({str(size): at(size) for size in sizes})
+        return noted(run, f"chunks of {chunk}")
+
+    def oracle() -> tuple[Tensor, ...]:
+        hidden, weight, fixed_hidden, fixed_weight = (x.detach().double() for x in inputs)
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        for start in range(0, T, 256):
+            rows = slice(start, start + 256)
+            arguments = hidden[rows], weight, fixed_hidden[rows], fixed_weight
+            (fastkd.linear_kl(*arguments, reduction="sum", impl="reference") / T).backward()
+        assert hidden.grad is not None and weight.grad is not None
+        return hidden.grad, weight.grad
+
+    rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled, liger), strict=True))
+    return {**rows, LIMIT: gemms}, oracle
+
+
+def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
+    flops = 2 * shape.tokens * shape.vocabulary * (shape.teacher_width + 3 * shape.student_width)
+    return Problem(
+        title=str(shape),
+        unit="GFLOP/s",
+        work=flops,
+        limit=LIMIT,
+        limit_work=flops,
+        implementations=IMPLEMENTATIONS,
+        targets=targets,
+        prepare=lambda: prepare(shape, device),
+    )
+
+
+def problems(device: torch.device, quick: bool = False) -> list[Problem]:
+    if quick:
+        return [problem(Shape(64, 1000, 48, 32), device, TARGETS)]
+    if device.type == "cuda":
+        shapes = (
+            Shape(8192, 128256, 4096, 4096, torch.bfloat16),
+            Shape(16384, 32128, 768, 512, torch.bfloat16),
+            Shape(1024, 128256, 4096, 4096, torch.bfloat16),
+        )
+        return [problem(shape, device) for shape in shapes]
+    shape = Shape(2048, 32128, 768, 512)
+    return [problem(shape, device, TARGETS), problem(replace(shape, dtype=torch.bfloat16), device)]
+
+
+if __name__ == "__main__":
+    main(problems, __doc__)

@@ -1,0 +1,137 @@
+"""logit_kl: forward KL between logits that exist already, forward + backward and forward alone.
+
+The limit is the bandwidth of a copy. The forward pass has to read both logits, the backward pass to read them again and
+to write the gradient.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from harness import Problem, Run, Target, Unavailable, not_importable
+from report import main
+from torch import Tensor
+
+import fastkd
+
+IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
+LIMIT = "copy"
+# Statistics of seven doubles a token, and what the system's page accounting is off by, come to less than 4 MiB.
+TARGETS = (Target("torch.compile", 0.8), Target("memory", 4))
+FORWARD_TARGETS = (Target("torch.compile", 0.4), Target("memory", 4))
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+    backward: bool = True
+    converged: bool = False  # the student's logits are the teacher's within 0.1, which takes more careful arithmetic
+
+    def __str__(self) -> str:
+        passes = "forward + backward" if self.backward else "forward"
+        near = ", student near teacher" if self.converged else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"logit_kl T {self.tokens} V {self.vocabulary} {dtype}, {passes}{near}"
+
+
+def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(std: float) -> Tensor:
+        return torch.randn(shape.tokens, shape.vocabulary, generator=generator, device=device).mul_(std).to(shape.dtype)
+
+    teacher = normal(3.0)
+    student = teacher + normal(0.1) if shape.converged else normal(3.0)
+    student.requires_grad_(shape.backward)
+
+    def ready(loss: Callable[[Tensor, Tensor], Tensor]) -> Run:
+        if shape.backward:
+            return lambda: torch.autograd.grad(loss(student, teacher), (student,))
+        return lambda: (loss(student, teacher),)
+
+    def fused() -> Run:
+        return ready(lambda s, t: fastkd.logit_kl(s, t, impl="fused"))
+
+    def reference() -> Run:
+        return ready(lambda s, t: fastkd.logit_kl(s, t, impl="reference"))
+
+    def compiled() -> Run:
+        @torch.compile(dynamic=False)
+        def loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            log_q = F.log_softmax(student_logits.float(), -1)
+            log_p = F.log_softmax(teacher_logits.float(), -1)
+            return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+        return ready(loss)
+
+    def liger() -> Run:
+        if device.type != "cuda":
+            raise Unavailable("needs a GPU")
+        try:
+            from liger_kernel.transformers import LigerKLDIVLoss
+        except ImportError as error:
+            raise not_importable("liger_kernel", error) from error
+
+        loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+        return ready(lambda s, t: loss(F.log_softmax(s.float(), -1), F.log_softmax(t.float(), -1)))
+
+    def copy() -> Run:
+        target = torch.zeros_like(teacher)
+
+        def run() -> tuple[Tensor, ...]:
+            target.copy_(teacher)
+            return ()
+
+        return run
+
+    def oracle() -> tuple[Tensor, ...]:
+        gradient = torch.empty(shape.tokens, shape.vocabulary, dtype=torch.float64, device=device)
+        total = gradient.new_zeros(())
+        for start in range(0, shape.tokens, 256):
+            rows = slice(start, start + 256)
+            scores = student[rows].detach().double().requires_grad_()
+            loss = fastkd.logit_kl(scores, teacher[rows].double(), reduction="sum", impl="reference") / shape.tokens
+            (gradient[rows],) = torch.autograd.grad(loss, (scores,))
+            total += loss.detach()
+        return (gradient,) if shape.backward else (total,)
+
+    rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled, liger), strict=True))
+    return {**rows, LIMIT: copy}, oracle
+
+
+def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
+    logits_bytes = shape.tokens * shape.vocabulary * shape.dtype.itemsize
+    return Problem(
+        title=str(shape),
+        unit="GB/s",
+        work=(5 if shape.backward else 2) * logits_bytes,
+        limit=LIMIT,
+        limit_work=2 * logits_bytes,
+        implementations=IMPLEMENTATIONS,
+        targets=targets,
+        prepare=lambda: prepare(shape, device),
+    )
+
+
+def problems(device: torch.device, quick: bool = False) -> list[Problem]:
+    if device.type == "cuda" and not quick:
+        sizes = itertools.product((32128, 128256, 256000), (torch.float32, torch.bfloat16), (True, False))
+        return [problem(Shape(8192, vocabulary, dtype, backward), device) for vocabulary, dtype, backward in sizes]
+    tokens, vocabulary = (32, 1000) if quick else (2048, 32128)
+    return [
+        problem(Shape(tokens, vocabulary), device, TARGETS),
+        problem(Shape(tokens, vocabulary, backward=False), device, FORWARD_TARGETS),
+        problem(Shape(tokens, vocabulary, converged=True), device),
+    ]
+
+
+if __name__ == "__main__":
+    main(problems, __doc__)

@@ -1,0 +1,118 @@
+"""What the benchmarks print and write, and their command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from harness import OURS, Problem, measure
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("implementation", "min ms", "median ms", "rate", "of limit", "peak MiB", "rel. error", f"time / {OURS}", "")
+
+
+def _cells(name: str, row: dict, unit: str) -> tuple[str, ...]:
+    def number(key: str, form: str, scale: float = 1.0, after: str = "") -> str:
+        return "-" if row.get(key) is None else format(row[key] * scale, form) + after
+
+    return (
+        name,
+        number("min_s", ".1f", 1e3),
+        number("median_s", ".1f", 1e3),
+        number("rate", ".0f", 1, f" {unit}"),
+        number("of_limit", ".0f", 100, " %"),
+        number("peak_mib", ".0f"),
+        number("error", ".1e"),
+        number("ratio", ".2f"),
+        row.get("note") or "",
+    )
+
+
+def report(results: list[dict], markdown: bool = False) -> str:
+    """One table of all problems, and a line for every target."""
+    groups = [(r["problem"], [_cells(name, row, r["unit"]) for name, row in r["rows"].items()]) for r in results]
+    cells = [COLUMNS, *(row for _, rows in groups for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+
+    def line(row: Sequence[str]) -> str:
+        numbers = (cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True))
+        padded = [row[0].ljust(widths[0]), *numbers, row[-1].ljust(widths[-1])]
+        return f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
+
+    lines = [line(COLUMNS)]
+    if markdown:
+        lines.append("|" + "|".join(["---", *["---:"] * (len(COLUMNS) - 2), "---"]) + "|")
+    for title, rows in groups:
+        lines += [line([f"**{title}**", *[""] * (len(COLUMNS) - 1)]) if markdown else f"\n{title}", *map(line, rows)]
+    lines.append("")
+    for result in results:
+        for t in result["targets"]:
+            measured = "not measured" if t["measured"] is None else f"{t['measured']:.2f}"
+            verdict = {True: "met", False: "NOT MET", None: "unknown"}[t["met"]]
+            lines.append(f"- {result['problem']}: {t['target']} <= {t['bound']:g}: {measured}, {verdict}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
+    packages = ("torch", "fastkd", "liger-kernel", "triton")
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def main(problems: Callable[[torch.device, bool], list[Problem]], description: str | None) -> None:
+    """The command line of every benchmark: `problems(device, quick)` lists what it measures."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=torch.device(default))
+    parser.add_argument("--quick", action="store_true", help="small shapes: shows that it runs, measures nothing")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only problems whose title contains this")
+    parser.add_argument("--seconds", type=float, default=60, help="time for the rounds of a problem (default 60)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        nargs="?",
+        const=RESULTS,
+        help="write the samples and what they were taken on; without FILE to results/<machine>.json",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    options = parser.parse_args()
+
+    selected = [p for p in problems(options.device, options.quick) if options.only in p.title]
+    if not selected:
+        titles = "\n  ".join(p.title for p in problems(options.device, options.quick))
+        parser.error(f"--only {options.only!r} matches none of:\n  {titles}")
+    results = [measure(problem, 0 if options.quick else options.seconds) for problem in selected]
+    host = machine()
+    name = host["gpu"] if options.device.type == "cuda" else f"{host['cpu']}, {host['threads']} threads"
+    versions = ", ".join(f"{k} {v}" for k, v in host["versions"].items() if v)
+    print(f"{name} ({versions}; {host['date'][:10]})\n\n{report(results, options.markdown)}")
+    if options.json == RESULTS:
+        options.json /= re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": host, "results": results}, indent=1) + "\n")

@@ -1,0 +1,29 @@
+"""Distillation of T5 models with fastkd's losses; `fastkd-train --help` is the way in.
+
+Reading order: cli -> runs -> stages -> trainer -> objectives; the data comes from corpus -> tokenizer -> data.
+Needs the packages of `pip install 'fastkd[train]'`; importing this module loads none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "DistillTrainer": "trainer",
+    "METHODS": "objectives",
+    "Method": "objectives",
+    "SpanCorruption": "data",
+    "embedded_corpus": "corpus",
+    "train_tokenizer": "tokenizer",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{__name__}.{name} needs the package {error.name}: pip install 'fastkd[train]'") from error

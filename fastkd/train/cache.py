@@ -1,0 +1,57 @@
+"""Artefacts (corpus, tokenizer, teacher) that later runs reuse, in folders named after what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def digest(texts: Sequence[str]) -> str:
+    """Return a short stable fingerprint of a list of texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def cached(cache: Path, kind: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
+    """Return (folder `cache/kind-<key of settings>`, whether it was there already), filled by `make(folder)` if not.
+
+    settings: everything the result depends on (JSON values); other settings give another folder, so none is silently
+    ignored. They are kept beside the result in made_by.json. The folder appears under its name only when complete.
+    """
+    text = json.dumps(settings, sort_keys=True, indent=2)
+    folder = cache / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder, True
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f".making-{kind}-") as scratch:
+        made = Path(scratch) / kind
+        made.mkdir()
+        make(made)
+        (made / "made_by.json").write_text(text + "\n", encoding="utf-8")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another run finished the same artefact first
+                raise
+    return folder, False
+
+
+def replace_folder(target: Path, make: Callable[[Path], object]) -> None:
+    """Fill a new folder by `make(folder)` and put it in `target`'s place only when it is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".making-{target.name}-") as scratch:
+        made = Path(scratch) / "new"
+        made.mkdir()
+        make(made)
+        if target.exists():
+            target.rename(Path(scratch) / "old")
+        made.rename(target)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder's files into `target`, replacing it as a whole."""
+    replace_folder(target, lambda made: shutil.copytree(source, made, dirs_exist_ok=True))

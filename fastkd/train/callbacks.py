@@ -1,0 +1,67 @@
+"""What the trainer shows and measures while it runs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+
+class StepTimer(TrainerCallback):
+    """Measures the time from one optimiser step's end to the next one's, less the evaluations between them."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self._mark = 0.0
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The mean, or None before the first step."""
+        return self.seconds / self.steps if self.steps else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start over: a trainer may train more than once."""
+        self.steps, self.seconds, self._mark = 0, 0.0, time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        now = time.perf_counter()
+        self.steps, self.seconds, self._mark = self.steps + 1, self.seconds + now - self._mark, now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the evaluation out; it runs right after a step's end."""
+        self._mark = time.perf_counter()
+
+    on_save = on_evaluate
+
+
+class LossBar(ProgressCallback):
+    """One progress bar per training run that shows the latest losses."""
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, at the step that a resumed run starts from."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Show no second bar during training: held-out evaluations are short."""
+        if self.training_bar is None:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Put the training loss and the held-out loss beside the bar."""
+        for key, name in (("loss", "loss"), ("eval_loss", "held_out")):
+            if key in (logs or {}):
+                self.shown[name] = f"{logs[key]:.3f}"
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)

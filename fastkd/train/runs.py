@@ -1,0 +1,151 @@
+"""The two things fastkd-train does: `train` makes one student, `demo` compares two."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import report
+from .arguments import FastkdArguments, TransformersArguments
+from .cache import copy_folder, replace_folder
+from .errors import InputError
+from .objectives import METHODS
+from .stages import Data, Teacher, evaluate_given, get_data, get_teacher, get_texts, train_student
+from .student import load_teacher
+from .trainer import DistillTrainer
+
+
+def train(flags: FastkdArguments, args: TransformersArguments) -> None:
+    """Train one student by `flags.method` into `args.output_dir`: its save_pretrained folder, checkpoints, a report.
+
+    Raises InputError before anything is written if the folder holds files already and neither resuming nor
+    overwriting was asked for, or if the run cannot be resumed.
+    """
+    started = time.perf_counter()
+    out, cache = Path(str(args.output_dir)), _cache(flags, args)
+    checkpoint = _checkpoint(args.resume_from_checkpoint, out)
+    if checkpoint is None and out.is_dir() and any(out.iterdir()) and not flags.overwrite_output_dir:
+        raise InputError(
+            f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
+        )
+    if checkpoint is None and out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
+        raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
+    model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
+    data = get_data(flags, cache, get_texts(flags, cache), tokenizer)
+    identity = _identity(flags, args, data)
+    if checkpoint is not None:
+        _check_same_run(checkpoint.parent / "run.json", identity)
+    teacher = None
+    if METHODS[flags.method].needs_teacher:
+        given = Teacher(model, Path(flags.teacher), None) if flags.teacher else None
+        teacher = given or get_teacher(flags, args, cache, data)
+
+    if checkpoint is None and out.is_dir():
+        shutil.rmtree(out)  # --overwrite_output_dir; only now, when no input can turn out bad any more
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    trainer, outcome = train_student(flags, args, data, flags.method, teacher, checkpoint)
+    trainer.save_model(str(out))
+    outcomes = [teacher.outcome, outcome] if teacher and teacher.outcome else [outcome]
+    report.write(out, outcomes, _facts(flags, args, data, started))
+    print(f"\n{report.table(outcomes)}\n\nStudent and report.md in {out}")
+
+
+def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
+    """Distil a student and train the same one from scratch; write both, the teacher and a report to output_dir.
+
+    Both students start from the same weights and see the same data in the same order for as many steps. Another demo
+    in the same folder reuses corpus, tokenizer and teacher from the cache, and replaces the students.
+    Raises InputError before anything is written if output_dir holds a training run.
+    """
+    started = time.perf_counter()
+    out, cache = Path(str(args.output_dir)), _cache(flags, args)
+    if args.resume_from_checkpoint:
+        raise InputError("--demo has no checkpoints to resume from: run it again, it reuses the teacher")
+    if (out / "run.json").exists():
+        raise InputError(f"{out} already holds a training run: give --output_dir another folder")
+    args = replace(args, save_strategy="no")
+    model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
+    data = get_data(flags, cache, get_texts(flags, cache), tokenizer)
+    if flags.teacher:
+        teacher = Teacher(model, Path(flags.teacher), evaluate_given(flags, args, data, model))
+    else:
+        teacher = get_teacher(flags, args, cache, data)
+
+    outcomes = [teacher.outcome] if teacher.outcome else []
+    copy_folder(teacher.folder, out / "teacher")
+    for name, folder in (("scratch", "scratch"), (flags.method, "student")):
+        trainer, outcome = train_student(flags, args, data, name, teacher)
+        replace_folder(out / folder, _saver(trainer))
+        outcomes.append(outcome)
+    report.write(out, outcomes, _facts(flags, args, data, started))
+    print(f"\n{report.table(outcomes)}\n\n{report.verdict(outcomes)}")
+    print(f"Teacher, student, report.md and metrics.json in {out} ({time.perf_counter() - started:.0f} s)")
+
+
+def _saver(trainer: DistillTrainer) -> Callable[[Path], None]:
+    return lambda folder: trainer.save_model(str(folder))
+
+
+def _cache(flags: FastkdArguments, args: TransformersArguments) -> Path:
+    return Path(flags.cache_dir) if flags.cache_dir else Path(str(args.output_dir)).absolute().parent / "cache"
+
+
+def _checkpoint(given: str | None, out: Path) -> Path | None:
+    """Return the folder that `--resume_from_checkpoint` (a path, "last" or "true") means; None without the flag."""
+    if given is None:
+        return None
+    if given.lower() in ("last", "true"):
+        last = get_last_checkpoint(str(out)) if out.is_dir() else None
+        if last is None:
+            raise InputError(f"nothing to resume from: {out} holds no checkpoint")
+        return Path(last)
+    if not (Path(given) / "trainer_state.json").is_file():
+        raise InputError(f"nothing to resume from: {given} is no checkpoint (it has no trainer_state.json)")
+    return Path(given)
+
+
+def _identity(flags: FastkdArguments, args: TransformersArguments, data: Data) -> dict[str, Any]:
+    """Return the settings that must not change when a run is resumed."""
+    names = ("method", "temperature", "teacher", "student_layers", "student_d_model", "sequence_length")
+    return {**{name: getattr(flags, name) for name in names}, "seed": args.seed, "texts": data.digest}
+
+
+def _check_same_run(record: Path, identity: dict[str, Any]) -> None:
+    """Raise InputError if the run that wrote `record` was started with other settings."""
+    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else identity
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"cannot resume: the run was started with {name} {before.get(name)!r}, now it is {value!r}"
+            )
+
+
+def _facts(flags: FastkdArguments, args: TransformersArguments, data: Data, started: float) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the run."""
+    return {
+        "method": flags.method,
+        "temperature": METHODS[flags.method].temperature if flags.temperature is None else flags.temperature,
+        "texts": flags.train_file or "documentation of the standard library",
+        "training_chunks": len(data.train),
+        "held_out_chunks": len(data.held_out),
+        "tokens_per_chunk": flags.sequence_length,
+        "pieces": len(data.tokenizer),
+        "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning_rate": args.learning_rate,
+        "embedding_learning_rate": flags.embedding_learning_rate,
+        "seed": args.seed,
+        "seconds_in_all": round(time.perf_counter() - started, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,116 @@
+"""A tiny tokenizer, tiny texts and tiny T5s that the fastkd-train tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import default_data_collator
+
+from fastkd.train.arguments import TransformersArguments, parse
+from fastkd.train.data import SpanCorruption, pack
+from fastkd.train.objectives import METHODS
+from fastkd.train.student import new_model, t5_config
+from fastkd.train.tokenizer import padded_size, train_tokenizer
+from fastkd.train.trainer import DistillTrainer
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    torch.set_num_threads(1)  # faster for tensors this small, and several test processes can share the cores
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def make_texts(count: int) -> list[str]:
+    """English-like texts of random words, distinct and reproducible."""
+    rng = np.random.default_rng(0)
+    syllables = [
+        "ta",
+        "re",
+        "mon",
+        "sil",
+        "ver",
+        "ka",
+        "lo",
+        "phi",
+        "der",
+        "ing",
+        "ous",
+        "un",
+        "pre",
+        "ment",
+        "ly",
+        "x",
+    ]
+    words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(400)]
+    return [" ".join(rng.choice(words, rng.integers(10, 40))).capitalize() + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(400)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train_tokenizer(texts, vocabulary_size=512)
+
+
+@pytest.fixture(scope="session")
+def dataset(tokenizer: Any, texts: list[str]) -> SpanCorruption:
+    return SpanCorruption(pack(tokenizer, texts, LENGTH)[:64], tokenizer, seed=3)
+
+
+@pytest.fixture(scope="session")
+def text_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n\n".join(texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(tokenizer: Any) -> Callable[..., Any]:
+    """tiny(width, seed): a T5 with one layer a side."""
+    return lambda width=32, seed=0: new_model(t5_config(padded_size(tokenizer), width, 1), seed)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., TransformersArguments]:
+    """arguments("--flag", "value", ...): parsed flags for a short run on the CPU into tmp_path/out."""
+
+    def make(*flags: str) -> TransformersArguments:
+        base = ["--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--per_device_train_batch_size", "8"]
+        return parse([*base, "--use_cpu", "--disable_tqdm", "true", *flags])[1]
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(
+    dataset: SpanCorruption, tokenizer: Any, arguments: Callable[..., TransformersArguments]
+) -> Callable[..., DistillTrainer]:
+    """make_trainer(model, method, flags, teacher=..., ...): a DistillTrainer on the tiny dataset."""
+
+    def make(model: Any, method: str, flags: Sequence[str] = (), **objective: Any) -> DistillTrainer:
+        trainer = DistillTrainer(
+            model=model,
+            args=arguments(*flags),
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+            method=METHODS[method],
+            **objective,
+        )
+        trainer.show_progress("test")
+        return trainer
+
+    return make

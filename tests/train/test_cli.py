@@ -1,0 +1,214 @@
+"""fastkd-train from the outside: what it writes, what it reuses, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from fastkd.train import cli
+
+SMALL = [
+    "--use_cpu", "--student_layers", "1", "--student_d_model", "32", "--teacher_layers", "1", "--teacher_d_model", "32",
+    "--sequence_length", "16", "--vocabulary_size", "512", "--teacher_steps", "4", "--max_steps", "4",
+    "--per_device_train_batch_size", "4", "--save_steps", "2",
+]  # fmt: skip
+
+
+def run(*flags: object) -> int:
+    return cli.main([*SMALL, *map(str, flags)])
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What went to stderr, which must be one line of ours."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastkd-train: "), lines
+    return lines[0]
+
+
+def test_demo_twice(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs" / "demo"
+    assert run("--demo", "--train_file", text_file, "--output_dir", out) == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [m["name"] for m in metrics["models"]] == ["teacher", "scratch", metrics["run"]["method"]]
+    for model in metrics["models"]:
+        assert f"{model['loss']:.4f}" in printed and f"{model['loss']:.4f}" in (out / "report.md").read_text()
+        assert model["steps"] == 4 and model["seconds_per_step"] > 0
+    assert (out / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("teacher", "student", "scratch"):
+        model = T5ForConditionalGeneration.from_pretrained(out / name)
+        tokenizer = AutoTokenizer.from_pretrained(out / name)
+        assert (out / name / "generation_config.json").is_file()
+        assert model.lm_head.weight is model.shared.weight and len(tokenizer) <= model.config.vocab_size
+        model.generate(**tokenizer("ta re <extra_id_0> mon", return_tensors="pt"), max_new_tokens=3)
+
+    cache, first = snapshot(tmp_path / "runs" / "cache"), (out / "student" / "model.safetensors").read_bytes()
+    assert sorted(p.name.split("-")[0] for p in (tmp_path / "runs" / "cache").iterdir()) == ["teacher", "tokenizer"]
+    assert run("--demo", "--train_file", text_file, "--output_dir", out) == 0
+    assert "reusing" in capsys.readouterr().out
+    assert snapshot(tmp_path / "runs" / "cache") == cache
+    assert (out / "student" / "model.safetensors").read_bytes() == first  # and the whole demo is deterministic
+
+    assert run("--demo", "--train_file", text_file, "--output_dir", out, "--teacher_steps", "5") == 0
+    assert "reusing" not in capsys.readouterr().out  # another teacher was asked for
+    assert json.loads((out / "metrics.json").read_text())["models"][0]["steps"] == 5
+
+
+def test_train_refuse_resume_overwrite(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    flags = ["--method", "scratch", "--train_file", text_file, "--output_dir", out]
+    assert run(*flags) == 0
+    assert T5ForConditionalGeneration.from_pretrained(out).config.d_model == 32
+    assert (out / "checkpoint-4").is_dir() and (out / "report.md").is_file()
+    capsys.readouterr()
+    before = snapshot(tmp_path)
+
+    assert run(*flags) == 2
+    message = one_line(capsys)
+    assert str(out) in message and "--resume_from_checkpoint" in message and "--overwrite_output_dir" in message
+    assert run(*flags, "--resume_from_checkpoint", "last", "--student_d_model", "64") == 2
+    assert "student_d_model 32" in capsys.readouterr().err
+    assert run("--demo", "--output_dir", out) == 2
+    assert "already holds" in one_line(capsys)
+    assert snapshot(tmp_path) == before
+
+    assert run(*flags, "--resume_from_checkpoint", "last", "--max_steps", "6") == 0
+    assert (out / "checkpoint-6").is_dir()
+    assert run(*flags, "--overwrite_output_dir") == 0
+    assert not (out / "checkpoint-6").exists() and (out / "checkpoint-4").is_dir()
+
+
+def test_a_given_teacher_and_an_evaluation_file(tmp_path: Path, text_file: Path, texts: list[str]) -> None:
+    run("--method", "scratch", "--train_file", text_file, "--output_dir", tmp_path / "teacher")
+    (tmp_path / "eval.txt").write_text("\n\n".join(texts[:30]))
+    flags = ["--teacher", tmp_path / "teacher", "--train_file", text_file, "--eval_file", tmp_path / "eval.txt"]
+    assert run(*flags, "--method", "mlmkd", "--student_d_model", "64", "--output_dir", tmp_path / "student") == 0
+    assert T5ForConditionalGeneration.from_pretrained(tmp_path / "student").config.d_model == 64
+    assert not any(p.name.startswith("teacher") for p in (tmp_path / "cache").glob("*"))
+
+
+def test_half_made_artefacts_do_not_count(tmp_path: Path) -> None:
+    from fastkd.train.cache import cached, replace_folder
+
+    def fail(folder: Path) -> None:
+        (folder / "part").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, "teacher", {"a": 1}, fail)
+    assert not list(tmp_path.iterdir())
+    folder, reused = cached(tmp_path, "teacher", {"a": 1}, lambda f: (f / "x").touch())
+    assert not reused and (folder / "x").exists()
+    assert cached(tmp_path, "teacher", {"a": 1}, fail) == (folder, True)
+    assert cached(tmp_path, "teacher", {"a": 2}, lambda f: None)[0] != folder
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(folder, fail)
+    assert (folder / "x").exists() and not (folder / "part").exists()
+
+
+def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    cases: list[tuple[list[object], list[str]]] = [
+        (["--method", "mlmdk"], ["mlmdk", "did you mean 'mlmkd'"]),
+        (["--method", "qqq"], ["qqq", "scratch, mlmkd, kd"]),
+        (["--learning_rat", "1"], ["--learning_rat", "did you mean '--learning_rate'"]),
+        (["--student_layer=3"], ["did you mean '--student_layers'"]),
+        (["surplus"], ["surplus"]),
+        (["--max_steps", "many"], ["max_steps", "many"]),
+        (["--max_steps", "0"], ["--max_steps"]),
+        (["--max_steps", "7", "--num_train_epochs", "1"], ["not both"]),
+        (["--lr_scheduler_type", "cosin"], ["cosin"]),
+        (["--temperature", "0"], ["--temperature"]),
+        (["--student_layers", "0"], ["--student_layers"]),
+        (["--demo", "--method", "scratch"], ["--demo"]),
+        (["--train_file", tmp_path / "missing.txt"], [str(tmp_path / "missing.txt"), "no such file"]),
+        (["--eval_file", tmp_path], [str(tmp_path), "directory"]),
+        (["--teacher", tmp_path / "missing"], [str(tmp_path / "missing")]),
+        (["--resume_from_checkpoint", "last"], ["no checkpoint", str(out)]),
+        (["--resume_from_checkpoint", tmp_path], ["no checkpoint", str(tmp_path)]),
+    ]
+    for flags, expected in cases:
+        assert cli.main(["--output_dir", str(out), *map(str, flags)]) == 2, flags
+        captured = capsys.readouterr()
+        assert len(captured.err.splitlines()) == 1 and captured.err.startswith("fastkd-train: "), captured.err
+        assert all(part in captured.err for part in expected), captured.err
+        assert not out.exists()
+
+
+def test_bad_files_and_teachers(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("empty.txt", b""), ("latin.txt", b"caf\xe9 ol\xe9"), ("short.txt", b"word")):
+        (tmp_path / name).write_bytes(content)
+        assert run("--method", "scratch", "--train_file", tmp_path / name, "--output_dir", tmp_path / "out") == 2
+        capsys.readouterr()
+    models = {
+        "not_a_model": {},
+        "bert": {"config.json": {"model_type": "bert"}},
+        "weightless": {"config.json": {"model_type": "t5", "vocab_size": 512, "d_model": 32}},
+        "garbled": {"config.json": "not json"},
+    }
+    for name, files in models.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_text(content if isinstance(content, str) else json.dumps(content))
+        assert run("--teacher", tmp_path / name, "--train_file", text_file, "--output_dir", tmp_path / "out") == 2
+        assert str(tmp_path / name) in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_methods_teach(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("--method") < text.index("--learning_rate") < text.index("examples:")
+    assert all(name in text for name in ("scratch", "mlmkd", "kd", "--demo", "--resume_from_checkpoint"))
+    assert cli.main(["--list_methods"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["scratch", "mlmkd", "kd"]
+
+
+@pytest.mark.parametrize("package", ["transformers", "sentencepiece", "matplotlib"])
+def test_without_an_optional_package(package: str) -> None:
+    block = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] == '{package}': raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    code = block + "from fastkd.train.cli import main\nsys.exit(main(['--help']))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"fastkd-train: missing {package}: pip install 'fastkd[train]'\n"
+
+
+def test_importing_the_package_loads_nothing_and_its_names_say_what_is_missing() -> None:
+    code = (
+        "import sys, fastkd.train\n"
+        "assert not {'transformers', 'accelerate', 'sentencepiece', 'matplotlib'} & set(sys.modules)\n"
+        "sys.modules['transformers'] = None\n"
+        "try: fastkd.train.DistillTrainer\n"
+        "except ImportError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "transformers: pip install 'fastkd[train]'" in done.stdout
+
+
+def test_python_m_and_a_traceback_free_exit(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    command = [sys.executable, "-m", "fastkd.train.cli", "--train_file", str(tmp_path / "no.txt")]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "o")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no.txt" in done.stderr

@@ -1,0 +1,171 @@
+"""What building on Seq2SeqTrainer must give: accumulation, resuming, evaluation, ordinary folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, T5ForConditionalGeneration, TrainerCallback, default_data_collator
+
+from fastkd.train.data import SpanCorruption
+from fastkd.train.evaluate import token_scores
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_equal_weights(a: Any, b: Any) -> None:
+    for name, p in a.named_parameters():
+        assert torch.equal(p, b.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("method", ["scratch", "kd"])
+def test_accumulated_batches_update_as_one_large_batch(
+    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: SpanCorruption
+) -> None:
+    def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = default_data_collator(examples)
+        for row, example in zip(batch["labels"], examples, strict=True):  # uneven numbers of targets per example
+            row[: int(example["input_ids"].sum()) % 5] = -100
+        return batch
+
+    results = []
+    for batch, accumulation in (("16", "1"), ("4", "4")):
+        student, teacher = tiny(32, 1), tiny(64, 2)
+        # Plain SGD: AdamW's first steps are sign(gradient) and would hide a wrong scale.
+        flags = ["--max_steps", "2", "--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant"]
+        flags += ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        trainer = make_trainer(
+            student, method, [*flags, "--max_grad_norm", "0", "--warmup_steps", "0"], teacher=teacher
+        )
+        trainer.data_collator = collate
+        before = weights(student)
+        trainer.train()
+        results.append({name: p - before[name] for name, p in weights(student).items()})
+    for name, large in results[0].items():
+        assert large.abs().sum() > 0, name
+        torch.testing.assert_close(results[1][name], large, rtol=1e-3, atol=1e-6, msg=name)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_an_interrupted_and_resumed_run_ends_bitwise_as_an_uninterrupted_one(
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    # 64 examples and batches of 8: an epoch has 8 steps, so the interruption is in the middle of the second one.
+    flags = ["--max_steps", "20", "--save_steps", "11", "--eval_steps", "10"]
+
+    def trainer(folder: str) -> Any:
+        where = ["--output_dir", str(tmp_path / folder)]
+        return make_trainer(tiny(32, 1), "kd", [*flags, *where], teacher=tiny(64, 2), embedding_learning_rate=0.1)
+
+    whole = trainer("whole")
+    whole.train()
+    first = trainer("parts")
+    first.add_callback(StopAt(11))
+    first.train()
+    assert first.state.global_step == 11
+    checkpoint = tmp_path / "parts" / "checkpoint-11"
+    assert not any("teacher" in path.name for path in checkpoint.iterdir())
+    assert sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) < 6 * whole.model.num_parameters()
+
+    second = trainer("parts")
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert second.state.global_step == 20 and second._timer.steps == 9
+    assert_equal_weights(second.model, whole.model)
+    with pytest.raises(AssertionError):
+        assert_equal_weights(first.model, whole.model)
+
+
+def test_the_teacher_stays_as_it_was(tiny: Callable[..., Any], make_trainer: Callable[..., Any]) -> None:
+    teacher = tiny(64, 2)
+    teacher.train()
+    teacher.config.dropout_rate = 0.5
+    before = weights(teacher)
+    student = tiny(32, 1)
+    first = weights(student)
+    make_trainer(student, "mlmkd", teacher=teacher).train()
+    assert not teacher.training
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in teacher.named_parameters())
+    assert not torch.equal(student.shared.weight, first["shared.weight"])
+
+
+def test_training_lowers_the_held_out_loss_and_evaluation_is_exact(
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: SpanCorruption
+) -> None:
+    student = tiny(32, 1)
+    trainer = make_trainer(
+        student, "scratch", ["--max_steps", "40", "--learning_rate", "0.03"], embedding_learning_rate=0.1
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] - 0.5
+    assert trainer.seconds_per_step > 0
+
+    batch = default_data_collator([dataset[i] for i in range(len(dataset))])
+    with torch.no_grad():
+        logits = student(**batch).logits.flatten(0, 1)
+    labels = batch["labels"].flatten()
+    assert math.isclose(after["eval_loss"], F.cross_entropy(logits, labels).item(), rel_tol=1e-4)
+    assert math.isclose(after["eval_token_accuracy"], (logits.argmax(-1) == labels).float().mean().item(), rel_tol=1e-6)
+
+
+def test_token_scores_across_chunks_and_ignored_labels() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 500, 8), torch.randn(11, 8)
+    labels = torch.randint(0, 11, (5, 500))
+    labels[2, 100:] = -100
+    scores = token_scores(hidden, weight, labels)
+    logits = hidden @ weight.T
+    nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(5, 500)
+    torch.testing.assert_close(scores[..., 0], nats)
+    assert torch.equal(scores[..., 1], (logits.argmax(-1) == labels).float())
+    assert scores[2, 100:].abs().sum() == 0
+
+
+def test_a_saved_student_is_an_ordinary_t5_folder(
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path, dataset: SpanCorruption
+) -> None:
+    student = tiny(32, 1)
+    trainer = make_trainer(student, "kd", teacher=tiny(64, 2))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded, info = T5ForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_equal_weights(student, loaded)
+    assert loaded.lm_head.weight is loaded.shared.weight
+    assert loaded.config.scale_decoder_outputs and loaded.config.tie_word_embeddings
+    assert loaded.config.decoder_start_token_id == 0
+    batch = default_data_collator([dataset[i] for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).logits, student.eval()(**batch).logits)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    generated = loaded.generate(**tokenizer("ta re <extra_id_0> mon", return_tensors="pt"))
+    assert generated.shape[0] == 1 and 2 <= generated.shape[1] <= 65
+    assert isinstance(tokenizer.decode(generated[0]), str)
+
+
+def test_the_embedding_has_its_own_learning_rate(tiny: Callable[..., Any], make_trainer: Callable[..., Any]) -> None:
+    model = tiny(32, 1)
+    trainer = make_trainer(model, "scratch", ["--learning_rate", "0.5"], embedding_learning_rate=0.25)
+    groups = trainer.create_optimizer().param_groups
+    assert trainer.create_optimizer().param_groups is groups and len(groups) == 3  # asked twice, made once
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert {rates[id(p)] for name, p in model.named_parameters() if name != "shared.weight"} == {0.5}
+    assert rates[id(model.shared.weight)] == 0.25
+    assert groups[-1]["weight_decay"] == groups[0]["weight_decay"] == 0.01
