@@ -15,7 +15,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define FASTKD_INLINE __host__ __device__ __forceinline__
@@ -44,13 +43,16 @@ template <class F>
 struct Exp {
   F value;   // e^x
   F minus1;  // e^x - 1, accurate near 0
+  F tail;    // e^x - 1 - x, accurate near 0
 };
 
-// x <= 0. e^x and e^x - 1 from one reduction x = n ln 2 + r, |r| <= ln 2 / 2: the polynomial gives e^r - 1, relative
+// x <= 0. All three from one reduction x = n ln 2 + r, |r| <= ln 2 / 2: the polynomial gives e^r - 1, relative
 // error 4e-9 before rounding. Results below 2^-126 come out as zero: subnormals are slow and matter to no softmax.
 FASTKD_INLINE Exp<float> exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
-  return {expf(x), expm1f(x)};
+  const float minus1 = expm1f(x);
+  const float near = x * x * (0.5f + x * (1.6666667e-1f + x * (4.1666668e-2f + x * 8.3333338e-3f)));
+  return {expf(x), minus1, x > -0.1f ? near : minus1 - x};
 #else
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
   const float clamped = x < -88.0f ? -88.0f : x;  // gives n = -127, whose scale below is 0; NaN passes
@@ -64,18 +66,57 @@ FASTKD_INLINE Exp<float> exp_nonpositive(float x) {
   poly = poly * r + 4.1665795894e-2f;
   poly = poly * r + 1.6666665459e-1f;
   poly = poly * r + 5.0000001201e-1f;
-  const float em1 = poly * (r * r) + r;
+  const float square = poly * (r * r);
+  const float em1 = square + r;
   const float scale = bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + 0x3f800000);  // 2^n
-  return {scale * em1 + scale, scale * em1 + (scale - 1.0f)};
+  const float minus1 = scale * em1 + (scale - 1.0f);
+  return {scale * em1 + scale, minus1, n == 0.0f ? square : minus1 - x};
 #endif
 }
 
-FASTKD_INLINE Exp<double> exp_nonpositive(double x) { return {std::exp(x), std::expm1(x)}; }
+FASTKD_INLINE Exp<double> exp_nonpositive(double x) {
+  const double minus1 = std::expm1(x);
+  const double near = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720))));
+  return {std::exp(x), minus1, x > -1e-2 ? near : minus1 - x};
+}
 
-// log(1 + x) for x > -1.
-FASTKD_INLINE float log_1p(float x) {
+// 2^y for y <= 0, where e^x = 2^(x log2 e) is good enough: the product rounds x, but the reduction y = n + f is exact and
+// one instruction. Polynomial of relative error 2e-8; zero below 2^-126 like the above.
+FASTKD_INLINE float exp2_nonpositive(float y) {
 #if defined(__CUDA_ARCH__)
-  return log1pf(x);
+  return exp2f(y);
+#else
+  const float kRound = 12582912.0f;
+  const float clamped = y < -127.0f ? -127.0f : y;
+  const float shifted = clamped + kRound;
+  const float f = clamped - (shifted - kRound);
+  float poly = 1.5345811590e-4f;
+  poly = poly * f + 1.3399931216e-3f;
+  poly = poly * f + 9.6184889586e-3f;
+  poly = poly * f + 5.5503287770e-2f;
+  poly = poly * f + 2.4022646891e-1f;
+  poly = poly * f + 6.9314720574e-1f;
+  poly = poly * f + 1.0f;
+  return poly * bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + 0x3f800000);
+#endif
+}
+
+FASTKD_INLINE double exp2_nonpositive(double y) { return std::exp2(y); }
+
+constexpr double kLog2E = 1.4426950408889634;
+
+template <class F>
+struct Log1p {
+  F value;  // log(1 + x)
+  F tail;   // x - log(1 + x), accurate near 0
+};
+
+// x > -1
+FASTKD_INLINE Log1p<float> log_1p(float x) {
+#if defined(__CUDA_ARCH__)
+  const float value = log1pf(x);
+  const float near = x * x * (0.5f - x * (3.3333334e-1f - x * (0.25f - x * (0.2f - x * 1.6666667e-1f))));
+  return {value, fabsf(x) < 0.05f ? near : x - value};
 #else
   const float u = 1.0f + x;
   // u = 2^e * m with m in [sqrt(1/2), sqrt(2)). With e = 0 the fraction is x itself, which 1 + x has rounded away.
@@ -92,12 +133,17 @@ FASTKD_INLINE float log_1p(float x) {
   poly = poly * f + 2.0000714765e-1f;
   poly = poly * f - 2.4999993993e-1f;
   poly = poly * f + 3.3333331174e-1f;
-  const float z = f * f;
-  return (poly * f - 0.5f) * z + f + static_cast<float>(e) * 0.693147181f;
+  const float tail = (0.5f - poly * f) * (f * f);
+  const float value = x == x ? f - tail + static_cast<float>(e) * 0.693147181f : x;  // bits lose a NaN
+  return {value, e == 0 ? tail : x - value};
 #endif
 }
 
-FASTKD_INLINE double log_1p(double x) { return std::log1p(x); }
+FASTKD_INLINE Log1p<double> log_1p(double x) {
+  const double value = std::log1p(x);
+  const double near = x * x * (0.5 - x * (1.0 / 3 - x * (0.25 - x * (0.2 - x * (1.0 / 6 - x / 7)))));
+  return {value, std::abs(x) < 2e-3 ? near : x - value};
+}
 
 // A double carried as two numbers of the working type, so that s - t + shift is exact where it matters.
 template <class F>
@@ -127,13 +173,14 @@ struct RowStats {
 // The same, in the working precision, ready for the inner loop.
 template <class F>
 struct RowConstants {
-  F max_s, inv_sum_s, max_t, inv_sum_t, inv_tau;
+  F max_s, inv_sum_s, max_t, inv_sum_t, inv_tau, log2e_over_tau;
   Split<F> shift, centred_shift;  // the second also subtracts `mean`, for u = -log(p / q)
   F mean;
 
   FASTKD_INLINE RowConstants(const RowStats& row, double tau)
       : max_s(static_cast<F>(row.max_s)), inv_sum_s(static_cast<F>(1 / row.sum_s)), max_t(static_cast<F>(row.max_t)),
-        inv_sum_t(static_cast<F>(1 / row.sum_t)), inv_tau(static_cast<F>(1 / tau)), shift(row.shift(tau)),
+        inv_sum_t(static_cast<F>(1 / row.sum_t)), inv_tau(static_cast<F>(1 / tau)),
+        log2e_over_tau(static_cast<F>(kLog2E / tau)), shift(row.shift(tau)),
         centred_shift(row.shift(tau) - tau * row.mean), mean(static_cast<F>(row.mean)) {}
 };
 
@@ -142,7 +189,7 @@ template <class F>
 struct Beta {
   F beta, rest;          // rest = 1 - beta
   F log_beta, log_rest;  // their logarithms
-  explicit Beta(double b)
+  FASTKD_INLINE explicit Beta(double b)
       : beta(static_cast<F>(b)), rest(static_cast<F>(1 - b)), log_beta(static_cast<F>(std::log(b))),
         log_rest(static_cast<F>(std::log1p(-b))) {}
 };
@@ -157,17 +204,17 @@ FASTKD_INLINE F unmasked(F score) {
 }
 
 FASTKD_INLINE double with_infinity(double divergence) {
-  return divergence > 1e20 ? std::numeric_limits<double>::infinity() : divergence;
+  return divergence > 1e20 ? static_cast<double>(INFINITY) : divergence;
 }
 
 template <class F>
 FASTKD_INLINE F student_probability(F s, const RowConstants<F>& row) {
-  return exp_nonpositive((s - row.max_s) * row.inv_tau).value * row.inv_sum_s;
+  return exp2_nonpositive((s - row.max_s) * row.log2e_over_tau) * row.inv_sum_s;
 }
 
 template <class F>
 FASTKD_INLINE F teacher_probability(F t, const RowConstants<F>& row) {
-  return exp_nonpositive((t - row.max_t) * row.inv_tau).value * row.inv_sum_t;
+  return exp2_nonpositive((t - row.max_t) * row.log2e_over_tau) * row.inv_sum_t;
 }
 
 // (t - s - shift) / tau, with what rounding takes from t - s (Knuth's two-sum) put back.
@@ -187,22 +234,33 @@ struct Pair {
   F log_ratio;   // log(p / q)
   F ratio;       // the smaller of p and q over the larger
   F ratio_minus1;
+  F tail;  // ratio_minus1 - log(ratio), small of second order where p and q agree
+  F larger;
   bool teacher_larger;
 
-  FASTKD_INLINE Pair(F s, F t, const RowConstants<F>& row) {
+  FASTKD_INLINE Pair(F student, F teacher, const RowConstants<F>& row) {
+    const F s = unmasked(student), t = unmasked(teacher);
     log_ratio = shifted_ratio(s, t, row.shift, row.inv_tau);
     teacher_larger = log_ratio >= F(0);
     const Exp<F> exponential = exp_nonpositive(-std::abs(log_ratio));
     ratio = exponential.value;
     ratio_minus1 = exponential.minus1;
+    tail = exponential.tail;
     const F top = teacher_larger ? t - row.max_t : s - row.max_s;
-    const F larger = exp_nonpositive(top * row.inv_tau).value * (teacher_larger ? row.inv_sum_t : row.inv_sum_s);
+    larger = exp2_nonpositive(top * row.log2e_over_tau) * (teacher_larger ? row.inv_sum_t : row.inv_sum_s);
     const F smaller = larger * ratio;
     const F gap = larger * ratio_minus1;
     p = teacher_larger ? larger : smaller;
     q = teacher_larger ? smaller : larger;
     difference = teacher_larger ? gap : -gap;
   }
+
+  // p log(p / q) + q - p and q log(q / p) + p - q: never negative, and free of cancellation where p and q agree.
+  FASTKD_INLINE F teacher_excess() const { return larger * (teacher_larger ? tail : excess_of_smaller()); }
+  FASTKD_INLINE F student_excess() const { return larger * (teacher_larger ? excess_of_smaller() : tail); }
+
+ private:
+  FASTKD_INLINE F excess_of_smaller() const { return -std::abs(log_ratio) * ratio_minus1 - tail; }
 };
 
 // ---- the family -----------------------------------------------------------------------------------------------------
@@ -228,7 +286,7 @@ struct ReverseKL {
   static constexpr Moment kMoment = Moment::kStudent;
   template <bool kCareful, class F>
   static FASTKD_INLINE F gradient(F s, F t, const RowConstants<F>& row) {
-    return student_probability(s, row) * -shifted_ratio(s, t, row.centred_shift, row.inv_tau);
+    return student_probability(s, row) * -shifted_ratio(unmasked(s), unmasked(t), row.centred_shift, row.inv_tau);
   }
 };
 
@@ -238,21 +296,27 @@ struct ReverseKL {
 //
 //     slope   q u,  u = 0 where p = q         coslope   q v,  v = (limit of u) - u, v = 0 where p << q
 //
-// `value` is a column's share of D, to which m - p or m - q (zero over a row) is added where that makes every share
-// positive.
+// `value` is a column's share of D, to which m - p and m - q (zero over a row) are added: that makes every share positive
+// and of second order where the models agree, like D itself.
 
 // m = a p + (1 - a) q
 template <class F>
 struct Mixture {
-  F m, log_p_over_m, log_q_over_m;
-  F log_m_over_limit;  // log(m / ((1 - a) q)), small where p << q
+  F m;
+  F log_q_over_m;
+  F log_m_over_limit;              // log(m / ((1 - a) q)), small where p << q
+  F teacher_excess, student_excess;  // p log(p / m) + m - p and q log(q / m) + m - q
 
   FASTKD_INLINE Mixture(const Pair<F>& c, F a, F rest, F log_rest) {
     m = a * c.p + rest * c.q;
-    const F log_m_over_larger = log_1p((c.teacher_larger ? rest : a) * c.ratio_minus1);
-    log_p_over_m = (c.teacher_larger ? F(0) : c.log_ratio) - log_m_over_larger;
-    log_q_over_m = (c.teacher_larger ? -c.log_ratio : F(0)) - log_m_over_larger;
-    log_m_over_limit = c.teacher_larger ? -log_q_over_m - log_rest : log_1p(a / rest * c.ratio);
+    const F w = (c.teacher_larger ? rest : a) * c.ratio_minus1;  // m over the larger of p and q, minus 1
+    const Log1p<F> log_m_over_larger = log_1p(w);
+    log_q_over_m = (c.teacher_larger ? -c.log_ratio : F(0)) - log_m_over_larger.value;
+    log_m_over_limit = c.teacher_larger ? -log_q_over_m - log_rest : log_1p(a / rest * c.ratio).value;
+    const F of_larger = c.larger * log_m_over_larger.tail;
+    const F of_smaller = c.larger * (c.ratio_minus1 * (c.ratio_minus1 - w) - c.ratio * (c.tail - log_m_over_larger.tail));
+    teacher_excess = c.teacher_larger ? of_larger : of_smaller;
+    student_excess = c.teacher_larger ? of_smaller : of_larger;
   }
 };
 
@@ -271,7 +335,7 @@ struct JSD {
   template <class F>
   static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>& b) {
     const Mixture<F> mix = mixture(c, b);
-    return b.beta * c.p * mix.log_p_over_m + b.rest * c.q * mix.log_q_over_m;
+    return b.beta * mix.teacher_excess + b.rest * mix.student_excess;
   }
   template <class F>
   static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>& b) {
@@ -288,7 +352,7 @@ struct SkewKL {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
   static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>& b) {
-    return c.p * Mixture<F>(c, b.beta, b.rest, b.log_rest).log_p_over_m + b.rest * c.difference;  // + (m - p)
+    return Mixture<F>(c, b.beta, b.rest, b.log_rest).teacher_excess;
   }
   template <class F>
   static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>& b) {
@@ -309,7 +373,7 @@ struct SkewReverseKL {
   }
   template <class F>
   static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>& b) {
-    return c.q * mixture(c, b).log_q_over_m - b.rest * c.difference;  // + (m - q)
+    return mixture(c, b).student_excess;
   }
   template <class F>
   static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>& b) {
@@ -332,11 +396,11 @@ struct TVD {
   }
   template <class F>
   static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>&) {
-    return c.difference == F(0) ? F(0) : (c.difference > F(0) ? F(0.5) * c.q : F(-0.5) * c.q);
+    return c.difference > F(0) ? F(0.5) * c.q : (c.difference < F(0) ? F(-0.5) * c.q : c.difference);  // 0 or NaN
   }
   template <class F>
   static FASTKD_INLINE F coslope(const Pair<F>& c, const Beta<F>&) {
-    return c.difference == F(0) ? F(0.5) * c.q : (c.difference > F(0) ? F(0) : c.q);
+    return c.difference > F(0) ? F(0) : (c.difference < F(0) ? c.q : F(0.5) * c.q + c.difference);
   }
 };
 

@@ -28,7 +28,7 @@ from .divergence_rows import _OBJECTIVE, STATS, divergence_rows_, divergence_sta
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
 # For the two score buffers of a chunk: enough rows in flight for the GEMMs to run at full speed.
-WORKSPACE_MB = {"cpu": 96, "cuda": 768}
+WORKSPACE_MB = {"cpu": 128, "cuda": 768}
 # Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
 WIDENED_ROWS = 4096
 
@@ -88,16 +88,26 @@ def _scores_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, s
             torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), alpha=scale, out=target)
 
 
+def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float, first: bool) -> None:
+    """out = scale * a @ b, plus what out holds unless this is the first time; in out's dtype."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b.to(out.dtype), beta=0 if first else 1, alpha=scale)
+    else:
+        product = torch.mm(a, b, out_dtype=out.dtype)
+        out.copy_(product.mul_(scale)) if first else out.add_(product, alpha=scale)
+
+
 class _Gradients:
     """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype, wanted):
         self.weight, self.scale = weight, scale
         self.dtype = weight.dtype if weight.is_cuda else dtype  # of the GEMM operands
+        self.written = 0  # rows of weight_grad
         want_hidden, want_weight, want_bias = wanted
         self.hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
         # fp32 even for 16-bit weights: chunks add up here
-        self.weight_grad = weight.new_zeros(weight.shape, dtype=dtype) if want_weight else None
+        self.weight_grad = weight.new_empty(weight.shape, dtype=dtype) if want_weight else None
         self.bias_grad = bias.new_zeros(bias.shape, dtype=dtype) if want_bias and bias is not None else None
 
     def add(self, rows: Tensor | slice, hidden: Tensor, scores_grad: Tensor) -> None:
@@ -112,13 +122,13 @@ class _Gradients:
             self.hidden_grad[rows] = grad.to(self.hidden_grad.dtype)
         if self.weight_grad is not None:
             target = self.weight_grad[:vocabulary]
-            if scores_grad.dtype == target.dtype:
-                target.addmm_(scores_grad.t(), hidden.to(self.dtype), alpha=self.scale)
-            else:
-                target.add_(torch.mm(scores_grad.t(), hidden, out_dtype=target.dtype), alpha=self.scale)
+            _accumulate_(target, scores_grad.t(), hidden, self.scale, first=self.written == 0)
+            self.written = vocabulary
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """In the inputs' dtype; empty where not wanted (a tensor each: outputs of an op may not alias)."""
+        if self.weight_grad is not None:
+            self.weight_grad[self.written :] = 0  # beyond the shared vocabulary; all, where every token was dropped
         gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
         return tuple(self.weight.new_empty(0) if grad is None else grad.to(dtype) for grad in gradients)
 
@@ -321,7 +331,7 @@ def linear_kl(
             ``kd_weight=0``, which makes this a fused linear cross-entropy.
         student_bias, teacher_bias: [Vs] and [Vt]. The student's receives a gradient.
         student_scale, teacher_scale: multiply the hidden states; T5 v1.0 has ``d_model ** -0.5``.
-        workspace_mb: memory for the logits of the tokens in flight, in units of 2**20 bytes; default 96 on CPU, 768 on
+        workspace_mb: memory for the logits of the tokens in flight, in units of 2**20 bytes; default 128 on CPU, 768 on
             a GPU. At least one token is taken at a time.
 
     The other arguments, the result and the errors are those of :func:`fastkd.logit_kl`. Under ``torch.autocast`` the

@@ -1,0 +1,703 @@
+"""The row primitive in Triton, for GPUs: what csrc/cpu/divergence_rows.cpp is for CPUs, with the same arguments.
+
+One program takes one row, in blocks of columns: once for the running maxima and sums of exponentials (online softmax of
+both models at once), once more for the divergences that need normalised probabilities, and once for the gradient. The
+fused kernel makes all passes one after the other, so that the later ones find the row in the second-level cache.
+
+The mathematics is that of csrc/divergence.h, whose comments derive it; functions have its names and order. It differs
+in one respect: every row is computed with care, since a choice by row would cost a GPU both variants' registers. Three
+things make the sums of the first pass good enough for rows of any kind (see `_statistics`):
+
+- each block adds its sums up in the working precision, and the row adds up the blocks in fp64;
+- in a block whose models nearly agree, the student's sum is the teacher's plus the summed difference, which has more
+  digits than the difference of two sums;
+- there, too, a divergence's moment is summed up as p log(p / q) + q - p, which is small of second order like the
+  divergence itself. The q - p in it cancels when the row is complete, and its rounding error with it.
+
+R rows, V columns. coefficient [R] float64, labels [R] int64, loss [R] float64, stats [R, 7] float64. Number of columns
+and strides are run-time arguments; the block size follows the vocabulary and the dtype. Nothing waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["divergence_gradient", "divergence_rows_", "divergence_stats"]
+
+# The order is that of fastkd.divergence.DIVERGENCES. Those from JSD on have no closed form and can saturate.
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
+JSD = tl.constexpr(2)
+SKEW_KL = tl.constexpr(3)
+SKEW_REVERSE_KL = tl.constexpr(4)
+TVD = tl.constexpr(5)
+
+LOWEST = tl.constexpr(float("-inf"))
+# Models nearly agree in a block where the sums of their exponentials differ by less than this share of the teacher's.
+NEARLY_EQUAL = tl.constexpr(0.5)
+
+# ---- elementary functions --------------------------------------------------------------------------------------------
+# Written out, for Triton's own exist on some targets only. fp64 takes Taylor series: 17 terms reach 2e-17.
+
+
+@triton.jit
+def _exp_nonpositive(x):
+    """For x <= 0: e^x, e^x - 1 accurate near 0, and e^x - 1 - x accurate near 0."""
+    value = tl.exp(x)
+    if x.dtype == tl.float64:
+        poly = x * 0 + 1
+        for k in tl.static_range(19, 2, -1):
+            poly = 1 + x * poly / k
+        poly = 0.5 * poly
+    else:  # relative error 2e-8 on [-1, 0]
+        poly = 1.3742419e-4 * x + 1.32481796e-3
+        poly = poly * x + 8.30117045e-3
+        poly = poly * x + 4.16592554e-2
+        poly = poly * x + 1.66666037e-1
+        poly = poly * x + 4.99999991e-1
+    near = x > -1
+    tail = x * x * poly
+    minus1 = tl.where(near, x + tail, value - 1)
+    return value, minus1, tl.where(near, tail, minus1 - x)
+
+
+@triton.jit
+def _log_1p(x):
+    """log(1 + x) for x > -1, by 2 artanh(x / (2 + x)) near 0."""
+    f = x / (2 + x)
+    z = f * f
+    if x.dtype == tl.float64:
+        poly = z * 0
+        for k in tl.static_range(35, 1, -2):
+            poly = poly * z + 2.0 / k
+    else:  # relative error 2e-8 on [-1/2, 1]
+        poly = 2.6851498e-1 * z + 2.82366198e-1
+        poly = poly * z + 4.00075606e-1
+        poly = poly * z + 6.66666403e-1
+    near = (x > -0.5) & (x < 1)
+    return tl.where(near, 2 * f + f * z * poly, tl.log(1 + x))
+
+
+@triton.jit
+def _double(x):
+    """A number given by the host, in fp64."""
+    return tl.full((), x, tl.float64)
+
+
+@triton.jit
+def _split(x, F: tl.constexpr):
+    """An fp64 number carried as two of the working type, so that s - t + shift is exact where it matters."""
+    high = x.to(F)
+    return high, (x - high.to(tl.float64)).to(F)
+
+
+# ---- one row ---------------------------------------------------------------------------------------------------------
+# The statistics of a row are (max_s, sum_s, max_t, sum_t, mean, saturated, sum_1), all fp64; RowStats in divergence.h
+# explains them. `saturated` is its `careful`, and the maximum of a row of nothing but -inf is 0 here.
+
+
+@triton.jit
+def _row_constants(stats, tau, F: tl.constexpr):
+    """The same in the working precision, ready for the inner loop."""
+    max_s, sum_s, max_t, sum_t, mean, _, _ = stats
+    # log(Z_t) - log(Z_s) in units of score: t - s less this is tau log(p / q)
+    shift = (max_t - max_s) - tau * tl.log(sum_s / sum_t)
+    shift_high, shift_low = _split(shift, F)
+    centred_high, centred_low = _split(shift - tau * mean, F)  # for u = -log(p / q) less its mean
+    return (
+        max_s.to(F),
+        (1 / sum_s).to(F),
+        max_t.to(F),
+        (1 / sum_t).to(F),
+        (1 / tau).to(F),
+        shift_high,
+        shift_low,
+        centred_high,
+        centred_low,
+        mean.to(F),
+    )
+
+
+@triton.jit
+def _running_constants(max_s, max_t, inv_tau, F: tl.constexpr):
+    """The same while the sums are not known yet: with sums of 1, probabilities are the plain exponentials."""
+    one = tl.full((), 1, F)
+    high, low = _split(max_t - max_s, F)
+    return max_s.to(F), one, max_t.to(F), one, inv_tau.to(F), high, low, high, low, one
+
+
+@triton.jit
+def _beta_constants(beta, F: tl.constexpr):
+    """beta and what the mixtures need of it: 1 - beta and the logarithms of both."""
+    return beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F)
+
+
+# ---- one column ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _unmasked(score):
+    """-inf, a masked column, as a very low number: differences stay finite and zero probabilities make zero products.
+
+    Columns past the end of a row are read as -inf of both models and add nothing to any sum.
+    """
+    return tl.where(score < -1e30, -1e30, score)  # NaN passes
+
+
+@triton.jit
+def _with_infinity(divergence):
+    return tl.where(divergence > 1e20, float("inf"), divergence)
+
+
+@triton.jit
+def _shifted_ratio(s, t, shift_high, shift_low, inv_tau):
+    """(t - s - shift) / tau, with what rounding takes from t - s (Knuth's two-sum) put back."""
+    d = t - s
+    back = d - t
+    lost = (t - (d - back)) - (s + back)
+    return ((d - shift_high) + (lost - shift_low)) * inv_tau
+
+
+@triton.jit
+def _pair(s, t, row):
+    """Both probabilities, and how they differ, to full relative accuracy.
+
+    (p, q, q - p, log(p / q), the smaller over the larger, that - 1, whether p is the larger)
+    """
+    max_s, inv_sum_s, max_t, inv_sum_t, inv_tau, shift_high, shift_low, _, _, _ = row
+    log_ratio = _shifted_ratio(s, t, shift_high, shift_low, inv_tau)
+    teacher_larger = log_ratio >= 0
+    ratio, ratio_minus1, _ = _exp_nonpositive(-tl.abs(log_ratio))
+    top = tl.where(teacher_larger, t - max_t, s - max_s)
+    larger = tl.exp(top * inv_tau) * tl.where(teacher_larger, inv_sum_t, inv_sum_s)
+    smaller = larger * ratio
+    gap = larger * ratio_minus1
+    p = tl.where(teacher_larger, larger, smaller)
+    q = tl.where(teacher_larger, smaller, larger)
+    difference = tl.where(teacher_larger, gap, -gap)
+    return p, q, difference, log_ratio, ratio, ratio_minus1, teacher_larger
+
+
+@triton.jit
+def _excess(p, q, log_ratio):
+    """p log(p / q) + q - p: never negative, and without cancellation near p = q."""
+    x = -tl.abs(log_ratio)
+    ratio, ratio_minus1, ratio_tail = _exp_nonpositive(x)
+    of_smaller = tl.where(x > -1, x * ratio_minus1 - ratio_tail, x * ratio - ratio_minus1)  # x e^x + 1 - e^x
+    return tl.where(log_ratio >= 0, p * ratio_tail, q * of_smaller)
+
+
+# ---- the family ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _share(numerator, denominator):
+    return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1), 0)
+
+
+@triton.jit
+def _mixture(pair, a, rest, log_rest):
+    """m = a p + rest q: (m, log(p / m), log(q / m), log(m / (rest q)))"""
+    p, q, _, log_ratio, ratio, ratio_minus1, teacher_larger = pair
+    log_m_over_larger = _log_1p(tl.where(teacher_larger, rest, a) * ratio_minus1)
+    log_p_over_m = tl.where(teacher_larger, 0, log_ratio) - log_m_over_larger
+    log_q_over_m = tl.where(teacher_larger, -log_ratio, 0) - log_m_over_larger
+    log_m_over_limit = tl.where(teacher_larger, -log_q_over_m - log_rest, _log_1p(a / rest * ratio))
+    return a * p + rest * q, log_p_over_m, log_q_over_m, log_m_over_limit
+
+
+@triton.jit
+def _mixture_of(pair, b, DIVERGENCE: tl.constexpr):
+    """The mixture of a divergence that has one. beta weighs the teacher, but of skew_reverse_kl the student."""
+    beta, rest, log_beta, log_rest = b
+    if DIVERGENCE == SKEW_REVERSE_KL:
+        mixture = _mixture(pair, rest, beta, log_beta)
+    else:
+        mixture = _mixture(pair, beta, rest, log_rest)
+    return mixture
+
+
+@triton.jit
+def _value(pair, b, DIVERGENCE: tl.constexpr):
+    """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
+    p, q, difference, _, _, _, _ = pair
+    beta, rest, _, _ = b
+    if DIVERGENCE == TVD:
+        value = 0.5 * tl.abs(difference)
+    else:
+        m, log_p_over_m, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
+        if DIVERGENCE == JSD:
+            value = beta * _excess(p, m, log_p_over_m) + rest * _excess(q, m, log_q_over_m)
+        elif DIVERGENCE == SKEW_KL:
+            value = _excess(p, m, log_p_over_m)
+        else:
+            value = _excess(q, m, log_q_over_m)
+    return value
+
+
+@triton.jit
+def _slope(pair, b, DIVERGENCE: tl.constexpr):
+    """q u, with u = 0 where p = q"""
+    _, q, difference, _, _, _, _ = pair
+    beta, rest, _, _ = b
+    if DIVERGENCE == TVD:
+        slope = tl.where(difference > 0, 0.5 * q, tl.where(difference < 0, -0.5 * q, difference))  # 0 or NaN
+    else:
+        m, _, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
+        if DIVERGENCE == JSD:
+            slope = rest * q * log_q_over_m
+        elif DIVERGENCE == SKEW_KL:
+            slope = rest * rest * difference * _share(q, m)
+        else:
+            slope = q * log_q_over_m - beta * rest * difference * _share(q, m)
+    return slope
+
+
+@triton.jit
+def _coslope(pair, b, DIVERGENCE: tl.constexpr):
+    """q v, v = (limit of u) - u, with v = 0 where p << q"""
+    p, q, difference, _, _, _, _ = pair
+    _, rest, _, _ = b
+    if DIVERGENCE == TVD:
+        coslope = tl.where(difference > 0, 0, tl.where(difference < 0, q, 0.5 * q + difference))
+    else:
+        m, _, _, log_m_over_limit = _mixture_of(pair, b, DIVERGENCE)
+        if DIVERGENCE == JSD:
+            coslope = rest * q * log_m_over_limit
+        elif DIVERGENCE == SKEW_KL:
+            coslope = rest * p * _share(q, m)
+        else:
+            coslope = q * log_m_over_limit - rest * p * _share(q, m)
+    return coslope
+
+
+@triton.jit
+def _gradient_of(s, t, b, row, DIVERGENCE: tl.constexpr, SATURATED: tl.constexpr):
+    """q (u - mean): tau times the gradient of D in s."""
+    max_s, inv_sum_s, _, _, inv_tau, _, _, centred_high, centred_low, mean = row
+    if DIVERGENCE == REVERSE_KL:
+        q = tl.exp((s - max_s) * inv_tau) * inv_sum_s
+        gradient = -q * _shifted_ratio(s, t, centred_high, centred_low, inv_tau)
+    else:
+        pair = _pair(s, t, row)
+        if DIVERGENCE == FORWARD_KL:
+            gradient = pair[2]
+        elif SATURATED:
+            gradient = -_coslope(pair, b, DIVERGENCE) - pair[1] * mean
+        else:
+            gradient = _slope(pair, b, DIVERGENCE) - pair[1] * mean
+    return gradient
+
+
+# ---- one row in passes -----------------------------------------------------------------------------------------------
+# A row of a matrix is (pointer, column stride). The teacher's may be None, and so may the label: (column, whether there
+# is such a column, the student's score in it).
+
+
+@triton.jit
+def _at(row, start, columns, BLOCK: tl.constexpr):
+    """Pointers to a block of columns, and which of them exist. Offsets pass 2^31 in transposed matrices."""
+    pointer, stride = row
+    column = start + tl.arange(0, BLOCK)
+    return pointer + column.to(tl.int64) * stride, column < columns
+
+
+@triton.jit
+def _read(row, start, columns, F: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of scores [BLOCK] in the working precision; -inf past the end of the row."""
+    pointers, exists = _at(row, start, columns, BLOCK)
+    return tl.load(pointers, mask=exists, other=LOWEST).to(F)
+
+
+@triton.jit
+def _write(row, start, columns, x, BLOCK: tl.constexpr):
+    pointers, exists = _at(row, start, columns, BLOCK)
+    tl.store(pointers, x.to(row[0].dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _rescale(before, now, inv_tau):
+    """What sums of e^((x - before) / tau) are multiplied with when the running maximum moves to `now`."""
+    return tl.where(before == now, 1.0, tl.exp((before - now) * inv_tau))
+
+
+@triton.jit
+def _finite(maximum):
+    """The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf."""
+    return tl.where(maximum == LOWEST, 0.0, maximum)
+
+
+@triton.jit
+def _sum(x):
+    return tl.sum(x, 0).to(tl.float64)
+
+
+@triton.jit
+def _statistics(
+    student,
+    teacher,
+    label,
+    columns,
+    tau,
+    DIVERGENCE: tl.constexpr,
+    SEPARATE: tl.constexpr,  # whether the cross-entropy needs exponentials of its own
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pass 1: running statistics of the row, and D where they give it: (D, stats)."""
+    BY_STUDENT: tl.constexpr = DIVERGENCE == REVERSE_KL
+    zero, one = _double(0.0), _double(1.0)
+    inv_tau = 1 / tau
+    max_s, max_t = _double(LOWEST), _double(LOWEST)
+    sum_s, sum_t, sum_1, moment = zero, zero, zero, zero
+    for start in range(0, columns, BLOCK):
+        s = _read(student, start, columns, F, BLOCK)
+        before_s, before_t = max_s, max_t
+        max_s = tl.maximum(max_s, tl.max(s, 0).to(tl.float64))
+        if teacher is not None:
+            t = _read(teacher, start, columns, F, BLOCK)
+            max_t = tl.maximum(max_t, tl.max(t, 0).to(tl.float64))
+        top_s, top_t = _finite(max_s), _finite(max_t)
+        if (max_s > before_s) | (max_t > before_t):  # seldom after the first few blocks
+            sum_1 *= _rescale(before_s, max_s, one)
+            s_factor, t_factor = _rescale(before_s, max_s, inv_tau), _rescale(before_t, max_t, inv_tau)
+            # log(p / q) is relative to both maxima, so its moment follows when either moves
+            moved = inv_tau * (_finite(before_t) - _finite(before_s) - top_t + top_s)
+            moment = s_factor * (moment - sum_s * moved) if BY_STUDENT else t_factor * (moment + sum_t * moved)
+            sum_s *= s_factor
+            sum_t *= t_factor
+
+        s = _unmasked(s)
+        if teacher is not None:
+            row = _running_constants(top_s, top_t, inv_tau, F)
+            p, q, difference, log_ratio, _, _, _ = _pair(s, _unmasked(t), row)
+            student_sum, teacher_sum, gap = _sum(q), _sum(p), _sum(difference)
+            nearly_equal = tl.abs(gap) < NEARLY_EQUAL * teacher_sum
+            sum_s += tl.where(nearly_equal, teacher_sum + gap, student_sum)
+            sum_t += teacher_sum
+            if DIVERGENCE == FORWARD_KL:
+                moment += tl.where(nearly_equal, _sum(_excess(p, q, log_ratio)) - gap, _sum(p * log_ratio))
+            elif DIVERGENCE == REVERSE_KL:
+                moment += tl.where(nearly_equal, _sum(_excess(q, p, -log_ratio)) + gap, _sum(-q * log_ratio))
+        if label is not None:
+            exponential = tl.exp(s - top_s.to(F)) if SEPARATE or teacher is None else q
+            sum_1 += _sum(tl.where(start + tl.arange(0, BLOCK) == label[0], 0, exponential))
+
+    divergence, mean = zero, zero
+    if label is not None:
+        # The label's own exponential comes last and in fp64: beside it the others of a confident student would vanish.
+        sum_1 += tl.exp(label[2] - _finite(max_s))
+    if teacher is not None:
+        if DIVERGENCE == FORWARD_KL:
+            divergence = moment / sum_t + tl.log(sum_s / sum_t)
+        elif DIVERGENCE == REVERSE_KL:
+            divergence = moment / sum_s - tl.log(sum_s / sum_t)
+            mean = divergence
+    return divergence, (_finite(max_s), sum_s, _finite(max_t), sum_t, mean, zero, sum_1)
+
+
+@triton.jit
+def _mean_value(
+    student, teacher, columns, stats, beta, tau, DIVERGENCE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Pass 2, for divergences without a closed form: (D, what is subtracted from u, whether the row is saturated)."""
+    row, b = _row_constants(stats, tau, F), _beta_constants(beta, F)
+    value, mean, comean = _double(0.0), _double(0.0), _double(0.0)
+    for start in range(0, columns, BLOCK):
+        s = _unmasked(_read(student, start, columns, F, BLOCK))
+        t = _unmasked(_read(teacher, start, columns, F, BLOCK))
+        pair = _pair(s, t, row)
+        value += _sum(_value(pair, b, DIVERGENCE))
+        mean += _sum(_slope(pair, b, DIVERGENCE))
+        comean += _sum(_coslope(pair, b, DIVERGENCE))
+    saturated = comean < mean
+    return value, tl.where(saturated, -comean, mean), saturated.to(tl.float64)
+
+
+@triton.jit
+def _loss(
+    student,
+    teacher,
+    label,
+    columns,
+    beta,
+    tau,
+    kd_weight,
+    ce_weight,
+    DIVERGENCE: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Passes 1 and 2: (the row's loss before its coefficient, its stats)."""
+    divergence, stats = _statistics(student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, F, BLOCK)
+    max_s, sum_s, max_t, sum_t, mean, saturated, sum_1 = stats
+    loss = _double(0.0)
+    if teacher is not None:
+        # A row of nothing but -inf has no distribution: it counts as masked, with loss and gradient 0.
+        empty = (sum_s == 0) | (sum_t == 0)
+        if DIVERGENCE >= JSD:
+            divergence, mean, saturated = _mean_value(student, teacher, columns, stats, beta, tau, DIVERGENCE, F, BLOCK)
+        mean = tl.where(empty, 0.0, mean)
+        loss = tl.where(empty, 0.0, kd_weight * tau * tau * _with_infinity(divergence))
+    if label is not None:
+        _, valid, score = label
+        loss += ce_weight * tl.where(valid, max_s - score + tl.log(sum_1), float("nan"))
+    return loss, (max_s, sum_s, max_t, sum_t, mean, saturated, sum_1)
+
+
+@triton.jit
+def _gradient(
+    student,
+    teacher,
+    label,
+    gradient,
+    columns,
+    stats,
+    coefficient,
+    beta,
+    tau,
+    kd_weight,
+    ce_weight,
+    DIVERGENCE: tl.constexpr,
+    SATURATED: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pass 3: coefficient * d loss / d s, written to `gradient`, which may be `student`."""
+    max_s, sum_s, max_t, sum_t, mean, saturated, sum_1 = stats
+    if teacher is not None:
+        empty = (sum_s == 0) | (sum_t == 0)
+        sum_s, sum_t = tl.where(empty, 1.0, sum_s), tl.where(empty, 1.0, sum_t)
+        row = _row_constants((max_s, sum_s, max_t, sum_t, mean, saturated, sum_1), tau, F)
+        b = _beta_constants(beta, F)
+        kd_scale = tl.where(empty, 0.0, coefficient * kd_weight * tau).to(F)
+    if label is not None:
+        # The label's own column is done apart and in fp64: softmax - 1 would lose every digit of a confident student.
+        label_column, valid, score = label
+        ce_scale = tl.where(sum_1 == 0, 0.0, coefficient * ce_weight / tl.where(sum_1 == 0, 1.0, sum_1))
+        at_label = tl.where(valid, ce_scale * (tl.exp(score - max_s) - sum_1), float("nan"))
+        at_label = tl.where(sum_1 == 0, 0.0, at_label).to(F)
+        ce_scale, top_s = ce_scale.to(F), max_s.to(F)
+    for start in range(0, columns, BLOCK):
+        s = _unmasked(_read(student, start, columns, F, BLOCK))
+        g = tl.zeros_like(s)
+        if teacher is not None:
+            t = _unmasked(_read(teacher, start, columns, F, BLOCK))
+            g = kd_scale * _gradient_of(s, t, b, row, DIVERGENCE, SATURATED)
+        if label is not None:
+            column = start + tl.arange(0, BLOCK)
+            g += tl.where(column == label_column, at_label, ce_scale * tl.exp(s - top_s))
+        _write(gradient, start, columns, g, BLOCK)
+
+
+@triton.jit
+def rows_kernel(
+    student,
+    teacher,
+    coefficient,
+    labels,
+    loss,  # None: stats are read
+    stats,  # None: they are not kept
+    gradient,  # None: it is not wanted
+    columns,
+    student_row,  # strides
+    student_column,
+    teacher_row,
+    teacher_column,
+    gradient_row,
+    gradient_column,
+    beta: tl.float64,
+    tau: tl.float64,
+    kd_weight: tl.float64,
+    ce_weight: tl.float64,
+    DIVERGENCE: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: loss and stats, unless they are given, and the gradient, if wanted."""
+    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
+    beta, tau, kd_weight, ce_weight = _double(beta), _double(tau), _double(kd_weight), _double(ce_weight)
+    index = tl.program_id(0).to(tl.int64)
+    student = (student + index * student_row, student_column)
+    if teacher is not None:
+        teacher = (teacher + index * teacher_row, teacher_column)
+    if gradient is not None:
+        gradient = (gradient + index * gradient_row, gradient_column)
+    if stats is not None:
+        stats += index * 7
+    weight = tl.load(coefficient + index)
+    if weight == 0:  # the row is not read
+        if loss is not None:
+            tl.store(loss + index, _double(0.0))
+            if stats is not None:
+                for i in tl.static_range(7):
+                    tl.store(stats + i, _double(0.0))
+        if gradient is not None:
+            for start in range(0, columns, BLOCK):
+                _write(gradient, start, columns, tl.zeros((BLOCK,), F), BLOCK)
+    else:
+        label = None
+        if labels is not None:
+            column = tl.load(labels + index)
+            valid = (column >= 0) & (column < columns)
+            column = tl.where(valid, column, 0)
+            label = (column, valid, tl.load(student[0] + column * student_column).to(tl.float64))
+            tl.debug_barrier()  # every thread has read the score before one overwrites it with its gradient
+        if loss is not None:
+            row_loss, row_stats = _loss(
+                student, teacher, label, columns, beta, tau, kd_weight, ce_weight, DIVERGENCE, SEPARATE, F, BLOCK
+            )
+            tl.store(loss + index, weight * row_loss)
+            if stats is not None:
+                for i in tl.static_range(7):
+                    tl.store(stats + i, row_stats[i])
+        else:
+            max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
+            row_stats = (max_s, sum_s, max_t, sum_t, tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6))
+        if gradient is not None:
+            if DIVERGENCE < JSD or teacher is None:
+                _gradient(
+                    student, teacher, label, gradient, columns, row_stats, weight, beta, tau, kd_weight, ce_weight,
+                    DIVERGENCE, False, F, BLOCK,
+                )  # fmt: skip
+            elif row_stats[5] != 0:
+                _gradient(
+                    student, teacher, label, gradient, columns, row_stats, weight, beta, tau, kd_weight, ce_weight,
+                    DIVERGENCE, True, F, BLOCK,
+                )  # fmt: skip
+            else:
+                _gradient(
+                    student, teacher, label, gradient, columns, row_stats, weight, beta, tau, kd_weight, ce_weight,
+                    DIVERGENCE, False, F, BLOCK,
+                )  # fmt: skip
+
+
+# ---- launch ----------------------------------------------------------------------------------------------------------
+
+
+def block_and_options(columns: int, dtype: torch.dtype, nvidia: bool) -> tuple[int, dict]:
+    """Columns a block, and launch options: as many columns a thread as fit its registers (tests/test_compile_gpu.py).
+
+    Left to itself, ptxas spills a few row constants to fit one block more into a multiprocessor; told a ceiling it does
+    not. With 128 registers two blocks of 8 warps run side by side, one computing while the other waits.
+    """
+    largest, per_thread, registers = (1024, 4, 255) if dtype == torch.float64 else (2048, 8, 128)
+    block = min(largest, max(32 * per_thread, triton.next_power_of_2(columns)))
+    options = {
+        "num_warps": block // (32 * per_thread),
+        "enable_fp_fusion": True,  # Triton's default differs by version; the two-sum has no product to fuse
+    }
+    if nvidia:
+        options["maxnreg"] = registers
+    return block, options
+
+
+def _check_matrix(name: str, x: Tensor, rows: int, columns: int) -> None:
+    if x.shape != (rows, columns) or not x.is_floating_point():
+        raise ValueError(f"{name}: expected floating [{rows}, {columns}], got {x.dtype} {list(x.shape)}")
+
+
+def _check_rows(name: str, x: Tensor, rows: int, dtype: torch.dtype, *trailing: int) -> None:
+    if x.shape != (rows, *trailing) or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous {dtype} {[rows, *trailing]}, got {x.dtype} {list(x.shape)}")
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor | None,
+    coefficient: Tensor,
+    labels: Tensor | None,
+    loss: Tensor | None,
+    stats: Tensor | None,
+    gradient: Tensor | None,
+    divergence: int,
+    beta: float,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+) -> None:
+    rows, columns = student.shape
+    if teacher is None and kd_weight != 0:
+        raise ValueError("teacher: needed unless kd_weight is 0")
+    if labels is None and ce_weight != 0:
+        raise ValueError("labels: needed unless ce_weight is 0")
+    if not 0 <= divergence <= TVD.value:
+        raise ValueError(f"divergence: expected 0 to {TVD.value}, got {divergence}")
+    teacher = teacher if kd_weight != 0 else None
+    labels = labels if ce_weight != 0 else None
+    for name, matrix in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+        if matrix is not None:
+            _check_matrix(name, matrix, rows, columns)
+    _check_rows("coefficient", coefficient, rows, torch.float64)
+    if labels is not None:
+        _check_rows("labels", labels, rows, torch.int64)
+    if loss is not None:
+        _check_rows("loss", loss, rows, torch.float64)
+    if stats is not None:
+        _check_rows("stats", stats, rows, torch.float64, 7)
+    if rows == 0:
+        return
+    nvidia = student.is_cuda and torch.version.hip is None
+    block, options = block_and_options(columns, student.dtype, nvidia)
+    with torch.cuda.device_of(student):
+        rows_kernel[(rows,)](
+            student,
+            teacher,
+            coefficient,
+            labels,
+            loss,
+            stats,
+            gradient,
+            columns,
+            *student.stride(),
+            *(teacher.stride() if teacher is not None else (0, 0)),
+            *(gradient.stride() if gradient is not None else (0, 0)),
+            float(beta),
+            float(temperature),
+            float(kd_weight),
+            float(ce_weight),
+            DIVERGENCE=divergence,
+            SEPARATE=labels is not None and temperature != 1,
+            BLOCK=block,
+            **options,
+        )
+
+
+def divergence_rows_(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    loss: Tensor,  # [R]
+    *objective: float,  # divergence, beta, temperature, kd_weight, ce_weight
+) -> None:
+    """Writes each row's loss, and overwrites `student` with coefficient * d loss / d student."""
+    _launch(student, teacher, coefficient, labels, loss, None, student, *objective)
+
+
+def divergence_stats(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    loss: Tensor,  # [R]
+    stats: Tensor,  # [R, 7]
+    *objective: float,
+) -> None:
+    """Writes each row's loss and the statistics that `divergence_gradient` starts from."""
+    _launch(student, teacher, coefficient, labels, loss, stats, None, *objective)
+
+
+def divergence_gradient(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    stats: Tensor,  # [R, 7]
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    gradient: Tensor,  # [R, V]
+    *objective: float,
+) -> None:
+    """Writes coefficient * d loss / d student into `gradient`, of any float dtype and stride."""
+    _launch(student, teacher, coefficient, labels, None, stats, gradient, *objective)

@@ -1,0 +1,161 @@
+"""Compiles kernels/rows.py for GPUs that need not be here, and tells what each binary uses of them.
+
+    python -m tests.compile_rows                     # the table of what test_compile_gpu.py checks
+    python -m tests.compile_rows --all               # every divergence, dtype, pass and target: half an hour
+    python -m tests.compile_rows --all --target sm_80
+
+Not under TRITON_INTERPRET=1, where kernels are Python functions: test_compile_gpu.py starts a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from fastkd.kernels import rows
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastkd.divergence import DIVERGENCES, divergence_code
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory a block may have.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+PASSES = ("fused", "stats", "gradient")  # divergence_rows_, divergence_stats, divergence_gradient
+
+VOCABULARY = 32128
+
+
+def source(
+    target: str, which: str, divergence: str, student: str, teacher: str | None, ce: bool
+) -> tuple[ASTSource, dict]:
+    """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
+    block, options = rows.block_and_options(VOCABULARY, DTYPES[student], target.startswith("sm_"))
+    types = {
+        "student": f"*{student}",
+        "teacher": teacher and f"*{teacher}",
+        "coefficient": "*fp64",
+        "labels": "*i64" if ce else None,
+        "loss": "*fp64" if which != "gradient" else None,
+        "stats": "*fp64" if which != "fused" else None,
+        "gradient": f"*{student}" if which != "stats" else None,
+        **dict.fromkeys(("columns", "student_row", "teacher_row", "gradient_row"), "i32"),
+        **dict.fromkeys(("beta", "tau", "kd_weight", "ce_weight"), "fp64"),
+    }
+    constants = {name: None for name, kind in types.items() if kind is None}
+    constants.update(student_column=1, teacher_column=1, gradient_column=1)
+    constants.update(DIVERGENCE=divergence_code(divergence), SEPARATE=ce, BLOCK=block)
+    names = rows.rows_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
+    return ASTSource(rows.rows_kernel, signature, constexprs=constants, attrs=aligned), options
+
+
+def resources(target: str, compiled) -> dict[str, int]:
+    """Registers, bytes spilled or otherwise in local memory, and bytes of shared memory, read from the binary."""
+    if target.startswith("gfx"):
+        found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
+        spilled = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
+        local = 4 * spilled + int(found["private_segment_fixed_size"])
+        return {"registers": int(found["vgpr_count"]), "local": local, "shared": compiled.metadata.shared}
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text[text.index("REG:") :])}
+    return {"registers": found["REG"], "local": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
+
+
+def measure(case: tuple) -> dict:
+    """Compiles one case: (target, pass, divergence, student dtype, teacher dtype or None, with cross-entropy)."""
+    kernel, options = source(*case)
+    compiled = triton.compile(kernel, target=TARGETS[case[0]], options=options)
+    names = ("target", "pass", "divergence", "student", "teacher", "cross_entropy")
+    named = dict(zip(names, case, strict=True))
+    return {**named, "warps": options["num_warps"], **resources(case[0], compiled)}
+
+
+def chosen() -> list[tuple]:
+    """What the tests compile: all of fp32 on sm_90, and elsewhere what is most likely to spill."""
+    fused = [("sm_90", "fused", name, "fp32", "fp32", True) for name in DIVERGENCES]
+    apart = [("sm_90", which, name, "fp32", "fp32", False) for name in DIVERGENCES for which in ("stats", "gradient")]
+    halves = [("sm_90", "fused", name, "bf16", "bf16", True) for name in ("forward_kl", "jsd")]
+    others = [
+        ("sm_90", "fused", "forward_kl", "fp32", None, True),
+        ("sm_90", "stats", "reverse_kl", "fp16", "fp16", True),
+        ("sm_90", "gradient", "skew_kl", "bf16", "fp32", True),
+        ("sm_90", "fused", "jsd", "fp64", "fp64", True),
+    ]
+    for target in ("sm_80", "sm_100", "gfx942"):
+        others += [(target, "fused", name, "fp32", "fp32", True) for name in ("forward_kl", "jsd", "skew_reverse_kl")]
+        others += [(target, which, "reverse_kl", "bf16", "bf16", False) for which in ("stats", "gradient")]
+        others.append((target, "stats", "skew_kl", "bf16", "bf16", True))
+    return fused + apart + halves + others
+
+
+def everything() -> list[tuple]:
+    pairs = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp64", "fp64")]
+    cases = itertools.product(TARGETS, PASSES, DIVERGENCES, pairs, (False, True))
+    return [(target, which, name, *pair, ce) for target, which, name, pair, ce in cases]
+
+
+def measure_all(cases: list[tuple]) -> list[dict]:
+    """Triton keeps its binaries, so a second run takes seconds."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(measure, cases))
+
+
+@triton.jit
+def two_sum_kernel(s, t, out, high, low):
+    i = tl.arange(0, 32)
+    tl.store(out + i, rows._shifted_ratio(tl.load(s + i), tl.load(t + i), high, low, 0.5))
+
+
+def two_sum_operations() -> dict[str, int]:
+    """Floating-point instructions of one `_shifted_ratio` in sm_90 assembly: what a compiler may have simplified."""
+    signature = {"s": "*fp32", "t": "*fp32", "out": "*fp32", "high": "fp32", "low": "fp32"}
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    compiled = triton.compile(ASTSource(two_sum_kernel, signature), target=TARGETS["sm_90"], options=options)
+    found = re.findall(r"^\s+((?:add|sub|mul|fma)\S*\.f32)", compiled.asm["ptx"], re.MULTILINE)
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def table(results: list[dict]) -> str:
+    titles = f"{'target':8}{'pass':10}{'divergence':17}{'dtypes':12}{'CE':4}"
+    lines = [titles + f"{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}"]
+    for r in results:
+        dtypes, ce = f"{r['student']}, {r['teacher'] or '-'}", "yes" if r["cross_entropy"] else "no"
+        numbers = f"{r['warps']:6}{r['registers']:6}{r['local']:7}{r['shared']:8}"
+        lines.append(f"{r['target']:8}{r['pass']:10}{r['divergence']:17}{dtypes:12}{ce:4}{numbers}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
+    measured = measure_all(cases)
+    print(json.dumps({"kernels": measured, "two_sum": two_sum_operations()}) if options.json else table(measured))

@@ -1,0 +1,360 @@
+"""The Triton row kernels: on a GPU where there is one, else in Triton's interpreter.
+
+The contract test runs them behind the public functions. Here they are called directly and compared with the C++ kernels
+in float64, on what is particular to them: blocks, running maxima, strides, dtypes, and rows that hold no distribution.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.divergence import DIVERGENCES, divergence_code
+from fastkd.ops.divergence_rows import STATS
+
+from .cases import distance, running_on
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = pytest.importorskip("triton.language")
+rows = pytest.importorskip("fastkd.kernels.rows")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Relative Frobenius error of a gradient: some roundings in the working precision and one to the dtype. Mostly 1e-7 in
+# fp32; reverse_kl takes a large mean from a large log-ratio where the student is confident.
+TOLERANCE = {torch.float64: 2e-14, torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+if DEVICE.type == "cuda":
+    TOLERANCE[torch.float32] = 1e-5  # ex2.approx
+else:
+    TOLERANCE[torch.bfloat16] *= 2  # the interpreter cuts digits off where a GPU rounds
+NAN = float("nan")
+INF = float("inf")
+
+# NumPy, under the interpreter, warns of what kernels on a GPU compute silently: inf - inf in a branch not taken.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+over_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def objective(divergence: str, beta=0.3, temperature=1.0, kd_weight=1.0, ce_weight=0.0):
+    return divergence_code(divergence), beta, temperature, kd_weight, ce_weight
+
+
+def fused(student: Tensor, teacher: Tensor | None, coefficient, labels, *options) -> tuple[Tensor, Tensor]:
+    """(loss [R], gradient [R, V]) on the CPU, by the kernel that writes over the student; its strides are kept."""
+
+    def moved(x):
+        if x is None or x.device == DEVICE:
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
+
+    target = moved(student) if DEVICE.type == "cuda" else student.clone(memory_format=torch.preserve_format)
+    loss = torch.empty(student.shape[0], dtype=torch.float64, device=DEVICE)
+    rows.divergence_rows_(target, moved(teacher), moved(coefficient), moved(labels), loss, *options)
+    return loss.cpu(), target.cpu()
+
+
+def in_two_steps(student, teacher, coefficient, labels, *options, dtype=None) -> tuple[Tensor, Tensor]:
+    """The same by way of the statistics, into a gradient of its own."""
+    student, teacher, coefficient, labels = (
+        x if x is None else x.to(DEVICE) for x in (student, teacher, coefficient, labels)
+    )
+    loss = torch.empty(student.shape[0], dtype=torch.float64, device=DEVICE)
+    stats = torch.empty(student.shape[0], STATS, dtype=torch.float64, device=DEVICE)
+    gradient = torch.empty(student.shape, dtype=dtype or student.dtype, device=DEVICE)
+    rows.divergence_stats(student, teacher, coefficient, labels, loss, stats, *options)
+    rows.divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *options)
+    return loss.cpu(), gradient.cpu()
+
+
+def oracle(student, teacher, coefficient, labels, *options) -> tuple[Tensor, Tensor]:
+    """The C++ kernel in float64."""
+    gradient = student.double().contiguous().clone()
+    teacher = None if teacher is None else teacher.double()
+    loss = torch.empty(student.shape[0], dtype=torch.float64)
+    torch.ops.fastkd.divergence_rows_(gradient, teacher, coefficient, labels, loss, *options)
+    return loss, gradient
+
+
+def ones(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.float64)
+
+
+def check(got, wanted, loss=1e-6, gradient=TOLERANCE[torch.float32]) -> None:
+    assert torch.allclose(got[0], wanted[0], rtol=loss, atol=1e-300)
+    assert distance(got[1], wanted[1]) <= gradient
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@over_divergences
+@pytest.mark.parametrize("temperature, ce_weight", [(1.0, 0.0), (2.0, 0.7)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_dtype(divergence: str, dtype: torch.dtype, temperature: float, ce_weight: float):
+    student, teacher = (3 * torch.randn(2, 523)).to(dtype), (3 * torch.randn(2, 523)).to(dtype)
+    arguments = student, teacher, torch.tensor([1.0, -0.3]).double(), torch.tensor([522, 7])
+    options = objective(divergence, temperature=temperature, kd_weight=1.3, ce_weight=ce_weight)
+    got = fused(*arguments, *options)
+    assert got[1].dtype == dtype
+    check(got, oracle(*arguments, *options), 1e-13 if dtype == torch.float64 else 1e-6, TOLERANCE[dtype])
+
+
+@over_divergences
+@pytest.mark.parametrize("temperature, ce_weight", [(2.0, 0.0), (1.0, 0.7)])
+def test_temperature_and_cross_entropy(divergence: str, temperature: float, ce_weight: float):
+    student, teacher = 3 * torch.randn(2, 523), 3 * torch.randn(2, 523)
+    options = objective(divergence, temperature=temperature, ce_weight=ce_weight)
+    arguments = student, teacher, ones(2), torch.tensor([522, 7]), *options
+    check(fused(*arguments), oracle(*arguments))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_cross_entropy_alone(dtype: torch.dtype):
+    arguments = (5 * torch.randn(2, 301)).to(dtype), None, ones(2), torch.tensor([300, 0])
+    options = objective("forward_kl", kd_weight=0.0, ce_weight=1.0)
+    check(fused(*arguments, *options), oracle(*arguments, *options), gradient=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_confident_student(teacher: bool, temperature: float):
+    """The cross-entropy is what little the other columns have."""
+    student = torch.randn(2, 3000)
+    student[0, 7] = student[1, 2900] = 25.0
+    arguments = student, student + 0.1 if teacher else None, ones(2), torch.tensor([7, 2900])
+    options = objective("forward_kl", temperature=temperature, kd_weight=float(teacher), ce_weight=1.0)
+    check(fused(*arguments, *options), oracle(*arguments, *options))
+
+
+@over_divergences
+@pytest.mark.parametrize("columns", [1, 5, 2048, 8195])
+def test_number_of_columns(divergence: str, columns: int):
+    student, teacher = 3 * torch.randn(1, columns), 3 * torch.randn(1, columns)
+    options = objective(divergence, ce_weight=0.5)
+    arguments = student, teacher, ones(1), torch.tensor([columns - 1]), *options
+    check(fused(*arguments), oracle(*arguments))
+
+
+@over_divergences
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_maxima_that_move_in_every_block(divergence: str, temperature: float):
+    teacher = torch.randn(2, 8195).sort(1).values * 3
+    student = teacher.flip(1) + torch.randn(2, 8195)
+    student[1] = teacher[1] + torch.randn(8195)
+    student[1, :2100] = -INF  # nothing in the first block
+    if divergence == "forward_kl":
+        teacher[1, :2100] = -INF  # else the divergence is infinite
+    options = objective(divergence, temperature=temperature, ce_weight=0.5)
+    arguments = student, teacher, ones(2), torch.tensor([7000, 7000]), *options
+    check(fused(*arguments), oracle(*arguments))
+
+
+@over_divergences
+@pytest.mark.parametrize("deviation, distance_", [(5, 1e-3), (5, 1e-1), (30, 1.0), (30, 3.0)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_accuracy(divergence: str, deviation: float, distance_: float, temperature: float):
+    teacher = deviation * torch.randn(2, 2500)
+    student = teacher + distance_ * torch.randn(2, 2500)
+    arguments = student, teacher, ones(2), None, *objective(divergence, temperature=temperature)
+    # the oracle's own loss is a small difference where the models agree
+    check(fused(*arguments), oracle(*arguments), loss=1e-5 if distance_ == 1e-3 else 2e-6)
+
+
+@over_divergences
+def test_accuracy_in_fp64(divergence: str):
+    """Near p = q, where the series of the elementary functions are all there is."""
+    teacher = 5 * torch.randn(2, 1500, dtype=torch.float64)
+    student = teacher + 1e-6 * torch.randn(2, 1500, dtype=torch.float64)
+    arguments = student, teacher, ones(2), None, *objective(divergence, temperature=0.7)
+    check(fused(*arguments), oracle(*arguments), loss=1e-3, gradient=1e-8)  # what 1e-6 leaves of 16 digits
+
+
+@triton.jit
+def _elementary_kernel(x, minus1, tail, log_1p, log_1p_positive, N: tl.constexpr):
+    i = tl.arange(0, N)
+    _, m, t = rows._exp_nonpositive(tl.load(x + i))
+    tl.store(log_1p_positive + i, rows._log_1p(-tl.load(x + i)))
+    tl.store(minus1 + i, m)
+    tl.store(tail + i, t)
+    tl.store(log_1p + i, rows._log_1p(tl.load(x + i) / 128))
+
+
+def test_elementary_functions():
+    """Relative errors, against torch's expm1 and log1p in fp64 and a Taylor series."""
+    magnitudes = torch.logspace(-12, 2, 512, dtype=torch.float64)
+    magnitudes[0], magnitudes[1] = 0, 1  # 1 is where the series end
+    for dtype, bound in ((torch.float32, 3e-7 if DEVICE.type == "cpu" else 2e-6), (torch.float64, 1e-14)):
+        x = (-magnitudes).to(dtype).to(DEVICE)
+        minus1, tail, log_1p, log_1p_positive = torch.empty(4, 512, dtype=dtype, device=DEVICE)
+        _elementary_kernel[(1,)](x, minus1, tail, log_1p, log_1p_positive, N=512)
+        exact = x.double()
+        series = sum(exact ** (k - 2) / math.factorial(k) for k in range(2, 16)) * exact**2
+        wanted = {
+            "minus1": (minus1, exact.expm1()),
+            "tail": (tail, torch.where(exact > -0.5, series, exact.expm1() - exact)),
+            "log_1p": (log_1p, (x / 128).double().log1p()),
+            "log_1p_positive": (log_1p_positive, (-exact).log1p()),
+        }
+        for name, (got, true) in wanted.items():
+            error = ((got.double() - true).abs() / true.abs().clamp_min(1e-30)).max().item()
+            assert error <= bound, (name, dtype, error)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_strides_and_mixed_dtypes(divergence: str):
+    student = (3 * torch.randn(601, 2)).t()  # columns far apart
+    teacher = (3 * torch.randn(2, 1202)).bfloat16()[:, ::2]
+    arguments = student, teacher, ones(2), torch.tensor([600, 3]), *objective(divergence, ce_weight=0.5)
+    assert student.stride(1) == 2 and teacher.stride(1) == 2
+    wanted = oracle(*arguments)
+    check(fused(*arguments), wanted)
+    check(in_two_steps(*arguments), wanted)
+    check(in_two_steps(*arguments, dtype=torch.float16), wanted, gradient=TOLERANCE[torch.float16])
+    check(in_two_steps(*arguments, dtype=torch.float64), wanted)
+
+
+@over_divergences
+def test_one_step_and_two_give_the_same_bits(divergence: str):
+    student, teacher = 3 * torch.randn(2, 523), 3 * torch.randn(2, 523)
+    arguments = student, teacher, ones(2), torch.tensor([1, 2]), *objective(divergence, ce_weight=0.5)
+    for one, two in zip(fused(*arguments), in_two_steps(*arguments), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_only_the_row_is_written():
+    """The columns around a slice, and the rows beside it, stay as they are."""
+    whole = torch.randn(5, 40, device=DEVICE)
+    before, teacher = whole.clone(), torch.randn(3, 21, device=DEVICE)
+    loss = torch.empty(3, dtype=torch.float64, device=DEVICE)
+    inside = whole[1:4, 7:28]
+    rows.divergence_rows_(inside, teacher, ones(3).to(DEVICE), None, loss, *objective("forward_kl"))
+    assert not torch.equal(inside, before[1:4, 7:28])
+    whole[1:4, 7:28] = before[1:4, 7:28]
+    assert torch.equal(whole, before)
+
+
+def test_no_rows():
+    loss, gradient = fused(torch.empty(0, 9), torch.empty(0, 9), ones(0), None, *objective("jsd"))
+    assert loss.shape == (0,) and gradient.shape == (0, 9)
+
+
+# ---- rows that are masked, dropped or wrong --------------------------------------------------------------------------
+
+
+@over_divergences
+def test_masked_columns(divergence: str):
+    student, teacher = 3 * torch.randn(1, 523), 3 * torch.randn(1, 523)
+    masked = torch.rand(523) < 0.5
+    student[:, masked] = teacher[:, masked] = -INF
+    options = objective(divergence, temperature=2.0)
+    loss, gradient = fused(student, teacher, ones(1), None, *options)
+    assert (gradient[:, masked] == 0).all()
+    wanted = oracle(student[:, ~masked], teacher[:, ~masked], ones(1), None, *options)
+    check((loss, gradient[:, ~masked]), wanted)
+
+
+@over_divergences
+def test_columns_that_one_model_masks(divergence: str):
+    """A student that gives nothing to what its teacher likes is infinitely far in one direction, not in the other."""
+    student, teacher = torch.randn(2, 50), torch.randn(2, 50)
+    student[0, 3] = -INF
+    teacher[1, 5] = -INF
+    arguments = student, teacher, ones(2), None, *objective(divergence)
+    got, wanted = fused(*arguments), oracle(*arguments)
+    assert got[0].isinf().tolist() == [divergence == "forward_kl", divergence == "reverse_kl"]
+    finite = ~wanted[0].isinf()
+    check((got[0][finite], got[1][finite]), (wanted[0][finite], wanted[1][finite]))
+
+
+@over_divergences
+def test_rows_without_a_distribution(divergence: str):
+    student, teacher = torch.randn(3, 70), torch.randn(3, 70)
+    student[0] = teacher[1] = -INF
+    options = objective(divergence, temperature=2.0)
+    loss, gradient = fused(student, teacher, ones(3), None, *options)
+    assert (loss[:2] == 0).all() and (gradient[:2] == 0).all()
+    wanted = oracle(student[2:], teacher[2:], ones(1), None, *options)
+    check((loss[2:], gradient[2:]), wanted)
+
+    options = objective(divergence, ce_weight=1.0)  # the cross-entropy of a row that has one goes on
+    arguments = student[1:], teacher[1:], ones(2), torch.tensor([4, 5])
+    check(fused(*arguments, *options), oracle(*arguments, *options))
+
+
+@over_divergences
+def test_coefficient_zero_is_not_read(divergence: str):
+    student, teacher = torch.randn(3, 70), torch.randn(3, 70)
+    student[0], teacher[1] = NAN, NAN
+    labels = torch.tensor([-100, 2**40, 3])
+    coefficient = torch.tensor([0.0, 0.0, 2.0]).double()
+    arguments = student, teacher, coefficient, labels, *objective(divergence, ce_weight=0.5)
+    for loss, gradient in (fused(*arguments), in_two_steps(*arguments)):
+        assert (loss[:2] == 0).all() and (gradient[:2] == 0).all()
+        check((loss, gradient), oracle(*arguments))
+
+
+@pytest.mark.parametrize("label", [-1, -100, 70, 2**31 + 3, 2**62, -(2**62)])
+def test_label_out_of_range(label: int):
+    arguments = torch.randn(2, 70), torch.randn(2, 70), ones(2), torch.tensor([label, 3])
+    options = objective("jsd", ce_weight=0.5)
+    for loss, gradient in (fused(*arguments, *options), in_two_steps(*arguments, *options)):
+        assert loss.isnan().tolist() == [True, False]
+        assert gradient.isnan().any(1).tolist() == [True, False]
+
+
+@over_divergences
+def test_nan_stays_in_its_row(divergence: str):
+    student, teacher = torch.randn(3, 70), torch.randn(3, 70)
+    student[0, 3], teacher[1, 4] = NAN, NAN
+    loss, gradient = fused(student, teacher, ones(3), None, *objective(divergence))
+    assert loss.isnan().tolist() == [True, True, False]
+    assert gradient.isnan().any(1).tolist() == [True, True, False]
+
+
+def test_wrong_arguments():
+    student, one = torch.randn(2, 5, device=DEVICE), ones(2).to(DEVICE)
+    options = objective("jsd")
+    for bad, message in [
+        ((student, student[:, :4], one, None, one, *options), "teacher"),
+        ((student, student, one.float(), None, one, *options), "coefficient"),
+        ((student, student, one, None, one[:1], *options), "loss"),
+        ((student, None, one, None, one, *options), "teacher"),
+        ((student, student, one, None, one, *objective("jsd", ce_weight=1.0)), "labels"),
+        ((student, student, one, None, one, 6, *options[1:]), "divergence"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rows.divergence_rows_(*bad)
+
+
+# ---- behind the public functions -------------------------------------------------------------------------------------
+
+
+@over_divergences
+def test_gradcheck(divergence: str):
+    teacher = torch.randn(2, 3, dtype=torch.float64)
+    student = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
+    head, teacher_head = torch.randn(7, 3).double().requires_grad_(), torch.randn(7, 3).double()
+    labels = torch.tensor([2, 0])
+    options = {"divergence": divergence, "beta": 0.3, "temperature": 1.7, "labels": labels, "ce_weight": 0.4}
+    with running_on("triton") as (impl, device):
+        options.update(impl=impl, labels=labels.to(device))
+        student, head = (x.detach().to(device).requires_grad_() for x in (student, head))
+        teacher, teacher_head = teacher.to(device), teacher_head.to(device)
+
+        def check(function, *inputs):
+            assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+        check(lambda s: fastkd.logit_kl(s, teacher, reduction="none", **options), student)
+        check(lambda s, w: fastkd.linear_kl(s, w, teacher, teacher_head, **options), student, head)
