@@ -64,13 +64,17 @@ def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: R
     plain = torch.float64 if dtype == torch.float64 else torch.float32
     plain_loss, plain_gradients = value_and_gradients(op, to(inputs, plain), impl="reference", divergence=divergence)
     loss_bound, gradient_bound = (1e-12, 1e-11) if dtype == torch.float64 else (1e-6, 1e-5)
+    # Triton's interpreter cuts float32 off at bfloat16 where a GPU rounds.
+    truncates = backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
     # What the score rows' own last digit is worth, which counts beside a loss that has nearly converged.
     loss_bound += (1e-15 if dtype == torch.float64 else 1e-8) / loss.item()
     assert distance(got, loss) <= max(loss_bound, 2 * distance(plain_loss, loss))
     for name, gradient in got_gradients.items():
         assert gradient.dtype == dtype
         error, wanted = distance(gradient, gradients[name]), gradients[name]
-        rounding = ROUNDING[dtype] + SMALLEST[dtype] * wanted.numel() ** 0.5 / wanted.norm().item()
+        rounding = (
+            ROUNDING[dtype] * (2 if truncates else 1) + SMALLEST[dtype] * wanted.numel() ** 0.5 / wanted.norm().item()
+        )
         assert error <= max(gradient_bound, 2 * distance(plain_gradients[name], wanted)) + rounding, name
 
 
@@ -466,7 +470,7 @@ def test_gradcheck(op: Op, backend: str, divergence: str, reduction: str):
             return op.function(**named, labels=labels, impl=impl, **options)
 
         leaves = [inputs[name].requires_grad_() for name in op.student]
-        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=backend == "triton")  # the interpreter is slow
 
 
 @over_ops
