@@ -36,6 +36,8 @@ TVD = tl.constexpr(5)
 LOWEST = tl.constexpr(float("-inf"))
 # Models nearly agree in a block where the sums of their exponentials differ by less than this share of the teacher's.
 NEARLY_EQUAL = tl.constexpr(0.5)
+# Divergence over which the mean of log(q / p) is refined: one so large is summed up with an error of its own last digit.
+FAR_APART = tl.constexpr(16.0)
 
 # ---- elementary functions --------------------------------------------------------------------------------------------
 # Written out, for Triton's own exist on some targets only. fp64 takes Taylor series: 17 terms reach 2e-17.
@@ -398,6 +400,18 @@ def _statistics(
 
 
 @triton.jit
+def _mean_residual(student, teacher, columns, stats, tau, F: tl.constexpr, BLOCK: tl.constexpr):
+    """What sum q (log(q / p) - mean) falls short of its true value, zero: the digits that a large mean lost."""
+    row = _row_constants(stats, tau, F)
+    residual = _double(0.0)
+    for start in range(0, columns, BLOCK):
+        s = _unmasked(_read(student, start, columns, F, BLOCK))
+        t = _unmasked(_read(teacher, start, columns, F, BLOCK))
+        residual += _sum(_gradient_of(s, t, None, row, REVERSE_KL, False))
+    return residual
+
+
+@triton.jit
 def _mean_value(
     student, teacher, columns, stats, beta, tau, DIVERGENCE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -439,6 +453,10 @@ def _loss(
         empty = (sum_s == 0) | (sum_t == 0)
         if DIVERGENCE >= JSD:
             divergence, mean, saturated = _mean_value(student, teacher, columns, stats, beta, tau, DIVERGENCE, F, BLOCK)
+        if DIVERGENCE == REVERSE_KL:
+            if (divergence > FAR_APART) & (divergence < 1e20):
+                divergence += _mean_residual(student, teacher, columns, stats, tau, F, BLOCK)
+                mean = divergence
         mean = tl.where(empty, 0.0, mean)
         loss = tl.where(empty, 0.0, kd_weight * tau * tau * _with_infinity(divergence))
     if label is not None:

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels import rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastkd.divergence import DIVERGENCES, divergence_code
+from fastkd.kernels import rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -89,6 +89,52 @@ def test_logit_kl_needs_no_help_from_the_reference(regime: Regime, divergence: s
     assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
 
 
+@over_fused
+@pytest.mark.parametrize("seed", range(4))
+def test_reverse_kl_of_unrelated_peaked_models(backend: str, seed: int):
+    """A divergence of a hundred nats, and a gradient that is what remains when it is subtracted."""
+    torch.manual_seed(seed)
+    inputs = to(LOGIT_KL.make(Regime("far", 30.0, None), tokens=3, vocabulary=5000), torch.float32)
+    _, gradients = oracle(LOGIT_KL, inputs, divergence="reverse_kl")
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        _, got = value_and_gradients(LOGIT_KL, moved, impl=impl, divergence="reverse_kl")
+    assert distance(got["student_logits"], gradients["student_logits"]) <= 1e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student_logits", "teacher_logits"])
+@over_fused
+def test_nan_scores_are_not_hidden(backend: str, side: str, divergence: str):
+    inputs = to(LOGIT_KL.make(UNRELATED), torch.float32)
+    inputs[side][2, 3] = float("nan")
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        loss, got = value_and_gradients(LOGIT_KL, moved, impl=impl, divergence=divergence, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False, False, False]
+    assert got["student_logits"].isnan().any(1).tolist() == loss.isnan().tolist()
+
+
+@over_fused
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_masked_stretch_longer_than_a_block(backend: str, divergence: str):
+    """The student rules out its first 1100 columns, and the kernels' first block with them."""
+    inputs = to(LOGIT_KL.make(UNRELATED, tokens=2, vocabulary=3000), torch.float32)
+    inputs["student_logits"][:, :1100] = float("-inf")
+    exact = to(inputs, torch.float64)
+    exact["student_logits"] = exact["student_logits"].clamp_min(-1e9)  # probability 0, and no -inf in the reference
+    loss, gradients = oracle(LOGIT_KL, exact, divergence=divergence)
+    with running_on(backend) as (impl, device):
+        got, got_gradients = value_and_gradients(
+            LOGIT_KL, to(inputs, torch.float32, device), impl=impl, divergence=divergence
+        )
+    if divergence == "forward_kl":
+        assert got.item() == float("inf")
+    else:
+        assert distance(got, loss) <= 1e-6
+    assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
+
+
 def test_near_converged_bf16_student():
     """bf16 logits would lose 4 to 23 % of this gradient; float32 score rows keep it."""
     inputs = to(LINEAR_KL.make(Regime("near", 5.0, 0.02), tokens=64, vocabulary=4096, width=64), torch.bfloat16)
