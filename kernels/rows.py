@@ -36,7 +36,7 @@ TVD = tl.constexpr(5)
 LOWEST = tl.constexpr(float("-inf"))
 # Models nearly agree in a block where the sums of their exponentials differ by less than this share of the teacher's.
 NEARLY_EQUAL = tl.constexpr(0.5)
-# Divergence over which the mean of log(q / p) is refined: one so large is summed up with an error of its own last digit.
+# Divergence over which the mean of log(q / p) is refined: one so large is summed up with its own last digit's error.
 FAR_APART = tl.constexpr(16.0)
 
 # ---- elementary functions --------------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def _loss(
         empty = (sum_s == 0) | (sum_t == 0)
         if DIVERGENCE >= JSD:
             divergence, mean, saturated = _mean_value(student, teacher, columns, stats, beta, tau, DIVERGENCE, F, BLOCK)
-        if DIVERGENCE == REVERSE_KL:
+        if DIVERGENCE == REVERSE_KL:  # noqa: SIM102 - decided when it compiles, the next when it runs
             if (divergence > FAR_APART) & (divergence < 1e20):
                 divergence += _mean_residual(student, teacher, columns, stats, tau, F, BLOCK)
                 mean = divergence
