@@ -260,7 +260,11 @@ struct Pair {
   FASTKD_INLINE F student_excess() const { return larger * (teacher_larger ? excess_of_smaller() : tail); }
 
  private:
-  FASTKD_INLINE F excess_of_smaller() const { return -std::abs(log_ratio) * ratio_minus1 - tail; }
+  // x e^x + 1 - e^x for x = -|log(p / q)|, in the form that has no large terms to cancel.
+  FASTKD_INLINE F excess_of_smaller() const {
+    const F x = -std::abs(log_ratio);
+    return x > F(-1) ? x * ratio_minus1 - tail : x * ratio - ratio_minus1;
+  }
 };
 
 // ---- the family -----------------------------------------------------------------------------------------------------
@@ -304,7 +308,7 @@ template <class F>
 struct Mixture {
   F m;
   F log_q_over_m;
-  F log_m_over_limit;              // log(m / ((1 - a) q)), small where p << q
+  F log_m_over_limit;                // log(m / ((1 - a) q)), small where p << q
   F teacher_excess, student_excess;  // p log(p / m) + m - p and q log(q / m) + m - q
 
   FASTKD_INLINE Mixture(const Pair<F>& c, F a, F rest, F log_rest) {

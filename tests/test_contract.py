@@ -353,6 +353,27 @@ def test_masked_columns(backend: str, divergence: str):
 
 
 @over_fused
+@pytest.mark.parametrize("share", [0.001, 0.04, 0.4])
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "reverse_kl"])
+def test_teacher_rules_out_what_the_student_would_say(backend: str, divergence: str, share: float):
+    """Columns of -inf in the teacher alone, which hold a share of the student's probability; otherwise they agree."""
+    inputs = to(LOGIT_KL.make(REGIMES[3]), torch.float32)
+    banned = 203 // 2
+    student = inputs["student_logits"]
+    odds = student[:, banned:].logsumexp(-1) - student[:, :banned].logsumexp(-1)
+    student[:, banned:] += (torch.tensor(share).logit() - odds)[:, None]
+    inputs["teacher_logits"][:, banned:] = float("-inf")
+    exact = to(inputs, torch.float64)
+    exact["teacher_logits"] = exact["teacher_logits"].clamp_min(-1e9)
+    loss, gradients = oracle(LOGIT_KL, exact, divergence=divergence)
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        got, got_gradients = value_and_gradients(LOGIT_KL, moved, impl=impl, divergence=divergence)
+    assert distance(got, loss) <= 1e-6
+    assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
+
+
+@over_fused
 def test_impossible_student_has_infinite_loss(backend: str):
     """The student rules out what the teacher finds likely: KL(p || q) is infinite, and says so."""
     inputs = to(LOGIT_KL.make(UNRELATED), torch.float32)
