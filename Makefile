@@ -3,8 +3,8 @@
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
 #
-# Everything is installed into $(VENV). PYTHON, VENV and TORCH can be overridden: on a machine with a GPU,
-# `make test TORCH=torch` takes PyTorch's default build, or point TORCH at the one you want.
+# Everything is installed into $(VENV). PYTHON, VENV and TORCH can be overridden. TORCH is what pip is given to install:
+# on Linux its default build brings CUDA along, some gigabytes; a path or address of a CPU build is lighter.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -19,7 +19,7 @@ demo: $(VENV)/.train
 	$(BIN)/fastkd-train --demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m fastkd.doctor
+	-$(BIN)/python -m fastkd.doctor
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.bench

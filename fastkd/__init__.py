@@ -5,11 +5,9 @@
 ``python -m fastkd.doctor`` tells which kernels are active on this machine, and why others are not.
 """
 
+import importlib.util as _import
+import sys as _sys
 from pathlib import Path as _Path
-
-# Run from the source tree, `fastkd.kernels` lies beside this folder and not in it (see pyproject.toml).
-if not (_Path(__file__).parent / "kernels").is_dir() and (_Path(__file__).parents[1] / "kernels" / "rows.py").is_file():
-    __path__.append(str(_Path(__file__).parents[1]))
 
 from . import functions, nn
 from .divergence import DIVERGENCES
@@ -19,3 +17,13 @@ from .ops.logit_kl import logit_kl
 __all__ = ["DIVERGENCES", "__version__", "functions", "linear_kl", "logit_kl", "nn"]
 
 __version__ = "0.1.0"
+
+# In the source tree `fastkd.kernels` lies beside this folder and not in it (see pyproject.toml).
+_kernels = _Path(__file__).parents[1] / "kernels" / "__init__.py"
+if not (_Path(__file__).parent / "kernels").is_dir() and (_kernels.parent / "rows.py").is_file():
+    _spec = _import.spec_from_file_location(
+        "fastkd.kernels", _kernels, submodule_search_locations=[str(_kernels.parent)]
+    )
+    assert _spec is not None and _spec.loader is not None
+    kernels = _sys.modules["fastkd.kernels"] = _import.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)

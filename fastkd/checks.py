@@ -91,6 +91,8 @@ class TokenArguments:
         if isinstance(self.normalizer, Tensor):
             if self.normalizer.dim() != 0:
                 raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(self.normalizer)}")
+            if _values_are_at_hand(self.normalizer):
+                check_number("normalizer", self.normalizer.item(), ">= 0", lambda x: 0 <= x < math.inf)
         else:
             check_number("normalizer", self.normalizer, ">= 0", lambda x: 0 <= x < math.inf)
 
@@ -100,6 +102,7 @@ class TokenArguments:
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
         check_same_device("labels", labels, device)
         if _values_are_at_hand(labels):
+            labels = labels.long()  # small dtypes would wrap around in comparisons
             bad = ((labels < 0) | (labels >= vocabulary)) & (labels != self.ignore_index)
             if bad.any():
                 raise ValueError(
@@ -114,7 +117,7 @@ class TokenArguments:
         else:
             weight = self.weight.detach().to(torch.float64)
         if self.labels is not None:
-            weight = weight.masked_fill(self.labels == self.ignore_index, 0)
+            weight = weight.masked_fill(self.labels.long() == self.ignore_index, 0)
         if self.reduction == "mean":
             total = weight.sum() if self.normalizer is None else self.normalizer
             if isinstance(total, Tensor):

@@ -23,7 +23,9 @@ def _expected_log_ratio(log_p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """log(weight * a + (1 - weight) * b)"""
-    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+    nothing = (log_a == -math.inf) & (log_b == -math.inf)  # masked in both: logaddexp has no gradient there
+    log_a, log_b = log_a.masked_fill(nothing, 0), log_b.masked_fill(nothing, 0)
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight)).masked_fill(nothing, -math.inf)
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

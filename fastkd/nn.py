@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .checks import Objective
+from .backend import IMPLS
+from .checks import REDUCTIONS, Objective, check_choice
 from .ops.linear_kl import linear_kl
 from .ops.logit_kl import logit_kl
 
@@ -27,7 +28,10 @@ class _TokenLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        Objective(divergence, beta, temperature, kd_weight, ce_weight)  # a wrong constant fails here, not in training
+        # what is wrong with these fails here, not in training
+        Objective(divergence, beta, temperature, kd_weight, ce_weight)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("impl", impl, IMPLS)
         self.options: dict = {
             "divergence": divergence,
             "beta": beta,

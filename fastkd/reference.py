@@ -36,8 +36,9 @@ def logit_kl(
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     with torch.autocast(student_logits.device.type, enabled=False):
         scores = student_logits.to(dtype)
-        weight = scores.new_ones(scores.shape[:-1]) if weight is None else weight.to(dtype)
+        weight = scores.new_ones(scores.shape[:-1]) if weight is None else weight.detach().to(dtype)
         if labels is not None:
+            labels = labels.long()
             weight = weight.masked_fill(labels == ignore_index, 0)
         dropped = (weight == 0).unsqueeze(-1)
         scores = scores.masked_fill(dropped, 0)  # whatever a dropped token holds, NaN included, it counts for nothing
@@ -48,11 +49,14 @@ def logit_kl(
             scores = scores[..., :vocabulary]
             target = teacher_logits.detach()[..., :vocabulary].to(dtype).masked_fill(dropped, 0)
             if kd_weight != 0:
-                log_q = F.log_softmax(scores / temperature, -1)  # [T..., V]
-                log_p = F.log_softmax(target / temperature, -1)  # [T..., V]
-                loss = kd_weight * temperature**2 * DIVERGENCES[divergence](log_p, log_q, beta)
+                # a row of nothing but -inf has no distribution: it counts as masked
+                empty = (scores == -torch.inf).all(-1) | (target == -torch.inf).all(-1)  # [T...]
+                log_q, log_p = (  # [T..., V]
+                    F.log_softmax(x.masked_fill(empty.unsqueeze(-1), 0) / temperature, -1) for x in (scores, target)
+                )
+                loss = kd_weight * temperature**2 * DIVERGENCES[divergence](log_p, log_q, beta).masked_fill(empty, 0)
         if labels is not None and ce_weight != 0:
-            index = labels.masked_fill(dropped.squeeze(-1), 0).long().unsqueeze(-1)
+            index = labels.masked_fill(dropped.squeeze(-1), 0).unsqueeze(-1)
             loss = loss - ce_weight * F.log_softmax(scores, -1).gather(-1, index).squeeze(-1)
 
         loss = loss * weight
@@ -61,7 +65,7 @@ def logit_kl(
         if reduction == "sum":
             return loss.sum()
         denominator = torch.as_tensor(weight.sum() if normalizer is None else normalizer, dtype=dtype)
-        denominator = denominator.to(loss.device)
+        denominator = denominator.detach().to(loss.device)
         return torch.where(denominator == 0, 0, loss.sum() / torch.where(denominator == 0, 1, denominator))
 
 
@@ -83,6 +87,10 @@ def linear_kl(
         return F.linear(scale * hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     with torch.autocast(student_hidden.device.type, enabled=False):
+        for tokens in (options["weight"], options["labels"]):  # dropped tokens: their hidden states count for nothing
+            if tokens is not None:
+                nothing = 0 if tokens is options["weight"] else options["ignore_index"]
+                student_hidden = student_hidden.masked_fill((tokens.to(dtype) == nothing).unsqueeze(-1), 0)
         student_logits = logits(student_hidden, student_weight, student_bias, student_scale)
         teacher_logits = None
         if teacher_hidden is not None and teacher_weight is not None:

@@ -135,6 +135,37 @@ def test_a_masked_stretch_longer_than_a_block(backend: str, divergence: str):
     assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
 
 
+@over_backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fp16_gradients_survive_loss_scaling(backend: str, reduction: str):
+    """A loss scale of 65536 is no fp16 number, and without it these gradients are none either."""
+    inputs = to(LINEAR_KL.make(UNRELATED), torch.float16)
+    weight = torch.full((24,), 1e-4)
+    scale = torch.tensor(65536.0)
+    options = {"normalizer": 24} if reduction == "mean" else {}
+    _, gradients = oracle(LINEAR_KL, inputs, weight=weight, upstream=scale, reduction=reduction, **options)
+    with running_on(backend) as (impl, device):
+        options |= {"weight": weight.to(device), "upstream": scale.to(device), "reduction": reduction, "impl": impl}
+        _, got = value_and_gradients(LINEAR_KL, to(inputs, torch.float16, device), **options)
+    for name, gradient in got.items():
+        assert gradient.dtype == torch.float16
+        assert distance(gradient, gradients[name]) <= 1e-3, name
+
+
+@over_backends
+def test_labels_of_any_integer_dtype(backend: str):
+    """Labels near the end of what a byte holds, and an ignore_index that it cannot hold."""
+    inputs = to(LOGIT_KL.make(UNRELATED, vocabulary=40000), torch.float32)
+    labels = torch.tensor([0, 200, 255, 7, 9, 100])
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        losses = [
+            fastkd.logit_kl(**moved, labels=labels.to(device, dtype), ce_weight=1.0, impl=impl)
+            for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        ]
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
 def test_near_converged_bf16_student():
     """bf16 logits would lose 4 to 23 % of this gradient; float32 score rows keep it."""
     inputs = to(LINEAR_KL.make(Regime("near", 5.0, 0.02), tokens=64, vocabulary=4096, width=64), torch.bfloat16)
@@ -234,21 +265,23 @@ def test_vocabularies_of_different_size(op: Op, backend: str, larger: str):
 @over_ops
 @over_backends
 def test_dropped_tokens_are_not_even_read(op: Op, backend: str):
-    """NaN in the scores of a dropped token changes nothing, and its gradient is exactly zero."""
+    """NaN in what belongs to a dropped token changes nothing, and its gradient is exactly zero."""
     inputs = to(op.make(UNRELATED), torch.float32)
     first = op.student[0]
     weight = torch.ones(inputs[first].shape[0])
     weight[::2] = 0
     kept = {k: x[1::2] if k.endswith(("hidden", "logits")) else x for k, x in inputs.items()}
     loss, gradients = oracle(op, kept)
-    if op is LOGIT_KL:
-        for name in inputs:
+    for name in inputs:
+        if name.endswith(("logits", "hidden")):
             inputs[name] = inputs[name].masked_fill(weight[:, None] == 0, float("nan"))
     with running_on(backend) as (impl, device):
         moved = to(inputs, torch.float32, device)
         got, got_gradients = value_and_gradients(op, moved, impl=impl, weight=weight.to(device))
     assert distance(got, loss) <= 1e-6
     assert distance(got_gradients[first][1::2], gradients[first]) <= 1e-5
+    for name in op.student[1:]:
+        assert distance(got_gradients[name], gradients[name]) <= 1e-5, name
     assert torch.equal(got_gradients[first][::2].cpu(), torch.zeros_like(inputs[first][::2]))
 
 
@@ -326,7 +359,7 @@ def test_strides_are_respected(op: Op, backend: str, layout: str):
         assert distance(gradient, gradients[name]) <= 1e-5, name
 
 
-@over_fused
+@over_backends
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masked_columns(backend: str, divergence: str):
     """Columns of -inf in both models have probability exactly zero; a row of nothing else counts as 0."""

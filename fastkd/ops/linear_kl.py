@@ -45,13 +45,17 @@ _library.define(
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Gradients leave the op in the inputs' dtype; fp16 ones in fp32, since the loss scale is yet to come."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
 def _outputs(student_hidden, student_weight, student_bias, coefficient, gradients):
     """Loss and gradients, unwritten; a gradient that is not asked for is empty."""
     wanted = zip(gradients, (student_hidden, student_weight, student_bias), strict=True)
-    return (
-        torch.empty_like(coefficient),
-        *(x.new_empty(x.shape if want else 0) if x is not None else student_weight.new_empty(0) for want, x in wanted),
-    )
+    dtype = _gradient_dtype(student_weight)
+    shapes = [x.shape if want and x is not None else (0,) for want, x in wanted]
+    return torch.empty_like(coefficient), *(student_weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @torch.library.register_fake("fastkd::linear_kl", lib=_library)
@@ -72,7 +76,9 @@ def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor
 
 def _scores_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
     """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
-    if hidden.is_cuda and hidden.dtype != out.dtype:  # tensor cores accumulate and write fp32 from 16-bit operands
+    if (
+        hidden.is_cuda and hidden.itemsize == 2 and out.dtype == torch.float32
+    ):  # tensor cores accumulate and write fp32 from 16-bit operands
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         if scale != 1:
             out.mul_(scale)
@@ -105,7 +111,7 @@ class _Gradients:
         self.dtype = weight.dtype if weight.is_cuda else dtype  # of the GEMM operands
         self.written = 0  # rows of weight_grad
         want_hidden, want_weight, want_bias = wanted
-        self.hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+        self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=_gradient_dtype(weight)) if want_hidden else None
         # fp32 even for 16-bit weights: chunks add up here
         self.weight_grad = weight.new_empty(weight.shape, dtype=dtype) if want_weight else None
         self.bias_grad = bias.new_zeros(bias.shape, dtype=dtype) if want_bias and bias is not None else None
@@ -125,12 +131,13 @@ class _Gradients:
             _accumulate_(target, scores_grad.t(), hidden, self.scale, first=self.written == 0)
             self.written = vocabulary
 
-    def results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """In the inputs' dtype; empty where not wanted (a tensor each: outputs of an op may not alias)."""
+    def results(self) -> tuple[Tensor, ...]:
+        """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
         if self.weight_grad is not None:
             self.weight_grad[self.written :] = 0  # beyond the shared vocabulary; all, where every token was dropped
         gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
-        return tuple(self.weight.new_empty(0) if grad is None else grad.to(dtype) for grad in gradients)
+        dtype = _gradient_dtype(self.weight)
+        return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
 def _token_chunks(coefficient: Tensor, rows_at_once: int) -> Iterator[slice | Tensor]:
@@ -182,6 +189,10 @@ def _linear_kl(
     total = _Gradients(student_hidden, student_weight, student_bias, student_scale, dtype, gradients)
     for rows in _token_chunks(coefficient, rows_at_once):
         hidden, weights = student_hidden[rows], coefficient[rows]
+        if (
+            hidden.device.type != "cpu"
+        ):  # dropped tokens take part here: what they hold may not reach the weight, as 0 * NaN
+            hidden = hidden.masked_fill((weights == 0).unsqueeze(1), 0)
         count = weights.shape[0]
         student, teacher = workspace[0, :count], None
         _scores_(student, hidden, student_weight[:vocabulary], cut(student_bias), student_scale)
@@ -198,7 +209,7 @@ def _linear_kl(
             stats = weights.new_empty(count, STATS)
             divergence_stats(student, teacher, weights, row_labels, row_loss, stats, *objective)
         loss[rows] = row_loss
-    return loss, *total.results(student_weight.dtype)
+    return loss, *total.results()
 
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
@@ -224,14 +235,14 @@ class LinearKL(torch.autograd.Function):
             *objective.for_kernel(),
         )
         ctx.save_for_backward(*gradients)
-        ctx.constants = len(arguments)
+        ctx.dtype, ctx.constants = student_weight.dtype, len(arguments)
         return loss.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         pairs = zip(ctx.needs_input_grad, ctx.saved_tensors, strict=False)
-        gradients = [saved * grad_loss.to(saved.dtype) if needed else None for needed, saved in pairs]
+        gradients = [(saved * grad_loss).to(ctx.dtype) if needed else None for needed, saved in pairs]
         return *gradients, *(None,) * ctx.constants
 
 
@@ -257,7 +268,8 @@ class LinearKLPerToken(torch.autograd.Function):
         _, *gradients = torch.ops.fastkd.linear_kl(
             *tensors, coefficient * grad_loss, labels, *ctx.constants, needed, *ctx.objective.for_kernel()
         )
-        wanted = [gradient if want else None for want, gradient in zip(needed, gradients, strict=True)]
+        dtype = tensors[1].dtype
+        wanted = [gradient.to(dtype) if want else None for want, gradient in zip(needed, gradients, strict=True)]
         return *wanted, *(None,) * (5 + len(ctx.constants) + 1)
 
 

@@ -161,6 +161,8 @@ def _check(fastkd_args: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(f"--vocabulary_size must be at least 512, got {fastkd_args.vocabulary_size}")
     if fastkd_args.temperature is not None and not fastkd_args.temperature > 0:
         raise InputError(f"--temperature must be above 0, got {fastkd_args.temperature}")
+    if fastkd_args.workspace_mb is not None and not fastkd_args.workspace_mb > 0:
+        raise InputError(f"--workspace_mb must be above 0, got {fastkd_args.workspace_mb}")
     if args.predict_with_generate:
         raise InputError("--predict_with_generate is not supported: evaluation is the loss and the token accuracy")
     if args.num_train_epochs > 0:

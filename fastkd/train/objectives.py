@@ -32,7 +32,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "scratch": Method("cross-entropy alone, no teacher: the baseline", {"ce": 1.0}),
     "mlmkd": Method("logit KL alone (MlmKD in MiniEnD, Zhang et al., 2024)", {"logit_kl": 1.0}),
-    # DistilBERT's temperature. The unit weights are those of METHODS.md, not DistilBERT's own 5 : 2.
+    # DistilBERT's temperature. The unit weights are an assumption: DistilBERT's own are 5 : 2.
     "kd": Method(
         "cross-entropy + logit KL (Hinton et al., 2015; temperature 2 as DistilBERT, Sanh et al., 2019)",
         {"ce": 1.0, "logit_kl": 1.0},

@@ -15,7 +15,7 @@ def set_embedding_rate(optimizer: torch.optim.Optimizer, model: Any, learning_ra
     start at about d_model^-0.5. AdamW moves every weight by about its learning rate per step whatever the weight's
     size, so one rate for all either leaves the embedding where it is or breaks the projections. Adafactor, and AdamW
     with steps scaled by the weights' RMS (nanoT5, Nawrot, 2023, arXiv 2309.02373), solve it for every tensor; the
-    embedding is the one that matters here, and one more number is easier to follow [A].
+    embedding is the one that matters here, and one more number is easier to follow.
     """
     embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     for group in list(optimizer.param_groups):

@@ -31,7 +31,7 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     overwriting was asked for, or if the run cannot be resumed.
     """
     started = time.perf_counter()
-    out, cache = Path(str(args.output_dir)), _cache(flags, args)
+    out, cache = _output_folder(args), _cache(flags, args)
     checkpoint = _checkpoint(args.resume_from_checkpoint, out)
     if checkpoint is None and out.is_dir() and any(out.iterdir()) and not flags.overwrite_output_dir:
         raise InputError(
@@ -65,14 +65,14 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
 
     Both students start from the same weights and see the same data in the same order for as many steps. Another demo
     in the same folder reuses corpus, tokenizer and teacher from the cache, and replaces the students.
-    Raises InputError before anything is written if output_dir holds a training run.
+    Raises InputError before anything is written if output_dir holds files that no demo made.
     """
     started = time.perf_counter()
-    out, cache = Path(str(args.output_dir)), _cache(flags, args)
+    out, cache = _output_folder(args), _cache(flags, args)
     if args.resume_from_checkpoint:
         raise InputError("--demo has no checkpoints to resume from: run it again, it reuses the teacher")
-    if (out / "run.json").exists():
-        raise InputError(f"{out} already holds a training run: give --output_dir another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "demo.json").is_file():
+        raise InputError(f"{out} holds files that no demo made: give --output_dir another folder")
     args = replace(args, save_strategy="no")
     model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
     data = get_data(flags, cache, get_texts(flags, cache), tokenizer)
@@ -81,6 +81,8 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     else:
         teacher = get_teacher(flags, args, cache, data)
 
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.json").write_text(json.dumps(_identity(flags, args, data), indent=2) + "\n", encoding="utf-8")
     outcomes = [teacher.outcome] if teacher.outcome else []
     copy_folder(teacher.folder, out / "teacher")
     for name, folder in (("scratch", "scratch"), (flags.method, "student")):
@@ -94,6 +96,13 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
 
 def _saver(trainer: DistillTrainer) -> Callable[[Path], None]:
     return lambda folder: trainer.save_model(str(folder))
+
+
+def _output_folder(args: TransformersArguments) -> Path:
+    out = Path(str(args.output_dir))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--output_dir {out} is a file: expected a folder, or a name for a new one")
+    return out
 
 
 def _cache(flags: FastkdArguments, args: TransformersArguments) -> Path:
@@ -116,7 +125,9 @@ def _checkpoint(given: str | None, out: Path) -> Path | None:
 
 def _identity(flags: FastkdArguments, args: TransformersArguments, data: Data) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed."""
-    names = ("method", "temperature", "teacher", "student_layers", "student_d_model", "sequence_length")
+    names = ["method", "temperature", "teacher", "student_layers", "student_d_model", "sequence_length"]
+    if not flags.teacher:
+        names += ["teacher_layers", "teacher_d_model", "teacher_steps", "teacher_learning_rate"]
     return {**{name: getattr(flags, name) for name in names}, "seed": args.seed, "texts": data.digest}
 
 

@@ -51,6 +51,7 @@ def load_teacher(folder: str | Path) -> tuple[Any, Any]:
 
     Raises InputError if the folder is missing, does not hold a T5, or lacks a part.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 
     if not Path(folder).is_dir():
@@ -63,6 +64,6 @@ def load_teacher(folder: str | Path) -> tuple[Any, Any]:
             raise InputError(f"teacher folder {folder} holds a {config.model_type!r} model: expected a T5")
         model = T5ForConditionalGeneration.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"cannot load the teacher in {folder}: {str(error).splitlines()[0]}") from error
     return model, tokenizer
