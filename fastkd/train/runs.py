@@ -72,7 +72,7 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     if args.resume_from_checkpoint:
         raise InputError("--demo has no checkpoints to resume from: run it again, it reuses the teacher")
     if out.is_dir() and any(out.iterdir()) and not (out / "demo.json").is_file():
-        raise InputError(f"{out} holds files that no demo made: give --output_dir another folder")
+        raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
     args = replace(args, save_strategy="no")
     model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
     data = get_data(flags, cache, get_texts(flags, cache), tokenizer)

@@ -90,6 +90,21 @@ def test_train_refuse_resume_overwrite(tmp_path: Path, text_file: Path, capsys: 
     assert not (out / "checkpoint-6").exists() and (out / "checkpoint-4").is_dir()
 
 
+@pytest.mark.parametrize("mode", [["--demo"], ["--method", "scratch", "--overwrite_output_dir"]])
+def test_files_of_others_stay(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], mode: list[str]
+) -> None:
+    """Neither a demo nor --overwrite_output_dir touches a folder that fastkd-train did not make."""
+    (tmp_path / "mine" / "student").mkdir(parents=True)
+    (tmp_path / "mine" / "student" / "thesis.txt").write_text("years of work")
+    before = snapshot(tmp_path)
+    assert run(*mode, "--train_file", text_file, "--output_dir", tmp_path / "mine") == 2
+    assert "files that no" in one_line(capsys)
+    assert run(*mode, "--train_file", text_file, "--output_dir", text_file) == 2
+    assert "is a file" in one_line(capsys)
+    assert snapshot(tmp_path) == before
+
+
 def test_a_given_teacher_and_an_evaluation_file(tmp_path: Path, text_file: Path, texts: list[str]) -> None:
     run("--method", "scratch", "--train_file", text_file, "--output_dir", tmp_path / "teacher")
     (tmp_path / "eval.txt").write_text("\n\n".join(texts[:30]))
@@ -157,6 +172,7 @@ def test_bad_files_and_teachers(tmp_path: Path, text_file: Path, capsys: pytest.
         "bert": {"config.json": {"model_type": "bert"}},
         "weightless": {"config.json": {"model_type": "t5", "vocab_size": 512, "d_model": 32}},
         "garbled": {"config.json": "not json"},
+        "cut off": {"config.json": {"model_type": "t5", "vocab_size": 512}, "model.safetensors": "half a file"},
     }
     for name, files in models.items():
         (tmp_path / name).mkdir()
