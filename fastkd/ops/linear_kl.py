@@ -76,9 +76,8 @@ def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor
 
 def _scores_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
     """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
-    if (
-        hidden.is_cuda and hidden.itemsize == 2 and out.dtype == torch.float32
-    ):  # tensor cores accumulate and write fp32 from 16-bit operands
+    if hidden.is_cuda and hidden.itemsize == 2 and out.dtype == torch.float32:
+        # tensor cores multiply 16-bit operands, accumulate in fp32 and write that
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         if scale != 1:
             out.mul_(scale)
@@ -189,9 +188,8 @@ def _linear_kl(
     total = _Gradients(student_hidden, student_weight, student_bias, student_scale, dtype, gradients)
     for rows in _token_chunks(coefficient, rows_at_once):
         hidden, weights = student_hidden[rows], coefficient[rows]
-        if (
-            hidden.device.type != "cpu"
-        ):  # dropped tokens take part here: what they hold may not reach the weight, as 0 * NaN
+        if hidden.device.type != "cpu":
+            # dropped tokens take part here; what they hold may not reach the weight's gradient, as 0 * NaN
             hidden = hidden.masked_fill((weights == 0).unsqueeze(1), 0)
         count = weights.shape[0]
         student, teacher = workspace[0, :count], None
