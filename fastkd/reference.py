@@ -18,6 +18,12 @@ from .divergence import DIVERGENCES
 __all__ = ["linear_kl", "logit_kl"]
 
 
+def _token_weights(x: Tensor, weight: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor:
+    """Every token's weight [T...], 0 where it is dropped, for tensors x [T..., *] in x's dtype."""
+    weight = x.new_ones(x.shape[:-1]) if weight is None else weight.detach().to(x.dtype)
+    return weight if labels is None else weight.masked_fill(labels.long() == ignore_index, 0)
+
+
 def logit_kl(
     student_logits: Tensor,  # [T..., Vs]
     teacher_logits: Tensor | None,  # [T..., Vt]
@@ -36,10 +42,7 @@ def logit_kl(
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     with torch.autocast(student_logits.device.type, enabled=False):
         scores = student_logits.to(dtype)
-        weight = scores.new_ones(scores.shape[:-1]) if weight is None else weight.detach().to(dtype)
-        if labels is not None:
-            labels = labels.long()
-            weight = weight.masked_fill(labels == ignore_index, 0)
+        weight = _token_weights(scores, weight, labels, ignore_index)  # [T...]
         dropped = (weight == 0).unsqueeze(-1)
         scores = scores.masked_fill(dropped, 0)  # whatever a dropped token holds, NaN included, it counts for nothing
 
@@ -56,7 +59,7 @@ def logit_kl(
                 )
                 loss = kd_weight * temperature**2 * DIVERGENCES[divergence](log_p, log_q, beta).masked_fill(empty, 0)
         if labels is not None and ce_weight != 0:
-            index = labels.masked_fill(dropped.squeeze(-1), 0).unsqueeze(-1)
+            index = labels.long().masked_fill(dropped.squeeze(-1), 0).unsqueeze(-1)
             loss = loss - ce_weight * F.log_softmax(scores, -1).gather(-1, index).squeeze(-1)
 
         loss = loss * weight
@@ -87,10 +90,11 @@ def linear_kl(
         return F.linear(scale * hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     with torch.autocast(student_hidden.device.type, enabled=False):
-        for tokens in (options["weight"], options["labels"]):  # dropped tokens: their hidden states count for nothing
-            if tokens is not None:
-                nothing = 0 if tokens is options["weight"] else options["ignore_index"]
-                student_hidden = student_hidden.masked_fill((tokens.to(dtype) == nothing).unsqueeze(-1), 0)
+        # what a dropped token holds, NaN included, counts for nothing, in the weight's gradient too
+        kept = (
+            _token_weights(student_hidden.to(dtype), options["weight"], options["labels"], options["ignore_index"]) != 0
+        )
+        student_hidden = student_hidden.masked_fill(~kept.unsqueeze(-1), 0)
         student_logits = logits(student_hidden, student_weight, student_bias, student_scale)
         teacher_logits = None
         if teacher_hidden is not None and teacher_weight is not None:
