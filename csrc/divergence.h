@@ -149,7 +149,6 @@ FASTKD_INLINE Log1p<double> log_1p(double x) {
 template <class F>
 struct Split {
   F high, low;
-  Split() = default;
   FASTKD_INLINE explicit Split(double x) : high(static_cast<F>(x)), low(static_cast<F>(x - static_cast<F>(x))) {}
 };
 
@@ -203,8 +202,10 @@ FASTKD_INLINE F unmasked(F score) {
   return score < F(-1e30) ? F(-1e30) : score;  // NaN passes
 }
 
+constexpr double kInfinite = 1e20;  // divergences over it come from a masked column
+
 FASTKD_INLINE double with_infinity(double divergence) {
-  return divergence > 1e20 ? static_cast<double>(INFINITY) : divergence;
+  return divergence > kInfinite ? static_cast<double>(INFINITY) : divergence;
 }
 
 template <class F>

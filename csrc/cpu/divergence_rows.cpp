@@ -40,7 +40,6 @@ constexpr int64_t kBlock = 1024;  // columns: student, teacher and gradient bloc
 constexpr double kNearlyEqual = 0.1;
 // Divergence over which the mean of log(q / p) is refined: one so large is summed up with an error of its own last digit.
 constexpr double kFarApart = 16;
-constexpr double kInfinite = 1e20;
 
 // ---- rows in memory -------------------------------------------------------------------------------------------------
 
@@ -293,10 +292,13 @@ struct RowKernel {
     return residual;
   }
 
+  // Whether the cross-entropy's sum of exponentials is not the divergence's own.
+  bool separate_sum() const { return labels && objective.tau != 1; }
+
   template <Pass kPass>
   BlockSums<F> sums(const F* s, const F* t, int64_t n, const RowConstants<F>& constants) const {
-    return labels && objective.tau != 1 ? block_sums<F, D::kMoment, kPass, true>(s, t, n, constants)
-                                        : block_sums<F, D::kMoment, kPass, false>(s, t, n, constants);
+    return separate_sum() ? block_sums<F, D::kMoment, kPass, true>(s, t, n, constants)
+                          : block_sums<F, D::kMoment, kPass, false>(s, t, n, constants);
   }
 
   // The plain pass stops after a first block whose models nearly agree: chances are that the row's do.
@@ -305,7 +307,11 @@ struct RowKernel {
     constexpr bool kByStudent = D::kMoment == Moment::kStudent;
     F s_buffer[kBlock], t_buffer[kBlock];
     const double tau = objective.tau, inv_tau = 1 / tau;
-    double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0, divergence = 0;
+    double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0;
+    const auto divergence = [&] {
+      const double log_sums = std::log(sum_s / sum_t);
+      return kByStudent ? moment / sum_s - log_sums : moment / sum_t + log_sums;
+    };
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
       const double before_s = max_s, before_t = max_t;
@@ -334,14 +340,11 @@ struct RowKernel {
       // the summed difference has more digits than the difference of two sums
       sum_s = kPass == Pass::kCareful ? sum_t + difference : s_factor * sum_s + block.student;
       sum_1 += block.student_1;
-      if (sum_s == 0 || sum_t == 0) continue;  // only masked columns so far
-      const double log_sums = std::log(sum_s / sum_t);
-      divergence = kByStudent ? moment / sum_s - log_sums : moment / sum_t + log_sums;
-      if (kPass == Pass::kPlain && start == 0 && divergence < kNearlyEqual) break;
+      const bool only_masked = sum_s == 0 || sum_t == 0;
+      if (kPass == Pass::kPlain && start == 0 && !only_masked && divergence() < kNearlyEqual) break;
     }
-    const bool separate = labels && objective.tau != 1;
-    out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate ? sum_s : sum_1};
-    return divergence;
+    out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate_sum() ? sum_s : sum_1};
+    return divergence();  // of no meaning without a teacher, or where out.empty()
   }
 
   // Pass 2, for divergences without a closed form: D, and the mean of u into `stats`.
@@ -428,18 +431,17 @@ struct RowKernel {
       gradient.write(row, start, n, g);
     }
     if (ce) {
-      const bool valid = label_in_range(row);
-      const F value = valid ? at_label : std::numeric_limits<F>::quiet_NaN();
-      const int64_t column = valid ? labels[row] : 0;
-      *gradient.target(row, column, &g_buffer[0]) = value;
-      gradient.write(row, column, 1, &value);
+      const int64_t column = label_in_range(row) ? labels[row] : 0;
+      *gradient.target(row, column, g_buffer) = at_label;
+      gradient.write(row, column, 1, &at_label);
     }
   }
 
-  // The label's own column is done apart and in double: softmax - 1 would lose every digit of a confident student.
+  // The label's own column is done apart and in double: softmax - 1 would lose every digit of a confident student. NaN for
+  // a label out of range.
   F label_gradient(int64_t row, const RowStats& stats, double coefficient, const RowConstants<F>& constants, bool kd,
                    F kd_scale) const {
-    if (!label_in_range(row)) return F(0);
+    if (!label_in_range(row)) return std::numeric_limits<F>::quiet_NaN();
     const F s = student.element(row, labels[row]);
     const double exponential = std::exp(static_cast<double>(s) - stats.max_s);
     double g = coefficient * objective.ce_weight * (exponential - stats.sum_1) / stats.sum_1;
