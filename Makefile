@@ -32,7 +32,7 @@ lint: $(VENV)/.test
 
 # torch first: the extension is built against it, in this environment and not in one of its own. The other stages name the
 # installed package, so that pip adds what the extra needs and builds nothing again.
-$(VENV)/.base: setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu)
+$(VENV)/.base: setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) numpy 'setuptools>=77' wheel
 	$(PIP) --no-build-isolation --no-deps -e .

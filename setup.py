@@ -50,7 +50,7 @@ def extension_options(mode: str) -> dict:
         "fastkd._C",
         ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
         + (cuda_sources if with_cuda else []),
-        depends=[str(path) for path in Path("csrc").glob("*.h")],
+        depends=[str(path) for path in Path("csrc").rglob("*.h")],
         py_limited_api=True,
         extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI], "nvcc": ["-O3", "-std=c++20", STABLE_ABI]},
     )

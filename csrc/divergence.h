@@ -281,8 +281,12 @@ struct ForwardKL {
     if constexpr (kCareful) {
       return Pair<F>(s, t, row).difference;
     } else {
-      return student_probability(s, row) - teacher_probability(t, row);
+      return gradient_of_probabilities(student_probability(s, row), teacher_probability(t, row), s, t, row);
     }
+  }
+  template <class F>
+  static FASTKD_INLINE F gradient_of_probabilities(F q, F p, F, F, const RowConstants<F>&) {
+    return q - p;
   }
 };
 
@@ -291,7 +295,11 @@ struct ReverseKL {
   static constexpr Moment kMoment = Moment::kStudent;
   template <bool kCareful, class F>
   static FASTKD_INLINE F gradient(F s, F t, const RowConstants<F>& row) {
-    return student_probability(s, row) * -shifted_ratio(unmasked(s), unmasked(t), row.centred_shift, row.inv_tau);
+    return gradient_of_probabilities(student_probability(s, row), F(0), s, t, row);
+  }
+  template <class F>
+  static FASTKD_INLINE F gradient_of_probabilities(F q, F, F s, F t, const RowConstants<F>& row) {
+    return q * -shifted_ratio(unmasked(s), unmasked(t), row.centred_shift, row.inv_tau);
   }
 };
 

@@ -11,10 +11,23 @@ from pathlib import Path as _Path
 
 from . import functions, nn
 from .divergence import DIVERGENCES
+from .ops.attention_kl import attention_kl
 from .ops.linear_kl import linear_kl
 from .ops.logit_kl import logit_kl
+from .ops.relation_kl import relation_kl
+from .relative_bias import RelativeBias
 
-__all__ = ["DIVERGENCES", "__version__", "functions", "linear_kl", "logit_kl", "nn"]
+__all__ = [
+    "DIVERGENCES",
+    "RelativeBias",
+    "__version__",
+    "attention_kl",
+    "functions",
+    "linear_kl",
+    "logit_kl",
+    "nn",
+    "relation_kl",
+]
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,10 @@ from .divergence import DIVERGENCES, divergence_code
 __all__ = [
     "Objective",
     "TokenArguments",
+    "average",
     "check_choice",
+    "check_mask",
+    "check_normalizer",
     "check_number",
     "check_same_device",
     "check_tensor",
@@ -73,8 +76,7 @@ class TokenArguments:
         check_choice("reduction", self.reduction, REDUCTIONS)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise TypeError(f"ignore_index: expected an int, got {type(self.ignore_index).__name__}")
-        if self.normalizer is not None:
-            self._check_normalizer()
+        check_normalizer(self.normalizer, self.reduction)
         if self.weight is not None:
             check_tensor("weight", self.weight, shape=leading, floating=True)
             check_same_device("weight", self.weight, device)
@@ -84,17 +86,6 @@ class TokenArguments:
             raise ValueError(f"labels: expected a tensor because ce_weight is {objective.ce_weight}, got None")
         if self.labels is not None:
             self._check_labels(self.labels, leading, vocabulary, device)
-
-    def _check_normalizer(self) -> None:
-        if self.reduction != "mean":
-            raise ValueError(f'normalizer: only used with reduction="mean", got reduction={self.reduction!r}')
-        if isinstance(self.normalizer, Tensor):
-            if self.normalizer.dim() != 0:
-                raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(self.normalizer)}")
-            if _values_are_at_hand(self.normalizer):
-                check_number("normalizer", self.normalizer.item(), ">= 0", lambda x: 0 <= x < math.inf)
-        else:
-            check_number("normalizer", self.normalizer, ">= 0", lambda x: 0 <= x < math.inf)
 
     def _check_labels(self, labels: Tensor, leading: torch.Size, vocabulary: int, device: torch.device) -> None:
         check_tensor("labels", labels, shape=leading)
@@ -118,18 +109,39 @@ class TokenArguments:
             weight = self.weight.detach().to(torch.float64)
         if self.labels is not None:
             weight = weight.masked_fill(self.labels.long() == self.ignore_index, 0)
-        if self.reduction == "mean":
-            total = weight.sum() if self.normalizer is None else self.normalizer
-            if isinstance(total, Tensor):
-                total = total.detach().to(device=device, dtype=torch.float64)
-                weight = torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
-            else:
-                weight = weight / total if total else torch.zeros_like(weight)
-        return weight.reshape(-1).contiguous()
+        return average(weight, self.reduction, self.normalizer).reshape(-1).contiguous()
 
     def flat_labels(self) -> Tensor | None:
         """Labels as the kernels take them: [tokens] int64."""
         return None if self.labels is None else self.labels.reshape(-1).long().contiguous()
+
+
+def average(weight: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    """Weights [...] as they enter a sum that is the reduction: for "mean", over their sum or the normalizer.
+
+    Where that is 0 they are all 0: nothing is left to average.
+    """
+    if reduction != "mean":
+        return weight
+    total = weight.sum() if normalizer is None else normalizer
+    if isinstance(total, Tensor):
+        total = total.detach().to(device=weight.device, dtype=weight.dtype)
+        return torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
+    return weight / total if total else torch.zeros_like(weight)
+
+
+def check_normalizer(value: object, reduction: str) -> None:
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f'normalizer: only used with reduction="mean", got reduction={reduction!r}')
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(value)}")
+        if not _values_are_at_hand(value):
+            return
+        value = value.item()
+    check_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -167,6 +179,15 @@ def check_tensor(
         if not fits:
             sizes = ", ".join("any" if size is None else str(size) for size in wanted)
             raise ValueError(f"{name}: expected shape [{sizes}], got {_list(value)}")
+
+
+def check_mask(name: str, value: object, shape: Iterable[int], device: torch.device) -> None:
+    """A mask is True, or not 0, where something takes part."""
+    check_tensor(name, value, shape=shape)
+    assert isinstance(value, Tensor)
+    if value.dtype not in (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name}: expected a bool or integer dtype (True or 1 takes part), got {value.dtype}")
+    check_same_device(name, value, device)
 
 
 def check_same_device(name: str, value: Tensor, device: torch.device) -> None:

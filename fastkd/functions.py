@@ -1,6 +1,16 @@
 """The ``torch.autograd.Function`` of every op, for code that builds its own reductions or custom graphs on them."""
 
+from .ops.attention_kl import AttentionKL, AttentionKLPerRow
 from .ops.linear_kl import LinearKL, LinearKLPerToken
 from .ops.logit_kl import LogitKL
+from .ops.relation_kl import RelationKL, RelationKLPerRow
 
-__all__ = ["LinearKL", "LinearKLPerToken", "LogitKL"]
+__all__ = [
+    "AttentionKL",
+    "AttentionKLPerRow",
+    "LinearKL",
+    "LinearKLPerToken",
+    "LogitKL",
+    "RelationKL",
+    "RelationKLPerRow",
+]

@@ -4,7 +4,7 @@ Nothing here is fused or saves memory; everything here is meant to be read. ``im
 and the tests compare every other implementation with them in fp64. Arguments are those of the public functions, which
 have checked them.
 
-T tokens (any leading shape), V vocabulary, H hidden.
+T tokens (any leading shape), V vocabulary, H hidden; B batch, L length, A heads, d head width.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergence import DIVERGENCES
+from .relative_bias import RelativeBias
 
-__all__ = ["linear_kl", "logit_kl"]
+__all__ = ["attention_kl", "linear_kl", "logit_kl", "relation_kl"]
 
 
 def _token_weights(x: Tensor, weight: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -101,3 +102,109 @@ def linear_kl(
             with torch.no_grad():
                 teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
         return logit_kl(student_logits, teacher_logits, **options)
+
+
+def _attention_scores(
+    q: Tensor,  # [B, Lq, H]
+    k: Tensor,  # [B, Lk, H]
+    num_heads: int,
+    scale: float,
+    bias: Tensor | RelativeBias | None,  # broadcasts to [B, A, Lq, Lk]
+) -> Tensor:  # [B, A, Lq, Lk]
+    q, k = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k))  # [B, A, L, d]
+    scores = scale * q @ k.transpose(-1, -2)
+    if isinstance(bias, RelativeBias):
+        bias = bias.matrix(q.shape[-2], k.shape[-2])
+    return scores if bias is None else scores + bias.to(scores.dtype)
+
+
+def attention_kl(
+    student_q: Tensor,  # [B, Lq, Hs]
+    student_k: Tensor,  # [B, Lk, Hs]
+    teacher_q: Tensor,  # [B, Lq, Ht]
+    teacher_k: Tensor,  # [B, Lk, Ht]
+    *,
+    num_heads: int,
+    student_scale: float,
+    teacher_scale: float,
+    student_bias: Tensor | RelativeBias | None,
+    teacher_bias: Tensor | RelativeBias | None,
+    key_mask: Tensor | None,  # [B, Lk] bool
+    query_mask: Tensor | None,  # [B, Lq] bool
+    causal: bool,
+    divergence: str,
+    beta: float,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    dtype = torch.float64 if student_q.dtype == torch.float64 else torch.float32
+    queries, keys = student_q.shape[1], student_k.shape[1]
+    allowed = torch.ones(student_q.shape[0], 1, queries, keys, dtype=torch.bool, device=student_q.device)
+    if causal:
+        allowed = allowed.tril()
+    if key_mask is not None:
+        allowed = allowed & key_mask[:, None, None, :]
+    valid = allowed.any(-1)  # [B, 1, Lq]
+    if query_mask is not None:
+        valid = valid & query_mask[:, None, :]
+
+    def kept(x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, L, H] in the scores' dtype, with 0 for whatever masked positions hold."""
+        return x.to(dtype) if mask is None else x.to(dtype).masked_fill(~mask.unsqueeze(-1), 0)
+
+    with torch.autocast(student_q.device.type, enabled=False):
+        student_q, student_k = kept(student_q, query_mask), kept(student_k, key_mask)
+        student = _attention_scores(student_q, student_k, num_heads, student_scale, student_bias)
+        with torch.no_grad():
+            teacher_q, teacher_k = kept(teacher_q, query_mask), kept(teacher_k, key_mask)
+            teacher = _attention_scores(teacher_q, teacher_k, num_heads, teacher_scale, teacher_bias)
+        return logit_kl(
+            student.masked_fill(~allowed, -torch.inf),
+            teacher.masked_fill(~allowed, -torch.inf),
+            divergence=divergence,
+            beta=beta,
+            temperature=1.0,
+            weight=valid.expand(-1, num_heads, -1).to(dtype),
+            labels=None,
+            ce_weight=0.0,
+            kd_weight=1.0,
+            ignore_index=-100,
+            reduction=reduction,
+            normalizer=None if normalizer is None else normalizer * num_heads,  # the mean is over heads, too
+        )
+
+
+def relation_kl(
+    student: list[Tensor],  # [B, L, Hs] each
+    teacher: list[Tensor],  # [B, L, Ht] each
+    *,
+    num_heads: int,
+    key_mask: list[Tensor | None],  # [B, L] bool each
+    causal: list[bool],
+    divergence: str,
+    beta: float,
+    reduction: str,
+    normalizer: list[float | Tensor | None],
+) -> list[Tensor]:
+    """The loss of every entry."""
+    return [
+        attention_kl(
+            s,
+            s,
+            t,
+            t,
+            num_heads=num_heads,
+            student_scale=(s.shape[-1] // num_heads) ** -0.5,
+            teacher_scale=(t.shape[-1] // num_heads) ** -0.5,
+            student_bias=None,
+            teacher_bias=None,
+            key_mask=mask,
+            query_mask=mask,
+            causal=is_causal,
+            divergence=divergence,
+            beta=beta,
+            reduction=reduction,
+            normalizer=rows,
+        )
+        for s, t, mask, is_causal, rows in zip(student, teacher, key_mask, causal, normalizer, strict=True)
+    ]

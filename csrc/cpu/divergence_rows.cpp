@@ -23,13 +23,7 @@
 #endif
 
 #include "../divergence.h"
-
-// GCC 12 is the first to know the levels of x86-64 by name; others get the baseline, or what their flags allow.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
-#define FASTKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTKD_CLONES
-#endif
+#include "clones.h"
 
 namespace fastkd {
 namespace {
@@ -138,8 +132,41 @@ FASTKD_CLONES F block_max(const F* x, int64_t n) {
 }
 
 template <class F>
+struct BlockMaxima {
+  F student, teacher;
+};
+
+// Of both models, in halves: four maxima under way at a time, where one would wait for itself.
+template <class F>
+FASTKD_CLONES BlockMaxima<F> block_maxima(const F* s, const F* t, int64_t n) {
+  const F lowest = -std::numeric_limits<F>::infinity();
+  const int64_t half = n / 2;
+  F s_0 = lowest, s_1 = lowest, t_0 = lowest, t_1 = lowest;
+#pragma omp simd reduction(max : s_0, s_1, t_0, t_1)
+  for (int64_t j = 0; j < half; ++j) {
+    s_0 = s[j] > s_0 ? s[j] : s_0;
+    s_1 = s[half + j] > s_1 ? s[half + j] : s_1;
+    t_0 = t[j] > t_0 ? t[j] : t_0;
+    t_1 = t[half + j] > t_1 ? t[half + j] : t_1;
+  }
+  if (n % 2 != 0) {
+    s_0 = s[n - 1] > s_0 ? s[n - 1] : s_0;
+    t_0 = t[n - 1] > t_0 ? t[n - 1] : t_0;
+  }
+  return {s_0 > s_1 ? s_0 : s_1, t_0 > t_1 ? t_0 : t_1};
+}
+
+template <class F>
 struct BlockSums {
   F student, teacher, difference, moment, student_1;
+};
+
+// The exponentials of a row that is one block long, kept from the sums for the gradient: half of a short row's work. For a
+// careful forward KL, `student` is what the student's exceed the teacher's by.
+template <class F>
+struct Exponentials {
+  F student[kBlock], teacher[kBlock];
+  bool kept = false;
 };
 
 // How the first pass sums up a block: plainly; plainly with an eye on scores of -inf; or to the accuracy of Pair. The
@@ -148,9 +175,13 @@ struct BlockSums {
 enum class Pass { kPlain, kMasked, kCareful };
 
 // Sums over a block relative to the maxima so far, which `row` holds with sums of 1: probabilities are the plain
-// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one.
-template <class F, Moment kMoment, Pass kPass, bool kSeparate>
-FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const RowConstants<F>& row) {
+// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one. kKeep:
+// the exponentials are written to `kept`.
+template <class F, Moment kMoment, Pass kPass, bool kSeparate, bool kKeep>
+FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
+                                      Exponentials<F>* kept) {
+  F* const kept_student = kKeep ? kept->student : nullptr;
+  F* const kept_teacher = kKeep ? kept->teacher : nullptr;
   const RowConstants<F> r = row;
   F student = 0, teacher = 0, difference = 0, moment = 0, student_1 = 0;
 #pragma omp simd reduction(+ : student, teacher, difference, moment, student_1)
@@ -161,11 +192,13 @@ FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const R
       p = c.p, q = c.q;
       difference += c.difference;
       moment += kMoment == Moment::kStudent ? c.student_excess() : c.teacher_excess();
+      if constexpr (kKeep) kept_student[j] = kMoment == Moment::kStudent ? c.q : c.difference, kept_teacher[j] = c.p;
     } else {
       const F top_s = (kPass == Pass::kMasked ? unmasked(s[j]) : s[j]) - r.max_s;
       const F top_t = (kPass == Pass::kMasked ? unmasked(t[j]) : t[j]) - r.max_t;
       q = exp2_nonpositive(top_s * r.log2e_over_tau), p = exp2_nonpositive(top_t * r.log2e_over_tau);
       moment += (kMoment == Moment::kStudent ? -q : p) * (top_t - top_s);
+      if constexpr (kKeep) kept_student[j] = q, kept_teacher[j] = p;
     }
     student += q;
     teacher += p;
@@ -222,6 +255,23 @@ FASTKD_CLONES void block_gradient(const F* s, const F* t, F* g, int64_t n, const
   for (int64_t j = 0; j < n; ++j) g[j] = scale * gradient_of<D, kCareful>(s[j], t[j], b, r);
 }
 
+// The same where the exponentials are at hand. surplus: the student's sum of them over the teacher's, minus 1.
+template <class D, bool kCareful, class F>
+FASTKD_CLONES void block_gradient_kept(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
+                                       const Exponentials<F>& kept, F surplus, F scale) {
+  const RowConstants<F> r = row;
+  const F* const student = kept.student;
+  const F* const teacher = kept.teacher;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    if constexpr (kCareful && D::kMoment == Moment::kTeacher) {
+      g[j] = scale * ((student[j] - surplus * teacher[j]) * r.inv_sum_s);
+    } else {
+      g[j] = scale * D::gradient_of_probabilities(student[j] * r.inv_sum_s, teacher[j] * r.inv_sum_t, s[j], t[j], r);
+    }
+  }
+}
+
 template <class F>
 FASTKD_CLONES void block_softmax(const F* s, F* g, int64_t n, F max_s, F scale) {
 #pragma omp simd
@@ -251,6 +301,7 @@ struct RowKernel {
   Objective objective;
   Beta<F> beta;
 
+  using Kept = Exponentials<F>;
   static constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
   Matrix<F> view(const Tensor& x) const { return Matrix<F>(x); }
@@ -265,11 +316,11 @@ struct RowKernel {
 
   // Pass 1: running statistics; returns D where moments give it. Rows whose models nearly agree are summed up with more
   // care: there D and the gradient are small differences of what the plain pass sums up.
-  double statistics(int64_t row, RowStats& out) const {
-    double divergence = statistics<Pass::kPlain>(row, out);
+  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept) const {
+    double divergence = statistics<Pass::kPlain>(row, out, kept);
     if (!teacher || out.empty()) return 0;
     if (divergence < kNearlyEqual) {
-      divergence = statistics<Pass::kCareful>(row, out);
+      divergence = statistics<Pass::kCareful>(row, out, kept);
       out.careful = D::kMoment != Moment::kNone;
     }
     if constexpr (D::kMoment == Moment::kStudent) {
@@ -295,15 +346,27 @@ struct RowKernel {
   // Whether the cross-entropy's sum of exponentials is not the divergence's own.
   bool separate_sum() const { return labels && objective.tau != 1; }
 
+  // Whether a row's exponentials serve its gradient, too: that of a row in one block, where they are relative to its
+  // maximum, and of a divergence whose gradient is made of them.
+  bool worth_keeping() const { return teacher && !labels && D::kMoment != Moment::kNone && columns <= kBlock; }
+
   template <Pass kPass>
-  BlockSums<F> sums(const F* s, const F* t, int64_t n, const RowConstants<F>& constants) const {
-    return separate_sum() ? block_sums<F, D::kMoment, kPass, true>(s, t, n, constants)
-                          : block_sums<F, D::kMoment, kPass, false>(s, t, n, constants);
+  BlockSums<F> sums(const F* s, const F* t, int64_t n, const RowConstants<F>& constants, Exponentials<F>* kept) const {
+    if constexpr (D::kMoment != Moment::kNone) {
+      if (kept) {
+        kept->kept = true;
+        // short rows are those of attention, where masked columns are the rule
+        constexpr Pass kRobust = kPass == Pass::kPlain ? Pass::kMasked : kPass;
+        return block_sums<F, D::kMoment, kRobust, false, true>(s, t, n, constants, kept);
+      }
+    }
+    return separate_sum() ? block_sums<F, D::kMoment, kPass, true, false>(s, t, n, constants, nullptr)
+                          : block_sums<F, D::kMoment, kPass, false, false>(s, t, n, constants, nullptr);
   }
 
   // The plain pass stops after a first block whose models nearly agree: chances are that the row's do.
   template <Pass kPass>
-  double statistics(int64_t row, RowStats& out) const {
+  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept) const {
     constexpr bool kByStudent = D::kMoment == Moment::kStudent;
     F s_buffer[kBlock], t_buffer[kBlock];
     const double tau = objective.tau, inv_tau = 1 / tau;
@@ -316,19 +379,24 @@ struct RowKernel {
       const int64_t n = std::min(kBlock, columns - start);
       const double before_s = max_s, before_t = max_t;
       const F* s = student.read(row, start, n, s_buffer);
-      max_s = std::max<double>(max_s, block_max(s, n));
-      sum_1 *= rescale(before_s, max_s, 1);
       student.prefetch(row, start + kBlock, columns);
       if (!teacher) {
+        max_s = std::max<double>(max_s, block_max(s, n));
+        sum_1 *= rescale(before_s, max_s, 1);
         sum_1 += block_sum(s, n, static_cast<F>(finite(max_s)));
         continue;
       }
       const F* t = teacher->read(row, start, n, t_buffer);
-      max_t = std::max<double>(max_t, block_max(t, n));
+      const BlockMaxima<F> maxima = block_maxima(s, t, n);
+      max_s = std::max<double>(max_s, maxima.student);
+      max_t = std::max<double>(max_t, maxima.teacher);
+      sum_1 *= rescale(before_s, max_s, 1);
       teacher->prefetch(row, start + kBlock, columns);
       const RowConstants<F> constants({finite(max_s), 1, finite(max_t), 1, 0, 0, 1}, tau);
-      BlockSums<F> block = sums<kPass>(s, t, n, constants);
-      if (kPass == Pass::kPlain && !std::isfinite(block.moment)) block = sums<Pass::kMasked>(s, t, n, constants);
+      BlockSums<F> block = sums<kPass>(s, t, n, constants, kept);
+      if (kPass == Pass::kPlain && !kept && !std::isfinite(block.moment)) {
+        block = sums<Pass::kMasked>(s, t, n, constants, nullptr);
+      }
 
       const double s_factor = rescale(before_s, max_s, inv_tau), t_factor = rescale(before_t, max_t, inv_tau);
       // log_ratio is relative to both maxima, so the moment follows when either moves
@@ -341,7 +409,8 @@ struct RowKernel {
       sum_s = kPass == Pass::kCareful ? sum_t + difference : s_factor * sum_s + block.student;
       sum_1 += block.student_1;
       const bool only_masked = sum_s == 0 || sum_t == 0;
-      if (kPass == Pass::kPlain && start == 0 && !only_masked && divergence() < kNearlyEqual) break;
+      const bool more = start + n < columns;
+      if (kPass == Pass::kPlain && start == 0 && more && !only_masked && divergence() < kNearlyEqual) break;
     }
     out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate_sum() ? sum_s : sum_1};
     return divergence();  // of no meaning without a teacher, or where out.empty()
@@ -366,8 +435,8 @@ struct RowKernel {
   }
 
   // Passes 1 and 2: the row's loss, before its coefficient.
-  double loss(int64_t row, RowStats& stats) const {
-    double divergence = statistics(row, stats);
+  double loss(int64_t row, RowStats& stats, Exponentials<F>* kept = nullptr) const {
+    double divergence = statistics(row, stats, kept);
     if constexpr (D::kMoment == Moment::kNone) {
       if (teacher && !stats.empty()) divergence = value(row, stats);
     }
@@ -403,7 +472,8 @@ struct RowKernel {
   }
 
   // Pass 3: coefficient * d loss / d s, written to `gradient`, which may be `student`.
-  void gradient(int64_t row, const RowStats& stats, double coefficient, const Matrix<F>& gradient) const {
+  void gradient(int64_t row, const RowStats& stats, double coefficient, const Matrix<F>& gradient,
+                const Exponentials<F>* kept = nullptr) const {
     F s_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock];
     const RowConstants<F> constants(stats, objective.tau);
     const bool kd = teacher && !stats.empty();
@@ -421,7 +491,11 @@ struct RowKernel {
         const F* t = teacher->read(row, start, n, t_buffer);
         teacher->prefetch(row, start + kBlock, columns);
         F* kd_target = ce ? g_buffer : g;  // s is needed once more where the cross-entropy adds to it
-        kd_gradient(s, t, kd_target, n, constants, beta, kd_scale);
+        if (kept && kept->kept) {
+          kept_gradient(s, t, g, n, stats, constants, *kept, kd_scale);
+        } else {
+          kd_gradient(s, t, kd_target, n, constants, beta, kd_scale);
+        }
         if (ce) block_kd_and_softmax(s, kd_target, g, n, constants.max_s, ce_scale);
       } else if (ce) {
         block_softmax(s, g, n, constants.max_s, ce_scale);
@@ -434,6 +508,15 @@ struct RowKernel {
       const int64_t column = label_in_range(row) ? labels[row] : 0;
       *gradient.target(row, column, g_buffer) = at_label;
       gradient.write(row, column, 1, &at_label);
+    }
+  }
+
+  void kept_gradient(const F* s, const F* t, F* g, int64_t n, const RowStats& stats, const RowConstants<F>& constants,
+                     const Exponentials<F>& kept, F scale) const {
+    if constexpr (D::kMoment != Moment::kNone) {
+      const F surplus = static_cast<F>(stats.sum_s / stats.sum_t - 1);
+      const auto block = stats.careful ? &block_gradient_kept<D, true, F> : &block_gradient_kept<D, false, F>;
+      block(s, t, g, n, constants, kept, surplus, scale);
     }
   }
 
@@ -552,9 +635,12 @@ void divergence_rows_(Tensor student, std::optional<Tensor> teacher, Tensor coef
   double* losses = a.row_results(loss);
   for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
     const auto gradient = kernel.view(student);
+    losses[row] = 0;
+    if (weight == 0) return kernel.zero(row, gradient);
     RowStats stats;
-    losses[row] = weight == 0 ? 0 : weight * kernel.loss(row, stats);
-    weight == 0 ? kernel.zero(row, gradient) : kernel.gradient(row, stats, weight, gradient);
+    typename std::decay_t<decltype(kernel)>::Kept kept;
+    losses[row] = weight * kernel.loss(row, stats, kernel.worth_keeping() ? &kept : nullptr);
+    kernel.gradient(row, stats, weight, gradient, &kept);
   });
 }
 

@@ -24,6 +24,7 @@ from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite
 from .divergence_rows import _OBJECTIVE, STATS, divergence_rows_, divergence_stats
+from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
@@ -45,15 +46,10 @@ _library.define(
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
-def _gradient_dtype(weight: Tensor) -> torch.dtype:
-    """Gradients leave the op in the inputs' dtype; fp16 ones in fp32, since the loss scale is yet to come."""
-    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
-
-
 def _outputs(student_hidden, student_weight, student_bias, coefficient, gradients):
     """Loss and gradients, unwritten; a gradient that is not asked for is empty."""
     wanted = zip(gradients, (student_hidden, student_weight, student_bias), strict=True)
-    dtype = _gradient_dtype(student_weight)
+    dtype = gradient_dtype(student_weight)
     shapes = [x.shape if want and x is not None else (0,) for want, x in wanted]
     return torch.empty_like(coefficient), *(student_weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -110,7 +106,7 @@ class _Gradients:
         self.dtype = weight.dtype if weight.is_cuda else dtype  # of the GEMM operands
         self.written = 0  # rows of weight_grad
         want_hidden, want_weight, want_bias = wanted
-        self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=_gradient_dtype(weight)) if want_hidden else None
+        self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=gradient_dtype(weight)) if want_hidden else None
         # fp32 even for 16-bit weights: chunks add up here
         self.weight_grad = weight.new_empty(weight.shape, dtype=dtype) if want_weight else None
         self.bias_grad = bias.new_zeros(bias.shape, dtype=dtype) if want_bias and bias is not None else None
@@ -135,7 +131,7 @@ class _Gradients:
         if self.weight_grad is not None:
             self.weight_grad[self.written :] = 0  # beyond the shared vocabulary; all, where every token was dropped
         gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
-        dtype = _gradient_dtype(self.weight)
+        dtype = gradient_dtype(self.weight)
         return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
@@ -172,7 +168,7 @@ def _linear_kl(
     *objective: float,
 ) -> tuple[Tensor, ...]:
     kd_weight = objective[3]
-    dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    dtype = score_dtype(student_hidden)
     vocabulary = student_weight.shape[0]
     if teacher_weight is not None:
         vocabulary = min(vocabulary, teacher_weight.shape[0])
@@ -293,19 +289,6 @@ def _check_head(model: str, hidden: Any, weight: Any, bias: Any, leading: Any, d
             raise TypeError(f"{name}: expected dtype {hidden.dtype}, that of {model}_hidden, got {tensor.dtype}")
 
 
-def _autocast(*tensors: Any) -> list[Any]:
-    """The casts that torch.autocast applies to the inputs of F.linear."""
-    device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-
-    def eligible(x) -> bool:
-        return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-
-    return [x.to(dtype) if eligible(x) else x for x in tensors]
-
-
 def linear_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -355,7 +338,7 @@ def linear_kl(
     if workspace_mb is not None:
         check_number("workspace_mb", workspace_mb, "> 0", lambda x: 0 < x < float("inf"))
     check_tensor("student_hidden", student_hidden, floating=True)
-    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = _autocast(
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = autocast_like_linear(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
     )
     leading, device = student_hidden.shape[:-1], student_hidden.device

@@ -1,0 +1,272 @@
+"""relation_kl: the divergence between self-attention relations X X^T of two models; MiniLMv2's loss, and MiniEnD's.
+
+The self case of attention_kl: queries and keys are one tensor X, whose gradient is (G + G^T) X. Queries, keys and
+values of a layer are given as lists, and on a GPU go in one launch.
+
+B batch, L length, A relation heads, Hs and Ht widths; one of each for every entry of the lists, except B and A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..backend import backend_for, use_fused
+from ..checks import (
+    REDUCTIONS,
+    Objective,
+    check_choice,
+    check_mask,
+    check_normalizer,
+    check_same_device,
+    check_tensor,
+)
+from .attention_kl import attend, check_heads, empty_gradient, row_coefficients
+from .dtypes import autocast_like_linear, score_dtype
+
+__all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]
+
+# ---- schema ---------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("fastkd", "FRAGMENT")
+_library.define(
+    "relation_kl(Tensor[] student, Tensor[] teacher, Tensor[] coefficient, Tensor?[] key_mask, bool[] causal, "
+    "int num_heads, bool[] gradients, int divergence, float beta) -> (Tensor[] loss, Tensor[] gradient)"
+)
+
+# ---- fake -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastkd::relation_kl", lib=_library)
+def _(student, teacher, coefficient, key_mask, causal, num_heads, gradients, divergence, beta):
+    losses = [torch.empty_like(c) for c in coefficient]
+    return losses, [empty_gradient(x, wanted, x) for x, wanted in zip(student, gradients, strict=True)]
+
+
+# ---- forward, with the gradients ------------------------------------------------------------------------------------
+
+
+def _relation_kl(
+    student: list[Tensor],  # [B, L, Hs] each
+    teacher: list[Tensor],  # [B, L, Ht] each
+    coefficient: list[Tensor],  # [B, A, L] float64 each, 0 where a row is masked
+    key_mask: list[Tensor | None],  # [B, L] bool each
+    causal: list[bool],
+    num_heads: int,
+    gradients: list[bool],
+    divergence: int,
+    beta: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    if backend_for(student[0].device)[0] == "triton":
+        from ..kernels import attention_kl as kernels
+
+        return kernels.relation_kl(
+            student, teacher, coefficient, key_mask, causal, num_heads, gradients, divergence, beta
+        )
+    losses, results = [], []
+    for x, t, weights, mask, is_causal, wanted in zip(
+        student, teacher, coefficient, key_mask, causal, gradients, strict=True
+    ):
+        total = torch.zeros_like(x, dtype=score_dtype(x)) if wanted else None
+        scales = [(width // num_heads) ** -0.5 for width in (x.shape[2], t.shape[2])]
+        losses.append(
+            attend(x, x, t, t, None, None, weights, mask, is_causal, num_heads, *scales, total, total, divergence, beta)
+        )
+        gradient = empty_gradient(x, wanted, x)
+        results.append(gradient if total is None else total.to(gradient.dtype))
+    return losses, results
+
+
+_library.impl("relation_kl", _relation_kl, "CompositeExplicitAutograd")
+
+# ---- autograd.Function ----------------------------------------------------------------------------------------------
+
+
+class RelationKL(torch.autograd.Function):
+    """The summed loss of all entries, a 0-d float64 tensor; its gradients are computed in the forward pass.
+
+    Arguments: ``Objective``, num_heads, causal (a tuple), then the student's tensors, the teacher's, coefficients and
+    key masks of ``torch.ops.fastkd.relation_kl`` one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx, objective: Objective, num_heads: int, causal: tuple[bool, ...], *tensors):
+        student, teacher, coefficient, key_mask = _in_four(tensors)
+        needed = ctx.needs_input_grad[3 : 3 + len(student)]
+        losses, gradients = torch.ops.fastkd.relation_kl(
+            student, teacher, coefficient, key_mask, causal, num_heads, needed, *objective.for_kernel()[:2]
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x.dtype for x in student]
+        return torch.stack([loss.sum() for loss in losses]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        needed = ctx.needs_input_grad[3:]
+        pairs = zip(needed, ctx.saved_tensors, ctx.dtypes, strict=False)
+        gradients = [(saved * grad_loss).to(dtype) if want else None for want, saved, dtype in pairs]
+        return None, None, None, *gradients, *(None,) * (len(needed) - len(gradients))
+
+
+class RelationKLPerRow(torch.autograd.Function):
+    """Losses per row, a tuple of [B, A, L] float64; the backward pass computes scores and gradients from the inputs.
+
+    Arguments as those of :class:`RelationKL`.
+    """
+
+    @staticmethod
+    def forward(ctx, objective: Objective, num_heads: int, causal: tuple[bool, ...], *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.constants, ctx.objective = (causal, num_heads), objective.for_kernel()[:2]
+        inputs = _in_four(tensors)
+        losses, _ = torch.ops.fastkd.relation_kl(*inputs, *ctx.constants, [False] * len(inputs[0]), *ctx.objective)
+        return tuple(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_losses: Tensor):
+        student, teacher, coefficient, key_mask = _in_four(ctx.saved_tensors)
+        needed = ctx.needs_input_grad[3 : 3 + len(student)]
+        weights = [c * g for c, g in zip(coefficient, grad_losses, strict=True)]
+        _, gradients = torch.ops.fastkd.relation_kl(
+            student, teacher, weights, key_mask, *ctx.constants, needed, *ctx.objective
+        )
+        wanted = [g.to(x.dtype) if want else None for want, x, g in zip(needed, student, gradients, strict=True)]
+        return None, None, None, *wanted, *(None,) * (3 * len(student))
+
+
+def _in_four(tensors: Sequence[Any]) -> list[list[Any]]:
+    quarter = len(tensors) // 4
+    return [list(tensors[i : i + quarter]) for i in range(0, 4 * quarter, quarter)]
+
+
+# ---- public function ------------------------------------------------------------------------------------------------
+
+
+def _listed(name: str, value: Any, entries: int, several: bool) -> list[Any]:
+    """One value for every entry: as listed, or the one given for all."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * entries
+    if not several:
+        raise TypeError(f"{name}: expected a single one, as student is a single tensor, got {type(value).__name__}")
+    if len(value) != entries:
+        raise ValueError(f"{name}: expected one for each of {entries} entries, got {len(value)}")
+    return list(value)
+
+
+def relation_kl(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    num_heads: int,
+    key_mask: Tensor | Sequence[Tensor | None] | None = None,
+    causal: bool | Sequence[bool] = False,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    reduction: str = "mean",
+    normalizer: float | Tensor | Sequence[float | Tensor | None] | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Divergence between self-attention relations of teacher and student, in memory that grows with the length.
+
+    A relation is ``softmax(X X.T / sqrt(d))`` in each of ``num_heads`` heads, where X are the projected queries, keys
+    or values of a layer and d is the head width; ``D(p, q)`` is taken between the teacher's rows and the student's.
+    MiniLMv2 (Wang et al., 2021, arXiv 2012.15828); for encoder-decoders MiniEnD (Zhang et al., 2024, arXiv 2305.12330).
+    The relation heads need not be the models' attention heads. Scores are float32 whatever the inputs' dtype.
+
+    >>> relation_kl([q_s, k_s, v_s], [q_t, k_t, v_t], num_heads=32, key_mask=mask, causal=True)  # doctest: +SKIP
+
+    Args:
+        student: [B, L, Hs], or a list of them; receive gradients. L and Hs may differ between entries.
+        teacher: [B, L, Ht], or as many of them, each as long as the student's; constants. Ht may differ from Hs.
+        num_heads: a divisor of every Hs and Ht.
+        key_mask: [B, L] bool or integer, True or not 0 where a position takes part, in rows and columns: others have a
+            probability of exactly 0, and no row of their own. With lists, one for all entries or a list of them.
+        causal: a position sees those up to its own. Likewise.
+        divergence, beta: as in :func:`fastkd.logit_kl`.
+        reduction: ``"mean"`` is over heads, over the positions that take part, and over entries (every entry weighs the
+            same); ``"sum"`` adds up everything; ``"none"`` returns [B, A, L], of lists a tuple.
+        normalizer: with ``"mean"``, a number or 0-d tensor that replaces the number of positions that take part, such
+            as ``num_items_in_batch`` under gradient accumulation. One for all entries or a list of them.
+        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`.
+
+    Returns:
+        A 0-d tensor, or what ``reduction="none"`` says: float32, or float64 for float64 students.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before any work.
+        RuntimeError: ``impl="fused"`` where no kernel can run.
+    """
+    objective = Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
+    check_choice("reduction", reduction, REDUCTIONS)
+    several = isinstance(student, (list, tuple))
+    students = list(student) if several else [student]
+    if several != isinstance(teacher, (list, tuple)) or (several and len(teacher) != len(students)):
+        expected = f"a list of {len(students)}, as many as student" if several else "a tensor, as student is one"
+        given = f"{len(teacher)}" if isinstance(teacher, (list, tuple)) else type(teacher).__name__
+        raise ValueError(f"teacher: expected {expected}, got {given}")
+    teachers = list(teacher) if several else [teacher]
+    if not students:
+        raise ValueError("student: expected at least one tensor, got an empty list")
+    masks = _listed("key_mask", key_mask, len(students), several)
+    is_causal = _listed("causal", causal, len(students), several)
+    normalizers = _listed("normalizer", normalizer, len(students), several)
+    widths = {}
+    for i, (x, t) in enumerate(zip(students, teachers, strict=True)):
+        at = f"[{i}]" if several else ""
+        batch, device = (None, None) if i == 0 else (students[0].shape[0], students[0].device)
+        check_tensor(f"student{at}", x, shape=[batch, None, None], floating=True)
+        check_tensor(f"teacher{at}", t, shape=[*x.shape[:2], None], floating=True)
+        check_same_device(f"student{at}", x, x.device if device is None else device)
+        check_same_device(f"teacher{at}", t, x.device)
+        if x.dtype != students[0].dtype:
+            raise TypeError(f"student{at}: expected dtype {students[0].dtype}, that of student[0], got {x.dtype}")
+        widths |= {f"student{at}": x.shape[2], f"teacher{at}": t.shape[2]}
+        if not isinstance(is_causal[i], bool):
+            raise TypeError(f"causal: expected a bool, got {type(is_causal[i]).__name__}")
+        if masks[i] is not None:
+            check_mask(f"key_mask{at if isinstance(key_mask, (list, tuple)) else ''}", masks[i], x.shape[:2], x.device)
+            masks[i] = masks[i].bool()
+        check_normalizer(normalizers[i], reduction)
+    check_heads(num_heads, widths)
+    students, teachers = autocast_like_linear(*students), [t.detach() for t in autocast_like_linear(*teachers)]
+
+    device = students[0].device
+    if not use_fused(impl, device):
+        losses = reference.relation_kl(
+            students,
+            teachers,
+            num_heads=num_heads,
+            key_mask=masks,
+            causal=is_causal,
+            divergence=divergence,
+            beta=beta,
+            reduction=reduction,
+            normalizer=normalizers,
+        )
+        if reduction == "none":
+            return tuple(losses) if several else losses[0]
+        total = torch.stack(losses)
+        return total.mean() if reduction == "mean" else total.sum()
+
+    coefficients = [
+        row_coefficients(
+            (*x.shape[:2], x.shape[1]), num_heads, mask, mask, is_causal[i], reduction, normalizers[i], device
+        )
+        for i, (x, mask) in enumerate(zip(students, masks, strict=True))
+    ]
+    if reduction == "mean":
+        coefficients = [c / len(students) for c in coefficients]
+    arguments = (objective, num_heads, tuple(is_causal), *students, *teachers, *coefficients, *masks)
+    if reduction != "none":
+        loss = RelationKL.apply(*arguments)
+        return loss if loss.dtype == students[0].dtype else loss.float()
+    rows = RelationKLPerRow.apply(*arguments)
+    rows = tuple(loss if students[0].dtype == torch.float64 else loss.float() for loss in rows)
+    return rows if several else rows[0]
