@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from .backend import IMPLS
 from .checks import REDUCTIONS, Objective, check_choice
+from .ops.attention_kl import attention_kl, check_heads
 from .ops.linear_kl import linear_kl
 from .ops.logit_kl import logit_kl
+from .ops.relation_kl import relation_kl
+from .relative_bias import RelativeBias
 
-__all__ = ["LinearKLLoss", "LogitKLLoss"]
+__all__ = ["AttentionKLLoss", "LinearKLLoss", "LogitKLLoss", "RelationKLLoss"]
 
 
-class _TokenLoss(nn.Module):
+class _Loss(nn.Module):
+    """Constants of a loss, shown by repr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: dict = {}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class _TokenLoss(_Loss):
     """The keywords that :class:`LogitKLLoss` and :class:`LinearKLLoss` share."""
 
     def __init__(
@@ -32,7 +48,7 @@ class _TokenLoss(nn.Module):
         Objective(divergence, beta, temperature, kd_weight, ce_weight)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("impl", impl, IMPLS)
-        self.options: dict = {
+        self.options = {
             "divergence": divergence,
             "beta": beta,
             "temperature": temperature,
@@ -42,9 +58,6 @@ class _TokenLoss(nn.Module):
             "reduction": reduction,
             "impl": impl,
         }
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class LogitKLLoss(_TokenLoss):
@@ -111,6 +124,89 @@ class LinearKLLoss(_TokenLoss):
             teacher_bias=teacher_bias,
             weight=weight,
             labels=labels,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+
+class _AttentionLoss(_Loss):
+    """The keywords that :class:`RelationKLLoss` and :class:`AttentionKLLoss` share."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        causal: bool | Sequence[bool] = False,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        # what is wrong with these fails here, not in training
+        check_heads(num_heads, {})
+        Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("impl", impl, IMPLS)
+        self.options = {
+            "num_heads": num_heads,
+            "causal": causal,
+            "divergence": divergence,
+            "beta": beta,
+            "reduction": reduction,
+            "impl": impl,
+        }
+
+
+class RelationKLLoss(_AttentionLoss):
+    """:func:`fastkd.relation_kl` as a module; keywords as there.
+
+    >>> loss = RelationKLLoss(num_heads=32)([q_s, k_s, v_s], [q_t, k_t, v_t], key_mask=mask)  # doctest: +SKIP
+    """
+
+    def forward(
+        self,
+        student: Tensor | Sequence[Tensor],  # [B, L, Hs]
+        teacher: Tensor | Sequence[Tensor],  # [B, L, Ht]
+        *,
+        key_mask: Tensor | Sequence[Tensor | None] | None = None,  # [B, L]
+        normalizer: float | Tensor | Sequence[float | Tensor | None] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        return relation_kl(student, teacher, key_mask=key_mask, normalizer=normalizer, **self.options)
+
+
+class AttentionKLLoss(_AttentionLoss):
+    """:func:`fastkd.attention_kl` as a module; keywords as there.
+
+    >>> loss = AttentionKLLoss(num_heads=12)(q_s, k_s, q_t, k_t, key_mask=mask)  # doctest: +SKIP
+    """
+
+    def __init__(self, *, student_scale: float | None = None, teacher_scale: float | None = None, **options) -> None:
+        super().__init__(**options)
+        self.options |= {"student_scale": student_scale, "teacher_scale": teacher_scale}
+
+    def forward(
+        self,
+        student_q: Tensor,  # [B, Lq, Hs]
+        student_k: Tensor,  # [B, Lk, Hs]
+        teacher_q: Tensor,  # [B, Lq, Ht]
+        teacher_k: Tensor,  # [B, Lk, Ht]
+        *,
+        student_bias: Tensor | RelativeBias | None = None,
+        teacher_bias: Tensor | RelativeBias | None = None,
+        key_mask: Tensor | None = None,  # [B, Lk]
+        query_mask: Tensor | None = None,  # [B, Lq]
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        return attention_kl(
+            student_q,
+            student_k,
+            teacher_q,
+            teacher_k,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            key_mask=key_mask,
+            query_mask=query_mask,
             normalizer=normalizer,
             **self.options,
         )

@@ -114,7 +114,7 @@ def _attention_scores(
     q, k = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k))  # [B, A, L, d]
     scores = scale * q @ k.transpose(-1, -2)
     if isinstance(bias, RelativeBias):
-        bias = bias.matrix(q.shape[-2], k.shape[-2])
+        bias = bias.to(scores.dtype).matrix(q.shape[-2], k.shape[-2])
     return scores if bias is None else scores + bias.to(scores.dtype)
 
 

@@ -65,6 +65,10 @@ class RelativeBias:
         far = (exact + (growth * (side - exact)).long()).clamp(max=side - 1)
         return first + torch.where(distance < exact, distance, far)
 
+    def to(self, dtype: torch.dtype) -> RelativeBias:
+        """The same with its table in another dtype; differentiable."""
+        return RelativeBias(self.table.to(dtype), self.bidirectional, self.max_distance)
+
     def diagonals(self) -> Tensor:
         """The bias of every distance from -max_distance to max_distance, [A, 2 * max_distance + 1].
 

@@ -79,9 +79,62 @@ def _linear_inputs(regime: Regime, tokens: int = 24, vocabulary: int = 203, widt
     }
 
 
+HEADS = 3  # of the attention cases
+
+
+def _near(per_head: Tensor, factor: float, noise: float) -> Tensor:
+    """[B, L, A, d] times a factor, with one more dimension that holds noise, as [B, L, A * (d + 1)]."""
+    extra = noise * torch.randn(*per_head.shape[:-1], 1, dtype=torch.float64)
+    return torch.cat([factor * per_head, extra], -1).flatten(2)
+
+
+def _attention_inputs(regime: Regime, batch: int = 2, queries: int = 13, keys: int | None = None) -> Inputs:
+    """Scores of the regime's deviation; a student near the teacher has heads of one dimension more for the distance."""
+    keys, width = queries if keys is None else keys, 8
+    root = regime.deviation**0.5
+    teacher_q = root * torch.randn(batch, queries, HEADS, width, dtype=torch.float64)
+    teacher_k = root * torch.randn(batch, keys, HEADS, width, dtype=torch.float64)
+    if regime.distance is None:
+        student_q, student_k = (root * torch.randn(batch, n, HEADS * 5).double() for n in (queries, keys))
+    else:
+        factor = ((width + 1) / width) ** 0.25  # makes up for 1 / sqrt(head width)
+        student_q, student_k = (_near(x, factor, regime.distance**0.5) for x in (teacher_q, teacher_k))
+    table = 0.3 * regime.deviation * torch.randn(8, HEADS, dtype=torch.float64)
+    return {
+        "student_q": student_q,
+        "student_k": student_k,
+        "teacher_q": teacher_q.flatten(2),
+        "teacher_k": teacher_k.flatten(2),
+        "student_table": table + (regime.distance or regime.deviation) * 0.1 * torch.randn(8, HEADS).double(),
+        "teacher_table": table,
+    }
+
+
+def attention_kl(*, student_table: Tensor, teacher_table: Tensor, **inputs) -> Tensor:
+    """fastkd.attention_kl of T5 encoders, by the tables of their relative biases."""
+    biases = {
+        "student_bias": fastkd.RelativeBias(student_table, max_distance=6),
+        "teacher_bias": fastkd.RelativeBias(teacher_table, max_distance=6),
+    }
+    return fastkd.attention_kl(**inputs, **biases, num_heads=HEADS)
+
+
+def _relation_inputs(regime: Regime, **sizes: int) -> Inputs:
+    x = _attention_inputs(regime, **sizes)
+    return {"student": x["student_q"], "teacher": x["teacher_q"]}
+
+
+def relation_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
+    return fastkd.relation_kl(student, teacher, num_heads=HEADS, **options)
+
+
 LOGIT_KL = Op("logit_kl", fastkd.logit_kl, _logit_inputs, ("student_logits",))
 LINEAR_KL = Op("linear_kl", fastkd.linear_kl, _linear_inputs, ("student_hidden", "student_weight", "student_bias"))
-OPS = [LOGIT_KL, LINEAR_KL]
+ATTENTION_KL = Op("attention_kl", attention_kl, _attention_inputs, ("student_q", "student_k", "student_table"))
+RELATION_KL = Op("relation_kl", relation_kl, _relation_inputs, ("student",))
+TOKEN_OPS = [LOGIT_KL, LINEAR_KL]  # with the keywords of token losses
+ATTENTION_OPS = [ATTENTION_KL, RELATION_KL]
+OPS = TOKEN_OPS + ATTENTION_OPS
 
 BACKENDS = ["reference", "cpp", "triton"]
 

@@ -9,11 +9,13 @@ import fastkd
 from fastkd.divergence import DIVERGENCES
 
 from .cases import (
+    ATTENTION_OPS,
     BACKENDS,
     LINEAR_KL,
     LOGIT_KL,
     OPS,
     REGIMES,
+    TOKEN_OPS,
     UNRELATED,
     Op,
     Regime,
@@ -36,6 +38,7 @@ def by_name(x):
 
 
 over_ops = pytest.mark.parametrize("op", OPS, ids=by_name)
+over_token_ops = pytest.mark.parametrize("op", TOKEN_OPS, ids=by_name)
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 over_fused = pytest.mark.parametrize("backend", ["cpp", "triton"])
 
@@ -63,11 +66,13 @@ def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: R
     # What plain torch in float32 (float64) makes of the same inputs: near convergence it has few digits left.
     plain = torch.float64 if dtype == torch.float64 else torch.float32
     plain_loss, plain_gradients = value_and_gradients(op, to(inputs, plain), impl="reference", divergence=divergence)
-    loss_bound, gradient_bound = (1e-12, 1e-11) if dtype == torch.float64 else (1e-6, 1e-5)
+    # In float64 the oracle rounds its scores, too: the last digit of scores up to 50, over a distance of 1e-3.
+    loss_bound, gradient_bound = (1e-12, 4e-11) if dtype == torch.float64 else (1e-6, 1e-5)
     # Triton's interpreter cuts float32 off at bfloat16 where a GPU rounds.
     truncates = backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
-    # What the score rows' own last digit is worth, which counts beside a loss that has nearly converged.
-    loss_bound += (1e-15 if dtype == torch.float64 else 1e-8) / loss.item()
+    # What the score rows' own last digit is worth, which counts beside a loss that has nearly converged; attention's
+    # scores are few and large.
+    loss_bound += (1e-15 if dtype == torch.float64 else 3e-8 if op in ATTENTION_OPS else 1e-8) / loss.item()
     assert distance(got, loss) <= max(loss_bound, 2 * distance(plain_loss, loss))
     for name, gradient in got_gradients.items():
         assert gradient.dtype == dtype
@@ -174,7 +179,7 @@ def test_near_converged_bf16_student():
     assert distance(got["student_hidden"], gradients["student_hidden"]) <= 1.5e-2
 
 
-@over_ops
+@over_token_ops
 @over_backends
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_keyword(op: Op, backend: str, reduction: str):
@@ -205,7 +210,7 @@ def test_every_keyword(op: Op, backend: str, reduction: str):
         assert distance(gradient, gradients[name]) <= 1e-5, name
 
 
-@over_ops
+@over_token_ops
 @over_backends
 def test_definition(op: Op, backend: str):
     """The formula, written out here once more with F.kl_div and F.cross_entropy."""
@@ -234,7 +239,7 @@ def test_definition(op: Op, backend: str):
     assert distance(got, wanted) <= 1e-12
 
 
-@over_ops
+@over_token_ops
 @over_backends
 @pytest.mark.parametrize("larger", ["student", "teacher"])
 def test_vocabularies_of_different_size(op: Op, backend: str, larger: str):
@@ -262,7 +267,7 @@ def test_vocabularies_of_different_size(op: Op, backend: str, larger: str):
         assert not beyond.any()
 
 
-@over_ops
+@over_token_ops
 @over_backends
 def test_dropped_tokens_are_not_even_read(op: Op, backend: str):
     """NaN in what belongs to a dropped token changes nothing, and its gradient is exactly zero."""
@@ -285,7 +290,7 @@ def test_dropped_tokens_are_not_even_read(op: Op, backend: str):
     assert torch.equal(got_gradients[first][::2].cpu(), torch.zeros_like(inputs[first][::2]))
 
 
-@over_ops
+@over_token_ops
 @over_backends
 @pytest.mark.parametrize("how", ["weight", "labels", "no tokens", "normalizer"])
 def test_nothing_to_average_gives_zero(op: Op, backend: str, how: str):
@@ -308,7 +313,7 @@ def test_nothing_to_average_gives_zero(op: Op, backend: str, how: str):
         assert not gradient.any(), name
 
 
-@over_ops
+@over_token_ops
 @over_fused
 def test_one_token_without_a_batch(op: Op, backend: str):
     inputs = to(op.make(UNRELATED, tokens=1), torch.float32)
@@ -323,7 +328,7 @@ def test_one_token_without_a_batch(op: Op, backend: str):
         assert distance(gradient, gradients[name]) <= 1e-5, name
 
 
-@over_ops
+@over_token_ops
 @over_fused
 @pytest.mark.parametrize("layout", ["shifted", "transposed", "every other column", "broadcast"])
 def test_strides_are_respected(op: Op, backend: str, layout: str):
@@ -486,7 +491,7 @@ def test_linear_kl_chunks_of_any_size(backend: str, workspace_mb: float):
         assert distance(gradient, gradients[name]) <= 1e-5, name
 
 
-@over_ops
+@over_token_ops
 @over_backends
 def test_without_a_teacher(op: Op, backend: str):
     """kd_weight=0 makes a (fused linear) cross-entropy."""
@@ -527,7 +532,7 @@ def test_cross_entropy_of_a_confident_student(backend: str):
     assert distance(got_gradients["student_logits"], gradients["student_logits"]) <= 1e-5
 
 
-@over_ops
+@over_token_ops
 @over_backends
 def test_normalizer_makes_accumulation_exact(op: Op, backend: str):
     """Two micro-batches of unequal size, each divided by the whole batch's token count, add up to the whole batch."""
@@ -548,7 +553,7 @@ def test_normalizer_makes_accumulation_exact(op: Op, backend: str):
         assert distance(total_gradient, whole_gradients["student_bias"]) <= 1e-5
 
 
-@over_ops
+@over_token_ops
 @over_fused
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -578,7 +583,8 @@ def test_autocast_casts_as_linear_does(op: Op):
     inputs = to(op.make(UNRELATED), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, gradients = value_and_gradients(op, inputs)
-    expected = to(inputs, torch.bfloat16) if op is LINEAR_KL else inputs
+    # logits are no input of a linear layer, and a bias is added in the scores' precision
+    expected = {k: x if k.endswith(("logits", "table")) else x.bfloat16() for k, x in inputs.items()}
     wanted, wanted_gradients = value_and_gradients(op, expected)
     assert torch.equal(loss, wanted)
     for name, gradient in gradients.items():

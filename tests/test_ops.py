@@ -10,7 +10,7 @@ import fastkd
 from fastkd.backend import interpret_triton
 from fastkd.checks import Objective
 
-from .cases import LINEAR_KL, LOGIT_KL, OPS, UNRELATED, Op, distance, running_on, to, value_and_gradients
+from .cases import LINEAR_KL, LOGIT_KL, TOKEN_OPS, UNRELATED, Op, distance, running_on, to, value_and_gradients
 
 OBJECTIVE = Objective("jsd", 0.3, 2.0, 0.6, 0.4).for_kernel()
 
@@ -100,7 +100,7 @@ def test_row_primitive_guards_memory(rows):
     assert student.isnan().any(1).tolist() == [False, True, False, False, True]
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", TOKEN_OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_without_a_graph_break(op: Op, reduction: str):
     """fullgraph, forward and backward, and one compilation for every batch size."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -306,10 +307,10 @@ class AttentionKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_q, student_k, student_bias, teacher_q, teacher_k, teacher_bias, *arguments):
-        *arguments, objective = arguments
+    def forward(ctx, student_q, student_k, student_bias, teacher_q, teacher_k, teacher_bias, *rest):
+        *constants, objective = rest
         loss, *gradients = torch.ops.fastkd.attention_kl(
-            student_q, student_k, teacher_q, teacher_k, student_bias, teacher_bias, *arguments,
+            student_q, student_k, teacher_q, teacher_k, student_bias, teacher_bias, *constants,
             ctx.needs_input_grad[:3], *objective.for_kernel()[:2],
         )  # fmt: skip
         ctx.save_for_backward(*gradients)
@@ -331,13 +332,14 @@ class AttentionKLPerRow(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_q, student_k, student_bias, teacher_q, teacher_k, teacher_bias, *arguments):
-        *arguments, objective = arguments
-        coefficient, key_mask, *constants = arguments
+    def forward(ctx, student_q, student_k, student_bias, teacher_q, teacher_k, teacher_bias, *rest):
+        coefficient, key_mask, *constants, objective = rest
         tensors = (student_q, student_k, teacher_q, teacher_k, student_bias, teacher_bias)
         ctx.save_for_backward(*tensors, coefficient, key_mask)
         ctx.constants, ctx.objective = constants, objective.for_kernel()[:2]
-        return torch.ops.fastkd.attention_kl(*tensors, *arguments, [False] * 3, *ctx.objective)[0]
+        return torch.ops.fastkd.attention_kl(*tensors, coefficient, key_mask, *constants, [False] * 3, *ctx.objective)[
+            0
+        ]
 
     @staticmethod
     @once_differentiable
@@ -361,6 +363,8 @@ def check_heads(num_heads: object, widths: dict[str, int]) -> None:
     """Raises unless heads of equal width fit every named width."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
+    if num_heads < 1 and not widths:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
     if num_heads < 1 or any(width % num_heads for width in widths.values()):
         common = math.gcd(*widths.values())
         valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -408,10 +412,10 @@ def _check_bias(name: str, bias: object, shape: tuple[int, ...], device: torch.d
     check_same_device(name, bias, device)
 
 
-def _for_kernel(bias: Tensor | RelativeBias | None) -> Tensor | None:
-    """[B, A, Lq, Lk] with any of them 1, or [A, 2 * reach + 1]."""
+def _for_kernel(bias: Any, dtype: torch.dtype) -> Any:
+    """[B, A, Lq, Lk] with any of them 1, or [A, 2 * reach + 1] in the scores' dtype."""
     if isinstance(bias, RelativeBias):
-        return bias.diagonals()
+        return bias.to(dtype).diagonals()
     return None if bias is None else bias[(None,) * (4 - bias.dim())]
 
 
@@ -522,13 +526,14 @@ def attention_kl(
             normalizer=normalizer,
         )
 
+    dtype = score_dtype(student_q)
     arguments = (
         student_q,
         student_k,
-        _for_kernel(student_bias),
+        _for_kernel(student_bias, dtype),
         teacher_q.detach(),
         teacher_k.detach(),
-        None if teacher_bias is None else _for_kernel(teacher_bias).detach(),
+        None if teacher_bias is None else _for_kernel(teacher_bias, dtype).detach(),
         row_coefficients(
             (batch, queries, keys), num_heads, key_mask, query_mask, causal, reduction, normalizer, device
         ),

@@ -206,18 +206,18 @@ def relation_kl(
     objective = Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     check_choice("reduction", reduction, REDUCTIONS)
     several = isinstance(student, (list, tuple))
-    students = list(student) if several else [student]
+    students: list[Any] = list(student) if several else [student]
     if several != isinstance(teacher, (list, tuple)) or (several and len(teacher) != len(students)):
         expected = f"a list of {len(students)}, as many as student" if several else "a tensor, as student is one"
         given = f"{len(teacher)}" if isinstance(teacher, (list, tuple)) else type(teacher).__name__
         raise ValueError(f"teacher: expected {expected}, got {given}")
-    teachers = list(teacher) if several else [teacher]
+    teachers: list[Any] = list(teacher) if several else [teacher]
     if not students:
         raise ValueError("student: expected at least one tensor, got an empty list")
     masks = _listed("key_mask", key_mask, len(students), several)
     is_causal = _listed("causal", causal, len(students), several)
     normalizers = _listed("normalizer", normalizer, len(students), several)
-    widths = {}
+    widths: dict[str, int] = {}
     for i, (x, t) in enumerate(zip(students, teachers, strict=True)):
         at = f"[{i}]" if several else ""
         batch, device = (None, None) if i == 0 else (students[0].shape[0], students[0].device)
