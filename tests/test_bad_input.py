@@ -24,6 +24,24 @@ def linear_arguments(**changes):
     return arguments | changes
 
 
+B, LQ, LK, A = 2, 5, 7, 2
+
+
+def attention_arguments(**changes):
+    arguments = {
+        "student_q": torch.randn(B, LQ, 6),
+        "student_k": torch.randn(B, LK, 6),
+        "teacher_q": torch.randn(B, LQ, 8),
+        "teacher_k": torch.randn(B, LK, 8),
+        "num_heads": A,
+    }
+    return arguments | changes
+
+
+def relation_arguments(**changes):
+    return {"student": torch.randn(B, LQ, 6), "teacher": torch.randn(B, LQ, 8), "num_heads": A} | changes
+
+
 SHARED = [
     ({"divergence": "foward_kl"}, ValueError, r"divergence: expected one of .*, got 'foward_kl'; did you mean"),
     ({"divergence": None}, ValueError, r"divergence: expected one of .*, got None"),
@@ -103,6 +121,127 @@ LINEAR = [
     ({"teacher_scale": None}, TypeError, r"teacher_scale: expected a number that is finite, got NoneType"),
     ({"student_hidden": torch.randn(T, HS, device="meta")}, ValueError, r"student_weight: expected device meta"),
 ]
+
+
+ATTENTION_SHARED = [
+    ({"divergence": "kl"}, ValueError, r"divergence: expected one of .*, got 'kl'"),
+    ({"beta": 1.5}, ValueError, r"beta: expected a number in \(0, 1\), got 1.5"),
+    ({"reduction": "batchmean"}, ValueError, r"reduction: expected one of mean, sum, none, got 'batchmean'"),
+    ({"normalizer": 3, "reduction": "none"}, ValueError, r"normalizer: only used with reduction=\"mean\""),
+    ({"impl": "triton"}, ValueError, r"impl: expected one of auto, reference, fused, got 'triton'"),
+    ({"num_heads": 2.0}, TypeError, r"num_heads: expected an int, got float"),
+    ({"num_heads": 0}, ValueError, r"num_heads: expected a divisor of 6 \(student\w*\) and 8 .*: 1, 2; got 0"),
+    ({"num_heads": 4}, ValueError, r"num_heads: expected a divisor of 6 \(student\w*\) and 8 .*: 1, 2; got 4"),
+    ({"causal": 1}, TypeError, r"causal: expected a bool, got int"),
+    ({"key_mask": [True]}, (TypeError, ValueError), r"key_mask: expected "),
+    ({"key_mask": torch.ones(B, LQ + 3).bool()}, ValueError, r"key_mask: expected shape \[2, \d\], got \[2, 8\]"),
+    ({"key_mask": torch.ones(B, 1, LQ).bool()}, ValueError, r"key_mask: expected shape \[2, \d\], got \[2, 1, 5\]"),
+]
+
+ATTENTION = [
+    ({"student_q": torch.randn(B, LQ)}, ValueError, r"student_q: expected shape \[any, any, any\], got \[2, 5\]"),
+    ({"student_q": torch.zeros(B, LQ, 6).long()}, TypeError, r"student_q: expected dtype .*, got torch.int64"),
+    ({"student_k": torch.randn(B, LK, 8)}, ValueError, r"student_k: expected shape \[2, any, 6\], got \[2, 7, 8\]"),
+    ({"student_k": torch.randn(B, LK, 6).double()}, TypeError, r"student_k: expected dtype torch.float32, .*float64"),
+    ({"teacher_q": torch.randn(B, LK, 8)}, ValueError, r"teacher_q: expected shape \[2, 5, any\], got \[2, 7, 8\]"),
+    ({"teacher_k": torch.randn(B, LQ, 8)}, ValueError, r"teacher_k: expected shape \[2, 7, 8\], got \[2, 5, 8\]"),
+    ({"teacher_k": None}, TypeError, r"teacher_k: expected a tensor, got NoneType"),
+    ({"teacher_q": torch.randn(B, LQ, 8, device="meta")}, ValueError, r"teacher_q: expected device cpu, .*got meta"),
+    ({"student_scale": "1"}, TypeError, r"student_scale: expected a number that is finite, got str"),
+    ({"teacher_scale": float("inf")}, ValueError, r"teacher_scale: expected a number that is finite, got inf"),
+    ({"causal": True}, ValueError, r"causal: expected as many queries as keys, got 5 and 7"),
+    ({"key_mask": torch.ones(B, LK)}, TypeError, r"key_mask: expected a bool or integer dtype .*got torch.float32"),
+    ({"query_mask": torch.ones(B, LK).bool()}, ValueError, r"query_mask: expected shape \[2, 5\], got \[2, 7\]"),
+    ({"query_mask": torch.ones(B, LQ)}, TypeError, r"query_mask: expected a bool or integer dtype"),
+    (
+        {"student_bias": torch.randn(A, LK, LQ)},
+        ValueError,
+        r"student_bias: expected a shape that broadcasts to .*\[2, 2, 5, 7\], got \[2, 7, 5\]",
+    ),
+    ({"teacher_bias": torch.randn(1, 1, 1, 1, 1)}, ValueError, r"teacher_bias: expected a shape that broadcasts"),
+    ({"teacher_bias": torch.ones(LQ, LK).bool()}, TypeError, r"teacher_bias: expected dtype"),
+    ({"student_bias": 0.0}, TypeError, r"student_bias: expected a tensor or fastkd.RelativeBias, got float"),
+    (
+        {"student_bias": fastkd.RelativeBias(torch.randn(32, 3))},
+        ValueError,
+        r"student_bias.table: expected shape \[any, 2\], got \[32, 3\]",
+    ),
+]
+
+RELATION = [
+    ({"student": torch.randn(B, LQ)}, ValueError, r"student: expected shape \[any, any, any\], got \[2, 5\]"),
+    ({"student": []}, ValueError, r"teacher: expected a list of 0"),
+    ({"student": [], "teacher": []}, ValueError, r"student: expected at least one tensor, got an empty list"),
+    ({"teacher": torch.randn(B, LQ + 1, 8)}, ValueError, r"teacher: expected shape \[2, 5, any\], got \[2, 6, 8\]"),
+    ({"teacher": [torch.randn(B, LQ, 8)]}, ValueError, r"teacher: expected a tensor, as student is one, got 1"),
+    ({"key_mask": torch.ones(B, LQ)}, TypeError, r"key_mask: expected a bool or integer dtype .*got torch.float32"),
+    ({"causal": [True]}, TypeError, r"causal: expected a single one, as student is a single tensor, got list"),
+]
+
+RELATION_LISTS = [
+    ({"teacher": [torch.randn(B, LQ, 8)] * 2}, ValueError, r"teacher: expected a list of 3, as many as student, got 2"),
+    ({"teacher": torch.randn(B, LQ, 8)}, ValueError, r"teacher: expected a list of 3, .*got Tensor"),
+    ({"causal": [True, False]}, ValueError, r"causal: expected one for each of 3 entries, got 2"),
+    ({"key_mask": [None]}, ValueError, r"key_mask: expected one for each of 3 entries, got 1"),
+    ({"normalizer": [1, 2]}, ValueError, r"normalizer: expected one for each of 3 entries, got 2"),
+    ({"key_mask": torch.ones(B, LK).bool()}, ValueError, r"key_mask: expected shape \[2, 5\], got \[2, 7\]"),
+    (
+        {"student": [torch.randn(B, LQ, 6), torch.randn(B, LQ, 6), torch.randn(B, LQ, 9)]},
+        ValueError,
+        r"num_heads: expected a divisor of 6 \(student\[0\]\) .* and 9 \(student\[2\]\) .*: 1; got 2",
+    ),
+    (
+        {"student": [torch.randn(B, LQ, 6), torch.randn(B, LQ, 6), torch.randn(B + 1, LQ, 6)]},
+        ValueError,
+        r"student\[2\]: expected shape \[2, any, any\], got \[3, 5, 6\]",
+    ),
+    (
+        {"student": [torch.randn(B, LQ, 6), torch.randn(B, LQ, 6), torch.randn(B, LQ, 6).half()]},
+        TypeError,
+        r"student\[2\]: expected dtype torch.float32, that of student\[0\], got torch.float16",
+    ),
+]
+
+RELATIVE_BIAS = [
+    ({"table": torch.randn(32)}, ValueError, r"RelativeBias.table: expected shape \[any, any\], got \[32\]"),
+    ({"table": torch.randn(31, 2)}, ValueError, r"RelativeBias.table: expected an even number of buckets"),
+    (
+        {"table": torch.randn(1, 2), "bidirectional": False},
+        ValueError,
+        r"RelativeBias.table: expected at least 2 buckets",
+    ),
+    ({"table": torch.zeros(32, 2).long()}, TypeError, r"RelativeBias.table: expected dtype"),
+    ({"table": torch.randn(32, 2), "max_distance": 8}, ValueError, r"max_distance: expected more than the 8 .*got 8"),
+    ({"table": torch.randn(32, 2), "max_distance": 1.5}, TypeError, r"max_distance: expected an int, got float"),
+    ({"table": torch.randn(32, 2), "bidirectional": 1}, TypeError, r"bidirectional: expected a bool, got int"),
+]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("changes", "error", "message"), ATTENTION_SHARED + ATTENTION)
+def test_attention_kl_refuses(changes, error, message, impl):
+    with pytest.raises(error, match=message):
+        fastkd.attention_kl(**attention_arguments(**({"impl": impl} | changes)))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("changes", "error", "message"), ATTENTION_SHARED + RELATION)
+def test_relation_kl_refuses(changes, error, message, impl):
+    with pytest.raises(error, match=message):
+        fastkd.relation_kl(**relation_arguments(**({"impl": impl} | changes)))
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), RELATION_LISTS)
+def test_relation_kl_refuses_lists(changes, error, message):
+    lists = {"student": [torch.randn(B, LQ, 6)] * 3, "teacher": [torch.randn(B, LQ, 8)] * 3}
+    with pytest.raises(error, match=message):
+        fastkd.relation_kl(**relation_arguments(**(lists | changes)))
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), RELATIVE_BIAS)
+def test_relative_bias_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        fastkd.RelativeBias(**changes)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -10,7 +10,21 @@ import fastkd
 from fastkd.backend import interpret_triton
 from fastkd.checks import Objective
 
-from .cases import LINEAR_KL, LOGIT_KL, TOKEN_OPS, UNRELATED, Op, distance, running_on, to, value_and_gradients
+from .cases import (
+    ATTENTION_KL,
+    ATTENTION_OPS,
+    HEADS,
+    LINEAR_KL,
+    LOGIT_KL,
+    RELATION_KL,
+    TOKEN_OPS,
+    UNRELATED,
+    Op,
+    distance,
+    running_on,
+    to,
+    value_and_gradients,
+)
 
 OBJECTIVE = Objective("jsd", 0.3, 2.0, 0.6, 0.4).for_kernel()
 
@@ -57,6 +71,76 @@ def test_linear_kl_opcheck(gradients: list[bool]):
             *OBJECTIVE,
         ),
     )
+
+
+@pytest.mark.parametrize("gradients", [[True] * 3, [False] * 3, [True, False, False]])
+@pytest.mark.parametrize("dense", [False, True])
+def test_attention_kl_opcheck(gradients: list[bool], dense: bool):
+    x = to(ATTENTION_KL.make(UNRELATED, queries=5), torch.float32)
+    bias = torch.randn(1, HEADS, 5, 5) if dense else torch.randn(HEADS, 9)
+    tensors = [x[name] for name in ("student_q", "student_k", "teacher_q", "teacher_k")]
+    coefficient = torch.rand(2, HEADS, 5, dtype=torch.float64)
+    mask = torch.rand(2, 5) < 0.7
+    constants = (False, HEADS, 0.3, 0.4, gradients, *OBJECTIVE[:2])
+    opcheck(torch.ops.fastkd.attention_kl.default, (*tensors, bias, bias, coefficient, mask, *constants))
+
+
+def test_relation_kl_opcheck():
+    x = [to(RELATION_KL.make(UNRELATED, queries=n), torch.float32) for n in (5, 7)]
+    lists = [[entry[name] for entry in x] for name in ("student", "teacher")]
+    coefficient = [torch.rand(2, HEADS, n, dtype=torch.float64) for n in (5, 7)]
+    masks = [torch.rand(2, 5) < 0.7, None]
+    opcheck(
+        torch.ops.fastkd.relation_kl.default,
+        (*lists, coefficient, masks, [True, False], HEADS, [True, False], *OBJECTIVE[:2]),
+    )
+
+
+def test_chunk_ops_opcheck():
+    """The ops that a chunk of attention is made of on a CPU."""
+    ops, block = torch.ops.fastkd, torch.randn(2, 4, 4)
+    opcheck(ops.expand_diagonals_.default, (torch.randn(2, 5), block.clone(), -1))
+    opcheck(ops.sum_diagonals_.default, (block, torch.zeros(2, 5, dtype=torch.float64), 3))
+    opcheck(ops.hide_later_keys_.default, (block.clone(), 1))
+    opcheck(ops.symmetrize_.default, (block.clone(),))
+
+
+@pytest.mark.parametrize("offset", [-9, -2, 0, 1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunk_ops(offset: int, dtype: torch.dtype):
+    """Spreading out and summing up diagonals, causality and symmetry, against their definitions."""
+    ops, reach = torch.ops.fastkd, 3
+    distances = torch.arange(7) - torch.arange(5).unsqueeze(1) + offset
+    index = distances.clamp(-reach, reach) + reach
+    diagonals, block = torch.randn(2, 2 * reach + 1, dtype=dtype), torch.randn(2, 5, 7, dtype=dtype)
+    bias = torch.empty_like(block)
+    ops.expand_diagonals_(diagonals, bias, offset)
+    assert torch.equal(bias, diagonals[:, index])
+    sums = torch.ones(2, 2 * reach + 1, dtype=torch.float64)
+    ops.sum_diagonals_(block, sums, offset)
+    wanted = torch.ones_like(sums).index_add_(1, index.flatten(), block.double().flatten(1))
+    assert distance(sums, wanted) <= 1e-6
+    ops.hide_later_keys_(block, offset)
+    assert torch.equal(block == -torch.inf, (distances > 0).expand(2, -1, -1))
+    for n in (1, 15, 16, 17, 40):
+        square = torch.randn(2, n, n, dtype=dtype)
+        wanted = square + square.mT
+        ops.symmetrize_(square)
+        assert torch.equal(square, wanted)
+
+
+def test_chunk_ops_guard_memory():
+    ops, block = torch.ops.fastkd, torch.randn(2, 5, 7)
+    with pytest.raises(RuntimeError, match="diagonals must be"):
+        ops.expand_diagonals_(torch.randn(2, 4), block, 0)
+    with pytest.raises(RuntimeError, match="diagonals must be"):
+        ops.sum_diagonals_(block, torch.zeros(3, 5, dtype=torch.float64), 0)
+    with pytest.raises(RuntimeError, match="wrong dtype"):
+        ops.sum_diagonals_(block, torch.zeros(2, 5), 0)
+    with pytest.raises(RuntimeError, match="block must be contiguous"):
+        ops.hide_later_keys_(block.mT, 0)
+    with pytest.raises(RuntimeError, match=r"x must be contiguous \[A, n, n\]"):
+        ops.symmetrize_(block)
 
 
 def test_row_primitive_opcheck(rows):
@@ -129,6 +213,38 @@ def test_compiles_without_a_graph_break(op: Op, reduction: str):
         for left, right in zip(
             torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True
         ):
+            assert distance(left, right) <= 1e-6
+    assert compilations == 1
+
+
+@pytest.mark.parametrize("op", ATTENTION_OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_attention_compiles_without_a_graph_break(op: Op, reduction: str):
+    """fullgraph, forward and backward, and one compilation for every batch size and length."""
+    torch._dynamo.reset()
+    compilations = 0
+
+    def count(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    def function(inputs, mask):
+        return op.function(**inputs, key_mask=mask, reduction=reduction, causal=True)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    counted = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+    for batch, length in ((2, 5), (3, 9), (4, 12)):
+        inputs = to(op.make(UNRELATED, batch=batch, queries=length), torch.float32)
+        mask = torch.arange(length) < torch.randint(1, length, (batch, 1))
+        for name in op.student:
+            inputs[name].requires_grad_()
+        wanted, got = function(inputs, mask), compiled(inputs, mask)
+        counted(inputs, mask)
+        assert distance(got, wanted) <= 1e-6
+        leaves = [inputs[name] for name in op.student]
+        gradients = (torch.autograd.grad(loss.sum(), leaves) for loss in (got, wanted))
+        for left, right in zip(*gradients, strict=True):
             assert distance(left, right) <= 1e-6
     assert compilations == 1
 
