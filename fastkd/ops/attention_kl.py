@@ -128,20 +128,39 @@ class _Side:
         if self.bias is not None:
             self.bias.write(out, b, heads, rows, keys)
         q, k = self.q[heads, rows], self.k[heads, keys]
-        torch.baddbmm(out, q, k.transpose(1, 2), beta=0 if self.bias is None else 1, alpha=self.scale, out=out)
+        torch.baddbmm(out, q, k.mT, beta=0 if self.bias is None else 1, alpha=self.scale, out=out)
 
-    def add_gradients(
-        self, block: Tensor, grad_q: Tensor | None, grad_k: Tensor | None, heads: slice, rows: slice, keys: slice
-    ) -> None:
-        """Adds what the score gradients [heads, rows, keys] make to those of q and k, [A, L, d]; overwrites them."""
-        if grad_q is not None and grad_q is grad_k and rows == keys:  # a whole relation: (G + G.T) X
-            torch.ops.fastkd.symmetrize_(block)
-            grad_k = None
-        if grad_q is not None:
-            grad_q[heads, rows].add_(torch.bmm(block, self.k[heads, keys]), alpha=self.scale)
-        if grad_k is not None:  # q.T @ G is faster than G.T @ q
-            transposed = torch.bmm(self.q[heads, rows].transpose(1, 2), block)
-            grad_k[heads, keys].add_(transposed.transpose(1, 2), alpha=self.scale)
+
+class _Sums:
+    """The gradients of one sequence's queries and keys, added up chunk by chunk, before they are scaled.
+
+    Heads are apart here, since little rows scattered over [L, H] are slow to add to.
+    """
+
+    def __init__(self, side: _Side, grad_q: Tensor | None, grad_k: Tensor | None):
+        self.side, self.grad_q, self.grad_k = side, grad_q, grad_k  # [L, H]
+        self.q = None if grad_q is None else torch.zeros_like(side.q, memory_format=torch.contiguous_format)
+        self.k_transposed: Tensor | None = None  # [A, d, Lk]
+
+    def add(self, block: Tensor, heads: slice, rows: slice, keys: slice) -> None:
+        """Takes the score gradients [heads, rows, keys], and may overwrite them."""
+        whole_relation = self.grad_k is self.grad_q and rows == keys
+        if self.q is not None:
+            if whole_relation:
+                torch.ops.fastkd.symmetrize_(block)  # (G + G.T) X
+            self.q[heads, rows] += torch.bmm(block, self.side.k[heads, keys])
+        if self.grad_k is not None and not whole_relation:  # q.T @ G is faster than G.T @ q
+            if self.k_transposed is None:
+                self.k_transposed = torch.zeros_like(self.side.k.mT, memory_format=torch.contiguous_format)
+            self.k_transposed[heads, :, keys] += torch.bmm(self.side.q[heads, rows].mT, block)
+
+    def write(self) -> None:
+        """Adds them to the gradients, which may be one tensor."""
+        num_heads, scale = self.side.q.shape[0], self.side.scale
+        if self.grad_q is not None and self.q is not None:
+            _split(self.grad_q, num_heads).add_(self.q, alpha=scale)
+        if self.grad_k is not None and self.k_transposed is not None:
+            _split(self.grad_k, num_heads).add_(self.k_transposed.mT, alpha=scale)
 
 
 def _span(kept: Tensor) -> slice:
@@ -223,8 +242,8 @@ def attend(
         of_q, of_k = (b, rows, row_mask, num_heads, dtype), (b, keys, mask, num_heads, dtype)
         student = _Side(_sequence(student_q, *of_q), _sequence(student_k, *of_k), student_scale, student_bias)
         teacher = _Side(_sequence(teacher_q, *of_q), _sequence(teacher_k, *of_k), teacher_scale, teacher_bias)
-        sums_q = None if grad_q is None else _split(grad_q[b], num_heads)
-        sums_k = sums_q if grad_k is grad_q else None if grad_k is None else _split(grad_k[b], num_heads)
+        grads = [None if gradient is None else gradient[b] for gradient in (grad_q, grad_k)]
+        sums = _Sums(student, grads[0], grads[0] if grad_k is grad_q else grads[1])
         for heads, some in _chunks(num_heads, rows, keys, causal, dtype.itemsize):
             where = (heads, some, slice(keys.start, max(keys.start, min(keys.stop, some.stop))) if causal else keys)
             shape = torch.Size((2, *(part.stop - part.start for part in where)))
@@ -241,10 +260,11 @@ def attend(
                 divergence_rows_(*chunk, *objective)
                 if student_bias is not None:
                     student_bias.add_gradient(student_scores, b, *where)
-                student.add_gradients(student_scores, sums_q, sums_k, *where)
+                sums.add(student_scores, *where)
             else:
                 divergence_stats(*chunk, weights.new_empty(weights.shape[0], STATS), *objective)
             loss[b, heads, some] = chunk_loss.view(shape[1:3])
+        sums.write()
     return loss
 
 
@@ -278,9 +298,8 @@ def _attention_kl(
         None if student_bias is None else _Bias(student_bias, shape, dtype, want_bias),
         None if teacher_bias is None else _Bias(teacher_bias, shape, dtype),
     )
-    sums = [
-        torch.zeros_like(x, dtype=dtype) if want else None for x, want in ((student_q, want_q), (student_k, want_k))
-    ]
+    pairs = ((student_q, want_q), (student_k, want_k))
+    sums = [x.new_zeros(x.shape, dtype=dtype) if want else None for x, want in pairs]
     loss = attend(
         student_q, student_k, teacher_q, teacher_k, *biases, coefficient, key_mask, causal, num_heads, student_scale,
         teacher_scale, *sums, divergence, beta,
