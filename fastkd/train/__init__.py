@@ -1,6 +1,6 @@
 """Distillation of T5 models with fastkd's losses; `fastkd-train --help` is the way in.
 
-Reading order: cli -> runs -> stages -> trainer -> objectives; the data comes from corpus -> tokenizer -> data.
+Reading order: cli -> runs -> stages -> trainer -> objectives, capture; the data comes from corpus -> tokenizer -> data.
 Needs the packages of `pip install 'fastkd[train]'`; importing this module loads none of them.
 """
 
@@ -14,6 +14,7 @@ _HOMES = {
     "METHODS": "objectives",
     "Method": "objectives",
     "SpanCorruption": "data",
+    "capture_qkv": "capture",
     "embedded_corpus": "corpus",
     "train_tokenizer": "tokenizer",
 }

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+import fastkd
+
 from .errors import InputError
-from .objectives import METHODS
+from .objectives import METHODS, Method
 
 # Our defaults for transformers' flags. They are the demo's: a small student on two CPU cores.
 DEFAULTS: dict[str, Any] = {
@@ -44,6 +47,10 @@ examples:
       distil one student from the embedded teacher
   fastkd-train --method mlmkd --teacher runs/demo/teacher --train_file my.txt --output_dir runs/mine
       distil on your own text (UTF-8, paragraphs separated by blank lines) from your own T5
+  fastkd-train --demo --method miniend-e
+      the same comparison for MiniEnD-E: logits, and relations of queries, keys and values in encoder and decoder
+  fastkd-train --method miniend-d --divergence jsd --weights logit_kl=0.5 --output_dir runs/jsd
+      another divergence, and another weight of one term
   fastkd-train --method kd --output_dir runs/kd --resume_from_checkpoint last
       continue an interrupted run: the same command plus this flag
 """
@@ -67,7 +74,18 @@ class FastkdArguments:
     eval_file: str | None = _help("UTF-8 text to evaluate on; without it, a held-out 5 %% of the training texts", None)
     student_layers: int = _help("encoder layers, and as many decoder layers", 2)
     student_d_model: int = _help("width; heads are 32 wide, feed-forward layers 4 times as wide", 64)
-    temperature: float | None = _help("of the logit KL; without it, the method's own", None)
+    temperature: float | None = _help("of the logit term; without it, the method's own", None)
+    divergence: str | None = _help(
+        f"of logit and relation terms: {', '.join(fastkd.DIVERGENCES)}; without it, the method's own", None
+    )
+    divergence_beta: float | None = _help("of jsd, skew_kl and skew_reverse_kl; without it, the method's own", None)
+    weights: str | None = _help("TERM=NUMBER,... in place of the method's own weights of these terms", None)
+    relation_heads: int | None = _help(
+        "into which relation terms split queries, keys and values; without it, the method's own", None
+    )
+    teacher_layer: int | None = _help(
+        "whose queries, keys and values relation terms take, from 1; without it the last, but 21 of 24", None
+    )
     sequence_length: int = _help("tokens per chunk, before span corruption", 128)
     vocabulary_size: int = _help("pieces of the trained tokenizer, 100 sentinels included", 4096)
     teacher_layers: int = _help("of the trained teacher", 2)
@@ -144,6 +162,38 @@ def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
     return fastkd_args, args
 
 
+def chosen_method(flags: FastkdArguments) -> Method:
+    """Return the method with the flags' settings in place of its own.
+
+    Raises InputError for weights of terms that the method lacks, that are no numbers, or that leave no term.
+    """
+    method = METHODS[flags.method]
+    names = ("temperature", "divergence", "divergence_beta", "relation_heads", "teacher_layer")
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    terms = {**method.terms}
+    if flags.weights is not None:
+        terms |= dict(_weight(text, method) for text in flags.weights.split(","))
+    terms = {term: weight for term, weight in terms.items() if weight != 0}
+    if not terms:
+        raise InputError(f"--weights: every term of {flags.method} has weight 0")
+    return replace(method, terms=terms, **given)
+
+
+def _weight(text: str, method: Method) -> tuple[str, float]:
+    """Return (term, weight) of "TERM=NUMBER"."""
+    term, _, number = text.partition("=")
+    if term not in method.terms:
+        terms = list(method.terms)
+        raise InputError(f"--weights: no term {term!r}{closest(term, terms)} (terms: {', '.join(terms)})")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise InputError(f"--weights: expected {term}=NUMBER, 0 or above, got {text!r}")
+    return term, weight
+
+
 def _check(fastkd_args: FastkdArguments, args: TransformersArguments) -> None:
     if fastkd_args.method not in METHODS:
         raise InputError(
@@ -161,6 +211,15 @@ def _check(fastkd_args: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(f"--vocabulary_size must be at least 512, got {fastkd_args.vocabulary_size}")
     if fastkd_args.temperature is not None and not fastkd_args.temperature > 0:
         raise InputError(f"--temperature must be above 0, got {fastkd_args.temperature}")
+    if fastkd_args.divergence is not None and fastkd_args.divergence not in fastkd.DIVERGENCES:
+        names = list(fastkd.DIVERGENCES)
+        raise InputError(
+            f"unknown divergence {fastkd_args.divergence!r}{closest(fastkd_args.divergence, names)} "
+            f"(divergences: {', '.join(names)})"
+        )
+    if fastkd_args.divergence_beta is not None and not 0 < fastkd_args.divergence_beta < 1:
+        raise InputError(f"--divergence_beta must be between 0 and 1, got {fastkd_args.divergence_beta}")
+    chosen_method(fastkd_args)
     if fastkd_args.workspace_mb is not None and not fastkd_args.workspace_mb > 0:
         raise InputError(f"--workspace_mb must be above 0, got {fastkd_args.workspace_mb}")
     if args.predict_with_generate:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, TrainerCallback
 
 
@@ -35,6 +37,42 @@ class StepTimer(TrainerCallback):
         self._mark = time.perf_counter()
 
     on_save = on_evaluate
+
+
+class WindowedValues(TrainerCallback):
+    """Numbers of every step between two log entries, summed on their device so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, torch.Tensor] = {}
+        self.peaks: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start over: a trainer may train more than once."""
+        self._start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count an optimiser step, however many batches it accumulated."""
+        self.steps += 1
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Add scalars to what is averaged over the steps."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+
+    def peak(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Keep the largest of each scalar."""
+        for name, value in values.items():
+            self.peaks[name] = torch.maximum(self.peaks.get(name, value), value)
+
+    def pop(self) -> dict[str, torch.Tensor]:
+        """Return the sums divided by the steps and the peaks, and start over."""
+        values = {name: total / self.steps for name, total in self.sums.items()} | self.peaks
+        self._start()
+        return values
 
 
 class LossBar(ProgressCallback):

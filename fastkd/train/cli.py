@@ -38,8 +38,7 @@ def _run(argv: Sequence[str]) -> None:
     flags, args = arguments.parse(argv)
     if flags.list_methods:
         for name, method in runs.METHODS.items():
-            terms = " + ".join(f"{weight:g} {term}" for term, weight in method.terms.items())
-            print(f"{name:10} {terms:20} temperature {method.temperature:g}   {method.summary}")
+            print(f"{name:18} {method.formula:45} temperature {method.temperature:g}   {method.summary}")
     elif flags.demo:
         runs.demo(flags, args)
     else:

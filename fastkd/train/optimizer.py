@@ -1,4 +1,4 @@
-"""A learning rate of its own for the embedding."""
+"""The embedding's own learning rate, and the gradients' norms."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def set_embedding_rate(optimizer: torch.optim.Optimizer, model: Any, learning_ra
         if own:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in embedding]
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+
+
+def gradient_norms(model: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
+    """Return the L2 norms of the encoder's and the decoder's gradients, without the embedding that both share.
+
+    scaler: the GradScaler that fp16 losses were scaled by. Nothing is waited for, and no gradient is changed.
+    """
+    shared = model.get_input_embeddings().weight
+    scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=shared.device))
+    norms = {}
+    for name in ("encoder", "decoder"):
+        parameters = [p for p in getattr(model, name).parameters() if p is not shared and p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).to(shared.device)
+        norms[f"grad_norm_{name}"] = norm.float() / scale
+    return norms

@@ -15,11 +15,11 @@ import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import report
-from .arguments import FastkdArguments, TransformersArguments
+from .arguments import FastkdArguments, TransformersArguments, chosen_method
 from .cache import copy_folder, replace_folder
 from .errors import InputError
-from .objectives import METHODS
-from .stages import Data, Teacher, evaluate_given, get_data, get_teacher, get_texts, train_student
+from .objectives import METHODS, Method
+from .stages import Data, Teacher, check_objective, evaluate_given, get_data, get_teacher, get_texts, train_student
 from .student import load_teacher
 from .trainer import DistillTrainer
 
@@ -30,7 +30,7 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     Raises InputError before anything is written if the folder holds files already and neither resuming nor
     overwriting was asked for, or if the run cannot be resumed.
     """
-    started = time.perf_counter()
+    started, method = time.perf_counter(), chosen_method(flags)
     out, cache = _output_folder(args), _cache(flags, args)
     checkpoint = _checkpoint(args.resume_from_checkpoint, out)
     if checkpoint is None and out.is_dir() and any(out.iterdir()) and not flags.overwrite_output_dir:
@@ -40,12 +40,13 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     if checkpoint is None and out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
         raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
     model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
+    check_objective(flags, method, model)
     data = get_data(flags, cache, get_texts(flags, cache), tokenizer)
     identity = _identity(flags, args, data)
     if checkpoint is not None:
         _check_same_run(checkpoint.parent / "run.json", identity)
     teacher = None
-    if METHODS[flags.method].needs_teacher:
+    if method.needs_teacher:
         given = Teacher(model, Path(flags.teacher), None) if flags.teacher else None
         teacher = given or get_teacher(flags, args, cache, data)
 
@@ -53,11 +54,11 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
         shutil.rmtree(out)  # --overwrite_output_dir; only now, when no input can turn out bad any more
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-    trainer, outcome = train_student(flags, args, data, flags.method, teacher, checkpoint)
+    trainer, outcome = train_student(flags, args, data, flags.method, method, teacher, checkpoint)
     trainer.save_model(str(out))
     outcomes = [teacher.outcome, outcome] if teacher and teacher.outcome else [outcome]
-    report.write(out, outcomes, _facts(flags, args, data, started))
-    print(f"\n{report.table(outcomes)}\n\nStudent and report.md in {out}")
+    report.write(out, outcomes, _facts(flags, args, data, trainer, started), _notes(method))
+    print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student and report.md in {out}"]))
 
 
 def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -67,7 +68,7 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     in the same folder reuses corpus, tokenizer and teacher from the cache, and replaces the students.
     Raises InputError before anything is written if output_dir holds files that no demo made.
     """
-    started = time.perf_counter()
+    started, method = time.perf_counter(), chosen_method(flags)
     out, cache = _output_folder(args), _cache(flags, args)
     if args.resume_from_checkpoint:
         raise InputError("--demo has no checkpoints to resume from: run it again, it reuses the teacher")
@@ -75,6 +76,7 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
     args = replace(args, save_strategy="no")
     model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
+    check_objective(flags, method, model)
     data = get_data(flags, cache, get_texts(flags, cache), tokenizer)
     if flags.teacher:
         teacher = Teacher(model, Path(flags.teacher), evaluate_given(flags, args, data, model))
@@ -85,12 +87,12 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     (out / "demo.json").write_text(json.dumps(_identity(flags, args, data), indent=2) + "\n", encoding="utf-8")
     outcomes = [teacher.outcome] if teacher.outcome else []
     copy_folder(teacher.folder, out / "teacher")
-    for name, folder in (("scratch", "scratch"), (flags.method, "student")):
-        trainer, outcome = train_student(flags, args, data, name, teacher)
+    for name, folder, objective in (("scratch", "scratch", METHODS["scratch"]), (flags.method, "student", method)):
+        trainer, outcome = train_student(flags, args, data, name, objective, teacher)
         replace_folder(out / folder, _saver(trainer))
         outcomes.append(outcome)
-    report.write(out, outcomes, _facts(flags, args, data, started))
-    print(f"\n{report.table(outcomes)}\n\n{report.verdict(outcomes)}")
+    report.write(out, outcomes, _facts(flags, args, data, trainer, started), _notes(method))
+    print("\n".join(["", report.table(outcomes), "", report.verdict(outcomes), *_notes(method)]))
     print(f"Teacher, student, report.md and metrics.json in {out} ({time.perf_counter() - started:.0f} s)")
 
 
@@ -125,7 +127,8 @@ def _checkpoint(given: str | None, out: Path) -> Path | None:
 
 def _identity(flags: FastkdArguments, args: TransformersArguments, data: Data) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed."""
-    names = ["method", "temperature", "teacher", "student_layers", "student_d_model", "sequence_length"]
+    names = ["method", "temperature", "divergence", "divergence_beta", "weights", "relation_heads", "teacher_layer"]
+    names += ["teacher", "student_layers", "student_d_model", "sequence_length"]
     if not flags.teacher:
         names += ["teacher_layers", "teacher_d_model", "teacher_steps", "teacher_learning_rate"]
     return {**{name: getattr(flags, name) for name in names}, "seed": args.seed, "texts": data.digest}
@@ -141,11 +144,32 @@ def _check_same_run(record: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def _facts(flags: FastkdArguments, args: TransformersArguments, data: Data, started: float) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run."""
+def _notes(method: Method) -> list[str]:
+    """Return what a reader of the figures must know about the method."""
+    if method.vocabulary_terms:
+        return []
+    return [
+        "This method has no vocabulary term, so its student was not trained to predict tokens: held-out loss and token "
+        "accuracy say little before it is fine-tuned."
+    ]
+
+
+def _facts(
+    flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, started: float
+) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the run of the student that `trainer` trained."""
+    method = trainer.method
+    relations = {
+        "relation_heads": method.relation_heads,
+        "teacher_layers": ", ".join(f"{layer} ({place})" for place, layer in trainer.teacher_layers.items()),
+    }
     return {
         "method": flags.method,
-        "temperature": METHODS[flags.method].temperature if flags.temperature is None else flags.temperature,
+        "loss": method.formula,
+        "temperature": method.temperature,
+        "divergence": method.divergence,
+        "divergence_beta": method.divergence_beta,
+        **(relations if method.places else {}),
         "texts": flags.train_file or "documentation of the standard library",
         "training_chunks": len(data.train),
         "held_out_chunks": len(data.held_out),

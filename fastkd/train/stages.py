@@ -17,7 +17,8 @@ from . import corpus
 from .arguments import FastkdArguments, TransformersArguments
 from .cache import cached, digest
 from .data import SpanCorruption, pack
-from .objectives import METHODS
+from .errors import InputError
+from .objectives import METHODS, Method
 from .report import Outcome
 from .student import load_teacher, new_model, t5_config
 from .tokenizer import SENTINELS, padded_size, train_tokenizer
@@ -56,6 +57,19 @@ class Teacher:
 def heading(text: str) -> None:
     """Print a stage's heading."""
     print(f"\n== {text}", flush=True)
+
+
+def check_objective(flags: FastkdArguments, method: Method, teacher: Any) -> None:
+    """Raise InputError if the method cannot compare the student with the teacher: one that was given, or the trained.
+
+    Before anything else is made, so that nobody waits for a teacher that is of no use.
+    """
+    student_config = t5_config(1, flags.student_d_model, flags.student_layers)
+    trained_config = t5_config(1, flags.teacher_d_model, flags.teacher_layers)
+    try:
+        method.check_fits(student_config, teacher.config if teacher else trained_config)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
 
 
 def get_texts(flags: FastkdArguments, cache: Path) -> tuple[list[str], list[str]]:
@@ -153,11 +167,12 @@ def train_student(
     args: TransformersArguments,
     data: Data,
     name: str,
+    method: Method,
     teacher: Teacher | None,
     checkpoint: Path | None = None,
 ) -> tuple[DistillTrainer, Outcome]:
-    """Train the student by method `name`. Its first weights and its data depend on the flags, not on the method."""
-    method, tokenizer = METHODS[name], data.tokenizer
+    """Train the student by a method. Its first weights and its data depend on the flags, not on the method."""
+    tokenizer = data.tokenizer
     heading(f"Student: {name} ({method.summary})")
     rows = teacher.model.config.vocab_size if teacher else padded_size(tokenizer)
     config = t5_config(
@@ -171,7 +186,6 @@ def train_student(
         name,
         method=method,
         teacher=teacher.model if teacher else None,
-        temperature=flags.temperature,
     )
     return trainer, fit(trainer, name, checkpoint)
 
@@ -215,5 +229,8 @@ def fit(trainer: DistillTrainer, name: str, checkpoint: Path | None = None) -> O
         seconds_per_step=trainer.seconds_per_step,
         loss=final["eval_loss"],
         token_accuracy=final["eval_token_accuracy"],
-        history=[{k: e[k] for k in ("step", "loss", "eval_loss") if k in e} for e in state.log_history],
+        history=[
+            {key: value for key, value in entry.items() if key.startswith(("step", "loss", "eval_loss", "grad_norm"))}
+            for entry in state.log_history
+        ],
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer
 
-from .callbacks import LossBar, StepTimer
+from .callbacks import LossBar, StepTimer, WindowedValues
+from .capture import PLACES, capture_qkv
 from .data import EpochSampler
 from .evaluate import held_out_metrics, token_scores
-from .objectives import Method, vocabulary_loss
-from .optimizer import set_embedding_rate
+from .objectives import Method, relation_loss, vocabulary_loss
+from .optimizer import gradient_norms, set_embedding_rate
 
 
 @contextlib.contextmanager
@@ -34,16 +35,44 @@ def without_head(model: Any) -> Iterator[None]:
             head.forward = before
 
 
+@contextlib.contextmanager
+def returning(model: Any, what: Callable[[Any], Any]) -> Iterator[None]:
+    """Make `model(...)` return `what(its output)`, also from inside DDP.
+
+    DDP waits for the gradients of all parameters that its output depends on, so it must see what the loss is made of
+    and nothing else.
+    """
+    hook = model.register_forward_hook(lambda module, inputs, output: what(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def valid_positions(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the masks of a batch, "encoder" [B, Lx] and "decoder" [B, Lz], nonzero where there is no padding."""
+    encoder = inputs.get("attention_mask")
+    return {
+        "encoder": torch.ones_like(inputs["input_ids"]) if encoder is None else encoder,
+        "decoder": inputs["labels"] != -100,
+    }
+
+
 class DistillTrainer(Seq2SeqTrainer):
     """Trains `model` by `method`; everything else (checkpoints, resuming, precision, DDP) is Seq2SeqTrainer's.
 
-    method: a row of METHODS. teacher: a T5 with the student's vocabulary, or None if the method needs none; it is
-    frozen, kept in evaluation mode and never part of a checkpoint. temperature: overrides the method's.
+    method: a row of METHODS, or one with other settings by `dataclasses.replace`. teacher: a T5 with the student's
+    vocabulary, or None if the method needs none; it is frozen, kept in evaluation mode and never part of a checkpoint.
     workspace_mb: see `fastkd.linear_kl`. embedding_learning_rate: see `optimizer.set_embedding_rate`;
     None gives the embedding the rate of all other weights.
-    Batches hold input_ids and labels, and attention_mask where there is padding.
+    Batches hold input_ids and labels (-100 where there is padding), and attention_mask where there is padding.
     Evaluation gives eval_loss (nats per target token, plain cross-entropy for every method) and eval_token_accuracy.
-    Raises ValueError if the method needs a teacher and none is given.
+    Log entries hold, beside transformers' own, "loss_<term>" of each term times its weight (vocabulary terms together),
+    which add up to "loss"; and "grad_norm_encoder" and "grad_norm_decoder", before clipping and without the embedding
+    that both share: means over the steps since the last entry, and the largest as "..._max".
+    Under DDP with activation checkpointing, a method without vocabulary terms needs `--ddp_find_unused_parameters
+    true`: nothing depends on the last layer's output, and only without checkpointing is that transformers' default.
+    Raises ValueError if the method needs a teacher and none is given, or does not fit the two models.
     """
 
     def __init__(
@@ -51,7 +80,6 @@ class DistillTrainer(Seq2SeqTrainer):
         *args: Any,
         method: Method,
         teacher: Any = None,
-        temperature: float | None = None,
         workspace_mb: float | None = None,
         embedding_learning_rate: float | None = None,
         **kwargs: Any,
@@ -61,14 +89,20 @@ class DistillTrainer(Seq2SeqTrainer):
         if method.needs_teacher and teacher is None:
             raise ValueError(f"teacher: this method ({method.summary}) needs one, got None")
         self.method = method
-        self.temperature = temperature
         self.workspace_mb = workspace_mb
         self.embedding_learning_rate = embedding_learning_rate
+        student: Any = self.model
+        self.student_layers = method.student_layers(student.config)
         self.teacher = None
+        self.teacher_layers: dict[str, int] = {}
         if method.needs_teacher:
+            method.check_fits(student.config, teacher.config)
+            self.teacher_layers = method.teacher_layers(teacher.config)
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self._timer = StepTimer()
+        self._window = WindowedValues()
         self.add_callback(self._timer)
+        self.add_callback(self._window)
         # Makes the Trainer count the target tokens of all accumulated batches, and not divide our loss again.
         self.model_accepts_loss_kwargs = True
 
@@ -84,16 +118,70 @@ class DistillTrainer(Seq2SeqTrainer):
             set_embedding_rate(optimizer, self.model, self.embedding_learning_rate)
         return optimizer
 
-    def _hidden(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (the head's input [B, L, H], the head's weight [V, H]) of a student (possibly wrapped) or teacher."""
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Count encoder positions as transformers counts targets: over all accumulated batches, and devices.
+
+        Every batch carries the count as "encoder_rows".
+        """
+        batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and any("encoder" in PLACES[place].sides for place in self.method.places):
+            rows = torch.stack([valid_positions(batch)["encoder"].sum() for batch in batches]).sum().to(device)
+            if self.args.average_tokens_across_devices:
+                rows = self.accelerator.gather(rows).sum()
+            for batch in batches:
+                batch["encoder_rows"] = rows
+        return batches, targets
+
+    def _states(self, model: Any, inputs: dict[str, Any], layers: Mapping[str, int], hidden: bool) -> dict[str, Any]:
+        """Return what the loss needs of a student (possibly wrapped) or teacher: [q, k, v] of each place in `layers`.
+
+        And, if asked for, the head's input "hidden" [B, L, H]. The head's weight "head" [V, H] is always there.
+        """
         bare = self.accelerator.unwrap_model(model)
         # Labels stay out: the model would compute its own loss from them.
-        inputs = {name: value for name, value in inputs.items() if name != "labels"} | {
+        arguments = {name: value for name, value in inputs.items() if name not in ("labels", "encoder_rows")} | {
             "decoder_input_ids": bare.prepare_decoder_input_ids_from_labels(inputs["labels"]),
             "use_cache": False,
         }
-        with without_head(bare):
-            return model(**inputs).logits, bare.get_output_embeddings().weight
+
+        with (
+            without_head(bare),
+            capture_qkv(bare, layers) as captured,
+            returning(bare, lambda output: {"hidden": output.logits, **captured} if hidden else {**captured}),
+        ):
+            states = model(**arguments)
+        return {**states, "head": bare.get_output_embeddings().weight}
+
+    def _terms(
+        self,
+        student: dict[str, Any],
+        teacher: dict[str, Any],
+        inputs: dict[str, Any],
+        targets: torch.Tensor | int | None,
+    ) -> dict[str, torch.Tensor]:
+        """Return the scalar loss of each term, times its weight; vocabulary terms are computed, and named, together."""
+        method, masks = self.method, valid_positions(inputs)
+        terms = {}
+        if method.vocabulary_terms:
+            terms["+".join(method.vocabulary_terms)] = vocabulary_loss(
+                method,
+                student["hidden"],
+                student["head"],
+                teacher.get("hidden"),
+                teacher.get("head"),
+                inputs["labels"],
+                normalizer=targets,
+                workspace_mb=self.workspace_mb,
+            )
+        rows: dict[str, torch.Tensor | float] = {side: mask.sum() for side, mask in masks.items()}
+        if targets is not None:
+            rows["decoder"] = targets
+            rows["encoder"] = inputs.get("encoder_rows", rows["encoder"])
+        for place in method.places:
+            terms[place] = relation_loss(method, place, student[place], teacher[place], masks, rows)
+        return terms
 
     def compute_loss(
         self,
@@ -103,24 +191,38 @@ class DistillTrainer(Seq2SeqTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the method's loss on one (micro-)batch; num_items_in_batch counts the whole batch's target tokens."""
-        teacher_side: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        hidden, teacher = bool(self.method.vocabulary_terms), {}
         with self.accelerator.autocast():
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_side = self._hidden(self.teacher, inputs)
-            student_side = self._hidden(model, inputs)
-            loss = vocabulary_loss(
-                self.method,
-                *student_side,
-                *teacher_side,
-                inputs["labels"],
-                temperature=self.temperature,
-                normalizer=num_items_in_batch,
-                workspace_mb=self.workspace_mb,
-            )
+                    teacher = self._states(self.teacher, inputs, self.teacher_layers, hidden)
+            student = self._states(model, inputs, self.student_layers, hidden)
+            terms = self._terms(student, teacher, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients, the normalizer is global already
-        return (loss, {"hidden": student_side[0]}) if return_outputs else loss
+            # DDP averages gradients, the normalizers are global already.
+            terms = {name: loss * self.accelerator.num_processes for name, loss in terms.items()}
+        self._window.add({f"loss_{name}": loss for name, loss in terms.items()})
+        loss = sum(terms.values())
+        return (loss, student) if return_outputs else loss
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Measure the gradients when they are complete: after the last accumulated batch, before they are clipped."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            norms = gradient_norms(self.accelerator.unwrap_model(model), self.accelerator.scaler)
+            self._window.add(norms)
+            self._window.peak({f"{name}_max": norm for name, norm in norms.items()})
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms and the gradient norms to the entries that hold the loss."""
+        if "loss" in logs and self._window.steps:
+            values = self._window.pop()
+            means = self.accelerator.reduce(torch.stack(list(values.values())), "mean")
+            logs |= dict(zip(values, means.tolist(), strict=True))
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def prediction_step(
@@ -129,7 +231,8 @@ class DistillTrainer(Seq2SeqTrainer):
         """Return (None, token scores [B, L, 2], labels [B, L]); held_out_metrics averages them over all batches."""
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
-            scores = token_scores(*self._hidden(model, inputs), inputs["labels"])
+            states = self._states(model, inputs, {}, hidden=True)
+            scores = token_scores(states["hidden"], states["head"], inputs["labels"])
         return None, scores, inputs["labels"]
 
     @property

@@ -14,7 +14,7 @@ from transformers import default_data_collator
 
 from fastkd.train.arguments import TransformersArguments, parse
 from fastkd.train.data import SpanCorruption, pack
-from fastkd.train.objectives import METHODS
+from fastkd.train.objectives import METHODS, Method
 from fastkd.train.student import new_model, t5_config
 from fastkd.train.tokenizer import padded_size, train_tokenizer
 from fastkd.train.trainer import DistillTrainer
@@ -69,6 +69,20 @@ def dataset(tokenizer: Any, texts: list[str]) -> SpanCorruption:
     return SpanCorruption(pack(tokenizer, texts, LENGTH)[:64], tokenizer, seed=3)
 
 
+@pytest.fixture
+def make_batch(dataset: SpanCorruption) -> Callable[..., dict[str, torch.Tensor]]:
+    """make_batch(size): a batch with some padding on both sides."""
+
+    def make(size: int = 6) -> dict[str, torch.Tensor]:
+        batch = default_data_collator([dataset[i] for i in range(size)])
+        batch["labels"][0, -3:] = -100
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][1, -7:] = 0
+        return batch
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def text_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "texts.txt"
@@ -78,8 +92,8 @@ def text_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def tiny(tokenizer: Any) -> Callable[..., Any]:
-    """tiny(width, seed): a T5 with one layer a side."""
-    return lambda width=32, seed=0: new_model(t5_config(padded_size(tokenizer), width, 1), seed)
+    """tiny(width, seed, layers): a T5 with that many layers a side."""
+    return lambda width=32, seed=0, layers=1: new_model(t5_config(padded_size(tokenizer), width, layers), seed)
 
 
 @pytest.fixture
@@ -97,9 +111,12 @@ def arguments(tmp_path: Path) -> Callable[..., TransformersArguments]:
 def make_trainer(
     dataset: SpanCorruption, tokenizer: Any, arguments: Callable[..., TransformersArguments]
 ) -> Callable[..., DistillTrainer]:
-    """make_trainer(model, method, flags, teacher=..., ...): a DistillTrainer on the tiny dataset."""
+    """make_trainer(model, method, flags, teacher=..., ...): a DistillTrainer on the tiny dataset.
 
-    def make(model: Any, method: str, flags: Sequence[str] = (), **objective: Any) -> DistillTrainer:
+    method: a name in METHODS, or a Method.
+    """
+
+    def make(model: Any, method: str | Method, flags: Sequence[str] = (), **objective: Any) -> DistillTrainer:
         trainer = DistillTrainer(
             model=model,
             args=arguments(*flags),
@@ -107,7 +124,7 @@ def make_trainer(
             eval_dataset=dataset,
             data_collator=default_data_collator,
             processing_class=tokenizer,
-            method=METHODS[method],
+            method=METHODS[method] if isinstance(method, str) else method,
             **objective,
         )
         trainer.show_progress("test")

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from fastkd.train import cli
+from fastkd.train.objectives import METHODS
 
 SMALL = [
     "--use_cpu", "--student_layers", "1", "--student_d_model", "32", "--teacher_layers", "1", "--teacher_d_model", "32",
@@ -46,7 +47,8 @@ def test_demo_twice(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixtu
     for model in metrics["models"]:
         assert f"{model['loss']:.4f}" in printed and f"{model['loss']:.4f}" in (out / "report.md").read_text()
         assert model["steps"] == 4 and model["seconds_per_step"] > 0
-    assert (out / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
+    for picture in ("loss_curves.png", "term_curves.png"):
+        assert (out / picture).read_bytes()[:4] == b"\x89PNG" and picture in (out / "report.md").read_text()
     for name in ("teacher", "student", "scratch"):
         model = T5ForConditionalGeneration.from_pretrained(out / name)
         tokenizer = AutoTokenizer.from_pretrained(out / name)
@@ -114,6 +116,46 @@ def test_a_given_teacher_and_an_evaluation_file(tmp_path: Path, text_file: Path,
     assert not any(p.name.startswith("teacher") for p in (tmp_path / "cache").glob("*"))
 
 
+def test_attention_distillation(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def flags(method: str) -> list[object]:
+        return [
+            "--method",
+            method,
+            "--train_file",
+            text_file,
+            "--output_dir",
+            tmp_path / method,
+            "--logging_steps",
+            "1",
+        ]
+
+    assert run(*flags("miniend-e"), "--divergence", "jsd", "--weights", "decoder_self=0.5") == 0
+    assert run(*flags("miniend-d-nologit")) == 0
+    note = "no vocabulary term"
+    assert note in capsys.readouterr().out
+    for method, terms, loss in (
+        ("miniend-e", ("logit_kl", "decoder_self", "encoder_self"), "1 logit_kl + 0.5 decoder_self + 1 encoder_self"),
+        ("miniend-d-nologit", ("decoder_self", "decoder_cross"), "1 decoder_self + 1 decoder_cross"),
+    ):
+        out = tmp_path / method
+        assert T5ForConditionalGeneration.from_pretrained(out).config.d_model == 32
+        metrics, report = json.loads((out / "metrics.json").read_text()), (out / "report.md").read_text()
+        assert metrics["run"]["loss"] == loss and f"- loss: {loss}" in report
+        assert (note in report) == ("nologit" in method) and (out / "term_curves.png").is_file()
+        curves = [entry for entry in metrics["models"][-1]["history"] if "loss" in entry]
+        assert [entry["step"] for entry in curves] == [1, 2, 3, 4]
+        for entry in curves:
+            assert sum(entry[f"loss_{term}"] for term in terms) == pytest.approx(entry["loss"], rel=1e-4)
+            assert entry["grad_norm_encoder"] > 0 and entry["grad_norm_decoder"] > 0
+
+    resume = ["--resume_from_checkpoint", "last", "--max_steps", "6"]
+    assert run(*flags("miniend-d-nologit"), *resume, "--divergence", "tvd") == 2
+    assert "divergence None" in capsys.readouterr().err
+    assert run(*flags("miniend-d-nologit"), *resume) == 0
+    history = json.loads((tmp_path / "miniend-d-nologit" / "metrics.json").read_text())["models"][-1]["history"]
+    assert [entry["step"] for entry in history if "loss_decoder_cross" in entry] == [1, 2, 3, 4, 5, 6]
+
+
 def test_half_made_artefacts_do_not_count(tmp_path: Path) -> None:
     from fastkd.train.cache import cached, replace_folder
 
@@ -148,6 +190,15 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--temperature", "0"], ["--temperature"]),
         (["--student_layers", "0"], ["--student_layers"]),
         (["--demo", "--method", "scratch"], ["--demo"]),
+        (["--method", "miniend-f"], ["miniend-f", "did you mean 'miniend-"]),
+        (["--divergence", "foward_kl"], ["foward_kl", "did you mean 'forward_kl'", "tvd"]),
+        (["--divergence_beta", "1"], ["--divergence_beta"]),
+        (["--weights", "logit=1"], ["'logit'", "did you mean 'logit_kl'"]),
+        (["--weights", "logit_kl=-1"], ["--weights", "logit_kl=-1"]),
+        (["--weights", "logit_kl"], ["--weights", "logit_kl=NUMBER"]),
+        (["--weights", "logit_kl=0"], ["--weights", "every term of mlmkd"]),
+        (["--method", "minilm", "--relation_heads", "48"], ["--relation_heads", "(1, 2, 4, 8, 16, 32, 64)", "got 48"]),
+        (["--method", "minilm", "--teacher_layer", "3"], ["--teacher_layer", "1 to 2", "got 3"]),
         (["--train_file", tmp_path / "missing.txt"], [str(tmp_path / "missing.txt"), "no such file"]),
         (["--eval_file", tmp_path], [str(tmp_path), "directory"]),
         (["--teacher", tmp_path / "missing"], [str(tmp_path / "missing")]),
@@ -189,7 +240,9 @@ def test_help_and_methods_teach(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.index("--method") < text.index("--learning_rate") < text.index("examples:")
     assert all(name in text for name in ("scratch", "mlmkd", "kd", "--demo", "--resume_from_checkpoint"))
     assert cli.main(["--list_methods"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["scratch", "mlmkd", "kd"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert "1 logit_kl + 1 decoder_self + 1 encoder_self" in next(x for x in lines if x.startswith("miniend-e "))
 
 
 @pytest.mark.parametrize("package", ["transformers", "sentencepiece", "matplotlib"])

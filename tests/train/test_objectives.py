@@ -1,8 +1,9 @@
-"""Every method's loss and gradients in a trainer equal an eager computation on materialised logits."""
+"""Every method's loss and gradients in a trainer equal an eager computation on logits and relation matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,67 +11,169 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import default_data_collator
+from transformers import T5Config
 
-from fastkd.train.data import SpanCorruption
 from fastkd.train.objectives import METHODS
 from fastkd.train.trainer import without_head
 
+# The rows of the table, written out once more on purpose: terms, and the temperature of the logit term.
+EXPECTED: dict[str, tuple[str, int]] = {
+    "scratch": ("ce", 1),
+    "mlmkd": ("kl", 1),
+    "kd": ("ce kl", 2),
+    "minilm": ("decoder", 1),
+    "mlmkd+minilm": ("kl decoder", 1),
+    "miniend-d": ("kl decoder cross", 1),
+    "miniend-d-nologit": ("decoder cross", 1),
+    "miniend-e": ("kl decoder encoder", 1),
+    "miniend-e-nologit": ("decoder encoder", 1),
+}
 
-def make_batch(dataset: SpanCorruption, size: int = 6) -> dict[str, torch.Tensor]:
-    batch = default_data_collator([dataset[i] for i in range(size)])
-    batch["labels"][0, -3:] = -100  # as padded data would have
-    return batch
+
+def forward(model: Any, batch: dict[str, torch.Tensor], layer: int) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+    """Logits, and the queries, keys and values of a layer (counted from 1) at the three places."""
+    attentions = {
+        "encoder": model.encoder.block[layer - 1].layer[0].SelfAttention,
+        "decoder": model.decoder.block[layer - 1].layer[0].SelfAttention,
+        "cross": model.decoder.block[layer - 1].layer[1].EncDecAttention,
+    }
+    states: dict[str, list[Any]] = {name: [] for name in attentions}
+    handles = [
+        projection.register_forward_hook(lambda module, args, out, name=name: states[name].append(out))
+        for name, attention in attentions.items()
+        for projection in (attention.q, attention.k, attention.v)
+    ]
+    logits = model(**batch).logits
+    for handle in handles:
+        handle.remove()
+    return logits, states
 
 
-def eager_loss(method: str, student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The same objective from the models' own logits; weights and temperatures are written out on purpose."""
-    weights = {"scratch": (1, 0, 1), "mlmkd": (0, 1, 1), "kd": (1, 1, 2)}
-    ce_weight, kl_weight, tau = weights[method]
+def eager_relation(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, causal: bool) -> torch.Tensor:
+    """One relation term's Q, K or V: KL of 32 heads' softmax(X X^T / sqrt(d_r)), averaged over valid rows and heads."""
+    logs = []
+    for x in (student, teacher):
+        heads = x.double().unflatten(-1, (32, -1)).transpose(1, 2)
+        scores = heads @ heads.mT / heads.shape[-1] ** 0.5
+        allowed = mask[:, None, None, :].expand_as(scores)
+        scores = scores.masked_fill(~(allowed.tril() if causal else allowed), -1e9)
+        logs.append(scores.log_softmax(-1))
+    rows = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)  # [B, A, L]
+    return rows.mean(1)[mask].mean()
+
+
+def eager_terms(
+    method: str, student: Any, teacher: Any, batch: dict[str, torch.Tensor], teacher_layer: int
+) -> dict[str, torch.Tensor]:
+    """The terms of the same objective from the models' own logits and projections."""
+    names, tau = EXPECTED[method]
     labels = batch["labels"]
     keep = labels != -100
-    s = student(**batch).logits[keep].double()
+    s, student_states = forward(student, batch, len(student.encoder.block))
     with torch.no_grad():
-        t = teacher(**batch).logits[keep].double()
-    ce = F.cross_entropy(s, labels[keep])
+        t, teacher_states = forward(teacher, batch, teacher_layer)
+    s, t = s[keep].double(), t[keep].double()
     kl = F.kl_div((s / tau).log_softmax(-1), (t / tau).log_softmax(-1), log_target=True, reduction="batchmean")
-    return ce_weight * ce + kl_weight * tau**2 * kl
+    terms = {"ce": F.cross_entropy(s, labels[keep]), "kl": tau**2 * kl}
+    padding = batch["attention_mask"].bool()
+    masks = {"decoder": [keep] * 3, "encoder": [padding] * 3, "cross": [keep, padding, padding]}
+    for name, mask in masks.items():
+        pairs = zip(student_states[name], teacher_states[name], mask, strict=True)
+        terms[name] = torch.stack([eager_relation(*pair, causal=name == "decoder") for pair in pairs]).mean()
+    return {name: terms[name] for name in names.split()}
+
+
+def test_the_table_is_complete() -> None:
+    assert list(METHODS) == list(EXPECTED)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradients(
-    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: SpanCorruption
+    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
-    batch = make_batch(dataset)
-    reference, teacher = tiny(32, 1), tiny(64, 2)
-    expected = eager_loss(method, reference, teacher, batch)
+    batch = make_batch()
+    reference, teacher = tiny(32, 1, layers=2), tiny(64, 2, layers=3)
+    expected = torch.stack(list(eager_terms(method, reference, teacher, batch, teacher_layer=3).values())).sum()
     expected.backward()
     expected_gradients = {name: p.grad for name, p in reference.named_parameters()}
 
-    student = tiny(32, 1)
+    student = tiny(32, 1, layers=2)
     trainer = make_trainer(student, method, teacher=teacher)
     loss = trainer.compute_loss(student, batch)
     loss.backward()
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-6)
     for name, parameter in student.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected_gradients[name], rtol=1e-3, atol=1e-6, msg=name)
+        wanted = expected_gradients[name]
+        if parameter.grad is None or wanted is None:
+            assert wanted is None or not wanted.any(), name
+            assert parameter.grad is None or not parameter.grad.any(), name
+        else:
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_temperature_overrides_the_methods_own(
-    tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: SpanCorruption
+def test_temperature_divergence_weights_and_layer_override_the_methods_own(
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
-    batch, student, teacher = make_batch(dataset), tiny(32, 1), tiny(64, 2)
-    losses = [
-        make_trainer(student, "mlmkd", teacher=teacher, temperature=tau).compute_loss(student, batch).item()
-        for tau in (None, 1.0, 3.0)
-    ]
-    assert losses[0] == losses[1] != losses[2]
+    batch, student, teacher = make_batch(), tiny(32, 1), tiny(64, 2, layers=2)
+
+    def loss(method: str, **settings: Any) -> float:
+        trainer = make_trainer(student, replace(METHODS[method], **settings), teacher=teacher)
+        return trainer.compute_loss(student, batch).item()
+
+    assert loss("mlmkd") == loss("mlmkd", temperature=1.0) != loss("mlmkd", temperature=3.0)
+    for method in ("mlmkd", "minilm"):
+        assert loss(method) == loss(method, divergence="forward_kl") != loss(method, divergence="jsd")
+        assert loss(method, divergence="jsd") != loss(method, divergence="jsd", divergence_beta=0.1)
+    assert loss("minilm", terms={"decoder_self": 3.0}) == pytest.approx(3 * loss("minilm"))
+    first, last = (
+        eager_terms("minilm", student, teacher, batch, teacher_layer=layer)["decoder"].item() for layer in (1, 2)
+    )
+    assert loss("minilm") == pytest.approx(last) and loss("minilm", teacher_layer=1) == pytest.approx(first)
+    assert first != pytest.approx(last)
+
+
+def test_gradients_reach_what_a_term_depends_on_and_nothing_else(
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("fastkd.linear_kl", None)  # without a vocabulary term it is not called
+    teacher, batch = tiny(64, 2), make_batch()
+    for method, reached in (
+        ("minilm", {"decoder.block.1.layer.0.SelfAttention.v"}),
+        ("miniend-d-nologit", {"decoder.block.1.layer.1.EncDecAttention.v", "encoder.block.1.layer.1"}),
+        ("miniend-e-nologit", {"encoder.block.1.layer.0.SelfAttention.v"}),
+    ):
+        student = tiny(32, 1, layers=2)
+        make_trainer(student, method, teacher=teacher).compute_loss(student, batch).backward()
+        gradients = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+        assert all(any(name.startswith(prefix) for name in gradients) for prefix in reached), method
+        assert "shared.weight" in gradients
+        assert not any("decoder.block.1.layer.2" in name or "decoder.final" in name for name in gradients), method
+    assert ("decoder.block.1.layer.1" in str(gradients)) is False  # cross-attention of the last layer, MiniEnD-E
+
+
+def test_layers_and_heads(tiny: Callable[..., Any], make_trainer: Callable[..., Any]) -> None:
+    method = METHODS["miniend-e"]
+    depths = {"decoder_self": 24, "encoder_self": 24}
+    assert method.student_layers(T5Config(num_layers=24, num_decoder_layers=24)) == depths
+    assert set(method.teacher_layers(T5Config(num_layers=24, num_decoder_layers=24)).values()) == {21}
+    assert method.teacher_layers(T5Config(num_layers=24, num_decoder_layers=6)) == {
+        "encoder_self": 21,
+        "decoder_self": 6,
+    }
+    assert set(replace(method, teacher_layer=24).teacher_layers(T5Config(num_layers=24)).values()) == {24}
+    for layer in (0, 3):
+        with pytest.raises(ValueError, match=f"teacher_layer: expected 1 to 2.* got {layer}"):
+            make_trainer(tiny(), replace(method, teacher_layer=layer), teacher=tiny(64, 2, layers=2))
+    for heads in (0, 3, 64):  # 32 and 96 wide: common divisors only
+        with pytest.raises(ValueError, match=rf"32 and 96, .*\(1, 2, 4, 8, 16, 32\), got {heads}$"):
+            make_trainer(tiny(), replace(method, relation_heads=heads), teacher=tiny(96, 2))
+    make_trainer(tiny(), replace(METHODS["mlmkd"], relation_heads=3), teacher=tiny(96, 2))  # it has no relations
 
 
 def test_without_head_gives_the_heads_input_and_restores_the_head(
-    tiny: Callable[..., Any], dataset: SpanCorruption
+    tiny: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
-    model, batch = tiny(), make_batch(dataset)
+    model, batch = tiny(), make_batch()
     labels = batch.pop("labels")
     batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
     logits = model(**batch).logits
@@ -102,9 +205,9 @@ class LogitsDetector(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_step_materialises_no_logits(
-    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: SpanCorruption
+    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
-    student, teacher, batch = tiny(32, 1), tiny(64, 2), make_batch(dataset, 16)
+    student, teacher, batch = tiny(32, 1), tiny(64, 2), make_batch(16)
     tokens, vocabulary = batch["labels"].numel(), student.config.vocab_size
     widths: list[int] = []
     for model in (student, teacher):

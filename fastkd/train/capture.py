@@ -1,0 +1,77 @@
+"""Queries, keys and values of a T5's attention layers, taken by forward hooks: no model code is changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of the three attentions of an encoder-decoder.
+
+    stack, sublayer, module: where transformers keeps it, `<stack>.block[i].layer[sublayer].<module>`.
+    sides: whose positions queries, keys and values lie over, "encoder" or "decoder". causal: as the attention itself.
+    """
+
+    stack: str
+    sublayer: int
+    module: str
+    sides: tuple[str, str, str]
+    causal: bool
+
+
+PLACES: dict[str, Place] = {
+    "decoder_self": Place("decoder", 0, "SelfAttention", ("decoder", "decoder", "decoder"), True),
+    "decoder_cross": Place("decoder", 1, "EncDecAttention", ("decoder", "encoder", "encoder"), False),
+    "encoder_self": Place("encoder", 0, "SelfAttention", ("encoder", "encoder", "encoder"), False),
+}
+
+
+@contextlib.contextmanager
+def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, list[Any]]]:
+    """Yield a dict in which a forward pass of `model` inside the context leaves [q, k, v] of each place.
+
+    model: a bare T5; a wrapper around it, such as DDP, may be what runs. layers: each place's layer, counted from 1.
+    q, k and v are the projections before they are split into heads, [B, L, heads * d_kv], as parts of the autograd
+    graph; those of the last forward pass stay. The hooks go when the context ends, however it ends.
+    Raises ValueError for a layer that the model lacks, and RuntimeError if a projection did not run inside the context,
+    or if gradients are on when the context is entered and off when it ran, which is what reentrant activation
+    checkpointing does.
+    """
+    captured: dict[str, list[Any]] = {place: [None, None, None] for place in layers}
+    with contextlib.ExitStack() as hooks:
+        for place, layer in layers.items():
+            attention = attention_module(model, place, layer)
+            for i, projection in enumerate((attention.q, attention.k, attention.v)):
+                keep = _keeper(captured[place], i, needs_graph=torch.is_grad_enabled())
+                hooks.callback(projection.register_forward_hook(keep).remove)
+        yield captured
+    for place, states in captured.items():
+        if any(state is None for state in states):
+            raise RuntimeError(f"{place}: q, k and v of layer {layers[place]} did not all run inside the capture")
+
+
+def attention_module(model: Any, place: str, layer: int) -> Any:
+    """Return the attention of `place` in the given layer, counted from 1; raises ValueError if there is no such."""
+    where = PLACES[place]
+    blocks = getattr(model, where.stack).block
+    if not 1 <= layer <= len(blocks):
+        raise ValueError(f"layer: expected 1 to {len(blocks)} in this {where.stack}, got {layer}")
+    return getattr(blocks[layer - 1].layer[where.sublayer], where.module)
+
+
+def _keeper(states: list[Any], i: int, needs_graph: bool) -> Callable[[Any, Any, torch.Tensor], None]:
+    def keep(projection: Any, inputs: Any, output: torch.Tensor) -> None:
+        if needs_graph and projection.weight.requires_grad and not output.requires_grad:
+            raise RuntimeError(
+                "captured states carry no gradient under reentrant activation checkpointing: "
+                "set its use_reentrant to False"
+            )
+        states[i] = output
+
+    return keep

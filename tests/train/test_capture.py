@@ -1,0 +1,94 @@
+"""capture_qkv: the right tensors, in the graph, from any number of models, and no hook left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastkd.train.capture import PLACES, capture_qkv
+
+EVERYWHERE = dict.fromkeys(PLACES, 2)
+
+
+def hooks(model: torch.nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_captured_states_are_the_projections(tiny: Callable[..., Any], make_batch: Callable[..., Any]) -> None:
+    model, batch = tiny(64, 1, layers=2), make_batch()
+    with capture_qkv(model, EVERYWHERE) as captured:
+        output = model(**batch, output_hidden_states=True)
+    assert list(captured) == list(EVERYWHERE)
+    for stack, states in (("encoder", output.encoder_hidden_states), ("decoder", output.decoder_hidden_states)):
+        layer = getattr(model, stack).block[1].layer[0]
+        normed = layer.layer_norm(states[1])
+        for name, state in zip("qkv", captured[f"{stack}_self"], strict=True):
+            torch.testing.assert_close(state, getattr(layer.SelfAttention, name)(normed))
+    cross = model.decoder.block[1].layer[1].EncDecAttention
+    q, k, v = captured["decoder_cross"]
+    assert q.shape == (*batch["labels"].shape, 64)
+    torch.testing.assert_close(k, cross.k(output.encoder_last_hidden_state))
+    torch.testing.assert_close(v, cross.v(output.encoder_last_hidden_state))
+
+
+def test_hooks_go_however_the_context_ends(tiny: Callable[..., Any], make_batch: Callable[..., Any]) -> None:
+    model, batch = tiny(layers=2), make_batch()
+    with pytest.raises(ZeroDivisionError), capture_qkv(model, EVERYWHERE):
+        assert hooks(model) == 9
+        raise ZeroDivisionError
+    assert hooks(model) == 0
+    with pytest.raises(RuntimeError, match=r"decoder_self.*layer 2 did not all run"), capture_qkv(model, EVERYWHERE):
+        model.encoder(batch["input_ids"])
+    assert hooks(model) == 0
+    for layer in (0, 3):
+        with pytest.raises(ValueError, match=f"expected 1 to 2 in this encoder, got {layer}"):
+            capture_qkv(model, {"decoder_self": 1, "encoder_self": layer}).__enter__()
+    assert hooks(model) == 0
+
+
+def test_captures_nest_and_stand_side_by_side(tiny: Callable[..., Any], make_batch: Callable[..., Any]) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.module(**inputs)
+
+    student, teacher = tiny(32, 1, layers=2), tiny(64, 2, layers=3).requires_grad_(False)
+    with (
+        capture_qkv(student, {"encoder_self": 1}) as outer,
+        capture_qkv(teacher, {"encoder_self": 3}) as other,
+        capture_qkv(student, {"encoder_self": 1, "decoder_self": 2}) as inner,
+    ):
+        Wrapper(student)(**make_batch())
+        teacher(**make_batch())
+    assert all(a is b for a, b in zip(outer["encoder_self"], inner["encoder_self"], strict=True))
+    assert [x.shape[-1] for x in other["encoder_self"]] == [64] * 3 and len(inner["decoder_self"]) == 3
+    assert all(x.requires_grad for x in inner["decoder_self"])
+    assert not any(x.requires_grad for x in other["encoder_self"])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # but not in older transformers
+@pytest.mark.parametrize("method", ["miniend-d", "miniend-e-nologit"])
+def test_gradients_under_gradient_checkpointing(
+    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
+) -> None:
+    gradients, batch = [], make_batch()
+    for checkpointing in (False, True):
+        student = tiny(32, 1, layers=2).train()
+        if checkpointing:
+            student.gradient_checkpointing_enable()
+        make_trainer(student, method, teacher=tiny(64, 2)).compute_loss(student, batch).backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+    student.gradient_checkpointing_enable({"use_reentrant": True})
+    before = hooks(student)  # transformers' own
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        make_trainer(student, method, teacher=tiny(64, 2)).compute_loss(student, batch)
+    assert hooks(student) == before and "forward" not in vars(student.lm_head)
