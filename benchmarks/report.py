@@ -85,7 +85,8 @@ def machine() -> dict:
 
 def main(problems: Callable[[torch.device, bool], list[Problem]], description: str | None) -> None:
     """The command line of every benchmark: `problems(device, quick)` lists what it measures."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    by_hand = "Run by hand: exactness.py (errors against fp64) and memory_against_length.py (peak memory, a picture)."
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0], epilog=by_hand)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(default))
     parser.add_argument("--quick", action="store_true", help="small shapes: shows that it runs, measures nothing")

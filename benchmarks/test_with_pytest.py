@@ -40,12 +40,12 @@ class Clock:
 clock = Clock()
 
 
-@pytest.mark.parametrize("title", PROBLEMS)
-@pytest.mark.parametrize("name", ("fastkd", "reference", "torch.compile", "Liger", "limit"))
+@pytest.mark.parametrize(
+    ("title", "name"), [(title, name) for title, p in PROBLEMS.items() for name in (*p.implementations, p.limit)]
+)
 @pytest.mark.benchmark(timer=clock)
 def test_benchmark(benchmark, title: str, name: str) -> None:
-    result = measured(title)
-    row = result["rows"][result["limit"] if name == "limit" else name]
+    row = measured(title)["rows"][name]
     if "samples_s" not in row:
         pytest.skip(row["note"])
     samples = iter(row["samples_s"])

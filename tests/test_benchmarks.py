@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
-LIMITS = {"linear_kl": "bare GEMMs", "logit_kl": "copy"}
+ROWS = {  # what each op's tables list below fastkd, its limit last
+    "attention_kl": ("reference", "torch.compile", "GEMMs"),
+    "linear_kl": ("reference", "torch.compile", "Liger", "bare GEMMs"),
+    "logit_kl": ("reference", "torch.compile", "Liger", "copy"),
+    "relation_kl": ("reference", "torch.compile", "GEMMs"),
+}
+on_linux = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux resets the high-water mark"
+)
 
 
 def python(*arguments: str | Path) -> str:
@@ -25,17 +32,17 @@ def python(*arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("op", LIMITS)
+@pytest.mark.parametrize("op", ROWS)
 def test_quick_run(op: str, tmp_path: Path) -> None:
     table = python(BENCHMARKS / f"bench_{op}.py", "--quick", "--json", tmp_path / "out.json")
-    for name in (*IMPLEMENTATIONS, LIMITS[op]):
+    for name in ("fastkd", *ROWS[op]):
         assert f"\n{name} " in table
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["machine"]["versions"]["torch"]
     for result in record["results"]:
         rows = result["rows"]
-        assert set(rows) == {*IMPLEMENTATIONS, LIMITS[op]}
-        for name in ("fastkd", "reference", LIMITS[op]):
+        assert set(rows) == {"fastkd", *ROWS[op]}
+        for name in ("fastkd", "reference", ROWS[op][-1]):
             assert len(rows[name]["samples_s"]) >= 3, rows[name]["note"]
         # every implementation that ran computes the same gradients
         assert all(row["error"] < 1e-5 for name, row in rows.items() if "error" in row)
@@ -64,7 +71,7 @@ def test_missing_peer_is_a_row() -> None:
     assert row.endswith("not installed")
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux resets the high-water mark")
+@on_linux
 @pytest.mark.parametrize(("temporary", "returned"), [(64, 0), (64, 32), (0, 64), (3, 0)])
 def test_peak_memory(temporary: int, returned: int) -> None:
     """The meter sees what a run allocates for a while, and leaves out what it returns."""
@@ -81,3 +88,15 @@ def test_peak_memory(temporary: int, returned: int) -> None:
         "print(peak)"
     )
     assert abs(float(python("-c", code)) - temporary) < 1 + temporary / 16
+
+
+@on_linux
+def test_memory_against_length(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = BENCHMARKS / "memory_against_length.py"
+    python(script, "--lengths", "1024", "--implementations", "fastkd", "reference", "--output", tmp_path)
+    record = json.loads((tmp_path / "relation_kl_memory.json").read_text())
+    peaks = {(row["implementation"], row["length"]): row["peak_mib"] for row in record["results"]}
+    # the reference holds several tensors of 2 heads * 1024 * 1024 floats
+    assert peaks["fastkd", 1024] < 16 < peaks["reference", 1024]
+    assert (tmp_path / "relation_kl_memory.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,168 @@
+"""relation_kl, forward + backward: KL between self-attention relations softmax(X X.T / sqrt(d)) of both models.
+
+The limit is the op's four batched GEMMs alone, on a CPU in the best chunks (attention.py): 2 B L^2 (Ht + 3 Hs) FLOPs,
+of which padding and causality leave fewer. Their scores go through memory, which a GPU kernel can do without.
+
+B batch, L length, A relation heads, Ht and Hs widths of all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from attention import IMPLEMENTATIONS, LIMIT, by_heads, flops, gemms, plain_kl
+from harness import Problem, Run, Target
+from report import main
+from torch import Tensor
+
+import fastkd
+
+TARGETS = (Target(LIMIT, 1.25), Target("torch.compile", 0.5), Target("memory", 32))
+LONG_TARGETS = (Target("memory", 64),)
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    heads: int
+    length: int
+    teacher_width: int
+    student_width: int
+    dtype: torch.dtype = torch.float32
+    relations: int = 1  # 3: queries, keys and values
+    divergence: str = "forward_kl"
+    causal: bool = False
+    padded: bool = False  # sequences of L / 4 to L positions
+    converged: bool = False  # the student's scores are the teacher's within about 0.1
+
+    def __str__(self) -> str:
+        widths = f"{self.teacher_width // self.heads} -> {self.student_width // self.heads}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        special = {
+            "[Q, K, V]": self.relations == 3,
+            self.divergence: self.divergence != "forward_kl",
+            "causal": self.causal,
+            "padded": self.padded,
+            "student near teacher": self.converged,
+        }
+        title = f"relation_kl B {self.batch} A {self.heads} L {self.length} {widths} {dtype}"
+        return ", ".join([title, *(name for name, holds in special.items() if holds)])
+
+    @property
+    def lengths(self) -> list[int]:
+        shortest = self.length // 4 if self.padded else self.length
+        return torch.linspace(shortest, self.length, self.batch).long().tolist()
+
+
+def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
+    generator = torch.Generator(device).manual_seed(0)
+    B, L, A = shape.batch, shape.length, shape.heads
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(B, L, width, generator=generator, device=device)
+
+    def pair() -> tuple[Tensor, Tensor]:
+        student, teacher = normal(shape.student_width), normal(shape.teacher_width)
+        if shape.converged:  # a narrower student comes near only a teacher that does not need its width
+            per_head = (shape.teacher_width // A, shape.student_width // A)
+            in_use = student.unflatten(-1, (A, -1)) * (per_head[0] / per_head[1]) ** 0.25  # against 1 / sqrt(d)
+            teacher = F.pad(in_use, (0, per_head[0] - per_head[1])).flatten(2)
+            student = student + 0.07 * normal(shape.student_width)
+        return student.to(shape.dtype).requires_grad_(), teacher.to(shape.dtype)
+
+    students, teachers = map(list, zip(*(pair() for _ in range(shape.relations)), strict=True))
+    position = torch.arange(L, device=device)
+    mask = position < torch.tensor(shape.lengths, device=device)[:, None] if shape.padded else None  # [B, L]
+
+    def with_gradients(loss_of) -> Run:
+        return lambda: torch.autograd.grad(loss_of(students, teachers), students)
+
+    def by_fastkd(impl: str) -> Run:
+        options = {"key_mask": mask, "causal": shape.causal, "divergence": shape.divergence, "impl": impl}
+        return with_gradients(lambda *x: fastkd.relation_kl(*x, num_heads=A, **options))
+
+    def compiled() -> Run:
+        allowed = mask[:, None, None, :] if mask is not None else None
+        if shape.causal:
+            seen = position <= position[:, None]
+            allowed = seen if allowed is None else seen & allowed
+        counted = None if mask is None else mask[:, None, :]
+
+        def scores(x: Tensor) -> Tensor:
+            x = by_heads(x, A)
+            return (x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5).float()
+
+        @torch.compile(dynamic=False)
+        def loss(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+            total = 0
+            for student, teacher in zip(students, teachers, strict=True):
+                with torch.no_grad():
+                    target = scores(teacher)
+                reverse = shape.divergence == "reverse_kl"
+                total = total + plain_kl(scores(student), target, allowed, counted, reverse)
+            return total / len(students)
+
+        return with_gradients(loss)
+
+    def limit() -> Run:
+        x, t = students[0], teachers[0]
+        return gemms(x, x, t, t, A, [(n, n) for n in shape.lengths], shape.causal, shape.relations)
+
+    def oracle() -> tuple[Tensor, ...]:
+        exact = [x.detach().double().requires_grad_() for x in students]
+        for b in range(B):  # one sequence after the other
+            loss = fastkd.relation_kl(
+                [x[b : b + 1] for x in exact],
+                [t[b : b + 1].double() for t in teachers],
+                num_heads=A,
+                key_mask=None if mask is None else mask[b : b + 1],
+                causal=shape.causal,
+                divergence=shape.divergence,
+                normalizer=float(sum(shape.lengths)),
+                impl="reference",
+            )
+            loss.backward()
+        return tuple(x.grad for x in exact)
+
+    rows = (lambda: by_fastkd("fused"), lambda: by_fastkd("reference"), compiled)
+    return {**dict(zip(IMPLEMENTATIONS, rows, strict=True)), LIMIT: limit}, oracle
+
+
+def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
+    lengths = [(n, n) for n in shape.lengths]
+    work = shape.relations * flops(lengths, shape.causal, shape.student_width, shape.teacher_width)
+    return Problem(
+        title=str(shape),
+        unit="GFLOP/s",
+        work=work,
+        limit=LIMIT,
+        limit_work=work,  # what causality hides counts for neither, though chunks on the diagonal compute it
+        implementations=IMPLEMENTATIONS,
+        targets=targets,
+        prepare=lambda: prepare(shape, device),
+    )
+
+
+def problems(device: torch.device, quick: bool = False) -> list[Problem]:
+    if quick:
+        special = {"relations": 3, "divergence": "reverse_kl", "causal": True, "padded": True, "converged": True}
+        return [problem(Shape(2, 4, 48, 64, 32, **special), device, TARGETS)]
+    if device.type == "cuda":
+        return [problem(Shape(32, 32, length, 768, 384, torch.bfloat16), device) for length in (512, 2048)]
+    shape = Shape(8, 12, 512, 768, 384)
+    return [
+        problem(shape, device, TARGETS),
+        problem(replace(shape, causal=True), device),
+        problem(replace(shape, padded=True), device),
+        problem(replace(shape, converged=True), device),
+        problem(replace(shape, divergence="reverse_kl"), device),
+        problem(replace(shape, heads=32, relations=3), device),  # as MiniEnD has it
+        problem(Shape(1, 2, 4096, 128, 64), device, LONG_TARGETS),
+    ]
+
+
+if __name__ == "__main__":
+    main(problems, __doc__)
