@@ -132,15 +132,16 @@ class _Side:
 
 
 class _Sums:
-    """The gradients of one sequence's queries and keys, added up chunk by chunk, before they are scaled.
+    """The gradients of one sequence's queries and keys, collected from its chunks.
 
-    Heads are apart here, since little rows scattered over [L, H] are slow to add to.
+    Heads are apart here, [A, L, d], since GEMMs cannot write little rows scattered over [L, H].
     """
 
     def __init__(self, side: _Side, grad_q: Tensor | None, grad_k: Tensor | None):
         self.side, self.grad_q, self.grad_k = side, grad_q, grad_k  # [L, H]
-        self.q = None if grad_q is None else torch.zeros_like(side.q, memory_format=torch.contiguous_format)
-        self.k_transposed: Tensor | None = None  # [A, d, Lk]
+        self.q = None if grad_q is None else _zeros_like(side.q)
+        # [A, d, Lk]; a relation needs it only where its chunks are not whole
+        self.k_transposed = None if grad_k is None or grad_k is grad_q else _zeros_like(side.k.mT)
 
     def add(self, block: Tensor, heads: slice, rows: slice, keys: slice) -> None:
         """Takes the score gradients [heads, rows, keys], and may overwrite them."""
@@ -148,19 +149,35 @@ class _Sums:
         if self.q is not None:
             if whole_relation:
                 torch.ops.fastkd.symmetrize_(block)  # (G + G.T) X
-            self.q[heads, rows] += torch.bmm(block, self.side.k[heads, keys])
+            target, k = self.q[heads, rows], self.side.k[heads, keys]
+            if target.is_contiguous():
+                torch.bmm(block, k, out=target)
+            else:
+                target.copy_(torch.bmm(block, k))
         if self.grad_k is not None and not whole_relation:  # q.T @ G is faster than G.T @ q
             if self.k_transposed is None:
-                self.k_transposed = torch.zeros_like(self.side.k.mT, memory_format=torch.contiguous_format)
-            self.k_transposed[heads, :, keys] += torch.bmm(self.side.q[heads, rows].mT, block)
+                self.k_transposed = _zeros_like(self.side.k.mT)
+            target, q = self.k_transposed[heads, :, keys], self.side.q[heads, rows].mT
+            if target.is_contiguous():
+                target.baddbmm_(q, block)
+            else:
+                target += torch.bmm(q, block)
 
     def write(self) -> None:
-        """Adds them to the gradients, which may be one tensor."""
+        """Writes the gradients, scaled."""
         num_heads, scale = self.side.q.shape[0], self.side.scale
         if self.grad_q is not None and self.q is not None:
-            _split(self.grad_q, num_heads).add_(self.q, alpha=scale)
+            torch.mul(self.q, scale, out=_split(self.grad_q, num_heads))
         if self.grad_k is not None and self.k_transposed is not None:
-            _split(self.grad_k, num_heads).add_(self.k_transposed.mT, alpha=scale)
+            target = _split(self.grad_k, num_heads)
+            if self.grad_k is self.grad_q:
+                target.add_(self.k_transposed.mT, alpha=scale)
+            else:
+                torch.mul(self.k_transposed.mT, scale, out=target)
+
+
+def _zeros_like(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=x.dtype)
 
 
 def _span(kept: Tensor) -> slice:
@@ -176,15 +193,19 @@ def _parts(span: slice, at_most: int) -> list[slice]:
     return [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
 
 
+def _chunk_scores(itemsize: int) -> int:
+    """How many scores of one model a chunk may have."""
+    return WORKSPACE_BYTES_PER_THREAD * torch.get_num_threads() // (2 * itemsize)
+
+
 def _chunks(num_heads: int, rows: slice, keys: slice, causal: bool, itemsize: int) -> Iterator[tuple[slice, slice]]:
-    """(heads, rows) of every chunk: whole heads, and several of them, where they fit the workspace."""
-    threads = torch.get_num_threads()
-    scores = WORKSPACE_BYTES_PER_THREAD * threads // (2 * itemsize * max(1, keys.stop - keys.start))
-    most = max(1, scores // min(num_heads, threads))
+    """(heads, rows) of every chunk: whole heads, and several of them, where they fit; at least a row."""
+    head_rows = _chunk_scores(itemsize) // max(1, keys.stop - keys.start)
+    most = max(1, head_rows // min(num_heads, torch.get_num_threads()))
     row_parts = _parts(rows, min(most, CAUSAL_ROWS) if causal else most)
     if row_parts:
         longest = row_parts[0].stop - row_parts[0].start
-        for heads in _parts(slice(0, num_heads), max(1, scores // longest)):
+        for heads in _parts(slice(0, num_heads), max(1, head_rows // longest)):
             for part in row_parts:
                 yield heads, part
 
@@ -229,15 +250,19 @@ def attend(
     divergence: int,
     beta: float,
 ) -> Tensor:
-    """Returns the losses [B, A, Lq] float64, and adds up gradients in `grad_q`, `grad_k` and `student_bias`."""
+    """Returns the losses [B, A, Lq] float64, writes `grad_q` and `grad_k`, and adds up `student_bias`'s gradient."""
     dtype, objective = score_dtype(student_q), (divergence, beta, 1.0, 1.0, 0.0)
     differentiated = grad_q is not None or grad_k is not None or (student_bias and student_bias.gradient is not None)
     loss = torch.zeros_like(coefficient)
-    workspace = student_q.new_empty(0, dtype=dtype)
+    keys_in_all = student_k.shape[1]
+    most_scores = min(
+        coefficient.shape[1] * coefficient.shape[2] * keys_in_all, max(_chunk_scores(dtype.itemsize), keys_in_all)
+    )
+    workspace = student_q.new_empty(2 * most_scores, dtype=dtype)
     for b in range(student_q.shape[0]):
         row_mask = (coefficient[b] != 0).any(0)
         mask = None if key_mask is None else key_mask[b]
-        rows, keys = _span(row_mask), slice(0, student_k.shape[1]) if mask is None else _span(mask)
+        rows, keys = _span(row_mask), slice(0, keys_in_all) if mask is None else _span(mask)
 
         of_q, of_k = (b, rows, row_mask, num_heads, dtype), (b, keys, mask, num_heads, dtype)
         student = _Side(_sequence(student_q, *of_q), _sequence(student_k, *of_k), student_scale, student_bias)
@@ -247,9 +272,7 @@ def attend(
         for heads, some in _chunks(num_heads, rows, keys, causal, dtype.itemsize):
             where = (heads, some, slice(keys.start, max(keys.start, min(keys.stop, some.stop))) if causal else keys)
             shape = torch.Size((2, *(part.stop - part.start for part in where)))
-            if workspace.numel() < shape.numel():
-                workspace = workspace.new_empty(shape)
-            student_scores, teacher_scores = scores = workspace.view(-1)[: shape.numel()].view(shape)
+            student_scores, teacher_scores = scores = workspace[: shape.numel()].view(shape)
             student.scores_(student_scores, b, *where)
             teacher.scores_(teacher_scores, b, *where)
             _mask_(scores.flatten(0, 1), *where[1:], mask, causal)
@@ -299,7 +322,7 @@ def _attention_kl(
         None if teacher_bias is None else _Bias(teacher_bias, shape, dtype),
     )
     pairs = ((student_q, want_q), (student_k, want_k))
-    sums = [x.new_zeros(x.shape, dtype=dtype) if want else None for x, want in pairs]
+    sums = [x.new_empty(x.shape, dtype=dtype) if want else None for x, want in pairs]
     loss = attend(
         student_q, student_k, teacher_q, teacher_k, *biases, coefficient, key_mask, causal, num_heads, student_scale,
         teacher_scale, *sums, divergence, beta,

@@ -72,7 +72,7 @@ def _relation_kl(
     for x, t, weights, mask, is_causal, wanted in zip(
         student, teacher, coefficient, key_mask, causal, gradients, strict=True
     ):
-        total = x.new_zeros(x.shape, dtype=score_dtype(x)) if wanted else None
+        total = x.new_empty(x.shape, dtype=score_dtype(x)) if wanted else None
         scales = [(width // num_heads) ** -0.5 for width in (x.shape[2], t.shape[2])]
         losses.append(
             attend(x, x, t, t, None, None, weights, mask, is_causal, num_heads, *scales, total, total, divergence, beta)
