@@ -12,32 +12,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
-import subprocess
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
-import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.kernels import rows
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Bytes of shared memory a block may have.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+from .compile_common import DTYPES, TARGETS, in_parallel, resources
+
 PASSES = ("fused", "stats", "gradient")  # divergence_rows_, divergence_stats, divergence_gradient
 
 VOCABULARY = 32128
@@ -66,24 +51,6 @@ def source(
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
     return ASTSource(rows.rows_kernel, signature, constexprs=constants, attrs=aligned), options
-
-
-def resources(target: str, compiled) -> dict[str, int]:
-    """Registers, bytes spilled or otherwise in local memory, and bytes of shared memory, read from the binary."""
-    if target.startswith("gfx"):
-        found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
-        spilled = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
-        local = 4 * spilled + int(found["private_segment_fixed_size"])
-        return {"registers": int(found["vgpr_count"]), "local": local, "shared": compiled.metadata.shared}
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text[text.index("REG:") :])}
-    return {"registers": found["REG"], "local": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
 
 
 def measure(case: tuple) -> dict:
@@ -119,12 +86,6 @@ def everything() -> list[tuple]:
     return [(target, which, name, *pair, ce) for target, which, name, pair, ce in cases]
 
 
-def measure_all(cases: list[tuple]) -> list[dict]:
-    """Triton keeps its binaries, so a second run takes seconds."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(measure, cases))
-
-
 @triton.jit
 def two_sum_kernel(s, t, out, high, low):
     i = tl.arange(0, 32)
@@ -157,5 +118,5 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
-    measured = measure_all(cases)
+    measured = in_parallel(measure, cases)
     print(json.dumps({"kernels": measured, "two_sum": two_sum_operations()}) if options.json else table(measured))

@@ -1,9 +1,11 @@
 """GPU code is compiled for GPUs that are not here, and what the compilers say of it is checked.
 
-Triton: every divergence in fp32 on sm_90, in one kernel and in two; bf16, fp16, fp64, mixed dtypes, no teacher; and for
-sm_80, sm_100 and gfx942 the kernels most likely to spill. Left out, but compiled by `python -m tests.compile_rows
---all`: the other pairings of dtypes, divergences and targets. Strided columns and unaligned rows are not compiled here.
-Of those left out, some fp64 kernels are known to spill on gfx942.
+Triton, rows: every divergence in fp32 on sm_90, in one kernel and in two; bf16, fp16, fp64, mixed dtypes, no teacher;
+and for sm_80, sm_100 and gfx942 the kernels most likely to spill. Left out, but compiled by `python -m
+tests.compile_rows --all`: the other pairings of dtypes, divergences and targets. Strided columns and unaligned rows are
+not compiled here. Of those left out, some fp64 kernels are known to spill on gfx942.
+
+Triton, attention: what tests/compile_attention.py chooses; all of it by `python -m tests.compile_attention --all`.
 
 nvcc: the mathematics in csrc/divergence.h, in both precisions, for sm_80 and sm_90.
 """
@@ -24,15 +26,24 @@ ROOT = Path(__file__).parents[1]
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
-    """What tests/compile_rows.py found, in a process that does not interpret Triton."""
+def _compiled(module: str):
+    """What a module found, in a process that does not interpret Triton."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_rows", "--json"]
+    command = [sys.executable, "-m", f"tests.{module}", "--json"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    return _compiled("compile_rows")
+
+
+@pytest.fixture(scope="module")
+def attention() -> list:
+    return _compiled("compile_attention")
 
 
 def test_nothing_spills(compiled: dict):
@@ -44,7 +55,7 @@ def test_nothing_spills(compiled: dict):
 
 
 def test_shared_memory_fits(compiled: dict):
-    from .compile_rows import SHARED_LIMIT
+    from .compile_common import SHARED_LIMIT
 
     for kernel in compiled["kernels"]:
         assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
@@ -63,6 +74,32 @@ def test_two_sum_survives(compiled: dict):
     assert sum(number for name, number in count.items() if name.startswith(("add", "sub"))) == 9, count
     assert sum(number for name, number in count.items() if name.startswith("mul")) == 1, count
     assert not any(name.startswith("fma") for name in count), count
+
+
+def _two_registers(kernel: dict) -> int:
+    """On sm_80 ptxas puts as much of some fp32 kernels aside, far from their 255, to fit one block more."""
+    return 8 if kernel["target"] == "sm_80" and kernel["dtype"] == "fp32" else 0
+
+
+def test_no_attention_kernel_spills(attention: list):
+    from .compile_attention import table
+
+    print("\n" + table(attention))
+    spilling = [kernel for kernel in attention if kernel["local"] > _two_registers(kernel)]
+    assert not spilling, "\n" + table(spilling)
+
+
+def test_shared_memory_of_attention_fits(attention: list):
+    from .compile_common import SHARED_LIMIT
+
+    for kernel in attention:
+        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
+
+
+def test_attention_multiplies_by_warp_group(attention: list):
+    """wgmma is Hopper's way to the full rate of its tensor cores."""
+    hopper = [kernel for kernel in attention if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
+    assert hopper and all(kernel["wgmma"] for kernel in hopper), hopper
 
 
 # ---- nvcc ------------------------------------------------------------------------------------------------------------

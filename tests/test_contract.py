@@ -74,13 +74,16 @@ def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: R
     # scores are few and large.
     loss_bound += (1e-15 if dtype == torch.float64 else 3e-8 if op in ATTENTION_OPS else 1e-8) / loss.item()
     assert distance(got, loss) <= max(loss_bound, 2 * distance(plain_loss, loss))
+    # The attention kernels in Triton round a tile's gradient to 16 bits before they multiply it, and keep logarithms
+    # of row sums in float32, which near convergence has been up to 2.1 times as far off as plain torch.
+    tiled = backend == "triton" and op in ATTENTION_OPS
     for name, gradient in got_gradients.items():
         assert gradient.dtype == dtype
         error, wanted = distance(gradient, gradients[name]), gradients[name]
-        rounding = (
-            ROUNDING[dtype] * (2 if truncates else 1) + SMALLEST[dtype] * wanted.numel() ** 0.5 / wanted.norm().item()
-        )
-        assert error <= max(gradient_bound, 2 * distance(plain_gradients[name], wanted)) + rounding, name
+        roundings = (2 if truncates else 1) * (2 if tiled else 1)
+        rounding = ROUNDING[dtype] * roundings + SMALLEST[dtype] * wanted.numel() ** 0.5 / wanted.norm().item()
+        plain_error = (2.5 if tiled else 2) * distance(plain_gradients[name], wanted)
+        assert error <= max(gradient_bound, plain_error) + rounding, name
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

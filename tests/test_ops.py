@@ -96,6 +96,21 @@ def test_relation_kl_opcheck():
     )
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_unwanted_gradients_are_empty(backend: str):
+    """And no two of them one tensor, as everywhere: outputs of an op may not alias."""
+    x = to(ATTENTION_KL.make(UNRELATED, queries=5), torch.float32)
+    coefficient = torch.rand(2, HEADS, 5, dtype=torch.float64)
+    with running_on(backend) as (_, device):
+        tensors = [x[name].to(device) for name in ("student_q", "student_k", "teacher_q", "teacher_k")]
+        constants = (coefficient.to(device), None, False, HEADS, 0.3, 0.4, [False] * 3, *OBJECTIVE[:2])
+        gradients = torch.ops.fastkd.attention_kl(*tensors, None, None, *constants)[1:]
+        lists = ([tensors[0]] * 2, [tensors[2]] * 2, [coefficient.to(device)] * 2, [None] * 2)
+        gradients += tuple(torch.ops.fastkd.relation_kl(*lists, [False] * 2, HEADS, [False] * 2, *OBJECTIVE[:2])[1])
+    assert all(gradient.shape == (0,) for gradient in gradients)
+    assert len({id(gradient) for gradient in gradients}) == 5
+
+
 def test_chunk_ops_opcheck():
     """The ops that a chunk of attention is made of on a CPU."""
     ops, block = torch.ops.fastkd, torch.randn(2, 4, 4)

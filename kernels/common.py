@@ -1,0 +1,198 @@
+"""The divergence mathematics in Triton: what csrc/divergence.h, whose comments derive it, is in C++.
+
+Functions have the names and order of that file. All of them work on tiles of any shape, in fp32 or fp64.
+"""
+
+import triton
+import triton.language as tl
+
+# The order is that of fastkd.divergence.DIVERGENCES. Those from JSD on have no closed form and can saturate.
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
+JSD = tl.constexpr(2)
+SKEW_KL = tl.constexpr(3)
+SKEW_REVERSE_KL = tl.constexpr(4)
+TVD = tl.constexpr(5)
+
+
+# ---- elementary functions --------------------------------------------------------------------------------------------
+# Written out, for Triton's own exist on some targets only. fp64 takes Taylor series: 17 terms reach 2e-17.
+
+
+@triton.jit
+def _exp_nonpositive(x):
+    """For x <= 0: e^x, e^x - 1 accurate near 0, and e^x - 1 - x accurate near 0."""
+    value = tl.exp(x)
+    if x.dtype == tl.float64:
+        poly = x * 0 + 1
+        for k in tl.static_range(19, 2, -1):
+            poly = 1 + x * poly / k
+        poly = 0.5 * poly
+    else:  # relative error 2e-8 on [-1, 0]
+        poly = 1.3742419e-4 * x + 1.32481796e-3
+        poly = poly * x + 8.30117045e-3
+        poly = poly * x + 4.16592554e-2
+        poly = poly * x + 1.66666037e-1
+        poly = poly * x + 4.99999991e-1
+    near = x > -1
+    tail = x * x * poly
+    minus1 = tl.where(near, x + tail, value - 1)
+    return value, minus1, tl.where(near, tail, minus1 - x)
+
+
+@triton.jit
+def _log_1p(x):
+    """log(1 + x) for x > -1, by 2 artanh(x / (2 + x)) near 0."""
+    f = x / (2 + x)
+    z = f * f
+    if x.dtype == tl.float64:
+        poly = z * 0
+        for k in tl.static_range(35, 1, -2):
+            poly = poly * z + 2.0 / k
+    else:  # relative error 2e-8 on [-1/2, 1]
+        poly = 2.6851498e-1 * z + 2.82366198e-1
+        poly = poly * z + 4.00075606e-1
+        poly = poly * z + 6.66666403e-1
+    near = (x > -0.5) & (x < 1)
+    return tl.where(near, 2 * f + f * z * poly, tl.log(1 + x))
+
+
+@triton.jit
+def _double(x):
+    """A number given by the host, in fp64."""
+    return tl.full((), x, tl.float64)
+
+
+# ---- one row ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _beta_constants(beta, F: tl.constexpr):
+    """beta and what the mixtures need of it: 1 - beta and the logarithms of both."""
+    return beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F)
+
+
+# ---- one column ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _unmasked(score):
+    """-inf, a masked column, as a very low number: differences stay finite and zero probabilities make zero products.
+
+    Columns past the end of a row are read as -inf of both models and add nothing to any sum.
+    """
+    return tl.where(score < -1e30, -1e30, score)  # NaN passes
+
+
+@triton.jit
+def _with_infinity(divergence):
+    return tl.where(divergence > 1e20, float("inf"), divergence)
+
+
+@triton.jit
+def _pair_of(larger, log_ratio):
+    """Both probabilities, and how they differ, to full relative accuracy, from log(p / q) and the larger of the two.
+
+    (p, q, q - p, log(p / q), the smaller over the larger, that - 1, whether p is the larger)
+    """
+    teacher_larger = log_ratio >= 0
+    ratio, ratio_minus1, _ = _exp_nonpositive(-tl.abs(log_ratio))
+    smaller = larger * ratio
+    gap = larger * ratio_minus1
+    p = tl.where(teacher_larger, larger, smaller)
+    q = tl.where(teacher_larger, smaller, larger)
+    difference = tl.where(teacher_larger, gap, -gap)
+    return p, q, difference, log_ratio, ratio, ratio_minus1, teacher_larger
+
+
+@triton.jit
+def _excess(p, q, log_ratio):
+    """p log(p / q) + q - p: never negative, and without cancellation near p = q."""
+    x = -tl.abs(log_ratio)
+    ratio, ratio_minus1, ratio_tail = _exp_nonpositive(x)
+    of_smaller = tl.where(x > -1, x * ratio_minus1 - ratio_tail, x * ratio - ratio_minus1)  # x e^x + 1 - e^x
+    return tl.where(log_ratio >= 0, p * ratio_tail, q * of_smaller)
+
+
+# ---- the family ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _share(numerator, denominator):
+    return tl.where(denominator > 0, numerator / tl.where(denominator > 0, denominator, 1), 0)
+
+
+@triton.jit
+def _mixture(pair, a, rest, log_rest):
+    """m = a p + rest q: (m, log(p / m), log(q / m), log(m / (rest q)))"""
+    p, q, _, log_ratio, ratio, ratio_minus1, teacher_larger = pair
+    log_m_over_larger = _log_1p(tl.where(teacher_larger, rest, a) * ratio_minus1)
+    log_p_over_m = tl.where(teacher_larger, 0, log_ratio) - log_m_over_larger
+    log_q_over_m = tl.where(teacher_larger, -log_ratio, 0) - log_m_over_larger
+    log_m_over_limit = tl.where(teacher_larger, -log_q_over_m - log_rest, _log_1p(a / rest * ratio))
+    return a * p + rest * q, log_p_over_m, log_q_over_m, log_m_over_limit
+
+
+@triton.jit
+def _mixture_of(pair, b, DIVERGENCE: tl.constexpr):
+    """The mixture of a divergence that has one. beta weighs the teacher, but of skew_reverse_kl the student."""
+    beta, rest, log_beta, log_rest = b
+    if DIVERGENCE == SKEW_REVERSE_KL:
+        mixture = _mixture(pair, rest, beta, log_beta)
+    else:
+        mixture = _mixture(pair, beta, rest, log_rest)
+    return mixture
+
+
+@triton.jit
+def _value(pair, b, DIVERGENCE: tl.constexpr):
+    """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
+    p, q, difference, _, _, _, _ = pair
+    beta, rest, _, _ = b
+    if DIVERGENCE == TVD:
+        value = 0.5 * tl.abs(difference)
+    else:
+        m, log_p_over_m, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
+        if DIVERGENCE == JSD:
+            value = beta * _excess(p, m, log_p_over_m) + rest * _excess(q, m, log_q_over_m)
+        elif DIVERGENCE == SKEW_KL:
+            value = _excess(p, m, log_p_over_m)
+        else:
+            value = _excess(q, m, log_q_over_m)
+    return value
+
+
+@triton.jit
+def _slope(pair, b, DIVERGENCE: tl.constexpr):
+    """q u, with u = 0 where p = q"""
+    _, q, difference, _, _, _, _ = pair
+    beta, rest, _, _ = b
+    if DIVERGENCE == TVD:
+        slope = tl.where(difference > 0, 0.5 * q, tl.where(difference < 0, -0.5 * q, difference))  # 0 or NaN
+    else:
+        m, _, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
+        if DIVERGENCE == JSD:
+            slope = rest * q * log_q_over_m
+        elif DIVERGENCE == SKEW_KL:
+            slope = rest * rest * difference * _share(q, m)
+        else:
+            slope = q * log_q_over_m - beta * rest * difference * _share(q, m)
+    return slope
+
+
+@triton.jit
+def _coslope(pair, b, DIVERGENCE: tl.constexpr):
+    """q v, v = (limit of u) - u, with v = 0 where p << q"""
+    p, q, difference, _, _, _, _ = pair
+    _, rest, _, _ = b
+    if DIVERGENCE == TVD:
+        coslope = tl.where(difference > 0, 0, tl.where(difference < 0, q, 0.5 * q + difference))
+    else:
+        m, _, _, log_m_over_limit = _mixture_of(pair, b, DIVERGENCE)
+        if DIVERGENCE == JSD:
+            coslope = rest * q * log_m_over_limit
+        elif DIVERGENCE == SKEW_KL:
+            coslope = rest * p * _share(q, m)
+        else:
+            coslope = q * log_m_over_limit - rest * p * _share(q, m)
+    return coslope

@@ -1,0 +1,147 @@
+"""Compiles kernels/attention_kl.py for GPUs that need not be here, and tells what each binary uses of them.
+
+    python -m tests.compile_attention                     # the table of what test_compile_gpu.py checks
+    python -m tests.compile_attention --all               # every width, bias and target
+    python -m tests.compile_attention --all --target sm_80
+
+The functions are called as on a GPU, with tensors that nobody reads: kernels are compiled as their launches specialise
+them, and not started. Not under TRITON_INTERPRET=1, where kernels are Python functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from contextlib import contextmanager
+
+import torch
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastkd.divergence import divergence_code
+from fastkd.kernels import attention_kl as kernels
+
+from .compile_common import DTYPES, TARGETS, in_parallel, resources
+
+BATCH, HEADS, LENGTH = 2, 4, 512
+
+
+class _Device:
+    """Stands for the GPU that Triton compiles for."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+@contextmanager
+def launches(target: str):
+    """A list of (kernel, binary, launch options) that fills up where kernels would have been launched."""
+    found, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        if target.startswith("gfx"):
+            options.pop("maxnreg", None)
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        found.append((kernel.__name__.removesuffix("_kernel"), binary, options))
+
+    driver.set_active(_Device(TARGETS[target]))
+    for kernel in (kernels.forward_kernel, kernels.gradient_kernel, kernels.bias_kernel, kernels.diagonals_kernel):
+        kernel.device_caches.clear()  # they are by device, and all of ours are number 0
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: int, causal: bool) -> None:
+    """relation_kl, or attention_kl without a bias, with a dense one or with diagonals: with all gradients."""
+    x, y = (torch.empty(BATCH, LENGTH, HEADS * width, dtype=dtype) for width in (width_s, width_t))
+    coefficient = torch.empty(BATCH, HEADS, LENGTH, dtype=torch.float64)
+    mask = torch.empty(BATCH, LENGTH, dtype=torch.bool)
+    code = divergence_code(divergence)
+    if op == "relation":
+        kernels.relation_kl([x] * 3, [y] * 3, [coefficient] * 3, [mask] * 3, [causal] * 3, HEADS, [True] * 3, code, 0.5)
+        return
+    bias = None
+    if op == "dense":
+        bias = torch.empty(1, HEADS, LENGTH, LENGTH, dtype=dtype)
+    elif op == "diagonals":
+        bias = torch.empty(HEADS, 257)
+    wanted = [True, True, bias is not None]
+    kernels.attention_kl(x, x, y, y, bias, bias, coefficient, mask, causal, HEADS, 1.0, 1.0, wanted, code, 0.5)
+
+
+def measure(case: tuple) -> list[dict]:
+    """Compiles one case: (target, op, divergence, dtype, student's and teacher's head width, causal)."""
+    target, op, divergence, dtype, *rest = case
+    with launches(target) as found:
+        call(op, divergence, DTYPES[dtype], *rest)
+    names = ("target", "op", "divergence", "dtype", "width_s", "width_t", "causal")
+    named = dict(zip(names, case, strict=True))
+    results = []
+    for kernel, binary, options in found:
+        if kernel == "gradient":
+            kernel += " of q" * options["AS_QUERY"] + " of k" * options["AS_KEY"]
+        wgmma = "wgmma.mma_async" in binary.asm.get("ptx", "")
+        results.append(
+            {**named, "kernel": kernel, "warps": options["num_warps"], "wgmma": wgmma, **resources(target, binary)}
+        )
+    return results
+
+
+def chosen() -> list[tuple]:
+    """What the tests compile: the widths of T5 and MiniLM, and what is most likely to spill."""
+    cases = [("sm_90", "relation", "forward_kl", "bf16", *widths, False) for widths in [(12, 24), (64, 64), (128, 128)]]
+    cases += [
+        ("sm_90", "relation", "reverse_kl", "bf16", 64, 32, True),
+        ("sm_90", "dense", "forward_kl", "bf16", 64, 64, False),
+    ]
+    for target in ("sm_80", "sm_90", "sm_100"):
+        cases.append((target, "diagonals", "forward_kl", "bf16", 64, 64, False))
+        cases.append((target, "relation", "forward_kl", "fp32", 64, 32, False))
+        cases.append((target, "attention", "forward_kl", "fp32", 128, 128, False))
+    cases += [(target, "relation", "reverse_kl", "bf16", 128, 128, True) for target in ("sm_80", "sm_100")]
+    return cases
+
+
+def everything() -> list[tuple]:
+    ops = ("relation", "attention", "dense", "diagonals")
+    widths = [(12, 12), (12, 24), (24, 24), (64, 32), (64, 64), (128, 128)]
+    cases = itertools.product(TARGETS, ops, ("forward_kl", "reverse_kl"), ("bf16", "fp32"), widths, (False, True))
+    return [(*case, *pair, causal) for *case, pair, causal in cases]
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        f"{'target':8}{'op':10}{'kernel':19}{'divergence':12}{'dtype':6}{'d':>4}/{'d':<4}{'causal':7}"
+        f"{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}  wgmma"
+    ]
+    for r in results:
+        lines.append(
+            f"{r['target']:8}{r['op']:10}{r['kernel']:19}{r['divergence']:12}{r['dtype']:6}{r['width_s']:4}/"
+            f"{r['width_t']:<4}{'yes' if r['causal'] else 'no':7}{r['warps']:6}{r['registers']:6}{r['local']:7}"
+            f"{r['shared']:8}  {'yes' if r['wgmma'] else 'no'}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
+    measured = list(itertools.chain.from_iterable(in_parallel(measure, cases)))
+    print(json.dumps(measured) if options.json else table(measured))
