@@ -111,32 +111,47 @@ def test_unwanted_gradients_are_empty(backend: str):
     assert len({id(gradient) for gradient in gradients}) == 5
 
 
+def _chunk(dtype: torch.dtype = torch.float32, heads: int = 2, queries: int = 5, keys: int = 7, reach: int = 3):
+    """Arguments of attention_rows_ up to the diagonals: both models' scores, coefficients, losses, diagonals."""
+    scores = [torch.randn(heads * queries, keys, dtype=dtype) for _ in range(2)]
+    diagonals = [torch.randn(heads, 2 * reach + 1, dtype=dtype) for _ in range(2)]
+    coefficient = torch.rand(heads * queries, dtype=torch.float64)
+    coefficient[3] = 0
+    return *scores, coefficient, torch.zeros_like(coefficient), *diagonals
+
+
 def test_chunk_ops_opcheck():
     """The ops that a chunk of attention is made of on a CPU."""
     ops, block = torch.ops.fastkd, torch.randn(2, 4, 4)
-    opcheck(ops.expand_diagonals_.default, (torch.randn(2, 5), block.clone(), -1))
+    opcheck(ops.attention_rows_.default, (*_chunk(), 2, -1, True, *OBJECTIVE[:2]))
     opcheck(ops.sum_diagonals_.default, (block, torch.zeros(2, 5, dtype=torch.float64), 3))
-    opcheck(ops.hide_later_keys_.default, (block.clone(), 1))
     opcheck(ops.symmetrize_.default, (block.clone(),))
 
 
 @pytest.mark.parametrize("offset", [-9, -2, 0, 1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunk_ops(offset: int, dtype: torch.dtype):
-    """Spreading out and summing up diagonals, causality and symmetry, against their definitions."""
+    """Relative biases and causality on rows, sums along diagonals, and symmetry, against their definitions."""
     ops, reach = torch.ops.fastkd, 3
     distances = torch.arange(7) - torch.arange(5).unsqueeze(1) + offset
     index = distances.clamp(-reach, reach) + reach
-    diagonals, block = torch.randn(2, 2 * reach + 1, dtype=dtype), torch.randn(2, 5, 7, dtype=dtype)
-    bias = torch.empty_like(block)
-    ops.expand_diagonals_(diagonals, bias, offset)
-    assert torch.equal(bias, diagonals[:, index])
+    for causal in (False, True):
+        student, teacher, coefficient, loss, *diagonals = _chunk(dtype)
+        hidden = (distances > 0).expand(2, -1, -1).flatten(0, 1) if causal else torch.zeros(10, 7, dtype=torch.bool)
+        finished = [
+            (x + d[:, index].flatten(0, 1)).masked_fill(hidden, -torch.inf)
+            for x, d in zip((student, teacher), diagonals, strict=True)
+        ]
+        wanted_loss = torch.zeros_like(loss)
+        ops.divergence_rows_(*finished, coefficient, None, wanted_loss, 0, 0.5, 1.0, 1.0, 0.0)
+        ops.attention_rows_(student, teacher, coefficient, loss, *diagonals, 2, offset, causal, 0, 0.5)
+        assert torch.equal(loss, wanted_loss)
+        assert torch.equal(student, finished[0])
+    block = torch.randn(2, 5, 7, dtype=dtype)
     sums = torch.ones(2, 2 * reach + 1, dtype=torch.float64)
     ops.sum_diagonals_(block, sums, offset)
     wanted = torch.ones_like(sums).index_add_(1, index.flatten(), block.double().flatten(1))
     assert distance(sums, wanted) <= 1e-6
-    ops.hide_later_keys_(block, offset)
-    assert torch.equal(block == -torch.inf, (distances > 0).expand(2, -1, -1))
     for n in (1, 15, 16, 17, 40):
         square = torch.randn(2, n, n, dtype=dtype)
         wanted = square + square.mT
@@ -146,14 +161,24 @@ def test_chunk_ops(offset: int, dtype: torch.dtype):
 
 def test_chunk_ops_guard_memory():
     ops, block = torch.ops.fastkd, torch.randn(2, 5, 7)
+    student, teacher, coefficient, loss, ours, theirs = _chunk()
+    rest = (2, 0, False, 0, 0.5)
     with pytest.raises(RuntimeError, match="diagonals must be"):
-        ops.expand_diagonals_(torch.randn(2, 4), block, 0)
+        ops.attention_rows_(student, teacher, coefficient, loss, ours[:1], theirs, *rest)
     with pytest.raises(RuntimeError, match="diagonals must be"):
+        ops.attention_rows_(student, teacher, coefficient, loss, ours.double(), theirs, *rest)
+    with pytest.raises(RuntimeError, match="one dtype"):
+        ops.attention_rows_(student, teacher.double(), coefficient, loss, None, None, *rest)
+    with pytest.raises(RuntimeError, match="scores must be contiguous"):
+        ops.attention_rows_(student[:, ::2], teacher[:, ::2], coefficient, loss, None, None, *rest)
+    with pytest.raises(RuntimeError, match="as many rows for every head"):
+        ops.attention_rows_(student, teacher, coefficient, loss, None, None, 3, *rest[1:])
+    with pytest.raises(RuntimeError, match="sums must be"):
         ops.sum_diagonals_(block, torch.zeros(3, 5, dtype=torch.float64), 0)
-    with pytest.raises(RuntimeError, match="wrong dtype"):
+    with pytest.raises(RuntimeError, match="sums must be"):
         ops.sum_diagonals_(block, torch.zeros(2, 5), 0)
-    with pytest.raises(RuntimeError, match="block must be contiguous"):
-        ops.hide_later_keys_(block.mT, 0)
+    with pytest.raises(RuntimeError, match="gradient must be contiguous"):
+        ops.sum_diagonals_(block.mT, torch.zeros(2, 5, dtype=torch.float64), 0)
     with pytest.raises(RuntimeError, match=r"x must be contiguous \[A, n, n\]"):
         ops.symmetrize_(block)
 

@@ -24,6 +24,7 @@
 
 #include "../divergence.h"
 #include "clones.h"
+#include "diagonals.h"
 
 namespace fastkd {
 namespace {
@@ -301,7 +302,6 @@ struct RowKernel {
   Objective objective;
   Beta<F> beta;
 
-  using Kept = Exponentials<F>;
   static constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
   Matrix<F> view(const Tensor& x) const { return Matrix<F>(x); }
@@ -626,6 +626,20 @@ Objective objective(int64_t divergence, double beta, double temperature, double 
   return {static_cast<Divergence>(divergence), beta, temperature, kd_weight, ce_weight};
 }
 
+// One row's loss; its scores become their gradient.
+template <class D, class F>
+double loss_and_gradient_(const RowKernel<D, F>& kernel, int64_t row, double weight) {
+  if (weight == 0) {
+    kernel.zero(row, kernel.student);
+    return 0;
+  }
+  RowStats stats;
+  Exponentials<F> kept;
+  const double loss = weight * kernel.loss(row, stats, kernel.worth_keeping() ? &kept : nullptr);
+  kernel.gradient(row, stats, weight, kernel.student, &kept);
+  return loss;
+}
+
 // loss [R] = coefficient * loss; `student` becomes its gradient. Rows of coefficient 0 are not read.
 void divergence_rows_(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
                       Tensor loss, int64_t divergence, double beta, double temperature, double kd_weight,
@@ -634,13 +648,55 @@ void divergence_rows_(Tensor student, std::optional<Tensor> teacher, Tensor coef
                     objective(divergence, beta, temperature, kd_weight, ce_weight));
   double* losses = a.row_results(loss);
   for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
-    const auto gradient = kernel.view(student);
-    losses[row] = 0;
-    if (weight == 0) return kernel.zero(row, gradient);
-    RowStats stats;
-    typename std::decay_t<decltype(kernel)>::Kept kept;
-    losses[row] = weight * kernel.loss(row, stats, kernel.worth_keeping() ? &kept : nullptr);
-    kernel.gradient(row, stats, weight, gradient, &kept);
+    losses[row] = loss_and_gradient_(kernel, row, weight);
+  });
+}
+
+// One model's scores, on which attention has yet to put a bias by its diagonals and causality.
+struct Unfinished {
+  const Tensor& scores;
+  const std::optional<Tensor>& diagonals;
+
+  Unfinished(const Tensor& scores, const std::optional<Tensor>& diagonals, int64_t heads)
+      : scores(scores), diagonals(diagonals) {
+    STD_TORCH_CHECK(scores.is_contiguous() && (scores.scalar_type() == ScalarType::Float ||
+                                               scores.scalar_type() == ScalarType::Double),
+                    "fastkd: scores must be contiguous float32 or float64");
+    if (!diagonals) return;
+    STD_TORCH_CHECK(diagonals->dim() == 2 && diagonals->is_contiguous() && diagonals->size(0) == heads &&
+                        diagonals->size(1) % 2 == 1 && diagonals->scalar_type() == scores.scalar_type(),
+                    "fastkd: diagonals must be contiguous [A, 2 * reach + 1] in the scores' dtype");
+  }
+
+  template <class F>
+  void finish(int64_t row, int64_t head, int64_t first, bool causal) const {
+    const int64_t n = scores.size(1);
+    F* x = static_cast<F*>(scores.data_ptr()) + row * n;
+    if (diagonals) {
+      const int64_t count = diagonals->size(1);
+      add_bias(x, static_cast<const F*>(diagonals->data_ptr()) + head * count, n, first, count / 2);
+    }
+    if (causal) hide_later_keys(x, n, first);
+  }
+};
+
+// divergence_rows_ of a chunk of attention, [A * R, n]: R queries of each head, the first of them `offset` before the
+// first key. Both models' relative biases, and causality, are put on each row just before it is read.
+void attention_rows_(Tensor student, Tensor teacher, Tensor coefficient, Tensor loss,
+                     std::optional<Tensor> student_diagonals, std::optional<Tensor> teacher_diagonals, int64_t heads,
+                     int64_t offset, bool causal, int64_t divergence, double beta) {
+  const std::optional<Tensor> given(teacher), labels;
+  const Arguments a(student, given, coefficient, labels, objective(divergence, beta, 1, 1, 0));
+  STD_TORCH_CHECK(heads > 0 && student.size(0) % heads == 0, "fastkd: there must be as many rows for every head");
+  STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(), "fastkd: both models' scores must have one dtype");
+  const Unfinished both[] = {{student, student_diagonals, heads}, {teacher, teacher_diagonals, heads}};
+  const int64_t queries = std::max<int64_t>(1, student.size(0) / heads);
+  double* losses = a.row_results(loss);
+  for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel, int64_t row, double weight) {
+    if (weight != 0) {
+      for (const Unfinished& model : both) model.finish<F>(row, row / queries, offset - row % queries, causal);
+    }
+    losses[row] = loss_and_gradient_(kernel, row, weight);
   });
 }
 
@@ -678,6 +734,7 @@ void divergence_gradient(Tensor student, std::optional<Tensor> teacher, Tensor s
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("divergence_rows_", TORCH_BOX(&divergence_rows_));
+  m.impl("attention_rows_", TORCH_BOX(&attention_rows_));
   m.impl("divergence_stats", TORCH_BOX(&divergence_stats));
   m.impl("divergence_gradient", TORCH_BOX(&divergence_gradient));
 }

@@ -36,7 +36,6 @@ from ..checks import (
     is_finite,
 )
 from ..relative_bias import RelativeBias
-from .divergence_rows import STATS, divergence_rows_, divergence_stats
 from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]
@@ -58,12 +57,15 @@ _library.define(
     "float teacher_scale, bool[3] gradients, int divergence, float beta) "
     "-> (Tensor loss, Tensor grad_q, Tensor grad_k, Tensor grad_bias)"
 )
-# For chunks on a CPU, in csrc/cpu; offset is the distance of a chunk's first key from its first query. bias [A, R, n] =
-# diagonals spread out; sums += a gradient [A, R, n] along its diagonals; scores [A, R, n] = -inf at positive distances;
-# x [A, n, n] += its transpose.
-_library.define("expand_diagonals_(Tensor diagonals, Tensor(a!) bias, int offset) -> ()")
+# For chunks of attention on a CPU, in csrc/cpu; offset is the distance of a chunk's first key from its first query.
+# divergence_rows_ of scores [A * R, n] that lack relative biases and causality; sums += a gradient [A, R, n] along its
+# diagonals; x [A, n, n] += its transpose.
+_library.define(
+    "attention_rows_(Tensor(a!) student, Tensor(b!) teacher, Tensor coefficient, Tensor(c!) loss, "
+    "Tensor? student_diagonals, Tensor? teacher_diagonals, int heads, int offset, bool causal, int divergence, "
+    "float beta) -> ()"
+)
 _library.define("sum_diagonals_(Tensor gradient, Tensor(a!) sums, int offset) -> ()")
-_library.define("hide_later_keys_(Tensor(a!) scores, int offset) -> ()")
 _library.define("symmetrize_(Tensor(a!) x) -> ()")
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def _(student_q, student_k, tq, tk, student_bias, tb, coefficient, mask, causal,
     return torch.empty_like(coefficient), *(empty_gradient(x, wanted, student_q) for x, wanted in inputs)
 
 
-for _name in ("expand_diagonals_", "sum_diagonals_", "hide_later_keys_", "symmetrize_"):
+for _name in ("attention_rows_", "sum_diagonals_", "symmetrize_"):
     torch.library.register_fake(f"fastkd::{_name}", lambda *_: None, lib=_library)
 
 # ---- forward, with the gradients, on CPU ----------------------------------------------------------------------------
@@ -97,11 +99,8 @@ class _Bias:
         sums = dtype if self.dense else torch.float64
         self.gradient = torch.zeros(bias.shape, dtype=sums) if wanted else None
 
-    def write(self, out: Tensor, b: int, heads: slice, rows: slice, keys: slice) -> None:
-        if self.dense:
-            out.copy_(self.bias[b, heads, rows, keys])
-        else:
-            torch.ops.fastkd.expand_diagonals_(self.bias[heads], out, keys.start - rows.start)
+    def diagonals(self, heads: slice) -> Tensor | None:
+        return None if self.dense else self.bias[heads]
 
     def add_gradient(self, block: Tensor, b: int, heads: slice, rows: slice, keys: slice) -> None:
         if self.gradient is None:
@@ -124,11 +123,17 @@ class _Side:
     bias: _Bias | None
 
     def scores_(self, out: Tensor, b: int, heads: slice, rows: slice, keys: slice) -> None:
-        """out [heads, rows, keys] = scale * q @ k.T + bias"""
-        if self.bias is not None:
-            self.bias.write(out, b, heads, rows, keys)
+        """out [heads, rows, keys] = scale * q @ k.T, plus the bias unless it is given by its diagonals"""
         q, k = self.q[heads, rows], self.k[heads, keys]
-        torch.baddbmm(out, q, k.mT, beta=0 if self.bias is None else 1, alpha=self.scale, out=out)
+        if self.bias is not None and self.bias.dense:
+            out.copy_(self.bias.bias[b, heads, rows, keys])
+            torch.baddbmm(out, q, k.mT, alpha=self.scale, out=out)
+        else:
+            torch.baddbmm(out, q, k.mT, beta=0, alpha=self.scale, out=out)
+
+    def diagonals(self, heads: slice) -> Tensor | None:
+        """Those of the bias, which the scores still lack."""
+        return None if self.bias is None else self.bias.diagonals(heads)
 
 
 class _Sums:
@@ -210,14 +215,6 @@ def _chunks(num_heads: int, rows: slice, keys: slice, causal: bool, itemsize: in
                 yield heads, part
 
 
-def _mask_(scores: Tensor, rows: slice, keys: slice, key_mask: Tensor | None, causal: bool) -> None:
-    """scores [heads, rows, keys]: -inf where a key is masked."""
-    if key_mask is not None and not key_mask[keys].all():
-        scores.masked_fill_(~key_mask[keys], -torch.inf)
-    if causal:
-        torch.ops.fastkd.hide_later_keys_(scores, keys.start - rows.start)
-
-
 def _sequence(x: Tensor, b: int, kept: slice, mask: Tensor | None, num_heads: int, dtype: torch.dtype) -> Tensor:
     """One sequence of x [B, L, H] as [A, L, d], uncopied if it can be; masked positions within `kept` are 0."""
     x = x[b].to(dtype)
@@ -251,8 +248,7 @@ def attend(
     beta: float,
 ) -> Tensor:
     """Returns the losses [B, A, Lq] float64, writes `grad_q` and `grad_k`, and adds up `student_bias`'s gradient."""
-    dtype, objective = score_dtype(student_q), (divergence, beta, 1.0, 1.0, 0.0)
-    differentiated = grad_q is not None or grad_k is not None or (student_bias and student_bias.gradient is not None)
+    dtype = score_dtype(student_q)
     loss = torch.zeros_like(coefficient)
     keys_in_all = student_k.shape[1]
     most_scores = min(
@@ -275,17 +271,18 @@ def attend(
             student_scores, teacher_scores = scores = workspace[: shape.numel()].view(shape)
             student.scores_(student_scores, b, *where)
             teacher.scores_(teacher_scores, b, *where)
-            _mask_(scores.flatten(0, 1), *where[1:], mask, causal)
+            if mask is not None and not mask[where[2]].all():
+                scores.masked_fill_(~mask[where[2]], -torch.inf)
             weights = coefficient[b, heads, some].reshape(-1).contiguous()
             chunk_loss = torch.empty_like(weights)
-            chunk = (student_scores.flatten(0, 1), teacher_scores.flatten(0, 1), weights, None, chunk_loss)
-            if differentiated:
-                divergence_rows_(*chunk, *objective)
-                if student_bias is not None:
-                    student_bias.add_gradient(student_scores, b, *where)
-                sums.add(student_scores, *where)
-            else:
-                divergence_stats(*chunk, weights.new_empty(weights.shape[0], STATS), *objective)
+            torch.ops.fastkd.attention_rows_(
+                student_scores.flatten(0, 1), teacher_scores.flatten(0, 1), weights, chunk_loss,
+                student.diagonals(heads), teacher.diagonals(heads), shape[1], where[2].start - some.start, causal,
+                divergence, beta,
+            )  # fmt: skip
+            if student_bias is not None:
+                student_bias.add_gradient(student_scores, b, *where)
+            sums.add(student_scores, *where)
             loss[b, heads, some] = chunk_loss.view(shape[1:3])
         sums.write()
     return loss
