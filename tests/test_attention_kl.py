@@ -205,10 +205,9 @@ def test_cross_attention(backend: str, queries: int, keys: int):
 
 @over_ops
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("scores", [1, 40, 400])
-def test_chunks_of_any_size(op: Op, causal: bool, scores: int, monkeypatch: pytest.MonkeyPatch):
-    """A workspace for one score, for some rows of a head, and for some heads."""
-    monkeypatch.setattr(driver, "WORKSPACE_BYTES_PER_THREAD", 8 * scores)
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_chunks_of_any_size(op: Op, causal: bool, rows: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(driver, "CHUNK_ROWS", (rows, rows))
     inputs = to(op.make(UNRELATED, queries=17), torch.float32)
     mask = _masks(2, 17)["right padding"]
     agrees(op, "cpp", inputs, causal=causal, key_mask=mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -111,76 +113,82 @@ def test_unwanted_gradients_are_empty(backend: str):
     assert len({id(gradient) for gradient in gradients}) == 5
 
 
-def _chunk(dtype: torch.dtype = torch.float32, heads: int = 2, queries: int = 5, keys: int = 7, reach: int = 3):
-    """Arguments of attention_rows_ up to the diagonals: both models' scores, coefficients, losses, diagonals."""
-    scores = [torch.randn(heads * queries, keys, dtype=dtype) for _ in range(2)]
-    diagonals = [torch.randn(heads, 2 * reach + 1, dtype=dtype) for _ in range(2)]
-    coefficient = torch.rand(heads * queries, dtype=torch.float64)
-    coefficient[3] = 0
-    return *scores, coefficient, torch.zeros_like(coefficient), *diagonals
+def _heads(dense: bool = False, relation: bool = False) -> dict[str, Any]:
+    """Arguments of attention_heads_, two sequences long: 5 queries and, but in relations, 7 keys."""
+    keys, reach = 5 if relation else 7, 3
+    q, k, tq, tk = (torch.randn(2, n, width) for width in (4 * HEADS, 6 * HEADS) for n in (5, keys))
+    bias = torch.randn(1, HEADS, 5, keys).expand(2, -1, -1, -1) if dense else torch.randn(HEADS, 2 * reach + 1)
+    shape = (1, HEADS, 5, keys) if dense else (2, HEADS, 2 * reach + 1)
+    coefficient = torch.rand(2, HEADS, 5, dtype=torch.float64)
+    return {
+        "student_q": k if relation else q,
+        "student_k": k,
+        "teacher_q": tk if relation else tq,
+        "teacher_k": tk,
+        "student_bias": bias,
+        "teacher_bias": bias,
+        "coefficient": coefficient,
+        "key_mask": torch.rand(2, keys) < 0.7,
+        "causal": False,
+        "relation": relation,
+        "student_scale": 0.3,
+        "teacher_scale": 0.4,
+        "rows_at_once": 2,
+        "divergence": 0,
+        "beta": 0.5,
+        "loss": torch.zeros_like(coefficient),
+        "grad_q": torch.zeros_like(k if relation else q),
+        "grad_k": None if relation else torch.zeros_like(k),
+        "grad_bias": torch.zeros(shape, dtype=torch.float32 if dense else torch.float64),
+    }
 
 
-def test_chunk_ops_opcheck():
-    """The ops that a chunk of attention is made of on a CPU."""
-    ops, block = torch.ops.fastkd, torch.randn(2, 4, 4)
-    opcheck(ops.attention_rows_.default, (*_chunk(), 2, -1, True, *OBJECTIVE[:2]))
-    opcheck(ops.sum_diagonals_.default, (block, torch.zeros(2, 5, dtype=torch.float64), 3))
-    opcheck(ops.symmetrize_.default, (block.clone(),))
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("relation", [False, True])
+def test_attention_heads_opcheck(dense: bool, relation: bool):
+    opcheck(torch.ops.fastkd.attention_heads_.default, tuple(_heads(dense, relation).values()))
 
 
-@pytest.mark.parametrize("offset", [-9, -2, 0, 1, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunk_ops(offset: int, dtype: torch.dtype):
-    """Relative biases and causality on rows, sums along diagonals, and symmetry, against their definitions."""
-    ops, reach = torch.ops.fastkd, 3
-    distances = torch.arange(7) - torch.arange(5).unsqueeze(1) + offset
-    index = distances.clamp(-reach, reach) + reach
-    for causal in (False, True):
-        student, teacher, coefficient, loss, *diagonals = _chunk(dtype)
-        hidden = (distances > 0).expand(2, -1, -1).flatten(0, 1) if causal else torch.zeros(10, 7, dtype=torch.bool)
-        finished = [
-            (x + d[:, index].flatten(0, 1)).masked_fill(hidden, -torch.inf)
-            for x, d in zip((student, teacher), diagonals, strict=True)
-        ]
-        wanted_loss = torch.zeros_like(loss)
-        ops.divergence_rows_(*finished, coefficient, None, wanted_loss, 0, 0.5, 1.0, 1.0, 0.0)
-        ops.attention_rows_(student, teacher, coefficient, loss, *diagonals, 2, offset, causal, 0, 0.5)
-        assert torch.equal(loss, wanted_loss)
-        assert torch.equal(student, finished[0])
-    block = torch.randn(2, 5, 7, dtype=dtype)
-    sums = torch.ones(2, 2 * reach + 1, dtype=torch.float64)
-    ops.sum_diagonals_(block, sums, offset)
-    wanted = torch.ones_like(sums).index_add_(1, index.flatten(), block.double().flatten(1))
-    assert distance(sums, wanted) <= 1e-6
-    for n in (1, 15, 16, 17, 40):
-        square = torch.randn(2, n, n, dtype=dtype)
-        wanted = square + square.mT
-        ops.symmetrize_(square)
-        assert torch.equal(square, wanted)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dense", [False, True])
+def test_attention_heads_by_any_number_of_threads(threads: int, dense: bool):
+    """The same to the bit, whoever computes a head."""
+    torch.manual_seed(1)
+    ours = _heads(dense)
+    theirs = {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in ours.items()}
+    torch.ops.fastkd.attention_heads_(**ours)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        torch.ops.fastkd.attention_heads_(**theirs)
+    finally:
+        torch.set_num_threads(before)
+    assert ours["loss"].abs().sum() > 0
+    for name in ("loss", "grad_q", "grad_k", "grad_bias"):
+        assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_chunk_ops_guard_memory():
-    ops, block = torch.ops.fastkd, torch.randn(2, 5, 7)
-    student, teacher, coefficient, loss, ours, theirs = _chunk()
-    rest = (2, 0, False, 0, 0.5)
-    with pytest.raises(RuntimeError, match="diagonals must be"):
-        ops.attention_rows_(student, teacher, coefficient, loss, ours[:1], theirs, *rest)
-    with pytest.raises(RuntimeError, match="diagonals must be"):
-        ops.attention_rows_(student, teacher, coefficient, loss, ours.double(), theirs, *rest)
-    with pytest.raises(RuntimeError, match="one dtype"):
-        ops.attention_rows_(student, teacher.double(), coefficient, loss, None, None, *rest)
-    with pytest.raises(RuntimeError, match="scores must be contiguous"):
-        ops.attention_rows_(student[:, ::2], teacher[:, ::2], coefficient, loss, None, None, *rest)
-    with pytest.raises(RuntimeError, match="as many rows for every head"):
-        ops.attention_rows_(student, teacher, coefficient, loss, None, None, 3, *rest[1:])
-    with pytest.raises(RuntimeError, match="sums must be"):
-        ops.sum_diagonals_(block, torch.zeros(3, 5, dtype=torch.float64), 0)
-    with pytest.raises(RuntimeError, match="sums must be"):
-        ops.sum_diagonals_(block, torch.zeros(2, 5), 0)
-    with pytest.raises(RuntimeError, match="gradient must be contiguous"):
-        ops.sum_diagonals_(block.mT, torch.zeros(2, 5, dtype=torch.float64), 0)
-    with pytest.raises(RuntimeError, match=r"x must be contiguous \[A, n, n\]"):
-        ops.symmetrize_(block)
+def test_attention_heads_guards_memory():
+    def refused(message: str, dense: bool = False, relation: bool = False, **changed):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fastkd.attention_heads_(**{**_heads(dense, relation), **changed})
+
+    double = torch.float64
+    refused("coefficient must be", coefficient=torch.rand(2, HEADS, 5))
+    refused("loss must be", loss=torch.zeros(2, HEADS, 6, dtype=double))
+    refused("queries and keys must be", teacher_k=torch.randn(2, 8, 6 * HEADS))
+    refused("queries and keys must be", student_q=torch.randn(2, 5, 4 * HEADS + 1))
+    refused("of a floating dtype", teacher_q=torch.ones(2, 5, 6 * HEADS, dtype=torch.long))
+    refused("a bias must be", student_bias=torch.randn(HEADS + 1, 7))
+    refused("a bias must be", teacher_bias=torch.randn(HEADS, 7, dtype=double))
+    refused("a bias must be", dense=True, student_bias=torch.randn(1, HEADS, 5, 7))
+    refused("key_mask must be", key_mask=torch.ones(2, 6, dtype=torch.bool))
+    refused("gradients must have", grad_k=torch.zeros(2, 5, 4 * HEADS))
+    refused("a relation has one gradient", relation=True, grad_k=torch.zeros(2, 5, 4 * HEADS))
+    refused("the diagonals' gradient must be", grad_bias=torch.zeros(2, HEADS, 7))
+    refused("the diagonals' gradient must be", grad_bias=torch.zeros(HEADS, 7, dtype=double))
+    refused("dense bias's gradient must broadcast", dense=True, grad_bias=torch.zeros(1, HEADS, 2, 7))
+    refused("rows_at_once must be", rows_at_once=0)
 
 
 def test_row_primitive_opcheck(rows):

@@ -37,6 +37,33 @@ FASTKD_CLONES void add_bias(F* row, const F* diagonals, int64_t n, int64_t first
   for (int64_t j = at.end; j < n; ++j) row[j] += above;
 }
 
+// sums [2 * reach + 1] += a gradient [R, n] along its diagonals. Its rows add up in their own precision, in `partial`,
+// which is as long; blocks add up in double.
+template <class F>
+FASTKD_CLONES void sum_diagonals(const F* gradient, double* sums, int64_t rows, int64_t n, int64_t offset,
+                                 int64_t reach, F* partial) {
+  std::fill(partial, partial + 2 * reach + 1, F(0));
+  double below = 0, above = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const F* row = gradient + i * n;
+    const Stretches at(offset - i, n, reach);
+    F before = 0, after = 0;
+#pragma omp simd reduction(+ : before)
+    for (int64_t j = 0; j < at.begin; ++j) before += row[j];
+    F* target = partial + at.diagonal;
+    const F* source = row + at.begin;
+#pragma omp simd
+    for (int64_t j = 0; j < at.end - at.begin; ++j) target[j] += source[j];
+#pragma omp simd reduction(+ : after)
+    for (int64_t j = at.end; j < n; ++j) after += row[j];
+    below += before;
+    above += after;
+  }
+  for (int64_t d = 0; d < 2 * reach + 1; ++d) sums[d] += partial[d];
+  sums[0] += below;
+  sums[2 * reach] += above;
+}
+
 // -inf where the key comes after the query.
 template <class F>
 void hide_later_keys(F* row, int64_t n, int64_t first) {

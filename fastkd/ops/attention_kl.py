@@ -1,9 +1,7 @@
 """attention_kl: the divergence between the attention distributions of two models, without an [Lq, Lk] matrix.
 
-On CPU, a sequence's heads and queries are taken in chunks whose scores fit the caches: two batched GEMMs make the
-scores of both models in a workspace that every chunk reuses, the row primitive turns the student's into their gradient
-in place, two batched GEMMs carry that on to queries and keys. Padding at either end is cut off, and so are the keys
-that causality hides from a whole chunk. On a GPU, kernels/attention_kl.py keeps scores in registers.
+On CPU, csrc/cpu/attention.cpp takes one head of one sequence in one thread, in chunks of queries whose scores stay in
+the second-level cache. On a GPU, kernels/attention_kl.py keeps scores in registers.
 
 As in linear_kl, a scalar loss has its gradients made in the forward pass, and losses per row run the op again.
 
@@ -13,8 +11,6 @@ B batch, Lq queries, Lk keys, A heads, Hs and Ht widths, d = H / A head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,11 +36,10 @@ from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]
 
-# For the scores of both models in a chunk, on a CPU: GEMMs run at full speed, and the row primitive still finds the
-# scores in the caches.
-WORKSPACE_BYTES_PER_THREAD = 4 * 2**20
-# A causal chunk of many queries computes many scores that are then masked.
-CAUSAL_ROWS = 128
+# For the scores of both models in a chunk, on a CPU: half of a usual second-level cache, where they then stay.
+WORKSPACE_BYTES_PER_THREAD = 512 * 2**10
+# Fewer queries in a chunk would make its GEMMs slow, whatever their scores need; more leave nothing to gain.
+CHUNK_ROWS = (64, 256)
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 # A bias is [B, A, Lq, Lk], where any dimension may be 1, or else the diagonals of a relative bias, [A, 2 * reach + 1]:
@@ -57,16 +52,15 @@ _library.define(
     "float teacher_scale, bool[3] gradients, int divergence, float beta) "
     "-> (Tensor loss, Tensor grad_q, Tensor grad_k, Tensor grad_bias)"
 )
-# For chunks of attention on a CPU, in csrc/cpu; offset is the distance of a chunk's first key from its first query.
-# divergence_rows_ of scores [A * R, n] that lack relative biases and causality; sums += a gradient [A, R, n] along its
-# diagonals; x [A, n, n] += its transpose.
+# The same on a CPU, in csrc/cpu/attention.cpp. The gradients of q and k are overwritten, in any floating dtype; the
+# bias's is added to: [B, A, Lq, Lk] with a 1 where the bias has one, or its diagonals', [B, A, 2 * reach + 1] float64.
+# relation: queries and keys are one tensor, grad_q is of both, and masked positions have a coefficient of 0.
 _library.define(
-    "attention_rows_(Tensor(a!) student, Tensor(b!) teacher, Tensor coefficient, Tensor(c!) loss, "
-    "Tensor? student_diagonals, Tensor? teacher_diagonals, int heads, int offset, bool causal, int divergence, "
-    "float beta) -> ()"
+    "attention_heads_(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? student_bias, "
+    "Tensor? teacher_bias, Tensor coefficient, Tensor? key_mask, bool causal, bool relation, float student_scale, "
+    "float teacher_scale, int rows_at_once, int divergence, float beta, Tensor(a!) loss, Tensor(b!)? grad_q, "
+    "Tensor(c!)? grad_k, Tensor(d!)? grad_bias) -> ()"
 )
-_library.define("sum_diagonals_(Tensor gradient, Tensor(a!) sums, int offset) -> ()")
-_library.define("symmetrize_(Tensor(a!) x) -> ()")
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
@@ -83,209 +77,23 @@ def _(student_q, student_k, tq, tk, student_bias, tb, coefficient, mask, causal,
     return torch.empty_like(coefficient), *(empty_gradient(x, wanted, student_q) for x, wanted in inputs)
 
 
-for _name in ("attention_rows_", "sum_diagonals_", "symmetrize_"):
-    torch.library.register_fake(f"fastkd::{_name}", lambda *_: None, lib=_library)
+torch.library.register_fake("fastkd::attention_heads_", lambda *_: None, lib=_library)
 
-# ---- forward, with the gradients, on CPU ----------------------------------------------------------------------------
-
-
-class _Bias:
-    """One model's bias, in the blocks that chunks need, and the sum of their gradients if that is wanted."""
-
-    def __init__(self, bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype, wanted: bool = False):
-        self.dense = bias.dim() == 4
-        self.bias = bias.expand(shape) if self.dense else bias.to(dtype).contiguous()
-        # the sums along diagonals are of up to B * Lq * Lk terms
-        sums = dtype if self.dense else torch.float64
-        self.gradient = torch.zeros(bias.shape, dtype=sums) if wanted else None
-
-    def diagonals(self, heads: slice) -> Tensor | None:
-        return None if self.dense else self.bias[heads]
-
-    def add_gradient(self, block: Tensor, b: int, heads: slice, rows: slice, keys: slice) -> None:
-        if self.gradient is None:
-            return
-        if not self.dense:
-            torch.ops.fastkd.sum_diagonals_(block, self.gradient[heads], keys.start - rows.start)
-            return
-        sizes, index = self.gradient.shape, (slice(b, b + 1), heads, rows, keys)
-        target = self.gradient[tuple(i if size > 1 else slice(None) for i, size in zip(index, sizes, strict=True))]
-        target += block.unsqueeze(0).sum_to_size(target.shape)
+# ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Side:
-    """One model's part in a sequence."""
-
-    q: Tensor  # [A, Lq, d]
-    k: Tensor  # [A, Lk, d]
-    scale: float
-    bias: _Bias | None
-
-    def scores_(self, out: Tensor, b: int, heads: slice, rows: slice, keys: slice) -> None:
-        """out [heads, rows, keys] = scale * q @ k.T, plus the bias unless it is given by its diagonals"""
-        q, k = self.q[heads, rows], self.k[heads, keys]
-        if self.bias is not None and self.bias.dense:
-            out.copy_(self.bias.bias[b, heads, rows, keys])
-            torch.baddbmm(out, q, k.mT, alpha=self.scale, out=out)
-        else:
-            torch.baddbmm(out, q, k.mT, beta=0, alpha=self.scale, out=out)
-
-    def diagonals(self, heads: slice) -> Tensor | None:
-        """Those of the bias, which the scores still lack."""
-        return None if self.bias is None else self.bias.diagonals(heads)
+def rows_at_once(keys: int, itemsize: int) -> int:
+    """How many queries of a head a chunk has, on a CPU."""
+    fit = WORKSPACE_BYTES_PER_THREAD // max(1, 2 * keys * itemsize)
+    return min(max(CHUNK_ROWS[0], fit), CHUNK_ROWS[1])
 
 
-class _Sums:
-    """The gradients of one sequence's queries and keys, collected from its chunks.
-
-    Heads are apart here, [A, L, d], since GEMMs cannot write little rows scattered over [L, H].
-    """
-
-    def __init__(self, side: _Side, grad_q: Tensor | None, grad_k: Tensor | None):
-        self.side, self.grad_q, self.grad_k = side, grad_q, grad_k  # [L, H]
-        self.q = None if grad_q is None else _zeros_like(side.q)
-        # [A, d, Lk]; a relation needs it only where its chunks are not whole
-        self.k_transposed = None if grad_k is None or grad_k is grad_q else _zeros_like(side.k.mT)
-
-    def add(self, block: Tensor, heads: slice, rows: slice, keys: slice) -> None:
-        """Takes the score gradients [heads, rows, keys], and may overwrite them."""
-        whole_relation = self.grad_k is self.grad_q and rows == keys
-        if self.q is not None:
-            if whole_relation:
-                torch.ops.fastkd.symmetrize_(block)  # (G + G.T) X
-            target, k = self.q[heads, rows], self.side.k[heads, keys]
-            if target.is_contiguous():
-                torch.bmm(block, k, out=target)
-            else:
-                target.copy_(torch.bmm(block, k))
-        if self.grad_k is not None and not whole_relation:  # q.T @ G is faster than G.T @ q
-            if self.k_transposed is None:
-                self.k_transposed = _zeros_like(self.side.k.mT)
-            target, q = self.k_transposed[heads, :, keys], self.side.q[heads, rows].mT
-            if target.is_contiguous():
-                target.baddbmm_(q, block)
-            else:
-                target += torch.bmm(q, block)
-
-    def write(self) -> None:
-        """Writes the gradients, scaled."""
-        num_heads, scale = self.side.q.shape[0], self.side.scale
-        if self.grad_q is not None and self.q is not None:
-            torch.mul(self.q, scale, out=_split(self.grad_q, num_heads))
-        if self.grad_k is not None and self.k_transposed is not None:
-            target = _split(self.grad_k, num_heads)
-            if self.grad_k is self.grad_q:
-                target.add_(self.k_transposed.mT, alpha=scale)
-            else:
-                torch.mul(self.k_transposed.mT, scale, out=target)
-
-
-def _zeros_like(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape, dtype=x.dtype)
-
-
-def _span(kept: Tensor) -> slice:
-    """From the first to the last True of a vector."""
-    index = kept.nonzero()
-    return slice(int(index[0]), int(index[-1]) + 1) if index.numel() else slice(0, 0)
-
-
-def _parts(span: slice, at_most: int) -> list[slice]:
-    """A span in equal parts."""
-    length = span.stop - span.start
-    step = max(1, -(-length // max(1, -(-length // at_most))))
-    return [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
-
-
-def _chunk_scores(itemsize: int) -> int:
-    """How many scores of one model a chunk may have."""
-    return WORKSPACE_BYTES_PER_THREAD * torch.get_num_threads() // (2 * itemsize)
-
-
-def _chunks(num_heads: int, rows: slice, keys: slice, causal: bool, itemsize: int) -> Iterator[tuple[slice, slice]]:
-    """(heads, rows) of every chunk: whole heads, and several of them, where they fit; at least a row."""
-    head_rows = _chunk_scores(itemsize) // max(1, keys.stop - keys.start)
-    most = max(1, head_rows // min(num_heads, torch.get_num_threads()))
-    row_parts = _parts(rows, min(most, CAUSAL_ROWS) if causal else most)
-    if row_parts:
-        longest = row_parts[0].stop - row_parts[0].start
-        for heads in _parts(slice(0, num_heads), max(1, head_rows // longest)):
-            for part in row_parts:
-                yield heads, part
-
-
-def _sequence(x: Tensor, b: int, kept: slice, mask: Tensor | None, num_heads: int, dtype: torch.dtype) -> Tensor:
-    """One sequence of x [B, L, H] as [A, L, d], uncopied if it can be; masked positions within `kept` are 0."""
-    x = x[b].to(dtype)
-    if mask is not None and not mask[kept].all():
-        x = x.masked_fill(~mask.unsqueeze(1), 0)
-    return _split(x, num_heads)
-
-
-def _split(x: Tensor, num_heads: int) -> Tensor:
-    """[L, H] as [A, L, d]"""
-    return x.unflatten(1, (num_heads, -1)).transpose(0, 1)
-
-
-@torch.autocast("cpu", enabled=False)
-def attend(
-    student_q: Tensor,  # [B, Lq, Hs]
-    student_k: Tensor,  # [B, Lk, Hs]
-    teacher_q: Tensor,  # [B, Lq, Ht]
-    teacher_k: Tensor,  # [B, Lk, Ht]
-    student_bias: _Bias | None,
-    teacher_bias: _Bias | None,
-    coefficient: Tensor,  # [B, A, Lq] float64
-    key_mask: Tensor | None,  # [B, Lk] bool
-    causal: bool,
-    num_heads: int,
-    student_scale: float,
-    teacher_scale: float,
-    grad_q: Tensor | None,  # [B, Lq, Hs]
-    grad_k: Tensor | None,  # [B, Lk, Hs]; `grad_q` itself where queries and keys are one
-    divergence: int,
-    beta: float,
-) -> Tensor:
-    """Returns the losses [B, A, Lq] float64, writes `grad_q` and `grad_k`, and adds up `student_bias`'s gradient."""
-    dtype = score_dtype(student_q)
-    loss = torch.zeros_like(coefficient)
-    keys_in_all = student_k.shape[1]
-    most_scores = min(
-        coefficient.shape[1] * coefficient.shape[2] * keys_in_all, max(_chunk_scores(dtype.itemsize), keys_in_all)
-    )
-    workspace = student_q.new_empty(2 * most_scores, dtype=dtype)
-    for b in range(student_q.shape[0]):
-        row_mask = (coefficient[b] != 0).any(0)
-        mask = None if key_mask is None else key_mask[b]
-        rows, keys = _span(row_mask), slice(0, keys_in_all) if mask is None else _span(mask)
-
-        of_q, of_k = (b, rows, row_mask, num_heads, dtype), (b, keys, mask, num_heads, dtype)
-        student = _Side(_sequence(student_q, *of_q), _sequence(student_k, *of_k), student_scale, student_bias)
-        teacher = _Side(_sequence(teacher_q, *of_q), _sequence(teacher_k, *of_k), teacher_scale, teacher_bias)
-        grads = [None if gradient is None else gradient[b] for gradient in (grad_q, grad_k)]
-        sums = _Sums(student, grads[0], grads[0] if grad_k is grad_q else grads[1])
-        for heads, some in _chunks(num_heads, rows, keys, causal, dtype.itemsize):
-            where = (heads, some, slice(keys.start, max(keys.start, min(keys.stop, some.stop))) if causal else keys)
-            shape = torch.Size((2, *(part.stop - part.start for part in where)))
-            student_scores, teacher_scores = scores = workspace[: shape.numel()].view(shape)
-            student.scores_(student_scores, b, *where)
-            teacher.scores_(teacher_scores, b, *where)
-            if mask is not None and not mask[where[2]].all():
-                scores.masked_fill_(~mask[where[2]], -torch.inf)
-            weights = coefficient[b, heads, some].reshape(-1).contiguous()
-            chunk_loss = torch.empty_like(weights)
-            torch.ops.fastkd.attention_rows_(
-                student_scores.flatten(0, 1), teacher_scores.flatten(0, 1), weights, chunk_loss,
-                student.diagonals(heads), teacher.diagonals(heads), shape[1], where[2].start - some.start, causal,
-                divergence, beta,
-            )  # fmt: skip
-            if student_bias is not None:
-                student_bias.add_gradient(student_scores, b, *where)
-            sums.add(student_scores, *where)
-            loss[b, heads, some] = chunk_loss.view(shape[1:3])
-        sums.write()
-    return loss
+def zeros_like_bias(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that the bias's gradient is added to."""
+    if bias.dim() == 2:
+        return bias.new_zeros((*shape[:2], bias.shape[1]), dtype=torch.float64)
+    # of a bias for every key, or every query, elements are sums over a whole matrix
+    return bias.new_zeros(bias.shape, dtype=torch.float64 if 1 in bias.shape[2:] else dtype)
 
 
 def _attention_kl(
@@ -313,23 +121,22 @@ def _attention_kl(
             num_heads, student_scale, teacher_scale, gradients, divergence, beta,
         )  # fmt: skip
     dtype, shape = score_dtype(student_q), (*coefficient.shape, student_k.shape[1])
-    want_q, want_k, want_bias = gradients
-    biases = (
-        None if student_bias is None else _Bias(student_bias, shape, dtype, want_bias),
-        None if teacher_bias is None else _Bias(teacher_bias, shape, dtype),
-    )
-    pairs = ((student_q, want_q), (student_k, want_k))
-    sums = [x.new_empty(x.shape, dtype=dtype) if want else None for x, want in pairs]
-    loss = attend(
-        student_q, student_k, teacher_q, teacher_k, *biases, coefficient, key_mask, causal, num_heads, student_scale,
-        teacher_scale, *sums, divergence, beta,
-    )  # fmt: skip
-    sums.append(None if biases[0] is None else biases[0].gradient)
+    biases = [
+        None if x is None else x.expand(shape) if x.dim() == 4 else x.to(dtype).contiguous()
+        for x in (student_bias, teacher_bias)
+    ]
     inputs = (student_q, student_k, student_bias)
-    results = []
-    for x, total in zip(inputs, sums, strict=True):
-        gradient = empty_gradient(x, total is not None, student_q)
-        results.append(gradient if total is None else total.to(gradient.dtype))
+    results = [empty_gradient(x, wanted, student_q) for x, wanted in zip(inputs, gradients, strict=True)]
+    grad_bias = zeros_like_bias(student_bias, shape, dtype) if gradients[2] and student_bias is not None else None
+    coefficient, key_mask = coefficient.contiguous(), None if key_mask is None else key_mask.contiguous()
+    loss = torch.empty_like(coefficient)
+    torch.ops.fastkd.attention_heads_(
+        student_q, student_k, teacher_q, teacher_k, *biases, coefficient, key_mask, causal, False, student_scale,
+        teacher_scale, rows_at_once(shape[3], dtype.itemsize), divergence, beta, loss,
+        *(x if wanted else None for x, wanted in zip(results[:2], gradients, strict=False)), grad_bias,
+    )  # fmt: skip
+    if grad_bias is not None:
+        results[2].copy_(grad_bias.sum(0) if grad_bias.dim() == 3 else grad_bias)
     return loss, *results
 
 

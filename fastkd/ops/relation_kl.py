@@ -26,7 +26,7 @@ from ..checks import (
     check_same_device,
     check_tensor,
 )
-from .attention_kl import attend, check_heads, empty_gradient, row_coefficients
+from .attention_kl import check_heads, empty_gradient, row_coefficients, rows_at_once
 from .dtypes import autocast_like_linear, score_dtype
 
 __all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]
@@ -72,13 +72,16 @@ def _relation_kl(
     for x, t, weights, mask, is_causal, wanted in zip(
         student, teacher, coefficient, key_mask, causal, gradients, strict=True
     ):
-        total = x.new_empty(x.shape, dtype=score_dtype(x)) if wanted else None
-        scales = [(width // num_heads) ** -0.5 for width in (x.shape[2], t.shape[2])]
-        losses.append(
-            attend(x, x, t, t, None, None, weights, mask, is_causal, num_heads, *scales, total, total, divergence, beta)
-        )
-        gradient = empty_gradient(x, wanted, x)
-        results.append(gradient if total is None else total.to(gradient.dtype))
+        gradient, scales = empty_gradient(x, wanted, x), [(y.shape[2] // num_heads) ** -0.5 for y in (x, t)]
+        weights, mask = weights.contiguous(), None if mask is None else mask.contiguous()
+        loss = torch.empty_like(weights)
+        torch.ops.fastkd.attention_heads_(
+            x, x, t, t, None, None, weights, mask, is_causal, True, *scales,
+            rows_at_once(x.shape[1], score_dtype(x).itemsize), divergence, beta, loss, gradient if wanted else None,
+            None, None,
+        )  # fmt: skip
+        losses.append(loss)
+        results.append(gradient)
     return losses, results
 
 

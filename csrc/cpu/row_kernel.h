@@ -1,0 +1,492 @@
+// The row primitive on CPUs, for the translation units that run it on rows of their own.
+//
+// For a pair of score rows (student s, teacher t): the loss
+//
+//     kd_weight * tau^2 * D(softmax(t / tau), softmax(s / tau)) + ce_weight * cross_entropy(s, label)
+//
+// times the row's coefficient, and its gradient with respect to s. A row is walked in blocks that fit the first-level
+// cache: once for the running maxima and sums of exponentials (online softmax of both models at once), once more for
+// the divergences that need normalised probabilities, and once for the gradient. One thread walks a row in a fixed order.
+//
+// The inner loops are plain loops over contiguous floats. Function clones compile each of them for AVX-512, AVX2 and
+// the baseline; the loader picks one when the library is loaded. Rows that are strided or of another dtype are copied
+// block by block into a small buffer first.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "../divergence.h"
+#include "clones.h"
+#include "matrix.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // columns: student, teacher and gradient blocks take 12 KB of fp32 together
+// Divergence, in nats, under which a row is computed with care. At 0.1 probabilities differ by some 40 %, so the plain
+// difference of two that are each good to 1e-7 is still good to 1e-6.
+constexpr double kNearlyEqual = 0.1;
+// Divergence over which the mean of log(q / p) is refined: one so large is summed up with an error of its own last digit.
+constexpr double kFarApart = 16;
+
+// ---- inner loops, one block each ------------------------------------------------------------------------------------
+
+template <class F>
+FASTKD_CLONES F block_max(const F* x, int64_t n) {
+  F top = -std::numeric_limits<F>::infinity();
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < n; ++j) top = x[j] > top ? x[j] : top;
+  return top;
+}
+
+template <class F>
+struct BlockMaxima {
+  F student, teacher;
+};
+
+// Of both models, in halves: four maxima under way at a time, where one would wait for itself.
+template <class F>
+FASTKD_CLONES BlockMaxima<F> block_maxima(const F* s, const F* t, int64_t n) {
+  const F lowest = -std::numeric_limits<F>::infinity();
+  const int64_t half = n / 2;
+  F s_0 = lowest, s_1 = lowest, t_0 = lowest, t_1 = lowest;
+#pragma omp simd reduction(max : s_0, s_1, t_0, t_1)
+  for (int64_t j = 0; j < half; ++j) {
+    s_0 = s[j] > s_0 ? s[j] : s_0;
+    s_1 = s[half + j] > s_1 ? s[half + j] : s_1;
+    t_0 = t[j] > t_0 ? t[j] : t_0;
+    t_1 = t[half + j] > t_1 ? t[half + j] : t_1;
+  }
+  if (n % 2 != 0) {
+    s_0 = s[n - 1] > s_0 ? s[n - 1] : s_0;
+    t_0 = t[n - 1] > t_0 ? t[n - 1] : t_0;
+  }
+  return {s_0 > s_1 ? s_0 : s_1, t_0 > t_1 ? t_0 : t_1};
+}
+
+template <class F>
+struct BlockSums {
+  F student, teacher, difference, moment, student_1;
+};
+
+// The exponentials of a row that is one block long, kept from the sums for the gradient: half of a short row's work. For a
+// careful forward KL, `student` is what the student's exceed the teacher's by.
+template <class F>
+struct Exponentials {
+  F student[kBlock], teacher[kBlock];
+  bool kept = false;
+};
+
+// How the first pass sums up a block: plainly; plainly with an eye on scores of -inf; or to the accuracy of Pair. The
+// moment is sum p log(p / q), or sum q log(q / p) for the student's; the careful pass sums up p log(p / q) + q - p
+// instead, of second order like the divergence, and its caller takes q - p off again, exactly.
+enum class Pass { kPlain, kMasked, kCareful };
+
+// Sums over a block relative to the maxima so far, which `row` holds with sums of 1: probabilities are the plain
+// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one. kKeep:
+// the exponentials are written to `kept`.
+template <class F, Moment kMoment, Pass kPass, bool kSeparate, bool kKeep>
+FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
+                                      Exponentials<F>* kept) {
+  F* const kept_student = kKeep ? kept->student : nullptr;
+  F* const kept_teacher = kKeep ? kept->teacher : nullptr;
+  const RowConstants<F> r = row;
+  F student = 0, teacher = 0, difference = 0, moment = 0, student_1 = 0;
+#pragma omp simd reduction(+ : student, teacher, difference, moment, student_1)
+  for (int64_t j = 0; j < n; ++j) {
+    F p, q;
+    if constexpr (kPass == Pass::kCareful) {
+      const Pair<F> c(s[j], t[j], r);
+      p = c.p, q = c.q;
+      difference += c.difference;
+      moment += kMoment == Moment::kStudent ? c.student_excess() : c.teacher_excess();
+      if constexpr (kKeep) kept_student[j] = kMoment == Moment::kStudent ? c.q : c.difference, kept_teacher[j] = c.p;
+    } else {
+      const F top_s = (kPass == Pass::kMasked ? unmasked(s[j]) : s[j]) - r.max_s;
+      const F top_t = (kPass == Pass::kMasked ? unmasked(t[j]) : t[j]) - r.max_t;
+      q = exp2_nonpositive(top_s * r.log2e_over_tau), p = exp2_nonpositive(top_t * r.log2e_over_tau);
+      moment += (kMoment == Moment::kStudent ? -q : p) * (top_t - top_s);
+      if constexpr (kKeep) kept_student[j] = q, kept_teacher[j] = p;
+    }
+    student += q;
+    teacher += p;
+    if constexpr (kSeparate) student_1 += exp2_nonpositive((s[j] - r.max_s) * F(kLog2E));
+  }
+  return {student, teacher, difference, kPass == Pass::kCareful ? moment : moment * r.inv_tau, student_1};
+}
+
+template <class F>
+FASTKD_CLONES F block_sum(const F* s, int64_t n, F max_s) {
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += exp2_nonpositive((s[j] - max_s) * F(kLog2E));
+  return sum;
+}
+
+template <class F>
+FASTKD_CLONES F block_residual(const F* s, const F* t, int64_t n, const RowConstants<F>& row) {
+  const RowConstants<F> r = row;
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += ReverseKL::gradient<false>(s[j], t[j], r);
+  return sum;
+}
+
+template <class F>
+struct BlockValue {
+  F value, slope, coslope;
+};
+
+template <class D, class F>
+FASTKD_CLONES BlockValue<F> block_value(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
+                                        const Beta<F>& beta) {
+  const RowConstants<F> r = row;
+  const Beta<F> b = beta;
+  F value = 0, slope = 0, coslope = 0;
+#pragma omp simd reduction(+ : value, slope, coslope)
+  for (int64_t j = 0; j < n; ++j) {
+    const Pair<F> column(s[j], t[j], r);
+    value += D::value(column, b);
+    slope += D::slope(column, b);
+    coslope += D::coslope(column, b);
+  }
+  return {value, slope, coslope};
+}
+
+// g may be s. All three are read and written at the same j only.
+template <class D, bool kCareful, class F>
+FASTKD_CLONES void block_gradient(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
+                                  const Beta<F>& beta, F scale) {
+  const RowConstants<F> r = row;
+  const Beta<F> b = beta;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = scale * gradient_of<D, kCareful>(s[j], t[j], b, r);
+}
+
+// The same where the exponentials are at hand. surplus: the student's sum of them over the teacher's, minus 1.
+template <class D, bool kCareful, class F>
+FASTKD_CLONES void block_gradient_kept(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
+                                       const Exponentials<F>& kept, F surplus, F scale) {
+  const RowConstants<F> r = row;
+  const F* const student = kept.student;
+  const F* const teacher = kept.teacher;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    if constexpr (kCareful && D::kMoment == Moment::kTeacher) {
+      g[j] = scale * ((student[j] - surplus * teacher[j]) * r.inv_sum_s);
+    } else {
+      g[j] = scale * D::gradient_of_probabilities(student[j] * r.inv_sum_s, teacher[j] * r.inv_sum_t, s[j], t[j], r);
+    }
+  }
+}
+
+template <class F>
+FASTKD_CLONES void block_softmax(const F* s, F* g, int64_t n, F max_s, F scale) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = scale * exp2_nonpositive((s[j] - max_s) * F(kLog2E));
+}
+
+template <class F>
+FASTKD_CLONES void block_kd_and_softmax(const F* s, const F* kd, F* g, int64_t n, F max_s, F scale) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) g[j] = kd[j] + scale * exp2_nonpositive((s[j] - max_s) * F(kLog2E));
+}
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+struct Objective {
+  Divergence divergence;
+  double beta, tau, kd_weight, ce_weight;
+};
+
+// The rows of one call. D is the divergence, F the working precision (double for double students, else float).
+template <class D, class F>
+struct RowKernel {
+  Matrix<F> student;
+  std::optional<Matrix<F>> teacher;  // absent when only the cross-entropy is asked for
+  const int64_t* labels;             // absent when ce_weight is 0
+  int64_t columns;
+  Objective objective;
+  Beta<F> beta;
+
+  static constexpr double kLowest = -std::numeric_limits<double>::infinity();
+
+  Matrix<F> view(const Tensor& x) const { return Matrix<F>(x); }
+
+  // What sums of e^((x - before) / tau) are multiplied with when the running maximum moves to `now`.
+  static double rescale(double before, double now, double inv_tau) {
+    return before == now ? 1 : std::exp((before - now) * inv_tau);
+  }
+
+  // The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf.
+  static double finite(double max) { return max == kLowest ? 0 : max; }
+
+  // Pass 1: running statistics; returns D where moments give it. Rows whose models nearly agree are summed up with more
+  // care: there D and the gradient are small differences of what the plain pass sums up.
+  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept) const {
+    double divergence = statistics<Pass::kPlain>(row, out, kept);
+    if (!teacher || out.empty()) return 0;
+    if (divergence < kNearlyEqual) {
+      divergence = statistics<Pass::kCareful>(row, out, kept);
+      out.careful = D::kMoment != Moment::kNone;
+    }
+    if constexpr (D::kMoment == Moment::kStudent) {
+      out.mean = divergence;
+      if (kFarApart < divergence && divergence < kInfinite) divergence = out.mean += mean_residual(row, out);
+    }
+    return divergence;
+  }
+
+  // What sum q (log(q / p) - mean) falls short of its true value, zero: the digits that a mean of a hundred nats lost.
+  double mean_residual(int64_t row, const RowStats& stats) const {
+    F s_buffer[kBlock], t_buffer[kBlock];
+    const RowConstants<F> constants(stats, objective.tau);
+    double residual = 0;
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      const F* s = student.read(row, start, n, s_buffer);
+      residual += block_residual(s, teacher->read(row, start, n, t_buffer), n, constants);
+    }
+    return residual;
+  }
+
+  // Whether the cross-entropy's sum of exponentials is not the divergence's own.
+  bool separate_sum() const { return labels && objective.tau != 1; }
+
+  // Whether a row's exponentials serve its gradient, too: that of a row in one block, where they are relative to its
+  // maximum, and of a divergence whose gradient is made of them.
+  bool worth_keeping() const { return teacher && !labels && D::kMoment != Moment::kNone && columns <= kBlock; }
+
+  template <Pass kPass>
+  BlockSums<F> sums(const F* s, const F* t, int64_t n, const RowConstants<F>& constants, Exponentials<F>* kept) const {
+    if constexpr (D::kMoment != Moment::kNone) {
+      if (kept) {
+        kept->kept = true;
+        // short rows are those of attention, where masked columns are the rule
+        constexpr Pass kRobust = kPass == Pass::kPlain ? Pass::kMasked : kPass;
+        return block_sums<F, D::kMoment, kRobust, false, true>(s, t, n, constants, kept);
+      }
+    }
+    return separate_sum() ? block_sums<F, D::kMoment, kPass, true, false>(s, t, n, constants, nullptr)
+                          : block_sums<F, D::kMoment, kPass, false, false>(s, t, n, constants, nullptr);
+  }
+
+  // The plain pass stops after a first block whose models nearly agree: chances are that the row's do.
+  template <Pass kPass>
+  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept) const {
+    constexpr bool kByStudent = D::kMoment == Moment::kStudent;
+    F s_buffer[kBlock], t_buffer[kBlock];
+    const double tau = objective.tau, inv_tau = 1 / tau;
+    double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0;
+    const auto divergence = [&] {
+      const double log_sums = std::log(sum_s / sum_t);
+      return kByStudent ? moment / sum_s - log_sums : moment / sum_t + log_sums;
+    };
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      const double before_s = max_s, before_t = max_t;
+      const F* s = student.read(row, start, n, s_buffer);
+      student.prefetch(row, start + kBlock, std::min(start + 2 * kBlock, columns));
+      if (!teacher) {
+        max_s = std::max<double>(max_s, block_max(s, n));
+        sum_1 *= rescale(before_s, max_s, 1);
+        sum_1 += block_sum(s, n, static_cast<F>(finite(max_s)));
+        continue;
+      }
+      const F* t = teacher->read(row, start, n, t_buffer);
+      const BlockMaxima<F> maxima = block_maxima(s, t, n);
+      max_s = std::max<double>(max_s, maxima.student);
+      max_t = std::max<double>(max_t, maxima.teacher);
+      sum_1 *= rescale(before_s, max_s, 1);
+      teacher->prefetch(row, start + kBlock, std::min(start + 2 * kBlock, columns));
+      const RowConstants<F> constants({finite(max_s), 1, finite(max_t), 1, 0, 0, 1}, tau);
+      BlockSums<F> block = sums<kPass>(s, t, n, constants, kept);
+      if (kPass == Pass::kPlain && !kept && !std::isfinite(block.moment)) {
+        block = sums<Pass::kMasked>(s, t, n, constants, nullptr);
+      }
+
+      const double s_factor = rescale(before_s, max_s, inv_tau), t_factor = rescale(before_t, max_t, inv_tau);
+      // log_ratio is relative to both maxima, so the moment follows when either moves
+      const double moved = inv_tau * (finite(before_t) - finite(before_s) - finite(max_t) + finite(max_s));
+      moment = (kByStudent ? s_factor * (moment - sum_s * moved) : t_factor * (moment + sum_t * moved)) + block.moment;
+      if (kPass == Pass::kCareful) moment += kByStudent ? block.difference : -block.difference;
+      difference = s_factor * difference + (s_factor - t_factor) * sum_t + block.difference;
+      sum_t = t_factor * sum_t + block.teacher;
+      // the summed difference has more digits than the difference of two sums
+      sum_s = kPass == Pass::kCareful ? sum_t + difference : s_factor * sum_s + block.student;
+      sum_1 += block.student_1;
+      const bool only_masked = sum_s == 0 || sum_t == 0;
+      const bool more = start + n < columns;
+      if (kPass == Pass::kPlain && start == 0 && more && !only_masked && divergence() < kNearlyEqual) break;
+    }
+    out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate_sum() ? sum_s : sum_1};
+    return divergence();  // of no meaning without a teacher, or where out.empty()
+  }
+
+  // Pass 2, for divergences without a closed form: D, and the mean of u into `stats`.
+  double value(int64_t row, RowStats& stats) const {
+    F s_buffer[kBlock], t_buffer[kBlock];
+    const RowConstants<F> constants(stats, objective.tau);
+    double value = 0, mean = 0, comean = 0;
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      const F* s = student.read(row, start, n, s_buffer);
+      const BlockValue<F> block = block_value<D, F>(s, teacher->read(row, start, n, t_buffer), n, constants, beta);
+      value += block.value;
+      mean += block.slope;
+      comean += block.coslope;
+    }
+    stats.careful = comean < mean;
+    stats.mean = stats.careful ? -comean : mean;
+    return value;
+  }
+
+  // Passes 1 and 2: the row's loss, before its coefficient.
+  double loss(int64_t row, RowStats& stats, Exponentials<F>* kept = nullptr) const {
+    double divergence = statistics(row, stats, kept);
+    if constexpr (D::kMoment == Moment::kNone) {
+      if (teacher && !stats.empty()) divergence = value(row, stats);
+    }
+    if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
+    divergence = with_infinity(divergence);
+    double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
+    if (labels) loss += objective.ce_weight * cross_entropy(row, stats);
+    return loss;
+  }
+
+  bool label_in_range(int64_t row) const { return labels[row] >= 0 && labels[row] < columns; }
+
+  // A student sure of its label has sum_1 = e_label + a little, and both loss and gradient are about the little, which a
+  // sum in working precision has rounded away: sum it up alone.
+  void sharpen_sum_at_label(int64_t row, RowStats& stats) const {
+    const double at_label = std::exp(static_cast<double>(student.element(row, labels[row])) - stats.max_s);
+    if (!(at_label > 0.5 * stats.sum_1)) return;
+    F buffer[kBlock];
+    double others = 0;
+    const int64_t edges[] = {0, labels[row], labels[row] + 1, columns};
+    for (int part = 0; part < 4; part += 2) {
+      for (int64_t start = edges[part]; start < edges[part + 1]; start += kBlock) {
+        const int64_t n = std::min(kBlock, edges[part + 1] - start);
+        others += block_sum(student.read(row, start, n, buffer), n, static_cast<F>(stats.max_s));
+      }
+    }
+    stats.sum_1 = at_label + others;
+  }
+
+  double cross_entropy(int64_t row, const RowStats& stats) const {
+    if (!label_in_range(row)) return std::numeric_limits<double>::quiet_NaN();
+    return stats.max_s - static_cast<double>(student.element(row, labels[row])) + std::log(stats.sum_1);
+  }
+
+  // Pass 3: coefficient * d loss / d s, written to `gradient`, which may be `student`.
+  void gradient(int64_t row, const RowStats& stats, double coefficient, const Matrix<F>& gradient,
+                const Exponentials<F>* kept = nullptr) const {
+    F s_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock];
+    const RowConstants<F> constants(stats, objective.tau);
+    const bool kd = teacher && !stats.empty();
+    const bool ce = labels && stats.sum_1 != 0;
+    const auto kd_gradient = stats.careful ? &block_gradient<D, true, F> : &block_gradient<D, false, F>;
+    const F kd_scale = static_cast<F>(coefficient * objective.kd_weight * objective.tau);
+    const F ce_scale = static_cast<F>(coefficient * objective.ce_weight / stats.sum_1);
+    const F at_label = ce ? label_gradient(row, stats, coefficient, constants, kd, kd_scale) : F(0);
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      const F* s = student.read(row, start, n, s_buffer);
+      student.prefetch(row, start + kBlock, std::min(start + 2 * kBlock, columns));
+      F* g = gradient.target(row, start, g_buffer);
+      if (kd) {
+        const F* t = teacher->read(row, start, n, t_buffer);
+        teacher->prefetch(row, start + kBlock, std::min(start + 2 * kBlock, columns));
+        F* kd_target = ce ? g_buffer : g;  // s is needed once more where the cross-entropy adds to it
+        if (kept && kept->kept) {
+          kept_gradient(s, t, g, n, stats, constants, *kept, kd_scale);
+        } else {
+          kd_gradient(s, t, kd_target, n, constants, beta, kd_scale);
+        }
+        if (ce) block_kd_and_softmax(s, kd_target, g, n, constants.max_s, ce_scale);
+      } else if (ce) {
+        block_softmax(s, g, n, constants.max_s, ce_scale);
+      } else {
+        std::fill(g, g + n, F(0));
+      }
+      gradient.write(row, start, n, g);
+    }
+    if (ce) {
+      const int64_t column = label_in_range(row) ? labels[row] : 0;
+      *gradient.target(row, column, g_buffer) = at_label;
+      gradient.write(row, column, 1, &at_label);
+    }
+  }
+
+  void kept_gradient(const F* s, const F* t, F* g, int64_t n, const RowStats& stats, const RowConstants<F>& constants,
+                     const Exponentials<F>& kept, F scale) const {
+    if constexpr (D::kMoment != Moment::kNone) {
+      const F surplus = static_cast<F>(stats.sum_s / stats.sum_t - 1);
+      const auto block = stats.careful ? &block_gradient_kept<D, true, F> : &block_gradient_kept<D, false, F>;
+      block(s, t, g, n, constants, kept, surplus, scale);
+    }
+  }
+
+  // The label's own column is done apart and in double: softmax - 1 would lose every digit of a confident student. NaN for
+  // a label out of range.
+  F label_gradient(int64_t row, const RowStats& stats, double coefficient, const RowConstants<F>& constants, bool kd,
+                   F kd_scale) const {
+    if (!label_in_range(row)) return std::numeric_limits<F>::quiet_NaN();
+    const F s = student.element(row, labels[row]);
+    const double exponential = std::exp(static_cast<double>(s) - stats.max_s);
+    double g = coefficient * objective.ce_weight * (exponential - stats.sum_1) / stats.sum_1;
+    if (kd) {
+      const F t = teacher->element(row, labels[row]);
+      g += kd_scale * (stats.careful ? gradient_of<D, true>(s, t, beta, constants)
+                                     : gradient_of<D, false>(s, t, beta, constants));
+    }
+    return static_cast<F>(g);
+  }
+
+  void zero(int64_t row, const Matrix<F>& gradient) const {
+    F buffer[kBlock];
+    for (int64_t start = 0; start < columns; start += kBlock) {
+      const int64_t n = std::min(kBlock, columns - start);
+      F* g = gradient.target(row, start, buffer);
+      std::fill(g, g + n, F(0));
+      gradient.write(row, start, n, g);
+    }
+  }
+};
+
+// One row's loss; its scores become their gradient.
+template <class D, class F>
+double loss_and_gradient_(const RowKernel<D, F>& kernel, int64_t row, double weight) {
+  if (weight == 0) {
+    kernel.zero(row, kernel.student);
+    return 0;
+  }
+  RowStats stats;
+  Exponentials<F> kept;
+  const double loss = weight * kernel.loss(row, stats, kernel.worth_keeping() ? &kept : nullptr);
+  kernel.gradient(row, stats, weight, kernel.student, &kept);
+  return loss;
+}
+
+// body.template operator()<D, F>() for the divergence D and the working precision F of these students.
+template <class Body>
+void for_kernel(Divergence divergence, ScalarType student, const Body& body) {
+  const auto with_precision = [&]<class D>() {
+    student == ScalarType::Double ? body.template operator()<D, double>() : body.template operator()<D, float>();
+  };
+  switch (divergence) {
+    case Divergence::kForwardKL: return with_precision.template operator()<ForwardKL>();
+    case Divergence::kReverseKL: return with_precision.template operator()<ReverseKL>();
+    case Divergence::kJSD: return with_precision.template operator()<JSD>();
+    case Divergence::kSkewKL: return with_precision.template operator()<SkewKL>();
+    case Divergence::kSkewReverseKL: return with_precision.template operator()<SkewReverseKL>();
+    case Divergence::kTVD: return with_precision.template operator()<TVD>();
+    default: STD_TORCH_CHECK(false, "fastkd: unknown divergence");
+  }
+}
+
+}  // namespace
+}  // namespace fastkd
