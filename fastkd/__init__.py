@@ -12,6 +12,7 @@ from pathlib import Path as _Path
 from . import functions, nn
 from .divergence import DIVERGENCES
 from .ops.attention_kl import attention_kl
+from .ops.cka_loss import cka_loss
 from .ops.linear_kl import linear_kl
 from .ops.logit_kl import logit_kl
 from .ops.relation_kl import relation_kl
@@ -22,6 +23,7 @@ __all__ = [
     "RelativeBias",
     "__version__",
     "attention_kl",
+    "cka_loss",
     "functions",
     "linear_kl",
     "logit_kl",

@@ -1,11 +1,13 @@
 """The ``torch.autograd.Function`` of every op, for code that builds its own reductions or custom graphs on them."""
 
 from .ops.attention_kl import AttentionKL, AttentionKLPerRow
+from .ops.cka_loss import CKA
 from .ops.linear_kl import LinearKL, LinearKLPerToken
 from .ops.logit_kl import LogitKL
 from .ops.relation_kl import RelationKL, RelationKLPerRow
 
 __all__ = [
+    "CKA",
     "AttentionKL",
     "AttentionKLPerRow",
     "LinearKL",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .backend import IMPLS
 from .checks import REDUCTIONS, Objective, check_choice
 from .ops.attention_kl import attention_kl, check_heads
+from .ops.cka_loss import check_constants, cka_loss
 from .ops.linear_kl import linear_kl
 from .ops.logit_kl import logit_kl
 from .ops.relation_kl import relation_kl
 from .relative_bias import RelativeBias
 
-__all__ = ["AttentionKLLoss", "LinearKLLoss", "LogitKLLoss", "RelationKLLoss"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["AttentionKLLoss", "CKALoss", "LinearKLLoss", "LogitKLLoss", "RelationKLLoss"]
 
 
 class _Loss(nn.Module):
@@ -210,3 +215,32 @@ class AttentionKLLoss(_AttentionLoss):
             normalizer=normalizer,
             **self.options,
         )
+
+
+class CKALoss(_Loss):
+    """:func:`fastkd.cka_loss` as a module; keywords as there.
+
+    >>> loss = CKALoss()(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-8,
+        squared: bool = False,
+        reduction: str = "sum",
+        group: ProcessGroup | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_constants(eps, squared, reduction, group, impl)  # what is wrong with these fails here, not in training
+        self.options = {"eps": eps, "squared": squared, "reduction": reduction, "group": group, "impl": impl}
+
+    def forward(
+        self,
+        student: Tensor | Sequence[Tensor],  # [..., ds]
+        teacher: Tensor | Sequence[Tensor],  # [..., dt]
+        *,
+        mask: Tensor | Sequence[Tensor | None] | None = None,  # [...]
+    ) -> Tensor:
+        return cka_loss(student, teacher, mask=mask, **self.options)

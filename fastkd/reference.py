@@ -16,7 +16,7 @@ from torch import Tensor
 from .divergence import DIVERGENCES
 from .relative_bias import RelativeBias
 
-__all__ = ["attention_kl", "linear_kl", "logit_kl", "relation_kl"]
+__all__ = ["attention_kl", "cka_loss", "linear_kl", "logit_kl", "relation_kl"]
 
 
 def _token_weights(x: Tensor, weight: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -208,3 +208,41 @@ def relation_kl(
         )
         for s, t, mask, is_causal, rows in zip(student, teacher, key_mask, causal, normalizer, strict=True)
     ]
+
+
+def _centred(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, d] less its mean over the valid tokens, and 0 for the others, whatever they hold.
+
+    Means are taken in fp64 and from the first valid token on: tokens that are all the same become exactly 0, which has
+    a zero gradient, and not rounding errors, which have a large one.
+    """
+    dropped = ~valid.unsqueeze(1)
+    x = x.double().masked_fill(dropped, 0)
+    if x.shape[0]:
+        x = (x - x.detach()[valid.int().argmax()]).masked_fill(dropped, 0)
+    return (x - x.sum(0) / valid.sum().clamp_min(1)).masked_fill(dropped, 0).to(dtype)
+
+
+def cka_loss(
+    student: list[Tensor],  # [N..., ds] each
+    teacher: list[Tensor],  # [N..., dt] each
+    *,
+    mask: list[Tensor | None],  # [N...] bool each
+    eps: float,
+    squared: bool,
+) -> list[Tensor]:
+    """The loss of every pair."""
+    losses = []
+    for x, t, kept in zip(student, teacher, mask, strict=True):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        valid = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if kept is None else kept
+        valid = valid.reshape(-1)
+        with torch.autocast(x.device.type, enabled=False):
+            a, b = (_centred(h.reshape(-1, h.shape[-1]), valid, dtype) for h in (x, t.detach()))
+            # norms in fp64: near convergence the loss is what two of them differ by
+            cross = torch.linalg.matrix_norm((b.T @ a).double())
+            scale = (torch.linalg.matrix_norm((h.T @ h).double()) + eps for h in (a, b))
+            cka = cross / (next(scale) * next(scale)).sqrt()
+            loss = 1 - (cka.square() if squared else cka)
+            losses.append(loss.masked_fill(valid.sum() < 2, 0).to(dtype))
+    return losses

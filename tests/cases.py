@@ -128,13 +128,24 @@ def relation_kl(student: Tensor, teacher: Tensor, **options) -> Tensor:
     return fastkd.relation_kl(student, teacher, num_heads=HEADS, **options)
 
 
+def _cka_inputs(regime: Regime, tokens: int = 24, widths: tuple[int, int] = (7, 10)) -> Inputs:
+    """Hidden states off their origin; a student near the teacher has its first columns, and noise."""
+    width, teacher_width = widths
+    teacher = 3 + regime.deviation * torch.randn(tokens, teacher_width, dtype=torch.float64)
+    noise = torch.randn(tokens, width, dtype=torch.float64)
+    near = None if regime.distance is None else teacher[:, :width] + regime.distance * noise
+    return {"student": 3 + regime.deviation * noise if near is None else near, "teacher": teacher}
+
+
 LOGIT_KL = Op("logit_kl", fastkd.logit_kl, _logit_inputs, ("student_logits",))
 LINEAR_KL = Op("linear_kl", fastkd.linear_kl, _linear_inputs, ("student_hidden", "student_weight", "student_bias"))
 ATTENTION_KL = Op("attention_kl", attention_kl, _attention_inputs, ("student_q", "student_k", "student_table"))
 RELATION_KL = Op("relation_kl", relation_kl, _relation_inputs, ("student",))
+CKA_LOSS = Op("cka_loss", fastkd.cka_loss, _cka_inputs, ("student",))
 TOKEN_OPS = [LOGIT_KL, LINEAR_KL]  # with the keywords of token losses
 ATTENTION_OPS = [ATTENTION_KL, RELATION_KL]
-OPS = TOKEN_OPS + ATTENTION_OPS
+DIVERGENCE_OPS = TOKEN_OPS + ATTENTION_OPS
+OPS = [*DIVERGENCE_OPS, CKA_LOSS]
 
 BACKENDS = ["reference", "cpp", "triton"]
 

@@ -42,6 +42,10 @@ def relation_arguments(**changes):
     return {"student": torch.randn(B, LQ, 6), "teacher": torch.randn(B, LQ, 8), "num_heads": A} | changes
 
 
+def cka_arguments(**changes):
+    return {"student": torch.randn(B, LQ, 6), "teacher": torch.randn(B, LQ, 8)} | changes
+
+
 SHARED = [
     ({"divergence": "foward_kl"}, ValueError, r"divergence: expected one of .*, got 'foward_kl'; did you mean"),
     ({"divergence": None}, ValueError, r"divergence: expected one of .*, got None"),
@@ -202,6 +206,47 @@ RELATION_LISTS = [
     ),
 ]
 
+CKA = [
+    ({"student": "x"}, TypeError, r"student: expected a tensor, got str"),
+    ({"student": torch.tensor(1.0)}, ValueError, r"student: expected shape \[..., d\] with d > 0, got \[\]"),
+    ({"student": torch.zeros(B, LQ, 0)}, ValueError, r"student: expected shape .* d > 0, got \[2, 5, 0\]"),
+    ({"student": torch.zeros(B, LQ, 6).long()}, TypeError, r"student: expected dtype .*, got torch.int64"),
+    ({"teacher": torch.randn(B, LK, 8)}, ValueError, r"teacher: expected shape \[2, 5, any\], got \[2, 7, 8\]"),
+    ({"teacher": torch.zeros(B, LQ, 0)}, ValueError, r"teacher: expected shape .* d > 0, got \[2, 5, 0\]"),
+    ({"teacher": None}, TypeError, r"teacher: expected a tensor, got NoneType"),
+    ({"teacher": [torch.randn(B, LQ, 8)]}, TypeError, r"teacher: expected a single one, as student .*, got a list"),
+    ({"teacher": torch.randn(B, LQ, 8, device="meta")}, ValueError, r"teacher: expected device cpu, .*got meta"),
+    ({"mask": torch.ones(B, LK).bool()}, ValueError, r"mask: expected shape \[2, 5\], got \[2, 7\]"),
+    ({"mask": torch.ones(B, LQ)}, TypeError, r"mask: expected a bool or integer dtype .*got torch.float32"),
+    ({"mask": [None]}, TypeError, r"mask: expected a single one, as student is a single tensor, got a list"),
+    ({"eps": 0.0}, ValueError, r"eps: expected a number > 0, got 0.0"),
+    ({"eps": float("nan")}, ValueError, r"eps: expected a number > 0, got nan"),
+    ({"eps": "small"}, TypeError, r"eps: expected a number > 0, got str"),
+    ({"squared": 1}, TypeError, r"squared: expected a bool, got int"),
+    ({"reduction": "batchmean"}, ValueError, r"reduction: expected one of sum, mean, none, got 'batchmean'"),
+    ({"impl": "triton"}, ValueError, r"impl: expected one of auto, reference, fused, got 'triton'"),
+    ({"group": "world"}, TypeError, r"group: expected a torch.distributed.ProcessGroup or None, got str"),
+]
+
+CKA_LISTS = [
+    ({"student": [], "teacher": []}, ValueError, r"student: expected at least one tensor, got an empty list"),
+    ({"teacher": torch.randn(B, LQ, 8)}, TypeError, r"teacher: expected a list of 2, as student is one, got Tensor"),
+    ({"teacher": [torch.randn(B, LQ, 8)]}, ValueError, r"teacher: expected a list of 2, as many as student, got 1"),
+    ({"mask": [None]}, ValueError, r"mask: expected a list of 2, as many as student, got 1"),
+    ({"mask": [None, torch.ones(B, LQ)]}, TypeError, r"mask\[1\]: expected a bool or integer dtype"),
+    ({"mask": torch.ones(B, LK).bool()}, ValueError, r"mask: expected shape \[2, 5\], got \[2, 7\]"),
+    (
+        {"student": [torch.randn(B, LQ, 6), torch.randn(B, LQ, 6).half()]},
+        TypeError,
+        r"student\[1\]: expected dtype torch.float32, that of student\[0\], got torch.float16",
+    ),
+    (
+        {"student": [torch.randn(B, LQ, 6), torch.randn(B, LK, 6)]},
+        ValueError,
+        r"teacher\[1\]: expected shape \[2, 7, any\], got \[2, 5, 8\]",
+    ),
+]
+
 RELATIVE_BIAS = [
     ({"table": torch.randn(32)}, ValueError, r"RelativeBias.table: expected shape \[any, any\], got \[32\]"),
     ({"table": torch.randn(31, 2)}, ValueError, r"RelativeBias.table: expected an even number of buckets"),
@@ -236,6 +281,20 @@ def test_relation_kl_refuses_lists(changes, error, message):
     lists = {"student": [torch.randn(B, LQ, 6)] * 3, "teacher": [torch.randn(B, LQ, 8)] * 3}
     with pytest.raises(error, match=message):
         fastkd.relation_kl(**relation_arguments(**(lists | changes)))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("changes", "error", "message"), CKA)
+def test_cka_loss_refuses(changes, error, message, impl):
+    with pytest.raises(error, match=message):
+        fastkd.cka_loss(**cka_arguments(**({"impl": impl} | changes)))
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CKA_LISTS)
+def test_cka_loss_refuses_lists(changes, error, message):
+    lists = {"student": [torch.randn(B, LQ, 6)] * 2, "teacher": [torch.randn(B, LQ, 8)] * 2}
+    with pytest.raises(error, match=message):
+        fastkd.cka_loss(**(lists | changes))
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), RELATIVE_BIAS)

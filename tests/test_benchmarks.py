@@ -13,6 +13,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROWS = {  # what each op's tables list below fastkd, its limit last
     "attention_kl": ("reference", "torch.compile", "GEMMs"),
+    "cka_loss": ("reference", "eager", "torch.compile", "ckatorch", "torch-cka", "five GEMMs"),
     "linear_kl": ("reference", "torch.compile", "Liger", "bare GEMMs"),
     "logit_kl": ("reference", "torch.compile", "Liger", "copy"),
     "relation_kl": ("reference", "torch.compile", "GEMMs"),

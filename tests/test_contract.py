@@ -11,6 +11,7 @@ from fastkd.divergence import DIVERGENCES
 from .cases import (
     ATTENTION_OPS,
     BACKENDS,
+    DIVERGENCE_OPS,
     LINEAR_KL,
     LOGIT_KL,
     OPS,
@@ -48,7 +49,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@over_ops
+@pytest.mark.parametrize("op", DIVERGENCE_OPS, ids=by_name)
 @over_backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
 @pytest.mark.parametrize("regime", REGIMES, ids=by_name)

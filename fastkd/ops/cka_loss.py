@@ -1,0 +1,518 @@
+"""cka_loss: 1 - linear CKA between hidden states of two models, whose widths may differ; HSM's loss.
+
+With centred hidden states A (student) and B (teacher), and c, s, t the Frobenius norms of B^T A, A^T A and B^T B, CKA
+is c / sqrt(s t), and a loss of it has the gradient beta A (A^T A) - alpha B (B^T A) with two numbers alpha and beta.
+
+- All three products are tiles of one symmetric matrix, (B|A)^T (B|A), of which the upper half is computed, from chunks
+  of tokens that are centred on their way into a workspace that every chunk reuses.
+- Both terms of the gradient are one GEMM, of (B|A) with a small matrix, the factor, that the forward pass keeps. The
+  backward pass is that GEMM: no gradient is held between the passes, and nothing is computed twice.
+- With fewer tokens than Ds + Dt the N x N Grams A A^T and B B^T are cheaper, forward and backward: c^2 is their inner
+  product, the gradient (beta A A^T - alpha B B^T) A, and the chunks are of columns.
+
+FLOPs, with W = Ds + Dt and m = min(N, W): m N W forward, 2 m N Ds backward.
+
+N tokens (any leading shape), Ds and Dt widths, W their sum.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import distributed, reference
+from ..backend import IMPLS, backend_for, use_fused
+from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor
+from .dtypes import autocast_like_linear, score_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["CKA", "check_constants", "cka_loss"]
+
+REDUCTIONS = ("sum", "mean", "none")
+# Widest tile on the diagonal of a symmetric product. Smaller ones compute less of the lower half, more slowly.
+TILE = 192
+# Numbers in the workspace: tokens times widths of a chunk.
+WORKSPACE = 2**20
+
+# ---- schema ---------------------------------------------------------------------------------------------------------
+
+# `gradients` says for which students the factor of the gradient is made; the others' is empty.
+_library = torch.library.Library("fastkd", "FRAGMENT")
+_library.define(
+    "cka_loss(Tensor[] student, Tensor[] teacher, Tensor?[] mask, bool[] gradients, float eps, bool squared) "
+    "-> (Tensor loss, Tensor[] mean, Tensor[] factor)"
+)
+_library.define(
+    "cka_loss_backward(Tensor[] student, Tensor[] teacher, Tensor?[] mask, Tensor[] mean, Tensor[] factor, "
+    "bool[] gradients, Tensor grad_loss) -> Tensor[]"
+)
+
+# ---- fake -----------------------------------------------------------------------------------------------------------
+
+
+def _by_grams(tokens: int, widths: int) -> bool:
+    """Whether N x N Grams take fewer FLOPs than W x W covariances: with and without gradients the same bound."""
+    return tokens < widths
+
+
+def _empty_factor(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
+    """What the gradient's GEMM multiplies with, unwritten: [N, N] of Grams, else [W, Ds], which is never square."""
+    tokens, widths = student.shape[0], student.shape[1] + teacher.shape[1]
+    shape = (tokens, tokens) if _by_grams(tokens, widths) else (widths, student.shape[1])
+    return student.new_empty(shape if wanted else (0,), dtype=score_dtype(student))
+
+
+@torch.library.register_fake("fastkd::cka_loss", lib=_library)
+def _(student, teacher, mask, gradients, eps, squared):
+    pairs = list(zip(student, teacher, gradients, strict=True))
+    means = [x.new_empty(x.shape[1] + t.shape[1], dtype=score_dtype(x)) for x, t, _ in pairs]
+    return student[0].new_empty(len(pairs), dtype=torch.float64), means, [_empty_factor(*pair) for pair in pairs]
+
+
+@torch.library.register_fake("fastkd::cka_loss_backward", lib=_library)
+def _(student, teacher, mask, mean, factor, gradients, grad_loss):
+    return [_empty_gradient(x, wanted) for x, wanted in zip(student, gradients, strict=True)]
+
+
+def _empty_gradient(student: Tensor, wanted: bool) -> Tensor:
+    return student.new_empty(student.shape if wanted else (0,))
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+class _Memory:
+    """Memory that one tensor takes over from another, for what each pair and each chunk needs again."""
+
+    def __init__(self) -> None:
+        self.flat: Tensor | None = None
+
+    def take(self, like: Tensor, *shape: int) -> Tensor:
+        """Unwritten, in the dtype and on the device of `like`."""
+        count = math.prod(shape)
+        if self.flat is None or self.flat.dtype != like.dtype or self.flat.numel() < count:
+            self.flat = None  # goes before the larger one comes
+            self.flat = like.new_empty(count)
+        return self.flat[:count].view(shape)
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    """Equal parts, of at most `step`, of a range."""
+    parts = -(-count // max(1, step))
+    step = -(-count // max(1, parts))
+    return (slice(start, min(start + step, count)) for start in range(0, count, max(1, step)))
+
+
+def _token_chunks(mask: Tensor | None, tokens: int, widths: int) -> Iterator[slice | Tensor]:
+    """Tokens as slices; or as indices of the valid ones, where finding them costs no wait for the device."""
+    step = max(1, WORKSPACE // widths)
+    if mask is None or mask.device.type != "cpu":
+        yield from _slices(tokens, step)
+        return
+    valid = mask.nonzero().squeeze(1)
+    yield from (valid[rows] for rows in _slices(valid.shape[0], step))
+
+
+def _count_and_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How many tokens of x [N, D] are valid, and their mean [D], both float64.
+
+    The mean is taken from the first valid token on, so that tokens that are all the same have exactly that mean.
+    """
+    count = torch.tensor(x.shape[0], dtype=torch.float64) if mask is None else mask.sum(dtype=torch.float64)
+    count = count.to(x.device)
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    if x.shape[0] == 0:
+        return count, total
+    first = x[:1] if mask is None else x[mask.int().argmax(keepdim=True)].masked_fill(count == 0, 0)
+    for rows in _slices(x.shape[0], max(1, WORKSPACE // (4 * x.shape[1]))):
+        shifted = x[rows].to(torch.float64, copy=True).sub_(first)
+        if mask is not None:
+            shifted.masked_fill_(~mask[rows].unsqueeze(1), 0)
+        total += shifted.sum(0)
+    return count, first[0] + total / count.clamp_min(1)
+
+
+def _centred_(out: Tensor, x: Tensor, mean: Tensor, rows: slice | Tensor, columns: slice, mask: Tensor | None) -> None:
+    """out = x[rows, columns] less the mean of the columns; 0 for what is not valid and still there."""
+    torch.sub(x[rows, columns], mean[columns], out=out)
+    if mask is not None and isinstance(rows, slice):
+        out.masked_fill_(~mask[rows].unsqueeze(1), 0)
+
+
+def _tiles(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of tiles that cover the upper half of a square: large ones, and small ones on the diagonal."""
+    if stop - start <= TILE:
+        yield slice(start, stop), slice(start, stop)
+        return
+    middle = start + -(-(stop - start) // 2)
+    yield slice(start, middle), slice(middle, stop)
+    yield from _tiles(start, middle)
+    yield from _tiles(middle, stop)
+
+
+def _add_symmetric_(out: Tensor, x: Tensor) -> None:
+    """The upper half of out [D, D] += x^T x, for x [n, D]."""
+    for rows, columns in _tiles(0, x.shape[1]):
+        out[rows, columns].addmm_(x[:, rows].mT, x[:, columns])
+
+
+def _mirror_(x: Tensor) -> None:
+    """The lower half from the upper."""
+    for rows, columns in _tiles(0, x.shape[0]):
+        if rows != columns:
+            x[columns, rows] = x[rows, columns].mT
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The Frobenius norm in float64: near convergence the loss is what norms differ by."""
+    parts = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in x.split(TILE)]
+    return torch.linalg.vector_norm(torch.stack(parts))
+
+
+def _covariance(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, mean: Tensor, memory: _Memory, workspace: _Memory
+) -> Tensor:
+    """The upper half of (B|A)^T (B|A) [W, W]."""
+    total = memory.take(mean, mean.shape[0], mean.shape[0]).zero_()
+    for _, chunk in _row_chunks(student, teacher, mask, mean, workspace):
+        _add_symmetric_(total, chunk)
+    return total
+
+
+def _row_chunks(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, mean: Tensor, workspace: _Memory
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Centred rows (B|A) [n, W] of the tokens, in a workspace that the next ones overwrite."""
+    width = teacher.shape[1]
+    for rows in _token_chunks(mask, student.shape[0], mean.shape[0]):
+        count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+        chunk = workspace.take(mean, count, mean.shape[0])
+        _centred_(chunk[:, :width], teacher, mean[:width], rows, slice(None), mask)
+        _centred_(chunk[:, width:], student, mean[width:], rows, slice(None), mask)
+        yield rows, chunk
+
+
+def _column_chunks(x: Tensor, mean: Tensor, mask: Tensor | None, workspace: _Memory) -> Iterator[tuple[slice, Tensor]]:
+    """Centred columns [N, n] of x, in a workspace that the next ones overwrite."""
+    for columns in _slices(x.shape[1], max(1, WORKSPACE // max(1, x.shape[0]))):
+        count = columns.stop - columns.start
+        chunk = workspace.take(mean, x.shape[0], count)
+        _centred_(chunk, x, mean, slice(0, x.shape[0]), columns, mask)
+        yield columns, chunk
+
+
+def _gram(x: Tensor, mean: Tensor, mask: Tensor | None, workspace: _Memory) -> Tensor:
+    """A A^T [N, N]"""
+    total = mean.new_zeros(x.shape[0], x.shape[0])
+    for _, chunk in _column_chunks(x, mean, mask, workspace):
+        _add_symmetric_(total, chunk.mT)
+    _mirror_(total)
+    return total
+
+
+def _loss(c: Tensor, s: Tensor, t: Tensor, count: Tensor, eps: float, squared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a pair by its norms, and the gradient's alpha and beta: all 0-d float64."""
+    power = 2 if squared else 1
+    cka = (c / ((s + eps) * (t + eps)).sqrt()) ** power
+    alpha = torch.where(c == 0, 0, power * cka / c.square())
+    beta = torch.where(s == 0, 0, power * cka / (s * (s + eps)))
+    return torch.where(count < 2, 0, 1 - cka), alpha, beta
+
+
+def _from_grams(student, teacher, mask, mean, count, eps, squared, workspace: _Memory) -> tuple[Tensor, Tensor]:
+    width = teacher.shape[1]
+    ours = _gram(student, mean[width:], mask, workspace)
+    theirs = _gram(teacher, mean[:width], mask, workspace)
+    s, t = _norm(ours), _norm(theirs)
+    c = (ours * theirs).sum(dtype=torch.float64).clamp_min(0).sqrt()
+    loss, alpha, beta = _loss(c, s, t, count, eps, squared)
+    return loss, ours.mul_(beta).sub_(theirs.mul_(alpha))
+
+
+def _from_covariance(covariance: Tensor, width: int, count: Tensor, eps: float, squared: bool) -> tuple[Tensor, Tensor]:
+    _mirror_(covariance)
+    c, s, t = _norm(covariance[:width, width:]), _norm(covariance[width:, width:]), _norm(covariance[:width, :width])
+    loss, alpha, beta = _loss(c, s, t, count, eps, squared)
+    factor = covariance[:, width:].clone()
+    factor[:width] *= -alpha
+    factor[width:] *= beta
+    return loss, factor
+
+
+def _has_triton_kernels() -> bool:
+    """Until there are, torch's own GEMMs do the same on a GPU."""
+    return importlib.util.find_spec("fastkd.kernels.cka") is not None
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast has had its say on the inputs; in here it would round the GEMMs' operands once more."""
+
+    @wraps(function)
+    def run(student: Sequence[Tensor], *arguments, **options):
+        with torch.autocast(student[0].device.type, enabled=False):
+            return function(student, *arguments, **options)
+
+    return run
+
+
+@_without_autocast
+def _cka_loss(
+    student: Sequence[Tensor],  # [N, Ds] each
+    teacher: Sequence[Tensor],  # [N, Dt] each
+    mask: Sequence[Tensor | None],  # [N] bool each
+    gradients: Sequence[bool],
+    eps: float,
+    squared: bool,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    if group is None and backend_for(student[0].device)[0] == "triton" and _has_triton_kernels():
+        from ..kernels import cka as kernels
+
+        return kernels.cka_loss(student, teacher, mask, gradients, eps, squared)
+    pairs = list(zip(student, teacher, mask, strict=True))
+    counts, means = [], []
+    for x, t, valid in pairs:
+        count, mean = _count_and_mean(t, valid)
+        counts.append(count)
+        means.append(torch.cat([mean, _count_and_mean(x, valid)[1]]))
+    if group is not None:
+        counts, means = distributed.total_means(counts, means, group)
+    means = [mean.to(score_dtype(x)) for mean, x in zip(means, student, strict=True)]
+
+    losses, factors = [], []
+    products, workspace = _Memory(), _Memory()
+    for (x, t, valid), count, mean, wanted in zip(pairs, counts, means, gradients, strict=True):
+        if group is None and _by_grams(x.shape[0], mean.shape[0]):
+            loss, factor = _from_grams(x, t, valid, mean, count, eps, squared, workspace)
+        else:
+            covariance = _covariance(x, t, valid, mean, products, workspace)
+            if group is not None:
+                distributed.sum_(covariance, group)
+            loss, factor = _from_covariance(covariance, t.shape[1], count, eps, squared)
+            if group is not None:
+                factor *= distributed.world_size(group)
+        losses.append(loss)
+        factors.append(factor if wanted else _empty_factor(x, t, False))
+    return torch.stack(losses), means, factors
+
+
+_library.impl("cka_loss", _cka_loss, "CompositeExplicitAutograd")
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+def _gradient(student, teacher, mask, mean, factor, out: Tensor, workspace: _Memory) -> Tensor:
+    """out [N, Ds] = (B|A) factor, or factor A for a square factor."""
+    width = teacher.shape[1]
+    if factor.shape[0] == factor.shape[1]:
+        for columns, chunk in _column_chunks(student, mean[width:], mask, workspace):
+            out[:, columns] = factor @ chunk
+        return out
+    if mask is not None:
+        out.zero_()
+    for rows, chunk in _row_chunks(student, teacher, mask, mean, workspace):
+        if isinstance(rows, slice) and out.dtype == factor.dtype:
+            torch.mm(chunk, factor, out=out[rows])
+        else:
+            out[rows] = (chunk @ factor).to(out.dtype)
+    return out
+
+
+@_without_autocast
+def _cka_loss_backward(
+    student: Sequence[Tensor],  # [N, Ds] each
+    teacher: Sequence[Tensor],  # [N, Dt] each
+    mask: Sequence[Tensor | None],  # [N] bool each
+    mean: Sequence[Tensor],  # [W] each
+    factor: Sequence[Tensor],  # [W, Ds] or [N, N] each
+    gradients: Sequence[bool],
+    grad_loss: Tensor,  # [pairs] float64
+) -> list[Tensor]:
+    if backend_for(student[0].device)[0] == "triton" and _has_triton_kernels():
+        from ..kernels import cka as kernels
+
+        return kernels.cka_loss_backward(student, teacher, mask, mean, factor, gradients, grad_loss)
+    results = [_empty_gradient(x, wanted) for x, wanted in zip(student, gradients, strict=True)]
+    scaled, workspace = _Memory(), _Memory()
+    for i, out in enumerate(results):
+        if gradients[i]:
+            # scaled before any rounding to 16 bits, so that a loss scale does what it is for
+            small = torch.mul(factor[i], grad_loss[i], out=scaled.take(factor[i], *factor[i].shape))
+            _gradient(student[i], teacher[i], mask[i], mean[i], small, out, workspace)
+    return results
+
+
+_library.impl("cka_loss_backward", _cka_loss_backward, "CompositeExplicitAutograd")
+
+# ---- autograd.Function ----------------------------------------------------------------------------------------------
+
+
+class CKA(torch.autograd.Function):
+    """The loss of every pair, [pairs] float64.
+
+    Arguments: eps, squared, a process group or None, then the student's tensors, the teacher's and the masks of
+    ``torch.ops.fastkd.cka_loss`` one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx, eps: float, squared: bool, group: ProcessGroup | None, *tensors):
+        student, teacher, mask = _split(tensors, 3)
+        gradients = ctx.needs_input_grad[3 : 3 + len(student)]
+        arguments = (student, teacher, mask, gradients, eps, squared)
+        # a process group is nothing that the schema of an op can hold
+        forward = torch.ops.fastkd.cka_loss if group is None else partial(_cka_loss, group=group)
+        losses, means, factors = forward(*arguments)
+        ctx.save_for_backward(*tensors, *means, *factors)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses: Tensor):
+        inputs = _split(ctx.saved_tensors, 5)
+        pairs = len(inputs[0])
+        wanted = ctx.needs_input_grad[3 : 3 + pairs]
+        gradients = torch.ops.fastkd.cka_loss_backward(*inputs, wanted, grad_losses)
+        results = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+        return None, None, None, *results, *(None,) * (2 * pairs)
+
+
+def _split(tensors: Sequence[Any], parts: int) -> list[list[Any]]:
+    size = len(tensors) // parts
+    return [list(tensors[i : i + size]) for i in range(0, parts * size, size)]
+
+
+# ---- public function ------------------------------------------------------------------------------------------------
+
+
+def _use_fused(impl: str, device: torch.device) -> bool:
+    """On a CPU this op is torch's own GEMMs, and does without the compiled extension."""
+    return impl != "reference" if device.type == "cpu" else use_fused(impl, device)
+
+
+def check_constants(eps: Any, squared: Any, reduction: Any, group: Any, impl: Any) -> None:
+    check_number("eps", eps, "> 0", lambda x: 0 < x < float("inf"))
+    if not isinstance(squared, bool):
+        raise TypeError(f"squared: expected a bool, got {type(squared).__name__}")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("impl", impl, IMPLS)
+    if group is not None:
+        distributed.check_group(group)
+        if impl == "reference":
+            raise ValueError('impl: expected auto or fused, because a group is given, got "reference"')
+
+
+def _as_lists(student: Any, teacher: Any, mask: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Student, teacher and mask with one entry per pair."""
+    if not isinstance(student, (list, tuple)):
+        for name, value in (("teacher", teacher), ("mask", mask)):
+            if isinstance(value, (list, tuple)):
+                raise TypeError(f"{name}: expected a single one, as student is a single tensor, got a list")
+        return [student], [teacher], [mask]
+    if not student:
+        raise ValueError("student: expected at least one tensor, got an empty list")
+    if not isinstance(mask, (list, tuple)):
+        mask = [mask] * len(student)
+    for name, value in (("teacher", teacher), ("mask", mask)):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name}: expected a list of {len(student)}, as student is one, got {type(value).__name__}")
+        if len(value) != len(student):
+            raise ValueError(f"{name}: expected a list of {len(student)}, as many as student, got {len(value)}")
+    return list(student), list(teacher), list(mask)
+
+
+def _check_hidden(name: str, x: Any, leading: Any) -> None:
+    check_tensor(name, x, shape=None if leading is None else [*leading, None], floating=True)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [..., d] with d > 0, got {list(x.shape)}")
+
+
+def _check_pairs(students: list[Any], teachers: list[Any], masks: list[Any], several: bool, masks_listed: bool) -> None:
+    for i, (x, t, valid) in enumerate(zip(students, teachers, masks, strict=True)):
+        at = f"[{i}]" if several else ""
+        _check_hidden(f"student{at}", x, None)
+        _check_hidden(f"teacher{at}", t, x.shape[:-1])
+        check_same_device(f"student{at}", x, students[0].device)
+        check_same_device(f"teacher{at}", t, x.device)
+        if x.dtype != students[0].dtype:
+            raise TypeError(f"student{at}: expected dtype {students[0].dtype}, that of student[0], got {x.dtype}")
+        if valid is not None:
+            check_mask(f"mask{at if masks_listed else ''}", valid, x.shape[:-1], x.device)
+
+
+def cka_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    mask: Tensor | Sequence[Tensor | None] | None = None,
+    eps: float = 1e-8,
+    squared: bool = False,
+    reduction: str = "sum",
+    group: ProcessGroup | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """1 - CKA of hidden states of two models, whose widths may differ: no projection is learned.
+
+    Centred kernel alignment compares what two representations say about how tokens relate; rotating or scaling either
+    one changes nothing. With A and B the student's and the teacher's hidden states [N, d] less their means over all
+    valid tokens of the batch, the loss of a pair is ``1 - |B^T A| / sqrt((|A^T A| + eps) (|B^T B| + eps))`` with
+    Frobenius norms; hidden state matching (Dasgupta and Cohn, ICLR 2025) adds it up over matched layers. Standard
+    linear CKA (Kornblith et al., 2019) is the square of that ratio, with ``squared=True``.
+
+    >>> hsm = cka_loss(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
+
+    Fewer than two valid tokens have nothing to compare: loss 0, zero gradients. Hidden states that are the same for
+    every valid token, in either model, have nothing in common with any others: loss 1, zero gradients.
+
+    Args:
+        student: [..., ds], or a list of them, such as the hidden states of some layers; receive gradients. Widths and
+            leading shapes may differ between pairs.
+        teacher: [..., dt], or as many of them, each with its student's leading shape; constants.
+        mask: [...] bool or integer, True or not 0 where a token is valid. The others may hold anything, NaN included;
+            their gradient is exactly 0. One for all pairs, or a list of one (or None) for each.
+        eps: keeps the norms of constant hidden states off zero. Beside the norms of others, which grow with the number
+            of tokens, it is nothing.
+        squared: take the squared ratio, which is standard linear CKA.
+        reduction: over pairs: ``"sum"``, ``"mean"``, or ``"none"`` for a tensor [pairs], 0-d of a single pair.
+        group: a ``torch.distributed`` process group, such as ``torch.distributed.group.WORLD``, over which the tokens
+            of the batch are spread. Every process then returns the loss of the whole batch. Gradients come multiplied
+            by the number of processes: DistributedDataParallel divides by it, and leaves the parameter gradients that
+            one process would have had. Every process of the group has to make the call, with pairs of the same widths;
+            it may have no valid token. Not under ``torch.compile(fullgraph=True)``.
+        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`. On a CPU "fused" needs no extension.
+
+    Returns:
+        float32, or float64 for float64 students, whatever the inputs' dtype; ``torch.autocast`` casts the inputs as it
+        does those of ``F.linear``.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before any work.
+        RuntimeError: ``impl="fused"`` where no kernel can run.
+    """
+    check_constants(eps, squared, reduction, group, impl)
+    several = isinstance(student, (list, tuple))
+    students, teachers, masks = _as_lists(student, teacher, mask)
+    _check_pairs(students, teachers, masks, several, isinstance(mask, (list, tuple)))
+    masks = [None if valid is None else valid.bool() for valid in masks]
+    students, teachers = autocast_like_linear(*students), [t.detach() for t in autocast_like_linear(*teachers)]
+
+    if _use_fused(impl, students[0].device):
+        flat = [x.reshape(-1, x.shape[-1]) for x in (*students, *teachers)]
+        flat_masks = [None if valid is None else valid.reshape(-1) for valid in masks]
+        losses = CKA.apply(float(eps), squared, group, *flat, *flat_masks)
+        losses = losses if students[0].dtype == torch.float64 else losses.float()
+    elif group is not None:
+        use_fused("fused", students[0].device)  # says why it cannot
+    else:
+        losses = torch.stack(reference.cka_loss(students, teachers, mask=masks, eps=eps, squared=squared))
+    if reduction == "none":
+        return losses if several else losses[0]
+    return losses.sum() if reduction == "sum" else losses.mean()
