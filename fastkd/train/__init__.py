@@ -16,6 +16,7 @@ _HOMES = {
     "SpanCorruption": "data",
     "capture_qkv": "capture",
     "embedded_corpus": "corpus",
+    "slice_teacher": "student",
     "train_tokenizer": "tokenizer",
 }
 __all__ = list(_HOMES)

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 import fastkd
 
 from .errors import InputError
-from .objectives import METHODS, Method
+from .objectives import METHODS, STUDENT_INITS, Method
 
 # Our defaults for transformers' flags. They are the demo's: a small student on two CPU cores.
 DEFAULTS: dict[str, Any] = {
@@ -51,6 +51,10 @@ examples:
       the same comparison for MiniEnD-E: logits, and relations of queries, keys and values in encoder and decoder
   fastkd-train --method miniend-d --divergence jsd --weights logit_kl=0.5 --output_dir runs/jsd
       another divergence, and another weight of one term
+  fastkd-train --demo --method hsm-cka
+      the same comparison for HSM: hidden states matched by CKA, student sliced from the teacher
+  fastkd-train --method hsm-kd --divergence reverse_kl --output_dir runs/hsm-kd
+      HSM's arm without hidden states; the divergence, where given, should be the same in every arm
   fastkd-train --method kd --output_dir runs/kd --resume_from_checkpoint last
       continue an interrupted run: the same command plus this flag
 """
@@ -73,7 +77,14 @@ class FastkdArguments:
     train_file: str | None = _help("UTF-8 text to learn from; without it, the embedded corpus", None)
     eval_file: str | None = _help("UTF-8 text to evaluate on; without it, a held-out 5 %% of the training texts", None)
     student_layers: int = _help("encoder layers, and as many decoder layers", 2)
-    student_d_model: int = _help("width; heads are 32 wide, feed-forward layers 4 times as wide", 64)
+    student_d_model: int = _help(
+        "width; heads are 32 wide and feed-forward layers 4 times as wide, or for a slice as in the teacher", 64
+    )
+    student_init: str | None = _help(
+        f"{' or '.join(STUDENT_INITS)}: the top-left part of every matrix of the teacher, whose variant of T5 it then "
+        "shares, or random weights; without it, the method's own",
+        None,
+    )
     temperature: float | None = _help("of the logit term; without it, the method's own", None)
     divergence: str | None = _help(
         f"of logit and relation terms: {', '.join(fastkd.DIVERGENCES)}; without it, the method's own", None
@@ -86,6 +97,10 @@ class FastkdArguments:
     teacher_layer: int | None = _help(
         "whose queries, keys and values relation terms take, from 1; without it the last, but 21 of 24", None
     )
+    match_first_position: bool = _help(
+        "hsm methods compare the first decoder position too, which reads the start token", False
+    )
+    projection_learning_rate: float = _help("of the matrix by which hsm-linear projects hidden states", 1e-4)
     sequence_length: int = _help("tokens per chunk, before span corruption", 128)
     vocabulary_size: int = _help("pieces of the trained tokenizer, 100 sentinels included", 4096)
     teacher_layers: int = _help("of the trained teacher", 2)
@@ -168,7 +183,8 @@ def chosen_method(flags: FastkdArguments) -> Method:
     Raises InputError for weights of terms that the method lacks, that are no numbers, or that leave no term.
     """
     method = METHODS[flags.method]
-    names = ("temperature", "divergence", "divergence_beta", "relation_heads", "teacher_layer")
+    names = ["temperature", "divergence", "divergence_beta", "relation_heads", "teacher_layer"]
+    names += ["match_first_position", "student_init"]
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     terms = {**method.terms}
     if flags.weights is not None:
@@ -219,7 +235,13 @@ def _check(fastkd_args: FastkdArguments, args: TransformersArguments) -> None:
         )
     if fastkd_args.divergence_beta is not None and not 0 < fastkd_args.divergence_beta < 1:
         raise InputError(f"--divergence_beta must be between 0 and 1, got {fastkd_args.divergence_beta}")
-    chosen_method(fastkd_args)
+    if fastkd_args.student_init is not None and fastkd_args.student_init not in STUDENT_INITS:
+        raise InputError(f"--student_init: expected {' or '.join(STUDENT_INITS)}, got {fastkd_args.student_init!r}")
+    method = chosen_method(fastkd_args)
+    if method.student_init == "slice" and not method.needs_teacher:
+        raise InputError(f"--student_init: {fastkd_args.method} has no teacher to slice, expected random, got 'slice'")
+    if not fastkd_args.projection_learning_rate > 0:
+        raise InputError(f"--projection_learning_rate must be above 0, got {fastkd_args.projection_learning_rate}")
     if fastkd_args.workspace_mb is not None and not fastkd_args.workspace_mb > 0:
         raise InputError(f"--workspace_mb must be above 0, got {fastkd_args.workspace_mb}")
     if args.predict_with_generate:

@@ -1,9 +1,9 @@
-"""Queries, keys and values of a T5's attention layers, taken by forward hooks: no model code is changed."""
+"""What a T5 computes on its way: queries, keys and values, by forward hooks, and hidden states. No code is changed."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +75,17 @@ def _keeper(states: list[Any], i: int, needs_graph: bool) -> Callable[[Any, Any,
         states[i] = output
 
     return keep
+
+
+def matched_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
+    """Return the teacher's layer that belongs to one of the student's: round(layer * L_T / L_S)."""
+    return round(layer * teacher_layers / student_layers)
+
+
+def hidden_states(output: Any, layers: Mapping[str, Sequence[int]]) -> list[torch.Tensor]:
+    """Return hidden states [B, L, H] of a forward pass that was asked for them by `output_hidden_states=True`.
+
+    layers: which of each stack, "encoder" and "decoder", numbered as transformers does: 0 is the embeddings, i the
+    output of layer i, and the last the output of the stack, after its final layer norm.
+    """
+    return [output[f"{stack}_hidden_states"][layer] for stack, wanted in layers.items() for layer in wanted]

@@ -11,9 +11,11 @@ import torch
 
 import fastkd
 
-from .capture import PLACES
+from .capture import PLACES, matched_layer
 
 VOCABULARY_TERMS = ("ce", "logit_kl")
+HIDDEN_TERMS = ("hidden_cka", "hidden_linear")
+STUDENT_INITS = ("slice", "random")
 TEACHER_LAYERS = {24: 21}  # of a teacher's depth: MiniLMv2's choice for BERT-large; for T5 it is an assumption
 
 
@@ -22,13 +24,17 @@ class Method:
     """One objective: loss = sum over terms of weight * term.
 
     terms: "ce", cross-entropy with the target tokens; "logit_kl", temperature^2 * divergence of the teacher's and the
-    student's softmaxes at that temperature; and the relation terms (see `relation_loss`), named after their place:
-    "decoder_self", "decoder_cross", "encoder_self".
+    student's softmaxes at that temperature; the relation terms (see `relation_loss`), named after their place:
+    "decoder_self", "decoder_cross", "encoder_self"; and one of the hidden-state terms (see `hidden_loss`),
+    "hidden_cka" or "hidden_linear".
     divergence, divergence_beta: of the logit term and the relation terms, a name of `fastkd.DIVERGENCES`.
     relation_heads: MiniLMv2's A_r, into which queries, keys and values are split whatever their own heads; 32 as in
     the code of MiniEnD's authors.
     teacher_layer: whose states the relation terms take, counted from 1; by default that of TEACHER_LAYERS, else the
     last. The student's is always its last.
+    match_first_position: whether the hidden-state term compares the first decoder position too, which reads the start
+    token.
+    student_init: where a student made for this method starts, "random" or "slice" (see `student.slice_teacher`).
     """
 
     summary: str
@@ -38,6 +44,8 @@ class Method:
     divergence_beta: float = 0.5
     relation_heads: int = 32
     teacher_layer: int | None = None
+    match_first_position: bool = False
+    student_init: str = "random"
 
     @property
     def formula(self) -> str:
@@ -59,6 +67,11 @@ class Method:
         """The places of the relation terms."""
         return [term for term in self.terms if term in PLACES]
 
+    @property
+    def hidden_terms(self) -> list[str]:
+        """The hidden-state term, if there is one."""
+        return [term for term in self.terms if term in HIDDEN_TERMS]
+
     def student_layers(self, config: Any) -> dict[str, int]:
         """Return the student's layer at each place: the last."""
         return {place: _depth(config, place) for place in self.places}
@@ -74,8 +87,26 @@ class Method:
             raise ValueError(f"teacher_layer: expected 1 to {depth}, the teacher's layers, got {self.teacher_layer}")
         return self.teacher_layer
 
+    def matched_states(self, student: Any, teacher: Any) -> dict[str, list[tuple[int, int]]]:
+        """Return (student's, teacher's) numbers of the hidden states that each stack compares, of two `T5Config`s.
+
+        All of the student's, embeddings included, as HSM does; {} without a hidden-state term.
+        """
+        if not self.hidden_terms:
+            return {}
+        depths = {
+            "encoder": (student.num_layers, teacher.num_layers),
+            "decoder": (student.num_decoder_layers, teacher.num_decoder_layers),
+        }
+        return {
+            stack: [(layer, matched_layer(layer, mine, its)) for layer in range(mine + 1)]
+            for stack, (mine, its) in depths.items()
+        }
+
     def check_fits(self, student: Any, teacher: Any) -> None:
-        """Raise ValueError if the relation terms cannot be computed between models of these two `T5Config`s."""
+        """Raise ValueError if the terms do not go together, or not between models of these two `T5Config`s."""
+        if len(self.hidden_terms) > 1:
+            raise ValueError(f"terms: expected at most one of {', '.join(HIDDEN_TERMS)}, got {', '.join(self.terms)}")
         if not self.places:
             return
         self.teacher_layers(teacher)
@@ -94,6 +125,7 @@ def _depth(config: Any, place: str) -> int:
 
 
 _IMPLICIT = {"logit_kl": 1.0, "decoder_self": 1.0}
+_CE_AND_KL = {"ce": 1.0, "logit_kl": 1.0}
 
 # MiniEnD's sums are unweighted. Its logit term at temperature 1 without cross-entropy is an assumption.
 METHODS: dict[str, Method] = {
@@ -102,7 +134,7 @@ METHODS: dict[str, Method] = {
     # DistilBERT's temperature. The unit weights are an assumption: DistilBERT's own are 5 : 2.
     "kd": Method(
         "cross-entropy + logit KL (Hinton et al., 2015; temperature 2 as DistilBERT, Sanh et al., 2019)",
-        {"ce": 1.0, "logit_kl": 1.0},
+        _CE_AND_KL,
         temperature=2.0,
     ),
     "minilm": Method(
@@ -114,6 +146,22 @@ METHODS: dict[str, Method] = {
     "miniend-d-nologit": Method("MiniEnD-D without the logit KL", {"decoder_self": 1.0, "decoder_cross": 1.0}),
     "miniend-e": Method("MiniEnD-E: implicit + encoder self-attention", {**_IMPLICIT, "encoder_self": 1.0}),
     "miniend-e-nologit": Method("MiniEnD-E without the logit KL", {"decoder_self": 1.0, "encoder_self": 1.0}),
+    # The three arms of HSM differ in the hidden-state term alone.
+    "hsm-kd": Method(
+        "HSM without hidden states: kd at temperature 1, student sliced from its teacher (Dasgupta and Cohn, 2025)",
+        _CE_AND_KL,
+        student_init="slice",
+    ),
+    "hsm-cka": Method(
+        "HSM: hsm-kd + hidden states matched by CKA, encoder and decoder",
+        {**_CE_AND_KL, "hidden_cka": 1.0},
+        student_init="slice",
+    ),
+    "hsm-linear": Method(
+        "hsm-kd + squared error of linearly projected hidden states, which the paper found often not to converge",
+        {**_CE_AND_KL, "hidden_linear": 1.0},
+        student_init="slice",
+    ),
 }
 
 
@@ -183,3 +231,35 @@ def relation_loss(
     )
     assert isinstance(loss, torch.Tensor)  # only reduction="none" returns several
     return method.terms[place] * loss
+
+
+def hidden_masks(masks: Mapping[str, torch.Tensor], match_first_position: bool) -> dict[str, torch.Tensor]:
+    """Return which positions of each stack a hidden-state term compares, [B, L] booleans.
+
+    masks: of each side, "encoder" and "decoder", [B, L], nonzero where there is no padding. In the decoder, what counts
+    is the input, which is the targets shifted by one, as in HSM: a position that reads a text's last token is compared,
+    and the first, which reads the start token, only if `match_first_position` says so.
+    """
+    valid = masks["decoder"].bool()
+    decoder = valid.roll(1, -1)
+    decoder[:, 0] = valid[:, 0] & match_first_position
+    return {"encoder": masks["encoder"].bool(), "decoder": decoder}
+
+
+def hidden_loss(
+    method: Method, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return the scalar loss of a method's hidden-state term, summed over the pairs (Dasgupta and Cohn, ICLR 2025).
+
+    "hidden_cka": `fastkd.cka_loss`, over the valid positions of the whole batch at once. "hidden_linear": the squared
+    error, averaged over the teacher's width and the valid positions; the student's states are projected already.
+    student, teacher: [B, L, H], of widths of their own but for "hidden_linear". masks: [B, L] booleans, one per pair.
+    """
+    (term,) = method.hidden_terms
+    if term == "hidden_cka":
+        return method.terms[term] * fastkd.cka_loss(list(student), list(teacher), mask=list(masks))
+    losses = [
+        (s.float() - t.float()).square().mean(-1).masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
+        for s, t, mask in zip(student, teacher, masks, strict=True)
+    ]
+    return method.terms[term] * torch.stack(losses).sum()

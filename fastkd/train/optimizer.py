@@ -1,4 +1,4 @@
-"""The embedding's own learning rate, and the gradients' norms."""
+"""Learning rates of their own, and the gradients' norms."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import torch
 
 
 def set_embedding_rate(optimizer: torch.optim.Optimizer, model: Any, learning_rate: float) -> None:
-    """Move the embedding `model.get_input_embeddings()` into a group of its own with `learning_rate`.
+    """Give the embedding `model.get_input_embeddings()` a learning rate of its own (see `set_own_rate`).
 
-    For a new optimizer, before its scheduler is made; every other setting of its group stays.
     Why: T5's tied embedding starts at standard deviation 1 and is read by the head at d_model^-0.5, while projections
     start at about d_model^-0.5. AdamW moves every weight by about its learning rate per step whatever the weight's
     size, so one rate for all either leaves the embedding where it is or breaks the projections. Adafactor, and AdamW
     with steps scaled by the weights' RMS (nanoT5, Nawrot, 2023, arXiv 2309.02373), solve it for every tensor; the
     embedding is the one that matters here, and one more number is easier to follow.
     """
-    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    set_own_rate(optimizer, model.get_input_embeddings(), learning_rate)
+
+
+def set_own_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, learning_rate: float) -> None:
+    """Move a module's parameters into a group of their own with `learning_rate`; its other settings stay.
+
+    For a new optimizer, before its scheduler is made.
+    """
+    moved = {id(parameter) for parameter in module.parameters()}
     for group in list(optimizer.param_groups):
-        own = [parameter for parameter in group["params"] if id(parameter) in embedding]
+        own = [parameter for parameter in group["params"] if id(parameter) in moved]
         if own:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in embedding]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
 
 

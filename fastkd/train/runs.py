@@ -64,8 +64,9 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
 def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     """Distil a student and train the same one from scratch; write both, the teacher and a report to output_dir.
 
-    Both students start from the same weights and see the same data in the same order for as many steps. Another demo
-    in the same folder reuses corpus, tokenizer and teacher from the cache, and replaces the students.
+    Both students see the same data in the same order for as many steps, and start from the same weights, unless the
+    distilled one is sliced from its teacher. Another demo in the same folder reuses corpus, tokenizer and teacher from
+    the cache, and replaces the students.
     Raises InputError before anything is written if output_dir holds files that no demo made.
     """
     started, method = time.perf_counter(), chosen_method(flags)
@@ -128,7 +129,7 @@ def _checkpoint(given: str | None, out: Path) -> Path | None:
 def _identity(flags: FastkdArguments, args: TransformersArguments, data: Data) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed."""
     names = ["method", "temperature", "divergence", "divergence_beta", "weights", "relation_heads", "teacher_layer"]
-    names += ["teacher", "student_layers", "student_d_model", "sequence_length"]
+    names += ["match_first_position", "teacher", "student_layers", "student_d_model", "student_init", "sequence_length"]
     if not flags.teacher:
         names += ["teacher_layers", "teacher_d_model", "teacher_steps", "teacher_learning_rate"]
     return {**{name: getattr(flags, name) for name in names}, "seed": args.seed, "texts": data.digest}
@@ -146,12 +147,17 @@ def _check_same_run(record: Path, identity: dict[str, Any]) -> None:
 
 def _notes(method: Method) -> list[str]:
     """Return what a reader of the figures must know about the method."""
-    if method.vocabulary_terms:
-        return []
-    return [
-        "This method has no vocabulary term, so its student was not trained to predict tokens: held-out loss and token "
-        "accuracy say little before it is fine-tuned."
-    ]
+    notes = []
+    if not method.vocabulary_terms:
+        notes.append(
+            "This method has no vocabulary term, so its student was not trained to predict tokens: held-out loss and "
+            "token accuracy say little before it is fine-tuned."
+        )
+    if method.student_init == "slice":
+        notes.append(
+            "The distilled student started from a slice of its teacher; a student from scratch starts at random."
+        )
+    return notes
 
 
 def _facts(
@@ -163,6 +169,13 @@ def _facts(
         "relation_heads": method.relation_heads,
         "teacher_layers": ", ".join(f"{layer} ({place})" for place, layer in trainer.teacher_layers.items()),
     }
+    matched = {
+        "matched_states": "; ".join(
+            f"{stack} " + ", ".join(f"{mine} to {its}" for mine, its in pairs)
+            for stack, pairs in trainer.matched_states.items()
+        ),
+        "match_first_position": method.match_first_position,
+    }
     return {
         "method": flags.method,
         "loss": method.formula,
@@ -170,6 +183,8 @@ def _facts(
         "divergence": method.divergence,
         "divergence_beta": method.divergence_beta,
         **(relations if method.places else {}),
+        **(matched if method.hidden_terms else {}),
+        "student_init": method.student_init,
         "texts": flags.train_file or "documentation of the standard library",
         "training_chunks": len(data.train),
         "held_out_chunks": len(data.held_out),

@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, default_data_collator
 
 from . import corpus
-from .arguments import FastkdArguments, TransformersArguments
+from .arguments import FastkdArguments, TransformersArguments, chosen_method
 from .cache import cached, digest
 from .data import SpanCorruption, pack
 from .errors import InputError
 from .objectives import METHODS, Method
 from .report import Outcome
-from .student import load_teacher, new_model, t5_config
+from .student import is_tied, load_teacher, new_model, slice_teacher, smaller_config, t5_config
 from .tokenizer import SENTINELS, padded_size, train_tokenizer
 from .trainer import DistillTrainer
 
@@ -62,12 +62,15 @@ def heading(text: str) -> None:
 def check_objective(flags: FastkdArguments, method: Method, teacher: Any) -> None:
     """Raise InputError if the method cannot compare the student with the teacher: one that was given, or the trained.
 
-    Before anything else is made, so that nobody waits for a teacher that is of no use.
+    Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
+    of no use.
     """
     student_config = t5_config(1, flags.student_d_model, flags.student_layers)
-    trained_config = t5_config(1, flags.teacher_d_model, flags.teacher_layers)
+    teacher_config = teacher.config if teacher else t5_config(1, flags.teacher_d_model, flags.teacher_layers)
     try:
-        method.check_fits(student_config, teacher.config if teacher else trained_config)
+        if method.student_init == "slice":
+            student_config = smaller_config(teacher_config, flags.student_d_model, flags.student_layers)
+        method.check_fits(student_config, teacher_config)
     except ValueError as error:
         raise InputError(f"--{error}") from error
 
@@ -171,23 +174,25 @@ def train_student(
     teacher: Teacher | None,
     checkpoint: Path | None = None,
 ) -> tuple[DistillTrainer, Outcome]:
-    """Train the student by a method. Its first weights and its data depend on the flags, not on the method."""
-    tokenizer = data.tokenizer
+    """Train the student by a method. Its shape, first weights and data depend on the flags, not on the method.
+
+    But the first weights are only a slice of the teacher for a method that starts so: the baseline is from scratch.
+    """
     heading(f"Student: {name} ({method.summary})")
-    rows = teacher.model.config.vocab_size if teacher else padded_size(tokenizer)
-    config = t5_config(
-        rows, flags.student_d_model, flags.student_layers, tokenizer.pad_token_id, tokenizer.eos_token_id
-    )
-    trainer = make_trainer(
-        flags,
-        args,
-        data,
-        new_model(config, args.seed),
-        name,
-        method=method,
-        teacher=teacher.model if teacher else None,
-    )
+    student = new_student(flags, data, teacher.model if teacher else None, args.seed)
+    if teacher and method.student_init == "slice":
+        slice_teacher(student, teacher.model)
+    trainer = make_trainer(flags, args, data, student, name, method=method, teacher=teacher.model if teacher else None)
     return trainer, fit(trainer, name, checkpoint)
+
+
+def new_student(flags: FastkdArguments, data: Data, teacher: Any, seed: int) -> Any:
+    """Return a student with random weights, of the teacher's variant of T5 if the flags ask for a slice of it."""
+    width, layers, tokenizer = flags.student_d_model, flags.student_layers, data.tokenizer
+    if chosen_method(flags).student_init == "slice":
+        return new_model(smaller_config(teacher.config, width, layers), seed, tied=is_tied(teacher))
+    rows = teacher.config.vocab_size if teacher else padded_size(tokenizer)
+    return new_model(t5_config(rows, width, layers, tokenizer.pad_token_id, tokenizer.eos_token_id), seed)
 
 
 def make_trainer(
@@ -204,6 +209,7 @@ def make_trainer(
         processing_class=data.tokenizer,
         workspace_mb=flags.workspace_mb,
         embedding_learning_rate=flags.embedding_learning_rate,
+        projection_learning_rate=flags.projection_learning_rate,
         **objective,
     )
     trainer.show_progress(title)
@@ -211,8 +217,9 @@ def make_trainer(
 
 
 def count_parameters(model: Any) -> int:
-    """Return the number of a model's parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of parameters that a model is saved with, shared ones once."""
+    unsaved = model._keys_to_ignore_on_save or ()  # a projection that only training needs
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in unsaved)
 
 
 def fit(trainer: DistillTrainer, name: str, checkpoint: Path | None = None) -> Outcome:

@@ -1,10 +1,15 @@
-"""T5 models of a given size, and teachers from a folder."""
+"""T5 models of a given size, students sliced from their teacher, and teachers from a folder."""
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .capture import matched_layer
 from .errors import InputError
 
 HEAD_WIDTH = 32
@@ -36,14 +41,89 @@ def t5_config(vocabulary_size: int, d_model: int, layers: int, pad: int = 0, eos
     )
 
 
-def new_model(config: Any, seed: int) -> Any:
-    """Return a `T5ForConditionalGeneration` with random weights that depend on (config, seed) alone."""
+def new_model(config: Any, seed: int, tied: bool = True) -> Any:
+    """Return a `T5ForConditionalGeneration` with random weights that depend on (config, seed, tied) alone.
+
+    tied: whether the head is the embedding.
+    """
     from transformers import T5ForConditionalGeneration, set_seed
 
     set_seed(seed)
     model = T5ForConditionalGeneration(config)
+    if not tied:  # some versions of transformers tie every T5 made from a config, others start the head far too large
+        head = torch.randn_like(model.shared.weight) * config.d_model**-0.5
+        model.lm_head.weight = torch.nn.Parameter(head)
     model.generation_config.max_new_tokens = 64
     return model
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether a T5's head is its embedding; in some versions of transformers its config does not tell."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def smaller_config(config: Any, d_model: int, layers: int) -> Any:
+    """Return a teacher's config, shrunk to a student `d_model` wide with `layers` encoder and as many decoder layers.
+
+    The number of heads and the width of the feed-forward layer shrink like d_model, rounded down; everything else
+    stays, the width of a head included, but for the dropout, which is 0 as in `t5_config`.
+    Raises ValueError, calling the sizes by their flags, if one is larger than the teacher's.
+    """
+    depth = min(config.num_layers, config.num_decoder_layers)
+    for name, given, largest in (("d_model", d_model, config.d_model), ("layers", layers, depth)):
+        if given > largest:
+            raise ValueError(
+                f"student_{name}: expected at most {largest}, the teacher's, to be sliced from it, got {given} "
+                "(--student_init random allows any)"
+            )
+    smaller = copy.deepcopy(config)
+    smaller.num_heads = max(config.num_heads * d_model // config.d_model, 1)
+    smaller.d_ff = max(config.d_ff * d_model // config.d_model, 1)
+    smaller.d_model, smaller.num_layers, smaller.num_decoder_layers = d_model, layers, layers
+    smaller.dropout_rate = 0.0
+    return smaller
+
+
+@torch.no_grad()
+def slice_teacher(student: Any, teacher: Any) -> None:
+    """Set every matrix of the student to the top-left part of the teacher's (HSM, Dasgupta and Cohn, 2025).
+
+    Layer i of the student, from 0, comes from layer round(i * L_T / L_S) of the teacher, so the first, which holds the
+    relative-position bias of its stack, from the first. Vectors, as those of layer norms, keep their first entries.
+    Where both models' heads are equally wide, the top-left part of a projection is the teacher's first heads; where
+    not, it cuts through them. A student of the teacher's own shape becomes its copy.
+    Raises ValueError if the student is larger somewhere, or another variant of T5: another feed-forward layer, a head
+    tied in one model only, another vocabulary or other buckets of relative positions.
+    """
+    if is_tied(student) != is_tied(teacher):
+        kinds = {True: "tied to its embedding", False: "of its own"}
+        its, mine = (kinds[is_tied(model)] for model in (teacher, student))
+        raise ValueError(f"student: expected a head {its}, as the teacher's, to slice it, got one {mine}")
+    for name in ("vocab_size", "feed_forward_proj", "relative_attention_num_buckets", "scale_decoder_outputs"):
+        expected, given = (getattr(model.config, name, None) for model in (teacher, student))
+        if given != expected:
+            raise ValueError(f"student: expected the teacher's {name}, {expected!r}, to slice it, got {given!r}")
+    sources = dict(teacher.named_parameters(remove_duplicate=False))
+    for name, parameter in student.named_parameters():
+        source = sources[_teacher_name(name, student, teacher)]
+        if any(mine > its for mine, its in zip(parameter.shape, source.shape, strict=True)):
+            raise ValueError(
+                f"student: expected {name} of at most {tuple(source.shape)}, the teacher's shape, to slice it, "
+                f"got {tuple(parameter.shape)}"
+            )
+        parameter.copy_(source[tuple(map(slice, parameter.shape))])
+
+
+def _teacher_name(name: str, student: Any, teacher: Any) -> str:
+    """Return the name of the teacher's parameter that one of the student's is sliced from."""
+    match = re.match(r"(encoder|decoder)\.block\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    stack, layer, rest = match.groups()
+    depths = [len(getattr(model, stack).block) for model in (student, teacher)]
+    if depths[0] > depths[1]:
+        raise ValueError(f"student: expected at most {depths[1]} {stack} layers, the teacher's, got {depths[0]}")
+    return f"{stack}.block.{matched_layer(int(layer), *depths)}.{rest}"
 
 
 def load_teacher(folder: str | Path) -> tuple[Any, Any]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer
 
 from .callbacks import LossBar, StepTimer, WindowedValues
-from .capture import PLACES, capture_qkv
+from .capture import PLACES, capture_qkv, hidden_states
 from .data import EpochSampler
 from .evaluate import held_out_metrics, token_scores
-from .objectives import Method, relation_loss, vocabulary_loss
-from .optimizer import gradient_norms, set_embedding_rate
+from .objectives import Method, hidden_loss, hidden_masks, relation_loss, vocabulary_loss
+from .optimizer import gradient_norms, set_embedding_rate, set_own_rate
+
+PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
 
 
 @contextlib.contextmanager
@@ -64,12 +67,18 @@ class DistillTrainer(Seq2SeqTrainer):
     method: a row of METHODS, or one with other settings by `dataclasses.replace`. teacher: a T5 with the student's
     vocabulary, or None if the method needs none; it is frozen, kept in evaluation mode and never part of a checkpoint.
     workspace_mb: see `fastkd.linear_kl`. embedding_learning_rate: see `optimizer.set_embedding_rate`;
-    None gives the embedding the rate of all other weights.
+    None gives the embedding the rate of all other weights. projection_learning_rate: that of the matrix by which
+    "hidden_linear" projects the student's hidden states to the teacher's width, one for all layers. It becomes
+    `model.hidden_projection`, so that its gradient is reduced, clipped and reset with the student's; checkpoints keep
+    it in a file of its own, and no `save_pretrained` of the student holds it.
     Batches hold input_ids and labels (-100 where there is padding), and attention_mask where there is padding.
     Evaluation gives eval_loss (nats per target token, plain cross-entropy for every method) and eval_token_accuracy.
     Log entries hold, beside transformers' own, "loss_<term>" of each term times its weight (vocabulary terms together),
     which add up to "loss"; and "grad_norm_encoder" and "grad_norm_decoder", before clipping and without the embedding
     that both share: means over the steps since the last entry, and the largest as "..._max".
+    Hidden-state terms are computed in every batch and on every device by itself, as CKA is no sum over tokens, and then
+    averaged by their shares of the target tokens: accumulation keeps their scale, but CKA of fewer tokens than the
+    states are wide is far off, so micro-batches should be well above that.
     Under DDP with activation checkpointing, a method without vocabulary terms needs `--ddp_find_unused_parameters
     true`: nothing depends on the last layer's output, and only without checkpointing is that transformers' default.
     Raises ValueError if the method needs a teacher and none is given, or does not fit the two models.
@@ -82,6 +91,7 @@ class DistillTrainer(Seq2SeqTrainer):
         teacher: Any = None,
         workspace_mb: float | None = None,
         embedding_learning_rate: float | None = None,
+        projection_learning_rate: float = 1e-4,
         **kwargs: Any,
     ):
         kwargs["compute_metrics"] = held_out_metrics
@@ -91,14 +101,26 @@ class DistillTrainer(Seq2SeqTrainer):
         self.method = method
         self.workspace_mb = workspace_mb
         self.embedding_learning_rate = embedding_learning_rate
+        self.projection_learning_rate = projection_learning_rate
         student: Any = self.model
         self.student_layers = method.student_layers(student.config)
         self.teacher = None
         self.teacher_layers: dict[str, int] = {}
+        self.matched_states: dict[str, list[tuple[int, int]]] = {}
+        self.projection: torch.nn.Linear | None = None
         if method.needs_teacher:
             method.check_fits(student.config, teacher.config)
             self.teacher_layers = method.teacher_layers(teacher.config)
+            self.matched_states = method.matched_states(student.config, teacher.config)
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        self.student_states, self.teacher_states = (
+            {stack: [pair[side] for pair in pairs] for stack, pairs in self.matched_states.items()} for side in (0, 1)
+        )
+        if "hidden_linear" in method.terms:
+            widths = student.config.d_model, teacher.config.d_model
+            self.projection = torch.nn.Linear(*widths, bias=False, device=self.args.device)
+            student.hidden_projection = self.projection
+            student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), "hidden_projection.weight"}
         self._timer = StepTimer()
         self._window = WindowedValues()
         self.add_callback(self._timer)
@@ -116,7 +138,21 @@ class DistillTrainer(Seq2SeqTrainer):
         optimizer = super().create_optimizer(model)
         if is_new and self.embedding_learning_rate is not None:
             set_embedding_rate(optimizer, self.model, self.embedding_learning_rate)
+        if is_new and self.projection is not None:
+            set_own_rate(optimizer, self.projection, self.projection_learning_rate)
         return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student, and beside it, if it is a checkpoint, the projection of its hidden states."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.projection is not None and self.args.should_save:
+            torch.save(self.projection.state_dict(), Path(str(output_dir)) / PROJECTION_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.projection is not None:
+            state = torch.load(Path(resume_from_checkpoint) / PROJECTION_FILE, map_location="cpu", weights_only=True)
+            self.projection.load_state_dict(state)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -134,23 +170,35 @@ class DistillTrainer(Seq2SeqTrainer):
                 batch["encoder_rows"] = rows
         return batches, targets
 
-    def _states(self, model: Any, inputs: dict[str, Any], layers: Mapping[str, int], hidden: bool) -> dict[str, Any]:
+    def _states(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        layers: Mapping[str, int],
+        hidden: bool,
+        stacks: Mapping[str, Sequence[int]],
+    ) -> dict[str, Any]:
         """Return what the loss needs of a student (possibly wrapped) or teacher: [q, k, v] of each place in `layers`.
 
-        And, if asked for, the head's input "hidden" [B, L, H]. The head's weight "head" [V, H] is always there.
+        And "states", a list of the hidden states in `stacks` (see `capture.hidden_states`), the student's projected if
+        there is a projection; if asked for, the head's input "hidden" [B, L, H]; and the head's weight "head" [V, H].
         """
         bare = self.accelerator.unwrap_model(model)
         # Labels stay out: the model would compute its own loss from them.
         arguments = {name: value for name, value in inputs.items() if name not in ("labels", "encoder_rows")} | {
             "decoder_input_ids": bare.prepare_decoder_input_ids_from_labels(inputs["labels"]),
             "use_cache": False,
+            "output_hidden_states": bool(stacks),
         }
 
-        with (
-            without_head(bare),
-            capture_qkv(bare, layers) as captured,
-            returning(bare, lambda output: {"hidden": output.logits, **captured} if hidden else {**captured}),
-        ):
+        def needed(output: Any) -> dict[str, Any]:
+            states = hidden_states(output, stacks)
+            if self.projection is not None and bare is not self.teacher:
+                # Here, and not in the loss, for DDP to see that the projection is used.
+                states = [self.projection(state) for state in states]
+            return {**captured, "states": states, **({"hidden": output.logits} if hidden else {})}
+
+        with without_head(bare), capture_qkv(bare, layers) as captured, returning(bare, needed):
             states = model(**arguments)
         return {**states, "head": bare.get_output_embeddings().weight}
 
@@ -181,6 +229,11 @@ class DistillTrainer(Seq2SeqTrainer):
             rows["encoder"] = inputs.get("encoder_rows", rows["encoder"])
         for place in method.places:
             terms[place] = relation_loss(method, place, student[place], teacher[place], masks, rows)
+        for term in method.hidden_terms:
+            compared = hidden_masks(masks, method.match_first_position)
+            per_pair = [compared[stack] for stack, pairs in self.matched_states.items() for _ in pairs]
+            share = 1.0 if targets is None else masks["decoder"].sum() / torch.as_tensor(targets).clamp_min(1)
+            terms[term] = share * hidden_loss(method, student["states"], teacher["states"], per_pair)
         return terms
 
     def compute_loss(
@@ -195,8 +248,8 @@ class DistillTrainer(Seq2SeqTrainer):
         with self.accelerator.autocast():
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher = self._states(self.teacher, inputs, self.teacher_layers, hidden)
-            student = self._states(model, inputs, self.student_layers, hidden)
+                    teacher = self._states(self.teacher, inputs, self.teacher_layers, hidden, self.teacher_states)
+            student = self._states(model, inputs, self.student_layers, hidden, self.student_states)
             terms = self._terms(student, teacher, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients, the normalizers are global already.
@@ -231,7 +284,7 @@ class DistillTrainer(Seq2SeqTrainer):
         """Return (None, token scores [B, L, 2], labels [B, L]); held_out_metrics averages them over all batches."""
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
-            states = self._states(model, inputs, {}, hidden=True)
+            states = self._states(model, inputs, {}, hidden=True, stacks={})
             scores = token_scores(states["hidden"], states["head"], inputs["labels"])
         return None, scores, inputs["labels"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -27,11 +28,17 @@ EXPECTED: dict[str, tuple[str, int]] = {
     "miniend-d-nologit": ("decoder cross", 1),
     "miniend-e": ("kl decoder encoder", 1),
     "miniend-e-nologit": ("decoder encoder", 1),
+    "hsm-kd": ("ce kl", 1),
+    "hsm-cka": ("ce kl cka", 1),
+    "hsm-linear": ("ce kl linear", 1),
 }
 
 
-def forward(model: Any, batch: dict[str, torch.Tensor], layer: int) -> tuple[torch.Tensor, dict[str, list[Any]]]:
-    """Logits, and the queries, keys and values of a layer (counted from 1) at the three places."""
+HIDDEN = [(0, 0), (1, 2), (2, 3)]  # states of 2 layers and of 3, rounded to even: layer 1 belongs to 1.5
+
+
+def forward(model: Any, batch: dict[str, torch.Tensor], layer: int) -> tuple[Any, dict[str, list[Any]]]:
+    """The output, and the queries, keys and values of a layer (counted from 1) at the three places."""
     attentions = {
         "encoder": model.encoder.block[layer - 1].layer[0].SelfAttention,
         "decoder": model.decoder.block[layer - 1].layer[0].SelfAttention,
@@ -43,10 +50,10 @@ def forward(model: Any, batch: dict[str, torch.Tensor], layer: int) -> tuple[tor
         for name, attention in attentions.items()
         for projection in (attention.q, attention.k, attention.v)
     ]
-    logits = model(**batch).logits
+    output = model(**batch, output_hidden_states=True)
     for handle in handles:
         handle.remove()
-    return logits, states
+    return output, states
 
 
 def eager_relation(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -62,6 +69,13 @@ def eager_relation(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Ten
     return rows.mean(1)[mask].mean()
 
 
+def eager_cka(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """One pair's loss, of hidden states [N, d], from their covariances."""
+    a, b = (x.double() - x.double().mean(0) for x in (student, teacher))
+    cross, mine, its = ((x.T @ y).norm() for x, y in ((b, a), (a, a), (b, b)))
+    return 1 - cross / (mine * its).sqrt()
+
+
 def eager_terms(
     method: str, student: Any, teacher: Any, batch: dict[str, torch.Tensor], teacher_layer: int
 ) -> dict[str, torch.Tensor]:
@@ -69,10 +83,10 @@ def eager_terms(
     names, tau = EXPECTED[method]
     labels = batch["labels"]
     keep = labels != -100
-    s, student_states = forward(student, batch, len(student.encoder.block))
+    student_output, student_states = forward(student, batch, len(student.encoder.block))
     with torch.no_grad():
-        t, teacher_states = forward(teacher, batch, teacher_layer)
-    s, t = s[keep].double(), t[keep].double()
+        teacher_output, teacher_states = forward(teacher, batch, teacher_layer)
+    s, t = (output.logits[keep].double() for output in (student_output, teacher_output))
     kl = F.kl_div((s / tau).log_softmax(-1), (t / tau).log_softmax(-1), log_target=True, reduction="batchmean")
     terms = {"ce": F.cross_entropy(s, labels[keep]), "kl": tau**2 * kl}
     padding = batch["attention_mask"].bool()
@@ -80,6 +94,17 @@ def eager_terms(
     for name, mask in masks.items():
         pairs = zip(student_states[name], teacher_states[name], mask, strict=True)
         terms[name] = torch.stack([eager_relation(*pair, causal=name == "decoder") for pair in pairs]).mean()
+
+    read = torch.nn.functional.pad(keep, (1, 0))[:, :-1]  # decoder positions that read a target
+    if "cka" in names or "linear" in names:
+        matched = []
+        for stack, mask, pairs in (("encoder", padding, HIDDEN), ("decoder", read, HIDDEN)):
+            mine, its = (output[f"{stack}_hidden_states"] for output in (student_output, teacher_output))
+            matched += [(mine[i][mask], its[j][mask]) for i, j in pairs]
+        terms["cka"] = torch.stack([eager_cka(*pair) for pair in matched]).sum()
+    if "linear" in names:
+        errors = [F.mse_loss(student.hidden_projection(mine), its) for mine, its in matched]
+        terms["linear"] = torch.stack(errors).sum()
     return {name: terms[name] for name in names.split()}
 
 
@@ -92,13 +117,13 @@ def test_loss_and_gradients(
     method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
     batch = make_batch()
-    reference, teacher = tiny(32, 1, layers=2), tiny(64, 2, layers=3)
+    student, teacher = tiny(32, 1, layers=2), tiny(64, 2, layers=3)
+    trainer = make_trainer(student, method, teacher=teacher)
+    reference = copy.deepcopy(student)
     expected = torch.stack(list(eager_terms(method, reference, teacher, batch, teacher_layer=3).values())).sum()
     expected.backward()
     expected_gradients = {name: p.grad for name, p in reference.named_parameters()}
 
-    student = tiny(32, 1, layers=2)
-    trainer = make_trainer(student, method, teacher=teacher)
     loss = trainer.compute_loss(student, batch)
     loss.backward()
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-6)

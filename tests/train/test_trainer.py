@@ -124,7 +124,7 @@ def test_gradient_norms_of_scaled_losses(tiny: Callable[..., Any], make_batch: C
         torch.testing.assert_close(norm, expected[name])
 
 
-@pytest.mark.parametrize("method", ["kd", "minilm", "miniend-d-nologit", "miniend-e"])
+@pytest.mark.parametrize("method", ["kd", "minilm", "miniend-d-nologit", "miniend-e", "hsm-cka", "hsm-linear"])
 def test_ddp_reduces_all_gradients(
     method: str,
     tiny: Callable[..., Any],
