@@ -742,8 +742,8 @@ TILES = {
     ("bias", 2): {128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     ("diagonals", 2): {128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
     ("forward", 4): {128: (64, 16, 8, 2), 256: (32, 16, 8, 1)},
-    ("gradient", 4): {64: (32, 16, 4, 2), 128: (64, 16, 8, 2), 256: (32, 16, 8, 1)},
-    ("bias", 4): {128: (32, 16, 4, 2), 256: (32, 16, 8, 1)},
+    ("gradient", 4): {64: (32, 16, 8, 2), 256: (32, 16, 8, 1)},
+    ("bias", 4): {32: (32, 16, 4, 1), 128: (32, 16, 4, 2), 256: (32, 16, 8, 1)},
     ("diagonals", 4): {128: (32, 32, 4, 2), 256: (16, 16, 4, 1)},
     ("forward", 8): {64: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
     ("gradient", 8): {64: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
@@ -778,9 +778,9 @@ class _Setting:
         by_width = TILES[kernel, size]
         block_m, block_n, warps, stages = by_width[min((w for w in by_width if w >= width), default=max(by_width))]
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        if size == 2 and torch.version.hip is None:
-            # Left to itself, ptxas spills a few constants to fit one block more into a multiprocessor. Not so where it
-            # multiplies in fp32: there it would use up what it is given.
+        if (size == 2 or (size == 4 and kernel == "gradient")) and torch.version.hip is None:
+            # Left to itself, ptxas spills a few constants to fit one block more into a multiprocessor. Not so in the
+            # other kernels that multiply in fp32: there it would use up what it is given, and spill for that.
             options["maxnreg"] = 255
         return block_m, block_n, options
 

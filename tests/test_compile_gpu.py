@@ -7,6 +7,8 @@ not compiled here. Of those left out, some fp64 kernels are known to spill on gf
 
 Triton, attention: what tests/compile_attention.py chooses; all of it by `python -m tests.compile_attention --all`.
 
+Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.compile_cka --all`.
+
 nvcc: the mathematics in csrc/divergence.h, in both precisions, for sm_80 and sm_90.
 """
 
@@ -76,16 +78,11 @@ def test_two_sum_survives(compiled: dict):
     assert not any(name.startswith("fma") for name in count), count
 
 
-def _two_registers(kernel: dict) -> int:
-    """On sm_80 ptxas puts as much of some fp32 kernels aside, far from their 255, to fit one block more."""
-    return 8 if kernel["target"] == "sm_80" and kernel["dtype"] == "fp32" else 0
-
-
 def test_no_attention_kernel_spills(attention: list):
     from .compile_attention import table
 
     print("\n" + table(attention))
-    spilling = [kernel for kernel in attention if kernel["local"] > _two_registers(kernel)]
+    spilling = [kernel for kernel in attention if kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
 
 
@@ -100,6 +97,36 @@ def test_attention_multiplies_by_warp_group(attention: list):
     """wgmma is Hopper's way to the full rate of its tensor cores."""
     hopper = [kernel for kernel in attention if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
     assert hopper and all(kernel["wgmma"] for kernel in hopper), hopper
+
+
+@pytest.fixture(scope="module")
+def cka() -> list:
+    return _compiled("compile_cka")
+
+
+def test_no_cka_kernel_spills(cka: list):
+    """On NVIDIA's. AMD's compiler puts scalars aside that tell the pairs of a launch apart."""
+    from .compile_cka import table
+
+    print("\n" + table(cka))
+    spilling = [kernel for kernel in cka if kernel["target"].startswith("sm_") and kernel["local"] != 0]
+    assert not spilling, "\n" + table(spilling)
+    assert {kernel["target"] for kernel in cka} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def test_shared_memory_of_cka_fits(cka: list):
+    from .compile_common import SHARED_LIMIT
+
+    for kernel in cka:
+        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
+
+
+def test_cka_multiplies_by_warp_group(cka: list):
+    gemms = ("covariance", "gram", "gradient", "gram_gradient")
+    hopper = [kernel for kernel in cka if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
+    hopper = [kernel for kernel in hopper if kernel["kernel"] in gemms]
+    assert {kernel["kernel"] for kernel in hopper} == set(gemms)
+    assert all(kernel["wgmma"] for kernel in hopper), hopper
 
 
 # ---- nvcc ------------------------------------------------------------------------------------------------------------

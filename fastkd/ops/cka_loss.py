@@ -17,7 +17,6 @@ N tokens (any leading shape), Ds and Dt widths, W their sum.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
@@ -248,11 +247,6 @@ def _from_covariance(covariance: Tensor, width: int, count: Tensor, eps: float, 
     return loss, factor
 
 
-def _has_triton_kernels() -> bool:
-    """Until there are, torch's own GEMMs do the same on a GPU."""
-    return importlib.util.find_spec("fastkd.kernels.cka") is not None
-
-
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast has had its say on the inputs; in here it would round the GEMMs' operands once more."""
 
@@ -274,7 +268,7 @@ def _cka_loss(
     squared: bool,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    if group is None and backend_for(student[0].device)[0] == "triton" and _has_triton_kernels():
+    if group is None and backend_for(student[0].device)[0] == "triton":
         from ..kernels import cka as kernels
 
         return kernels.cka_loss(student, teacher, mask, gradients, eps, squared)
@@ -337,7 +331,7 @@ def _cka_loss_backward(
     gradients: Sequence[bool],
     grad_loss: Tensor,  # [pairs] float64
 ) -> list[Tensor]:
-    if backend_for(student[0].device)[0] == "triton" and _has_triton_kernels():
+    if backend_for(student[0].device)[0] == "triton":
         from ..kernels import cka as kernels
 
         return kernels.cka_loss_backward(student, teacher, mask, mean, factor, gradients, grad_loss)

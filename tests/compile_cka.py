@@ -1,0 +1,91 @@
+"""Compiles kernels/cka.py for GPUs that need not be here, and tells what each binary uses of them.
+
+    python -m tests.compile_cka                     # the table of what test_compile_gpu.py checks
+    python -m tests.compile_cka --all               # every dtype, both products and every target
+    python -m tests.compile_cka --all --target sm_80
+
+As in tests/compile_attention.py, kernels are compiled as their launches specialise them, and not started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+
+import torch
+
+from fastkd.kernels import cka as kernels
+
+from .compile_attention import launches
+from .compile_common import DTYPES, TARGETS, in_parallel, resources
+
+WIDTHS = 512, 768
+
+
+def call(dtype: torch.dtype, grams: bool, pairs: int) -> None:
+    """Forward and backward, with masks."""
+    tokens = 1024 if grams else 4096
+    student, teacher = ([torch.empty(tokens, width, dtype=dtype)] * pairs for width in WIDTHS)
+    mask = [torch.empty(tokens, dtype=torch.bool)] * pairs
+    wanted = [True] * pairs
+    loss, mean, factor = kernels.cka_loss(student, teacher, mask, wanted, 1e-8, False)
+    kernels.cka_loss_backward(student, teacher, mask, mean, factor, wanted, loss)
+
+
+def measure(case: tuple) -> list[dict]:
+    """Compiles one case: (target, dtype, whether by Grams, how many pairs)."""
+    target, dtype, *rest = case
+    for kernel in (
+        kernels.means_kernel,
+        kernels.covariance_kernel,
+        kernels.gram_kernel,
+        kernels.loss_kernel,
+        kernels.gradient_kernel,
+        kernels.gram_gradient_kernel,
+    ):
+        kernel.device_caches.clear()
+    with launches(target) as found:
+        call(DTYPES[dtype], *rest)
+    named = dict(zip(("target", "dtype", "grams", "pairs"), case, strict=True))
+    results = []
+    for kernel, binary, _ in found:
+        wgmma = "wgmma.mma_async" in binary.asm.get("ptx", "")
+        results.append(
+            {**named, "kernel": kernel, "warps": binary.metadata.num_warps, "wgmma": wgmma, **resources(target, binary)}
+        )
+    return results
+
+
+def chosen() -> list[tuple]:
+    """What the tests compile."""
+    cases = [(target, "bf16", grams, 12) for target in ("sm_80", "sm_90", "sm_100") for grams in (False, True)]
+    return [*cases, ("sm_80", "fp32", False, 2), ("sm_90", "fp32", False, 2), ("gfx942", "bf16", False, 2)]
+
+
+def everything() -> list[tuple]:
+    return list(itertools.product(TARGETS, DTYPES, (False, True), (1, 12)))
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        f"{'target':8}{'kernel':15}{'dtype':6}{'product':12}{'pairs':6}"
+        f"{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}  wgmma"
+    ]
+    for r in results:
+        lines.append(
+            f"{r['target']:8}{r['kernel']:15}{r['dtype']:6}{'Grams' if r['grams'] else 'covariance':12}{r['pairs']:5} "
+            f"{r['warps']:6}{r['registers']:6}{r['local']:7}{r['shared']:8}  {'yes' if r['wgmma'] else 'no'}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
+    measured = list(itertools.chain.from_iterable(in_parallel(measure, cases)))
+    print(json.dumps(measured) if options.json else table(measured))
