@@ -20,7 +20,7 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.test
 	-$(BIN)/python -m fastkd.doctor
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py

@@ -128,9 +128,9 @@ def test_both_forms_in_chunks_of_any_size(dtype, masked: bool, grams: bool, monk
     mask = torch.rand(57) < 0.6 if masked else torch.ones(57, dtype=torch.bool)
     loss, gradients = oracle(CKA_LOSS, inputs, mask=mask)
     monkeypatch.setattr(op_file, "_by_grams", lambda tokens, widths: grams)
-    for workspace, tile in ((1, 1), (100, 7), (600, 16), (2**20, 192)):
+    for workspace, strip in ((1, 1), (100, 7), (600, 16), (2**20, 128)):
         monkeypatch.setattr(op_file, "WORKSPACE", workspace)
-        monkeypatch.setattr(op_file, "TILE", tile)
+        monkeypatch.setattr(op_file, "STRIP", strip)
         got, got_gradients = value_and_gradients(
             CKA_LOSS, poison(inputs, mask), impl="fused", mask=mask if masked else None
         )

@@ -179,12 +179,16 @@ void Arguments::check() const {
 // ---- the bias on a row of scores, and its gradient ------------------------------------------------------------------
 
 template <class F, class G>
-void add_row(const F* row, int64_t n, G* target, int64_t stride) {
-  if (stride == 0) {
-    for (int64_t j = 0; j < n; ++j) *target += row[j];
-  } else {
-    for (int64_t j = 0; j < n; ++j) target[j * stride] += row[j];
-  }
+FASTKD_CLONES void add_row(const F* row, int64_t n, G* target) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) target[j] += row[j];
+}
+
+// To every key's element of a contiguous gradient, or to the one that is for all keys.
+template <class F, class G>
+void add_row(const F* row, int64_t n, G* target, bool one_for_all) {
+  if (!one_for_all) return add_row(row, n, target);
+  for (int64_t j = 0; j < n; ++j) *target += row[j];
 }
 
 // gradient[b, h, query, key...] += row, for a dense bias.
@@ -194,9 +198,9 @@ void add_dense_gradient(const Tensor& gradient, int64_t b, int64_t h, int64_t qu
   const auto stride = [&](int64_t i) { return gradient.size(i) == 1 ? 0 : gradient.stride(i); };
   const int64_t at = b * stride(0) + h * stride(1) + query * stride(2) + key * stride(3);
   if (gradient.scalar_type() == ScalarType::Double) {
-    add_row(row, n, static_cast<double*>(gradient.data_ptr()) + at, stride(3));
+    add_row(row, n, static_cast<double*>(gradient.data_ptr()) + at, stride(3) == 0);
   } else {
-    add_row(row, n, static_cast<float*>(gradient.data_ptr()) + at, stride(3));
+    add_row(row, n, static_cast<float*>(gradient.data_ptr()) + at, stride(3) == 0);
   }
 }
 
@@ -309,8 +313,7 @@ class Worker {
       const int64_t at = b_ * bias->stride(0) + h_ * bias->stride(1);
       char* data = static_cast<char*>(bias->data_ptr()) + at * bias->element_size();
       const Matrix<F> matrix(data, bias->scalar_type(), bias->stride(2), bias->stride(3));
-      const F* added = matrix.read(query, keys.begin, n, row_);
-      for (int64_t j = 0; j < n; ++j) row[j] += added[j];
+      add_row(matrix.read(query, keys.begin, n, row_), n, row);
     } else if (bias) {
       add_bias(row, static_cast<const F*>(bias->data_ptr()) + h_ * bias->size(1), n, distance, a_.reach(*bias));
     }

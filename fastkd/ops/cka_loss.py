@@ -30,6 +30,7 @@ from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
 from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor
 from .dtypes import autocast_like_linear, score_dtype
+from .huge_pages import in_huge_pages
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["CKA", "check_constants", "cka_loss"]
 
 REDUCTIONS = ("sum", "mean", "none")
-# Widest tile on the diagonal of a symmetric product. Smaller ones compute less of the lower half, more slowly.
-TILE = 192
+# Columns of a symmetric product that are computed together. Fewer would compute less of the lower half, more slowly.
+STRIP = 128
 # Numbers in the workspace: tokens times widths of a chunk.
-WORKSPACE = 2**20
+WORKSPACE = 2**21
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
@@ -121,10 +122,11 @@ def _token_chunks(mask: Tensor | None, tokens: int, widths: int) -> Iterator[sli
     yield from (valid[rows] for rows in _slices(valid.shape[0], step))
 
 
-def _count_and_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _count_and_mean(x: Tensor, mask: Tensor | None, like: Tensor, workspace: _Memory) -> tuple[Tensor, Tensor]:
     """How many tokens of x [N, D] are valid, and their mean [D], both float64.
 
-    The mean is taken from the first valid token on, so that tokens that are all the same have exactly that mean.
+    The mean is taken from the first valid token on, in the precision of `like`: an offset costs nothing, and tokens
+    that are all the same have exactly that mean.
     """
     count = torch.tensor(x.shape[0], dtype=torch.float64) if mask is None else mask.sum(dtype=torch.float64)
     count = count.to(x.device)
@@ -133,9 +135,8 @@ def _count_and_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return count, total
     first = x[:1] if mask is None else x[mask.int().argmax(keepdim=True)].masked_fill(count == 0, 0)
     for rows in _slices(x.shape[0], max(1, WORKSPACE // (4 * x.shape[1]))):
-        shifted = x[rows].to(torch.float64, copy=True).sub_(first)
-        if mask is not None:
-            shifted.masked_fill_(~mask[rows].unsqueeze(1), 0)
+        shifted = workspace.take(like, rows.stop - rows.start, x.shape[1])
+        _centred_(shifted, x, first[0].to(like.dtype), rows, slice(None), mask)
         total += shifted.sum(0)
     return count, first[0] + total / count.clamp_min(1)
 
@@ -147,34 +148,41 @@ def _centred_(out: Tensor, x: Tensor, mean: Tensor, rows: slice | Tensor, column
         out.masked_fill_(~mask[rows].unsqueeze(1), 0)
 
 
-def _tiles(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, columns) of tiles that cover the upper half of a square: large ones, and small ones on the diagonal."""
-    if stop - start <= TILE:
-        yield slice(start, stop), slice(start, stop)
-        return
-    middle = start + -(-(stop - start) // 2)
-    yield slice(start, middle), slice(middle, stop)
-    yield from _tiles(start, middle)
-    yield from _tiles(middle, stop)
+def _strips(width: int) -> Iterator[slice]:
+    """Columns of a symmetric product. Not in equal parts: GEMMs like round numbers."""
+    return (slice(start, min(start + STRIP, width)) for start in range(0, width, STRIP))
 
 
-def _add_symmetric_(out: Tensor, x: Tensor) -> None:
-    """The upper half of out [D, D] += x^T x, for x [n, D]."""
-    for rows, columns in _tiles(0, x.shape[1]):
-        out[rows, columns].addmm_(x[:, rows].mT, x[:, columns])
+def _add_symmetric_(out: Tensor, x: Tensor, *widths: int) -> None:
+    """out [D, D] += x^T x for x [n, D], in strips of columns that end on the diagonal.
+
+    The strips are those of each of the widths, which add up to D; so the upper halves of their own squares are whole.
+    """
+    start = 0
+    for width in widths:
+        for part in _strips(width):
+            columns = slice(start + part.start, start + part.stop)
+            out[: columns.stop, columns].addmm_(x[:, : columns.stop].mT, x[:, columns])
+        start += width
 
 
 def _mirror_(x: Tensor) -> None:
     """The lower half from the upper."""
-    for rows, columns in _tiles(0, x.shape[0]):
-        if rows != columns:
-            x[columns, rows] = x[rows, columns].mT
+    for columns in _strips(x.shape[0]):
+        x[columns, : columns.start] = x[: columns.start, columns].mT
 
 
-def _norm(x: Tensor) -> Tensor:
-    """The Frobenius norm in float64: near convergence the loss is what norms differ by."""
-    parts = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in x.split(TILE)]
-    return torch.linalg.vector_norm(torch.stack(parts))
+def _square_sum(x: Tensor) -> Tensor:
+    """In float64: near convergence the loss is what norms differ by."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+
+
+def _symmetric_norm(x: Tensor) -> Tensor:
+    """The Frobenius norm of what has only its upper half."""
+    total = x.new_zeros((), dtype=torch.float64)
+    for columns in _strips(x.shape[0]):
+        total += 2 * _square_sum(x[: columns.start, columns]) + _square_sum(x[columns, columns])
+    return total.sqrt()
 
 
 def _covariance(
@@ -183,7 +191,7 @@ def _covariance(
     """The upper half of (B|A)^T (B|A) [W, W]."""
     total = memory.take(mean, mean.shape[0], mean.shape[0]).zero_()
     for _, chunk in _row_chunks(student, teacher, mask, mean, workspace):
-        _add_symmetric_(total, chunk)
+        _add_symmetric_(total, chunk, teacher.shape[1], student.shape[1])
     return total
 
 
@@ -213,7 +221,7 @@ def _gram(x: Tensor, mean: Tensor, mask: Tensor | None, workspace: _Memory) -> T
     """A A^T [N, N]"""
     total = mean.new_zeros(x.shape[0], x.shape[0])
     for _, chunk in _column_chunks(x, mean, mask, workspace):
-        _add_symmetric_(total, chunk.mT)
+        _add_symmetric_(total, chunk.mT, x.shape[0])
     _mirror_(total)
     return total
 
@@ -231,15 +239,17 @@ def _from_grams(student, teacher, mask, mean, count, eps, squared, workspace: _M
     width = teacher.shape[1]
     ours = _gram(student, mean[width:], mask, workspace)
     theirs = _gram(teacher, mean[:width], mask, workspace)
-    s, t = _norm(ours), _norm(theirs)
+    s, t = _symmetric_norm(ours), _symmetric_norm(theirs)
     c = (ours * theirs).sum(dtype=torch.float64).clamp_min(0).sqrt()
     loss, alpha, beta = _loss(c, s, t, count, eps, squared)
     return loss, ours.mul_(beta).sub_(theirs.mul_(alpha))
 
 
 def _from_covariance(covariance: Tensor, width: int, count: Tensor, eps: float, squared: bool) -> tuple[Tensor, Tensor]:
-    _mirror_(covariance)
-    c, s, t = _norm(covariance[:width, width:]), _norm(covariance[width:, width:]), _norm(covariance[:width, :width])
+    cross, ours, theirs = covariance[:width, width:], covariance[width:, width:], covariance[:width, :width]
+    c = torch.stack([_square_sum(rows) for rows in cross.split(STRIP)]).sum().sqrt()
+    s, t = _symmetric_norm(ours), _symmetric_norm(theirs)
+    _mirror_(ours)
     loss, alpha, beta = _loss(c, s, t, count, eps, squared)
     factor = covariance[:, width:].clone()
     factor[:width] *= -alpha
@@ -274,16 +284,17 @@ def _cka_loss(
         return kernels.cka_loss(student, teacher, mask, gradients, eps, squared)
     pairs = list(zip(student, teacher, mask, strict=True))
     counts, means = [], []
+    products, workspace = _Memory(), _Memory()
     for x, t, valid in pairs:
-        count, mean = _count_and_mean(t, valid)
+        like = x.new_empty(0, dtype=score_dtype(x))
+        (count, mean), (_, own_mean) = (_count_and_mean(h, valid, like, workspace) for h in (t, x))
         counts.append(count)
-        means.append(torch.cat([mean, _count_and_mean(x, valid)[1]]))
+        means.append(torch.cat([mean, own_mean]))
     if group is not None:
         counts, means = distributed.total_means(counts, means, group)
     means = [mean.to(score_dtype(x)) for mean, x in zip(means, student, strict=True)]
 
     losses, factors = [], []
-    products, workspace = _Memory(), _Memory()
     for (x, t, valid), count, mean, wanted in zip(pairs, counts, means, gradients, strict=True):
         if group is None and _by_grams(x.shape[0], mean.shape[0]):
             loss, factor = _from_grams(x, t, valid, mean, count, eps, squared, workspace)
@@ -335,7 +346,7 @@ def _cka_loss_backward(
         from ..kernels import cka as kernels
 
         return kernels.cka_loss_backward(student, teacher, mask, mean, factor, gradients, grad_loss)
-    results = [_empty_gradient(x, wanted) for x, wanted in zip(student, gradients, strict=True)]
+    results = [in_huge_pages(_empty_gradient(x, wanted)) for x, wanted in zip(student, gradients, strict=True)]
     scaled, workspace = _Memory(), _Memory()
     for i, out in enumerate(results):
         if gradients[i]:
