@@ -143,7 +143,10 @@ def _count_and_mean(x: Tensor, mask: Tensor | None, like: Tensor, workspace: _Me
 
 def _centred_(out: Tensor, x: Tensor, mean: Tensor, rows: slice | Tensor, columns: slice, mask: Tensor | None) -> None:
     """out = x[rows, columns] less the mean of the columns; 0 for what is not valid and still there."""
-    torch.sub(x[rows, columns], mean[columns], out=out)
+    if x.dtype == out.dtype:
+        torch.sub(x[rows, columns], mean[columns], out=out)
+    else:  # torch.sub would convert x as a whole first
+        out.copy_(x[rows, columns]).sub_(mean[columns])
     if mask is not None and isinstance(rows, slice):
         out.masked_fill_(~mask[rows].unsqueeze(1), 0)
 
@@ -322,13 +325,14 @@ def _gradient(student, teacher, mask, mean, factor, out: Tensor, workspace: _Mem
         for columns, chunk in _column_chunks(student, mean[width:], mask, workspace):
             out[:, columns] = factor @ chunk
         return out
+    product = _Memory()
     if mask is not None:
         out.zero_()
     for rows, chunk in _row_chunks(student, teacher, mask, mean, workspace):
         if isinstance(rows, slice) and out.dtype == factor.dtype:
             torch.mm(chunk, factor, out=out[rows])
         else:
-            out[rows] = (chunk @ factor).to(out.dtype)
+            out[rows] = torch.mm(chunk, factor, out=product.take(chunk, chunk.shape[0], factor.shape[1])).to(out.dtype)
     return out
 
 
