@@ -1,7 +1,8 @@
 // What every translation unit of fastkd/_C starts with: LibTorch's stable ABI and argument checks.
 //
-// Only headers under torch/csrc/stable and torch/headeronly are used, so that one binary serves every torch >= 2.11
-// and, with Python's limited API, every Python >= 3.10.
+// Only headers under torch/csrc/stable and torch/headeronly are used, and for GEMMs AOTInductor's C shim, whose functions
+// are kept compatible for the models it compiled; so one binary serves every torch >= 2.11 and, with Python's limited
+// API, every Python >= 3.10.
 #pragma once
 
 #include <cstdint>
