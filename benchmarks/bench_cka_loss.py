@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from harness import Problem, Run, Target, Unavailable, not_importable
+from harness import Problem, Run, Target, Unavailable
 from report import main
 from torch import Tensor
 
@@ -102,14 +102,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return with_gradients(lambda: torch.stack([one(x, t, mask) for x, t in pairs]).sum())
 
     def ckatorch() -> Run:
-        try:
-            from ckatorch.core import cka_base
-        except ImportError as error:
-            raise not_importable("ckatorch", error) from error
-        if shape.tokens > MOST_TOKENS:
-            raise Unavailable(f"not run with more than {MOST_TOKENS} tokens: N x N matrices in float64")
-        # standard CKA, of which HSM's is the root
-        return eager(lambda x, t, mask: 1 - (cka_base(x, t) if mask is None else cka_base(x[mask], t[mask])).sqrt())
+        raise Unavailable("cannot: computes under torch.no_grad, so no gradients (1.0.3)")
 
     def torch_cka() -> Run:
         raise Unavailable("cannot: takes models, not tensors, and has .item() in it, so no gradients")
