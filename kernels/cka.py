@@ -674,27 +674,25 @@ def cka_loss(
     student: list[Tensor],  # [N, Ds] each
     teacher: list[Tensor],  # [N, Dt] each
     mask: list[Tensor | None],  # [N] bool each
-    gradients: list[bool],
+    by_grams: list[bool],
+    mean: list[Tensor],  # [Dt + Ds] each, of (B|A), to be written
+    factor: list[Tensor],  # [Dt + Ds, Ds], or [N, N] by Grams, each, likewise; empty where it is not wanted
     eps: float,
     squared: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(loss [pairs] float64, means of (B|A), factors of the gradients; those not wanted are empty)"""
-    settings, means, factors = [], [], []
-    for x, t, valid, wanted in zip(student, teacher, mask, gradients, strict=True):
-        tokens, widths = x.shape[0], x.shape[1] + t.shape[1]
-        setting = _setting(x, t, valid, by_grams=tokens < widths)
-        shape = (tokens, tokens) if setting.by_grams else (widths, x.shape[1])
-        settings.append((setting, bool(wanted)))
-        means.append(x.new_empty(widths, dtype=setting.exact))
-        factors.append(x.new_empty(shape if wanted else (0,), dtype=setting.exact))
+) -> Tensor:
+    """The losses [pairs] float64."""
+    settings = [
+        (_setting(x, t, valid, grams), wanted.numel() > 0)
+        for x, t, valid, grams, wanted in zip(student, teacher, mask, by_grams, factor, strict=True)
+    ]
     losses: dict[int, Tensor] = {}
     with torch.cuda.device_of(student[0]):
         for members in _launches(settings):
             setting, wanted = settings[members[0]]
-            lists = [[xs[n] for n in members] for xs in (student, teacher, mask, means, factors)]
+            lists = [[xs[n] for n in members] for xs in (student, teacher, mask, mean, factor)]
             found = _forward(setting, *lists[:4], lists[4] if wanted else None, eps, squared)
             losses.update(zip(members, found.unbind(), strict=True))
-    return torch.stack([losses[n] for n in range(len(student))]), means, factors
+    return torch.stack([losses[n] for n in range(len(student))])
 
 
 def cka_loss_backward(

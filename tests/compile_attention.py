@@ -10,58 +10,16 @@ them, and not started. Not under TRITON_INTERPRET=1, where kernels are Python fu
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-from contextlib import contextmanager
 
 import torch
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from fastkd.divergence import divergence_code
 from fastkd.kernels import attention_kl as kernels
 
-from .compile_common import DTYPES, TARGETS, in_parallel, resources
+from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, resources, uses_wgmma
 
 BATCH, HEADS, LENGTH = 2, 4, 512
-
-
-class _Device:
-    """Stands for the GPU that Triton compiles for."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        return self.target
-
-
-@contextmanager
-def launches(target: str):
-    """A list of (kernel, binary, launch options) that fills up where kernels would have been launched."""
-    found, run = [], JITFunction.run
-
-    def compile_only(kernel, *args, grid, warmup, **options):
-        if target.startswith("gfx"):
-            options.pop("maxnreg", None)
-        binary = run(kernel, *args, grid=grid, warmup=True, **options)
-        found.append((kernel.__name__.removesuffix("_kernel"), binary, options))
-
-    driver.set_active(_Device(TARGETS[target]))
-    for kernel in (kernels.forward_kernel, kernels.gradient_kernel, kernels.bias_kernel, kernels.diagonals_kernel):
-        kernel.device_caches.clear()  # they are by device, and all of ours are number 0
-    JITFunction.run = compile_only
-    try:
-        yield found
-    finally:
-        JITFunction.run = run
 
 
 def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: int, causal: bool) -> None:
@@ -93,10 +51,8 @@ def measure(case: tuple) -> list[dict]:
     for kernel, binary, options in found:
         if kernel == "gradient":
             kernel += " of q" * options["AS_QUERY"] + " of k" * options["AS_KEY"]
-        wgmma = "wgmma.mma_async" in binary.asm.get("ptx", "")
-        results.append(
-            {**named, "kernel": kernel, "warps": options["num_warps"], "wgmma": wgmma, **resources(target, binary)}
-        )
+        measured = {"warps": options["num_warps"], "wgmma": uses_wgmma(binary), **resources(target, binary)}
+        results.append({**named, "kernel": kernel, **measured})
     return results
 
 
@@ -137,11 +93,4 @@ def table(results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
-    measured = list(itertools.chain.from_iterable(in_parallel(measure, cases)))
-    print(json.dumps(measured) if options.json else table(measured))
+    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(measure, cases))), table)

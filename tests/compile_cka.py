@@ -9,16 +9,13 @@ As in tests/compile_attention.py, kernels are compiled as their launches special
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 
 import torch
 
-from fastkd.kernels import cka as kernels
+from fastkd.backend import interpret_triton
 
-from .compile_attention import launches
-from .compile_common import DTYPES, TARGETS, in_parallel, resources
+from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, resources, uses_wgmma
 
 WIDTHS = 512, 768
 
@@ -29,31 +26,21 @@ def call(dtype: torch.dtype, grams: bool, pairs: int) -> None:
     student, teacher = ([torch.empty(tokens, width, dtype=dtype)] * pairs for width in WIDTHS)
     mask = [torch.empty(tokens, dtype=torch.bool)] * pairs
     wanted = [True] * pairs
-    loss, mean, factor = kernels.cka_loss(student, teacher, mask, wanted, 1e-8, False)
-    kernels.cka_loss_backward(student, teacher, mask, mean, factor, wanted, loss)
+    with interpret_triton():  # sends CPU tensors to the kernels, which `launches` does not start
+        loss, mean, factor = torch.ops.fastkd.cka_loss(student, teacher, mask, wanted, 1e-8, False)
+        torch.ops.fastkd.cka_loss_backward(student, teacher, mask, mean, factor, wanted, loss)
 
 
 def measure(case: tuple) -> list[dict]:
     """Compiles one case: (target, dtype, whether by Grams, how many pairs)."""
     target, dtype, *rest = case
-    for kernel in (
-        kernels.means_kernel,
-        kernels.covariance_kernel,
-        kernels.gram_kernel,
-        kernels.loss_kernel,
-        kernels.gradient_kernel,
-        kernels.gram_gradient_kernel,
-    ):
-        kernel.device_caches.clear()
     with launches(target) as found:
         call(DTYPES[dtype], *rest)
     named = dict(zip(("target", "dtype", "grams", "pairs"), case, strict=True))
     results = []
     for kernel, binary, _ in found:
-        wgmma = "wgmma.mma_async" in binary.asm.get("ptx", "")
-        results.append(
-            {**named, "kernel": kernel, "warps": binary.metadata.num_warps, "wgmma": wgmma, **resources(target, binary)}
-        )
+        measured = {"warps": binary.metadata.num_warps, "wgmma": uses_wgmma(binary), **resources(target, binary)}
+        results.append({**named, "kernel": kernel, **measured})
     return results
 
 
@@ -81,11 +68,4 @@ def table(results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
-    measured = list(itertools.chain.from_iterable(in_parallel(measure, cases)))
-    print(json.dumps(measured) if options.json else table(measured))
+    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(measure, cases))), table)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -24,6 +29,47 @@ TARGETS = {
 # Bytes of shared memory a block may have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+class _Device:
+    """Stands for the GPU that Triton compiles for."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+@contextmanager
+def launches(target: str):
+    """A list of (kernel, binary, launch options) that fills up where kernels would have been launched."""
+    found, run = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        kernel.device_caches.clear()  # they are by device, and all of ours are number 0
+        if target.startswith("gfx"):
+            options.pop("maxnreg", None)
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        found.append((kernel.__name__.removesuffix("_kernel"), binary, options))
+
+    driver.set_active(_Device(TARGETS[target]))
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def uses_wgmma(compiled) -> bool:
+    """Whether a kernel multiplies by Hopper's warp groups."""
+    return "wgmma.mma_async" in compiled.asm.get("ptx", "")
 
 
 def resources(target: str, compiled) -> dict[str, int]:
@@ -48,3 +94,21 @@ def in_parallel(measure: Callable[[tuple], object], cases: list[tuple]) -> list:
     """measure(case) of every case. Triton keeps its binaries, so a second run takes seconds."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(measure, cases))
+
+
+def main(
+    chosen: Callable[[], list[tuple]],
+    everything: Callable[[], list[tuple]],
+    measure_all: Callable[[list[tuple]], list[dict]],
+    table: Callable[[list[dict]], str],
+    for_json: Callable[[list[dict]], object] = lambda measured: measured,
+) -> None:
+    """Compiles what the command line asks for, of cases that begin with their target, and prints what it found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
+    measured = measure_all(cases)
+    print(json.dumps(for_json(measured)) if options.json else table(measured))

@@ -9,9 +9,7 @@ Not under TRITON_INTERPRET=1, where kernels are Python functions: test_compile_g
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import re
 
 import triton
@@ -21,7 +19,7 @@ from triton.compiler import ASTSource
 from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.kernels import rows
 
-from .compile_common import DTYPES, TARGETS, in_parallel, resources
+from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
 
 PASSES = ("fused", "stats", "gradient")  # divergence_rows_, divergence_stats, divergence_gradient
 
@@ -112,11 +110,10 @@ def table(results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
-    measured = in_parallel(measure, cases)
-    print(json.dumps({"kernels": measured, "two_sum": two_sum_operations()}) if options.json else table(measured))
+    main(
+        chosen,
+        everything,
+        lambda cases: in_parallel(measure, cases),
+        table,
+        lambda measured: {"kernels": measured, "two_sum": two_sum_operations()},
+    )

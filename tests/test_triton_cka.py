@@ -16,7 +16,7 @@ from torch import Tensor
 import fastkd
 from fastkd import reference
 
-from .cases import distance
+from .cases import distance, running_on
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
@@ -74,14 +74,16 @@ def run(pairs, masks=None, squared=False, wanted=None, scales=None) -> SimpleNam
     masks, wanted = masks or [None] * len(pairs), wanted or [True] * len(pairs)
     student, teacher = ([pair[i].to(DEVICE) for pair in pairs] for i in range(2))
     masks = [None if mask is None else mask.to(DEVICE) for mask in masks]
-    loss, mean, factor = kernels.cka_loss(student, teacher, masks, wanted, EPS, squared)
+    op = torch.ops.fastkd
+    with running_on("triton"):
+        loss, mean, factor = op.cka_loss(student, teacher, masks, wanted, EPS, squared)
     scales = torch.ones_like(loss) if scales is None else torch.tensor(scales, dtype=loss.dtype, device=DEVICE)
-    gradients = kernels.cka_loss_backward(student, teacher, masks, mean, factor, wanted, scales)
+    with running_on("triton"):
+        gradients = op.cka_loss_backward(student, teacher, masks, mean, factor, wanted, scales)
     found = loss, *mean, *factor, *gradients
     described = [
         [x.to("meta") if isinstance(x, Tensor) else x for x in xs] for xs in (student, teacher, masks, mean, factor)
     ]
-    op = torch.ops.fastkd
     fakes = op.cka_loss(*described[:3], wanted, EPS, squared)
     fakes = fakes[0], *fakes[1], *fakes[2], *op.cka_loss_backward(*described, wanted, scales.to("meta"))
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in fakes]

@@ -82,10 +82,30 @@ torch.library.register_fake("fastkd::attention_heads_", lambda *_: None, lib=_li
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
-def rows_at_once(keys: int, itemsize: int) -> int:
-    """How many queries of a head a chunk has, on a CPU."""
+def attend_on_cpu(
+    student: tuple[Tensor, Tensor, Tensor | None, float],  # q [B, Lq, Hs], k [B, Lk, Hs], bias, scale
+    teacher: tuple[Tensor, Tensor, Tensor | None, float],
+    coefficient: Tensor,  # [B, A, Lq] float64
+    key_mask: Tensor | None,  # [B, Lk] bool
+    causal: bool,
+    divergence: int,
+    beta: float,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],  # of q, k and bias, to be written
+    *,
+    relation: bool = False,
+) -> Tensor:
+    """The losses [B, A, Lq] of ``attention_heads_``."""
+    keys, itemsize = student[1].shape[1], score_dtype(student[0]).itemsize
     fit = WORKSPACE_BYTES_PER_THREAD // max(1, 2 * keys * itemsize)
-    return min(max(CHUNK_ROWS[0], fit), CHUNK_ROWS[1])
+    rows_at_once = min(max(CHUNK_ROWS[0], fit), CHUNK_ROWS[1])
+    coefficient = coefficient.contiguous()
+    loss = torch.empty_like(coefficient)
+    torch.ops.fastkd.attention_heads_(
+        *student[:2], *teacher[:2], student[2], teacher[2], coefficient,
+        None if key_mask is None else key_mask.contiguous(), causal, relation, student[3], teacher[3], rows_at_once,
+        divergence, beta, loss, *gradients,
+    )  # fmt: skip
+    return loss
 
 
 def zeros_like_bias(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -128,12 +148,10 @@ def _attention_kl(
     inputs = (student_q, student_k, student_bias)
     results = [empty_gradient(x, wanted, student_q) for x, wanted in zip(inputs, gradients, strict=True)]
     grad_bias = zeros_like_bias(student_bias, shape, dtype) if gradients[2] and student_bias is not None else None
-    coefficient, key_mask = coefficient.contiguous(), None if key_mask is None else key_mask.contiguous()
-    loss = torch.empty_like(coefficient)
-    torch.ops.fastkd.attention_heads_(
-        student_q, student_k, teacher_q, teacher_k, *biases, coefficient, key_mask, causal, False, student_scale,
-        teacher_scale, rows_at_once(shape[3], dtype.itemsize), divergence, beta, loss,
-        *(x if wanted else None for x, wanted in zip(results[:2], gradients, strict=False)), grad_bias,
+    grad_q, grad_k = (x if wanted else None for x, wanted in zip(results[:2], gradients, strict=False))
+    loss = attend_on_cpu(
+        (student_q, student_k, biases[0], student_scale), (teacher_q, teacher_k, biases[1], teacher_scale),
+        coefficient, key_mask, causal, divergence, beta, (grad_q, grad_k, grad_bias),
     )  # fmt: skip
     if grad_bias is not None:
         results[2].copy_(grad_bias.sum(0) if grad_bias.dim() == 3 else grad_bias)

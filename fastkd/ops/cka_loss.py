@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
 from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor
+from .chunks import equal_parts, token_chunks
 from .dtypes import autocast_like_linear, score_dtype
 from .huge_pages import in_huge_pages
 
@@ -64,6 +65,10 @@ def _by_grams(tokens: int, widths: int) -> bool:
     return tokens < widths
 
 
+def _empty_mean(student: Tensor, teacher: Tensor) -> Tensor:
+    return student.new_empty(student.shape[1] + teacher.shape[1], dtype=score_dtype(student))
+
+
 def _empty_factor(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
     """What the gradient's GEMM multiplies with, unwritten: [N, N] of Grams, else [W, Ds], which is never square."""
     tokens, widths = student.shape[0], student.shape[1] + teacher.shape[1]
@@ -73,9 +78,9 @@ def _empty_factor(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
 
 @torch.library.register_fake("fastkd::cka_loss", lib=_library)
 def _(student, teacher, mask, gradients, eps, squared):
-    pairs = list(zip(student, teacher, gradients, strict=True))
-    means = [x.new_empty(x.shape[1] + t.shape[1], dtype=score_dtype(x)) for x, t, _ in pairs]
-    return student[0].new_empty(len(pairs), dtype=torch.float64), means, [_empty_factor(*pair) for pair in pairs]
+    means = [_empty_mean(x, t) for x, t in zip(student, teacher, strict=True)]
+    factors = [_empty_factor(*pair) for pair in zip(student, teacher, gradients, strict=True)]
+    return student[0].new_empty(len(means), dtype=torch.float64), means, factors
 
 
 @torch.library.register_fake("fastkd::cka_loss_backward", lib=_library)
@@ -105,40 +110,28 @@ class _Memory:
         return self.flat[:count].view(shape)
 
 
-def _slices(count: int, step: int) -> Iterator[slice]:
-    """Equal parts, of at most `step`, of a range."""
-    parts = -(-count // max(1, step))
-    step = -(-count // max(1, parts))
-    return (slice(start, min(start + step, count)) for start in range(0, count, max(1, step)))
+def _count(x: Tensor, mask: Tensor | None) -> Tensor:
+    """How many tokens of x [N, D] are valid, float64."""
+    if mask is None:
+        return torch.full((), x.shape[0], dtype=torch.float64, device=x.device)
+    return mask.sum(dtype=torch.float64)
 
 
-def _token_chunks(mask: Tensor | None, tokens: int, widths: int) -> Iterator[slice | Tensor]:
-    """Tokens as slices; or as indices of the valid ones, where finding them costs no wait for the device."""
-    step = max(1, WORKSPACE // widths)
-    if mask is None or mask.device.type != "cpu":
-        yield from _slices(tokens, step)
-        return
-    valid = mask.nonzero().squeeze(1)
-    yield from (valid[rows] for rows in _slices(valid.shape[0], step))
+def _mean(x: Tensor, mask: Tensor | None, count: Tensor, like: Tensor, workspace: _Memory) -> Tensor:
+    """The mean [D] of the valid tokens of x [N, D], float64.
 
-
-def _count_and_mean(x: Tensor, mask: Tensor | None, like: Tensor, workspace: _Memory) -> tuple[Tensor, Tensor]:
-    """How many tokens of x [N, D] are valid, and their mean [D], both float64.
-
-    The mean is taken from the first valid token on, in the precision of `like`: an offset costs nothing, and tokens
-    that are all the same have exactly that mean.
+    It is taken from the first valid token on, in the precision of `like`: an offset costs nothing, and tokens that are
+    all the same have exactly that mean.
     """
-    count = torch.tensor(x.shape[0], dtype=torch.float64) if mask is None else mask.sum(dtype=torch.float64)
-    count = count.to(x.device)
     total = x.new_zeros(x.shape[1], dtype=torch.float64)
     if x.shape[0] == 0:
-        return count, total
+        return total
     first = x[:1] if mask is None else x[mask.int().argmax(keepdim=True)].masked_fill(count == 0, 0)
-    for rows in _slices(x.shape[0], max(1, WORKSPACE // (4 * x.shape[1]))):
+    for rows in equal_parts(x.shape[0], max(1, WORKSPACE // (4 * x.shape[1]))):
         shifted = workspace.take(like, rows.stop - rows.start, x.shape[1])
         _centred_(shifted, x, first[0].to(like.dtype), rows, slice(None), mask)
         total += shifted.sum(0)
-    return count, first[0] + total / count.clamp_min(1)
+    return first[0] + total / count.clamp_min(1)
 
 
 def _centred_(out: Tensor, x: Tensor, mean: Tensor, rows: slice | Tensor, columns: slice, mask: Tensor | None) -> None:
@@ -203,7 +196,7 @@ def _row_chunks(
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Centred rows (B|A) [n, W] of the tokens, in a workspace that the next ones overwrite."""
     width = teacher.shape[1]
-    for rows in _token_chunks(mask, student.shape[0], mean.shape[0]):
+    for rows in token_chunks(mask, student.shape[0], max(1, WORKSPACE // mean.shape[0])):
         count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
         chunk = workspace.take(mean, count, mean.shape[0])
         _centred_(chunk[:, :width], teacher, mean[:width], rows, slice(None), mask)
@@ -213,7 +206,7 @@ def _row_chunks(
 
 def _column_chunks(x: Tensor, mean: Tensor, mask: Tensor | None, workspace: _Memory) -> Iterator[tuple[slice, Tensor]]:
     """Centred columns [N, n] of x, in a workspace that the next ones overwrite."""
-    for columns in _slices(x.shape[1], max(1, WORKSPACE // max(1, x.shape[0]))):
+    for columns in equal_parts(x.shape[1], max(1, WORKSPACE // max(1, x.shape[0]))):
         count = columns.stop - columns.start
         chunk = workspace.take(mean, x.shape[0], count)
         _centred_(chunk, x, mean, slice(0, x.shape[0]), columns, mask)
@@ -284,15 +277,17 @@ def _cka_loss(
     if group is None and backend_for(student[0].device)[0] == "triton":
         from ..kernels import cka as kernels
 
-        return kernels.cka_loss(student, teacher, mask, gradients, eps, squared)
+        means = [_empty_mean(x, t) for x, t in zip(student, teacher, strict=True)]
+        factors = [_empty_factor(*pair) for pair in zip(student, teacher, gradients, strict=True)]
+        by_grams = [_by_grams(x.shape[0], mean.shape[0]) for x, mean in zip(student, means, strict=True)]
+        return kernels.cka_loss(student, teacher, mask, by_grams, means, factors, eps, squared), means, factors
     pairs = list(zip(student, teacher, mask, strict=True))
     counts, means = [], []
     products, workspace = _Memory(), _Memory()
     for x, t, valid in pairs:
-        like = x.new_empty(0, dtype=score_dtype(x))
-        (count, mean), (_, own_mean) = (_count_and_mean(h, valid, like, workspace) for h in (t, x))
+        count, like = _count(x, valid), x.new_empty(0, dtype=score_dtype(x))
         counts.append(count)
-        means.append(torch.cat([mean, own_mean]))
+        means.append(torch.cat([_mean(h, valid, count, like, workspace) for h in (t, x)]))
     if group is not None:
         counts, means = distributed.total_means(counts, means, group)
     means = [mean.to(score_dtype(x)) for mean, x in zip(means, student, strict=True)]

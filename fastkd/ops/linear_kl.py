@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite
+from .chunks import token_chunks
 from .divergence_rows import _OBJECTIVE, STATS, divergence_rows_, divergence_stats
 from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
@@ -135,23 +136,6 @@ class _Gradients:
         return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
-def _token_chunks(coefficient: Tensor, rows_at_once: int) -> Iterator[slice | Tensor]:
-    """Tokens in equal chunks of at most `rows_at_once`: slices, or indices of the tokens that are not dropped.
-
-    Dropped tokens are skipped where that costs no wait for the device: half of a padded batch is often padding.
-    """
-    kept = None
-    count = coefficient.shape[0]
-    if coefficient.device.type == "cpu" and coefficient.count_nonzero() < count:
-        kept = coefficient.nonzero().squeeze(1)
-        count = kept.shape[0]
-    chunks = -(-count // rows_at_once)
-    step = max(1, -(-count // max(1, chunks)))
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        yield rows if kept is None else kept[rows]
-
-
 def _linear_kl(
     student_hidden: Tensor,  # [T, Hs]
     student_weight: Tensor,  # [Vs, Hs]
@@ -182,7 +166,7 @@ def _linear_kl(
 
     loss = torch.zeros_like(coefficient)
     total = _Gradients(student_hidden, student_weight, student_bias, student_scale, dtype, gradients)
-    for rows in _token_chunks(coefficient, rows_at_once):
+    for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
         hidden, weights = student_hidden[rows], coefficient[rows]
         if hidden.device.type != "cpu":
             # dropped tokens take part here; what they hold may not reach the weight's gradient, as 0 * NaN

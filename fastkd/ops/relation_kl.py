@@ -26,8 +26,8 @@ from ..checks import (
     check_same_device,
     check_tensor,
 )
-from .attention_kl import check_heads, empty_gradient, row_coefficients, rows_at_once
-from .dtypes import autocast_like_linear, score_dtype
+from .attention_kl import attend_on_cpu, check_heads, empty_gradient, row_coefficients
+from .dtypes import autocast_like_linear
 
 __all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]
 
@@ -72,15 +72,10 @@ def _relation_kl(
     for x, t, weights, mask, is_causal, wanted in zip(
         student, teacher, coefficient, key_mask, causal, gradients, strict=True
     ):
-        gradient, scales = empty_gradient(x, wanted, x), [(y.shape[2] // num_heads) ** -0.5 for y in (x, t)]
-        weights, mask = weights.contiguous(), None if mask is None else mask.contiguous()
-        loss = torch.empty_like(weights)
-        torch.ops.fastkd.attention_heads_(
-            x, x, t, t, None, None, weights, mask, is_causal, True, *scales,
-            rows_at_once(x.shape[1], score_dtype(x).itemsize), divergence, beta, loss, gradient if wanted else None,
-            None, None,
-        )  # fmt: skip
-        losses.append(loss)
+        gradient = empty_gradient(x, wanted, x)
+        ours, theirs = ((y, y, None, (y.shape[2] // num_heads) ** -0.5) for y in (x, t))
+        written = (gradient if wanted else None, None, None)
+        losses.append(attend_on_cpu(ours, theirs, weights, mask, is_causal, divergence, beta, written, relation=True))
         results.append(gradient)
     return losses, results
 

@@ -74,11 +74,11 @@ class Method:
 
     def student_layers(self, config: Any) -> dict[str, int]:
         """Return the student's layer at each place: the last."""
-        return {place: _depth(config, place) for place in self.places}
+        return {place: _depth(config, PLACES[place].stack) for place in self.places}
 
     def teacher_layers(self, config: Any) -> dict[str, int]:
         """Return the teacher's layer at each place; raises ValueError if teacher_layer is not one of its layers."""
-        return {place: self._teacher_layer(_depth(config, place)) for place in self.places}
+        return {place: self._teacher_layer(_depth(config, PLACES[place].stack)) for place in self.places}
 
     def _teacher_layer(self, depth: int) -> int:
         if self.teacher_layer is None:
@@ -94,10 +94,7 @@ class Method:
         """
         if not self.hidden_terms:
             return {}
-        depths = {
-            "encoder": (student.num_layers, teacher.num_layers),
-            "decoder": (student.num_decoder_layers, teacher.num_decoder_layers),
-        }
+        depths = {stack: (_depth(student, stack), _depth(teacher, stack)) for stack in ("encoder", "decoder")}
         return {
             stack: [(layer, matched_layer(layer, mine, its)) for layer in range(mine + 1)]
             for stack, (mine, its) in depths.items()
@@ -120,8 +117,8 @@ class Method:
             )
 
 
-def _depth(config: Any, place: str) -> int:
-    return config.num_layers if PLACES[place].stack == "encoder" else config.num_decoder_layers
+def _depth(config: Any, stack: str) -> int:
+    return config.num_layers if stack == "encoder" else config.num_decoder_layers
 
 
 _IMPLICIT = {"logit_kl": 1.0, "decoder_self": 1.0}
