@@ -241,12 +241,16 @@ def _from_grams(student, teacher, mask, mean, count, eps, squared, workspace: _M
     return loss, ours.mul_(beta).sub_(theirs.mul_(alpha))
 
 
-def _from_covariance(covariance: Tensor, width: int, count: Tensor, eps: float, squared: bool) -> tuple[Tensor, Tensor]:
+def _from_covariance(
+    covariance: Tensor, width: int, count: Tensor, eps: float, squared: bool, wanted: bool
+) -> tuple[Tensor, Tensor]:
     cross, ours, theirs = covariance[:width, width:], covariance[width:, width:], covariance[:width, :width]
     c = torch.stack([_square_sum(rows) for rows in cross.split(STRIP)]).sum().sqrt()
     s, t = _symmetric_norm(ours), _symmetric_norm(theirs)
-    _mirror_(ours)
     loss, alpha, beta = _loss(c, s, t, count, eps, squared)
+    if not wanted:
+        return loss, covariance.new_empty(0)
+    _mirror_(ours)
     factor = covariance[:, width:].clone()
     factor[:width] *= -alpha
     factor[width:] *= beta
@@ -300,7 +304,7 @@ def _cka_loss(
             covariance = _covariance(x, t, valid, mean, products, workspace)
             if group is not None:
                 distributed.sum_(covariance, group)
-            loss, factor = _from_covariance(covariance, t.shape[1], count, eps, squared)
+            loss, factor = _from_covariance(covariance, t.shape[1], count, eps, squared, wanted)
             if group is not None:
                 factor *= distributed.world_size(group)
         losses.append(loss)
