@@ -82,10 +82,36 @@ def matched_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
     return round(layer * teacher_layers / student_layers)
 
 
-def hidden_states(output: Any, layers: Mapping[str, Sequence[int]]) -> list[torch.Tensor]:
-    """Return hidden states [B, L, H] of a forward pass that was asked for them by `output_hidden_states=True`.
+@contextlib.contextmanager
+def capture_hidden(model: Any, layers: Mapping[str, Sequence[int]]) -> Iterator[list[Any]]:
+    """Yield a list in which a forward pass of `model` inside the context leaves hidden states [B, L, H].
 
     layers: which of each stack, "encoder" and "decoder", numbered as transformers does: 0 is the embeddings, i the
-    output of layer i, and the last the output of the stack, after its final layer norm.
+    output of layer i, and the last the output of the stack, after its final layer norm. The list has their order. Unlike
+    `output_hidden_states=True` this keeps no state alive that was not asked for.
     """
-    return [output[f"{stack}_hidden_states"][layer] for stack, wanted in layers.items() for layer in wanted]
+    wanted = [(stack, layer) for stack, numbers in layers.items() for layer in numbers]
+    captured: list[Any] = [None] * len(wanted)
+    with contextlib.ExitStack() as hooks:
+        for i, (stack_name, layer) in enumerate(wanted):
+            stack = getattr(model, stack_name)
+            if layer < len(stack.block):
+                hook = stack.block[layer].register_forward_pre_hook(_keep_input(captured, i))
+            else:
+                hook = stack.register_forward_hook(_keep_output(captured, i))
+            hooks.callback(hook.remove)
+        yield captured
+
+
+def _keep_input(states: list[Any], i: int) -> Callable[[Any, Any], None]:
+    def keep(block: Any, inputs: Any) -> None:
+        states[i] = inputs[0]
+
+    return keep
+
+
+def _keep_output(states: list[Any], i: int) -> Callable[[Any, Any, Any], None]:
+    def keep(stack: Any, inputs: Any, output: Any) -> None:
+        states[i] = output[0]
+
+    return keep

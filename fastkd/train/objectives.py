@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
 from .capture import PLACES, matched_layer
+from .mixup import Mixup
 
 VOCABULARY_TERMS = ("ce", "logit_kl")
 HIDDEN_TERMS = ("hidden_cka", "hidden_linear")
+MIXUP_TERMS = ("mixup_ce", "mixup_kd")
+MIXUP_DISTANCES = ("mse", "divergence")
 STUDENT_INITS = ("slice", "random")
 TEACHER_LAYERS = {24: 21}  # of a teacher's depth: MiniLMv2's choice for BERT-large; for T5 it is an assumption
 
@@ -25,8 +29,8 @@ class Method:
 
     terms: "ce", cross-entropy with the target tokens; "logit_kl", temperature^2 * divergence of the teacher's and the
     student's softmaxes at that temperature; the relation terms (see `relation_loss`), named after their place:
-    "decoder_self", "decoder_cross", "encoder_self"; and one of the hidden-state terms (see `hidden_loss`),
-    "hidden_cka" or "hidden_linear".
+    "decoder_self", "decoder_cross", "encoder_self"; one of the hidden-state terms (see `hidden_loss`), "hidden_cka" or
+    "hidden_linear"; and the terms on mixed examples (see `mixup_loss`), "mixup_ce" and "mixup_kd".
     divergence, divergence_beta: of the logit term and the relation terms, a name of `fastkd.DIVERGENCES`.
     relation_heads: MiniLMv2's A_r, into which queries, keys and values are split whatever their own heads; 32 as in
     the code of MiniEnD's authors.
@@ -35,6 +39,9 @@ class Method:
     match_first_position: whether the hidden-state term compares the first decoder position too, which reads the start
     token.
     student_init: where a student made for this method starts, "random" or "slice" (see `student.slice_teacher`).
+    mixup_alpha: examples are mixed in shares lam and 1 - lam, with lam of Beta(mixup_alpha, mixup_alpha).
+    mixup_distance: what "mixup_kd" measures between the logits of teacher and student, "mse" or, by "divergence", the
+    method's own.
     """
 
     summary: str
@@ -46,6 +53,8 @@ class Method:
     teacher_layer: int | None = None
     match_first_position: bool = False
     student_init: str = "random"
+    mixup_alpha: float = 0.4
+    mixup_distance: str = "mse"
 
     @property
     def formula(self) -> str:
@@ -55,7 +64,7 @@ class Method:
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        return any(term != "ce" for term in self.terms)
+        return any(term not in ("ce", "mixup_ce") for term in self.terms)
 
     @property
     def vocabulary_terms(self) -> list[str]:
@@ -71,6 +80,11 @@ class Method:
     def hidden_terms(self) -> list[str]:
         """The hidden-state term, if there is one."""
         return [term for term in self.terms if term in HIDDEN_TERMS]
+
+    @property
+    def mixup_terms(self) -> list[str]:
+        """The terms on mixed examples."""
+        return [term for term in self.terms if term in MIXUP_TERMS]
 
     def student_layers(self, config: Any) -> dict[str, int]:
         """Return the student's layer at each place: the last."""
@@ -104,6 +118,8 @@ class Method:
         """Raise ValueError if the terms do not go together, or not between models of these two `T5Config`s."""
         if len(self.hidden_terms) > 1:
             raise ValueError(f"terms: expected at most one of {', '.join(HIDDEN_TERMS)}, got {', '.join(self.terms)}")
+        if self.mixup_terms and (self.places or self.hidden_terms):
+            raise ValueError(f"terms: expected mixup beside vocabulary terms only, got {', '.join(self.terms)}")
         if not self.places:
             return
         self.teacher_layers(teacher)
@@ -159,6 +175,14 @@ METHODS: dict[str, Method] = {
         {**_CE_AND_KL, "hidden_linear": 1.0},
         student_init="slice",
     ),
+    # MixKD's ablations; its fine-tuning arm is scratch. The unit weights, the shares of Beta(0.4, 0.4) and the squared
+    # error are assumptions.
+    "mixkd": Method(
+        "MixKD: cross-entropy, also on mixed pairs of examples, where student follows teacher (Liang et al., 2021)",
+        {"ce": 1.0, "mixup_ce": 1.0, "mixup_kd": 1.0},
+    ),
+    "mixkd-tmkd": Method("MixKD without the labels of mixed examples (TMKD alone)", {"ce": 1.0, "mixup_kd": 1.0}),
+    "mixkd-sm": Method("MixKD without a teacher: mixup of the student alone (SM)", {"ce": 1.0, "mixup_ce": 1.0}),
 }
 
 
@@ -260,3 +284,88 @@ def hidden_loss(
         for s, t, mask in zip(student, teacher, masks, strict=True)
     ]
     return method.terms[term] * torch.stack(losses).sum()
+
+
+def mixup_loss(
+    method: Method,
+    term: str,
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    mixup: Mixup,
+    *,
+    normalizer: torch.Tensor | float,
+    workspace_mb: float | None = None,
+) -> torch.Tensor:
+    """Return the scalar loss of a method's term on mixed examples (MixKD, Liang et al., ICLR 2021, arXiv 2011.00593).
+
+    "mixup_ce" (SM): lam * cross-entropy with the targets of one example of the pair + (1 - lam) * with the other's.
+    "mixup_kd" (TMKD): the mean squared difference of all logits of teacher and student, or the method's divergence of
+    their softmaxes, averaged over the positions that are valid in either example.
+    student_hidden [B, L, Hs], student_weight [V, Hs], teacher_hidden [B, L, Ht], teacher_weight [Vt, Ht]: of the mixed
+    examples; labels [B, L]: of the unmixed ones. normalizer: what sums over target tokens are divided by.
+    """
+    valid = labels != -100
+    if term == "mixup_ce":
+        lam = mixup.lam.view(-1, 1).expand(labels.shape)
+        losses = [
+            fastkd.linear_kl(
+                student_hidden,
+                student_weight,
+                None,
+                None,
+                labels=targets,
+                ce_weight=method.terms[term],
+                kd_weight=0.0,
+                weight=share,
+                normalizer=normalizer,
+                workspace_mb=workspace_mb,
+            )
+            for targets, share in ((labels, lam), (labels[mixup.partner], 1 - lam))
+        ]
+        return losses[0] + losses[1]
+    union = mixup.union(valid)
+    rows = union.sum() * normalizer / valid.sum().clamp_min(1)  # of the whole batch, of which this may be a part
+    if method.mixup_distance == "divergence":
+        return fastkd.linear_kl(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            kd_weight=method.terms[term],
+            divergence=method.divergence,
+            beta=method.divergence_beta,
+            temperature=method.temperature,
+            weight=union.float(),
+            normalizer=rows,
+            workspace_mb=workspace_mb,
+        )
+    assert teacher_hidden is not None and teacher_weight is not None
+    errors = logit_mse(student_hidden[union], student_weight, teacher_hidden[union], teacher_weight, workspace_mb)
+    return method.terms[term] * errors.sum() / rows
+
+
+def logit_mse(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    workspace_mb: float | None = None,
+) -> torch.Tensor:
+    """Return each token's mean squared difference of logits [N], over the vocabulary that both models have.
+
+    student_hidden [N, Hs], student_weight [V, Hs], teacher_hidden [N, Ht], teacher_weight [Vt, Ht]. Logits exist for a
+    chunk of tokens at a time, in workspace_mb (128 without), and are computed again in the backward pass.
+    """
+    vocabulary = min(len(student_weight), len(teacher_weight))
+    tokens = max(1, int((workspace_mb or 128) * 2**20 / (4 * 4 * vocabulary)))  # four fp32 buffers at the peak
+
+    def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        logits = torch.nn.functional.linear(ours, student_weight[:vocabulary]).float()
+        expected = torch.nn.functional.linear(theirs, teacher_weight[:vocabulary]).float()
+        return (logits - expected).square().mean(-1)
+
+    pairs = zip(student_hidden.split(tokens), teacher_hidden.split(tokens), strict=True)
+    return torch.cat([checkpoint(chunk, ours, theirs, use_reentrant=False) for ours, theirs in pairs])

@@ -11,10 +11,11 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer
 
 from .callbacks import LossBar, StepTimer, WindowedValues
-from .capture import PLACES, capture_qkv, hidden_states
+from .capture import PLACES, capture_hidden, capture_qkv
 from .data import EpochSampler
 from .evaluate import held_out_metrics, token_scores
-from .objectives import Method, hidden_loss, hidden_masks, relation_loss, vocabulary_loss
+from .mixup import Mixup
+from .objectives import Method, hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
 from .optimizer import gradient_norms, set_embedding_rate, set_own_rate
 
 PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
@@ -59,6 +60,30 @@ def valid_positions(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
         "encoder": torch.ones_like(inputs["input_ids"]) if encoder is None else encoder,
         "decoder": inputs["labels"] != -100,
     }
+
+
+def _model_arguments(model: Any, inputs: Mapping[str, Any], plain: bool, mixup: Mixup | None) -> dict[str, Any]:
+    """Return the arguments of `model(...)` for a batch; with a mixup, for its mixed examples, if `plain` behind it.
+
+    Labels stay out: the model would compute its own loss from them.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    decoder_ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    if mixup is None:
+        arguments = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
+    else:
+        embed = model.get_input_embeddings()
+
+        def rows(states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+            return torch.cat([states, mixed]) if plain else mixed
+
+        embedded, decoder_embedded = embed(ids), embed(decoder_ids)
+        arguments = {
+            "inputs_embeds": rows(embedded, mixup.mix(embedded)),
+            "attention_mask": None if mask is None else rows(mask, mixup.union(mask != 0).to(mask.dtype)),
+            "decoder_inputs_embeds": rows(decoder_embedded, mixup.mix(decoder_embedded)),
+        }
+    return {**arguments, "use_cache": False}
 
 
 class DistillTrainer(Seq2SeqTrainer):
@@ -174,31 +199,36 @@ class DistillTrainer(Seq2SeqTrainer):
         self,
         model: Any,
         inputs: dict[str, Any],
-        layers: Mapping[str, int],
-        hidden: bool,
-        stacks: Mapping[str, Sequence[int]],
+        layers: Mapping[str, int] | None = None,
+        stacks: Mapping[str, Sequence[int]] | None = None,
+        *,
+        hidden: bool = True,
+        mixup: Mixup | None = None,
     ) -> dict[str, Any]:
         """Return what the loss needs of a student (possibly wrapped) or teacher: [q, k, v] of each place in `layers`.
 
-        And "states", a list of the hidden states in `stacks` (see `capture.hidden_states`), the student's projected if
-        there is a projection; if asked for, the head's input "hidden" [B, L, H]; and the head's weight "head" [V, H].
+        And "states", a list of the hidden states in `stacks` (see `capture.capture_hidden`), the student's projected if
+        there is a projection; the head's weight "head" [V, H]; and the head's input [B, L, H], if asked for "hidden" for
+        the batch as it is, and "mixed" for its mixed examples if there is a mixup.
         """
         bare = self.accelerator.unwrap_model(model)
-        # Labels stay out: the model would compute its own loss from them.
-        arguments = {name: value for name, value in inputs.items() if name not in ("labels", "encoder_rows")} | {
-            "decoder_input_ids": bare.prepare_decoder_input_ids_from_labels(inputs["labels"]),
-            "use_cache": False,
-            "output_hidden_states": bool(stacks),
-        }
+        arguments = _model_arguments(bare, inputs, hidden, mixup)
 
         def needed(output: Any) -> dict[str, Any]:
-            states = hidden_states(output, stacks)
+            states = list(captured_states)
             if self.projection is not None and bare is not self.teacher:
                 # Here, and not in the loss, for DDP to see that the projection is used.
                 states = [self.projection(state) for state in states]
-            return {**captured, "states": states, **({"hidden": output.logits} if hidden else {})}
+            names = ["hidden"] * hidden + ["mixed"] * (mixup is not None)
+            heads_inputs = zip(names, output.logits.chunk(max(len(names), 1)), strict=False)
+            return {**captured, "states": states, **dict(heads_inputs)}
 
-        with without_head(bare), capture_qkv(bare, layers) as captured, returning(bare, needed):
+        with (
+            without_head(bare),
+            capture_qkv(bare, layers or {}) as captured,
+            capture_hidden(bare, stacks or {}) as captured_states,
+            returning(bare, needed),
+        ):
             states = model(**arguments)
         return {**states, "head": bare.get_output_embeddings().weight}
 
@@ -208,6 +238,7 @@ class DistillTrainer(Seq2SeqTrainer):
         teacher: dict[str, Any],
         inputs: dict[str, Any],
         targets: torch.Tensor | int | None,
+        mixup: Mixup | None,
     ) -> dict[str, torch.Tensor]:
         """Return the scalar loss of each term, times its weight; vocabulary terms are computed, and named, together."""
         method, masks = self.method, valid_positions(inputs)
@@ -218,7 +249,7 @@ class DistillTrainer(Seq2SeqTrainer):
                 student["hidden"],
                 student["head"],
                 teacher.get("hidden"),
-                teacher.get("head"),
+                teacher["head"] if "hidden" in teacher else None,
                 inputs["labels"],
                 normalizer=targets,
                 workspace_mb=self.workspace_mb,
@@ -229,6 +260,20 @@ class DistillTrainer(Seq2SeqTrainer):
             rows["encoder"] = inputs.get("encoder_rows", rows["encoder"])
         for place in method.places:
             terms[place] = relation_loss(method, place, student[place], teacher[place], masks, rows)
+        for term in method.mixup_terms:
+            assert mixup is not None
+            terms[term] = mixup_loss(
+                method,
+                term,
+                student["mixed"],
+                student["head"],
+                teacher.get("mixed"),
+                teacher.get("head"),
+                inputs["labels"],
+                mixup,
+                normalizer=rows["decoder"],
+                workspace_mb=self.workspace_mb,
+            )
         for term in method.hidden_terms:
             compared = hidden_masks(masks, method.match_first_position)
             per_pair = [compared[stack] for stack, pairs in self.matched_states.items() for _ in pairs]
@@ -244,13 +289,24 @@ class DistillTrainer(Seq2SeqTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the method's loss on one (micro-)batch; num_items_in_batch counts the whole batch's target tokens."""
-        hidden, teacher = bool(self.method.vocabulary_terms), {}
+        method, teacher, mixup = self.method, {}, None
+        if method.mixup_terms:
+            mixup = Mixup.draw(len(inputs["labels"]), method.mixup_alpha, inputs["labels"].device)
         with self.accelerator.autocast():
             if self.teacher is not None:
+                # Not inference_mode: backward passes keep some of these tensors, which it would forbid.
                 with torch.no_grad():
-                    teacher = self._states(self.teacher, inputs, self.teacher_layers, hidden, self.teacher_states)
-            student = self._states(model, inputs, self.student_layers, hidden, self.student_states)
-            terms = self._terms(student, teacher, inputs, num_items_in_batch)
+                    teacher = self._states(
+                        self.teacher,
+                        inputs,
+                        self.teacher_layers,
+                        self.teacher_states,
+                        hidden="logit_kl" in method.terms,
+                        mixup=mixup if "mixup_kd" in method.terms else None,
+                    )
+            hidden = bool(method.vocabulary_terms)
+            student = self._states(model, inputs, self.student_layers, self.student_states, hidden=hidden, mixup=mixup)
+            terms = self._terms(student, teacher, inputs, num_items_in_batch, mixup)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients, the normalizers are global already.
             terms = {name: loss * self.accelerator.num_processes for name, loss in terms.items()}
@@ -284,7 +340,7 @@ class DistillTrainer(Seq2SeqTrainer):
         """Return (None, token scores [B, L, 2], labels [B, L]); held_out_metrics averages them over all batches."""
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
-            states = self._states(model, inputs, {}, hidden=True, stacks={})
+            states = self._states(model, inputs)
             scores = token_scores(states["hidden"], states["head"], inputs["labels"])
         return None, scores, inputs["labels"]
 

@@ -31,7 +31,11 @@ EXPECTED: dict[str, tuple[str, int]] = {
     "hsm-kd": ("ce kl", 1),
     "hsm-cka": ("ce kl cka", 1),
     "hsm-linear": ("ce kl linear", 1),
+    "mixkd": ("ce sm tmkd", 1),
+    "mixkd-tmkd": ("ce tmkd", 1),
+    "mixkd-sm": ("ce sm", 1),
 }
+SEED = 11  # of what mixkd draws
 
 
 HIDDEN = [(0, 0), (1, 2), (2, 3)]  # states of 2 layers and of 3, rounded to even: layer 1 belongs to 1.5
@@ -76,6 +80,40 @@ def eager_cka(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return 1 - cross / (mine * its).sqrt()
 
 
+def eager_mixup(
+    student: Any, teacher: Any, batch: dict[str, torch.Tensor], distance: str = "mse"
+) -> dict[str, torch.Tensor]:
+    """MixKD's terms, example by example, from the models' own logits on mixed word embeddings."""
+    torch.manual_seed(SEED)
+    size = len(batch["labels"])
+    partner, lam = torch.randperm(size).tolist(), torch.distributions.Beta(0.4, 0.4).sample((size,)).tolist()
+    labels, padding = batch["labels"], batch["attention_mask"].bool()
+    sm, tmkd, positions = [], [], 0
+    for i, (j, share) in enumerate(zip(partner, lam, strict=True)):
+        logits = []
+        for model in (student, teacher):
+            read = model.prepare_decoder_input_ids_from_labels(labels)
+            mixed = [
+                share * model.shared(ids[i]) + (1 - share) * model.shared(ids[j]) for ids in (batch["input_ids"], read)
+            ]
+            output = model(
+                inputs_embeds=mixed[0][None],
+                attention_mask=(padding[i] | padding[j])[None].long(),
+                decoder_inputs_embeds=mixed[1][None],
+            )
+            logits.append(output.logits[0].double())
+        for example, part in ((i, share), (j, 1 - share)):
+            sm.append(part * F.cross_entropy(logits[0], labels[example], ignore_index=-100, reduction="sum"))
+        either = (labels[i] != -100) | (labels[j] != -100)
+        if distance == "mse":
+            tmkd.append((logits[0] - logits[1].detach())[either].square().mean(-1).sum())
+        else:
+            s, t = (x[either].log_softmax(-1) for x in logits)
+            tmkd.append(F.kl_div(s, t.detach(), log_target=True, reduction="sum"))
+        positions += int(either.sum())
+    return {"sm": torch.stack(sm).sum() / (labels != -100).sum(), "tmkd": torch.stack(tmkd).sum() / positions}
+
+
 def eager_terms(
     method: str, student: Any, teacher: Any, batch: dict[str, torch.Tensor], teacher_layer: int
 ) -> dict[str, torch.Tensor]:
@@ -105,6 +143,8 @@ def eager_terms(
     if "linear" in names:
         errors = [F.mse_loss(student.hidden_projection(mine), its) for mine, its in matched]
         terms["linear"] = torch.stack(errors).sum()
+    if "sm" in names or "tmkd" in names:
+        terms |= eager_mixup(student, teacher, batch)
     return {name: terms[name] for name in names.split()}
 
 
@@ -124,6 +164,7 @@ def test_loss_and_gradients(
     expected.backward()
     expected_gradients = {name: p.grad for name, p in reference.named_parameters()}
 
+    torch.manual_seed(SEED)
     loss = trainer.compute_loss(student, batch)
     loss.backward()
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-6)
@@ -155,6 +196,27 @@ def test_temperature_divergence_weights_and_layer_override_the_methods_own(
     )
     assert loss("minilm") == pytest.approx(last) and loss("minilm", teacher_layer=1) == pytest.approx(first)
     assert first != pytest.approx(last)
+
+
+def test_mixkd_by_a_divergence_and_with_other_shares(
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
+) -> None:
+    batch, student, teacher = make_batch(), tiny(32, 1), tiny(64, 2)
+
+    def loss(**settings: Any) -> torch.Tensor:
+        terms = {"mixup_kd": 1.0, "mixup_ce": 0.5}
+        method = replace(METHODS["mixkd"], terms=terms, **settings)
+        trainer = make_trainer(student, method, teacher=teacher)
+        torch.manual_seed(SEED)
+        return trainer.compute_loss(student, batch).double()
+
+    for distance, name in (("mse", "mse"), ("divergence", "kl")):
+        expected = eager_mixup(student, teacher, batch, name)
+        total = expected["tmkd"] + 0.5 * expected["sm"]
+        torch.testing.assert_close(loss(mixup_distance=distance), total, rtol=1e-5, atol=1e-6)
+    assert loss(mixup_alpha=5.0) != loss() != loss(mixup_distance="divergence", divergence="jsd")
+    with pytest.raises(ValueError, match="mixup beside vocabulary terms only"):
+        make_trainer(student, replace(METHODS["mixkd"], terms={"mixup_kd": 1.0, "encoder_self": 1.0}), teacher=teacher)
 
 
 def test_gradients_reach_what_a_term_depends_on_and_nothing_else(
