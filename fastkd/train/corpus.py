@@ -1,24 +1,31 @@
-"""The texts a run learns from: the embedded corpus, or plain text files.
+"""The embedded corpus, which a run learns from that is given no data.
 
-The embedded corpus is real English that every machine already has: the documentation strings of the running
+It is real English that every machine already has: the documentation strings of the running
 Python's standard library and the topics of ``pydoc_data/topics.py``. Files are parsed with ``ast`` and never
-imported, so collecting it runs none of their code.
+imported, so collecting it runs none of their code. It serves three tasks: texts alone, (body, summary) pairs, and
+(text, package) pairs.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import InputError
-
 HELD_OUT_PERCENT = 5
 MIN_CHARACTERS = 20  # shorter strings are stubs such as "See help()."
+MIN_BODY_CHARACTERS = 80  # of a text to be summarised, or there is nothing to leave out
+CLASSES = 10  # packages that texts are told apart by: fewer texts than these have teach nothing
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def source_files(root: Path | None = None) -> list[Path]:
@@ -26,7 +33,7 @@ def source_files(root: Path | None = None) -> list[Path]:
 
     root: the folder to read; by default the running Python's standard library.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
+    root = root or _library()
     files = (path.relative_to(root) for path in root.rglob("*.py"))
     # Sorting on the parts, not on the string, gives one order whatever the platform's separator.
     kept = sorted((f for f in files if not _SKIPPED_FOLDERS.intersection(f.parts[:-1])), key=lambda f: f.parts)
@@ -67,38 +74,50 @@ def embedded_corpus(files: Iterable[Path] | None = None) -> list[str]:
     return list(texts)
 
 
+def embedded_pairs(files: Iterable[Path] | None = None) -> list[tuple[str, str]]:
+    """Return (body, summary) of the documentation strings that have both, white space collapsed, bodies distinct.
+
+    The summary is a first paragraph of one line, the body all that follows. A body that repeats its summary, or of
+    under 80 characters, is left out. files: source files to read, by default ``source_files()``.
+    """
+    pairs: dict[str, str] = {}
+    for path in source_files() if files is None else files:
+        for text in documentation_strings(path):
+            first, *rest = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
+            summary, body = " ".join(first.split()), " ".join("".join(rest).split())
+            is_summary = "\n" not in first and len(summary) >= MIN_CHARACTERS
+            if is_summary and len(body) >= MIN_BODY_CHARACTERS and summary.lower().rstrip(".") not in body.lower():
+                pairs.setdefault(body, summary)
+    return list(pairs.items())
+
+
+def embedded_classes(files: Iterable[Path] | None = None, root: Path | None = None) -> list[tuple[str, str]]:
+    """Return (text, package) pairs: which part of the standard library does a documentation string come from?
+
+    Texts are those of the embedded corpus from the ten packages, or modules, that have the most. A package's name in a
+    text of its own becomes "module", which would otherwise give the answer away. A text of several packages counts for
+    the first alone. files: source files below `root`, by default those of the standard library.
+    """
+    root = root or _library()
+    packages: dict[str, str] = {}
+    for path in source_files(root) if files is None else files:
+        package = path.relative_to(root).parts[0].removesuffix(".py")
+        for text in documentation_strings(path):
+            text = re.sub(rf"\b{re.escape(package)}\b", "module", " ".join(text.split()), flags=re.IGNORECASE)
+            if len(text) >= MIN_CHARACTERS:
+                packages.setdefault(text, package)
+    kept = {package for package, _ in Counter(packages.values()).most_common(CLASSES)}
+    return [(text, package) for text, package in packages.items() if package in kept]
+
+
 def fingerprint() -> dict[str, str]:
     """Return what the embedded corpus depends on: this Python, and this module's rules."""
     return {"python": sys.version, "rules": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """Return the paragraphs (separated by blank lines) of a UTF-8 text file, white space collapsed.
+def is_held_out(text: str, percent: int = HELD_OUT_PERCENT) -> bool:
+    """Return whether a text is for evaluation: by its SHA-256 alone, so that its side never changes.
 
-    Raises InputError naming the path if the file is missing, unreadable, not UTF-8 text, or empty.
+    Neither when other texts come or go, nor between runs (Python's own ``hash`` of a string does).
     """
-    try:
-        content = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start} does not decode") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {(error.strerror or 'unknown error').lower()}") from error
-    paragraphs = [" ".join(p.split()) for p in content.replace("\r\n", "\n").split("\n\n")]
-    texts = [p for p in paragraphs if p]
-    if not texts:
-        raise InputError(f"{path} is empty: expected paragraphs of plain text")
-    return texts
-
-
-def split(texts: Iterable[str], held_out_percent: int = HELD_OUT_PERCENT) -> tuple[list[str], list[str]]:
-    """Split texts into (train, held_out), keeping their order.
-
-    A text's side depends on its SHA-256 alone, so it never changes when other texts come or go, or between runs
-    (Python's own ``hash`` of a string does).
-    """
-    train: list[str] = []
-    held_out: list[str] = []
-    for text in texts:
-        bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
-        (held_out if bucket < held_out_percent else train).append(text)
-    return train, held_out
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 < percent

@@ -1,4 +1,5 @@
-"""T5 span corruption (Raffel et al., 2020, arXiv 1910.10683): packed chunks in, (input_ids, labels) pairs out.
+"""What a model reads: texts packed into chunks and corrupted as T5 does (Raffel et al., 2020, arXiv 1910.10683), or
+pairs of source and target, from Arrow files on disk or as endless streams.
 
 Every example's random numbers come from (seed, epoch, index) and from no global state: the stream is the same after
 a resume, on any number of data workers or processes, and for every method compared on it.
@@ -6,17 +7,30 @@ a resume, on any number of data workers or processes, and for every method compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import torch
-from torch.utils.data import Dataset, Sampler
+from datasets.arrow_writer import ArrowWriter
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from tqdm.auto import tqdm
+from transformers import DataCollatorForSeq2Seq
 
 from .errors import InputError
 
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
+IGNORED = -100  # the label of padding, which no loss counts
+BLOCK = 1000  # texts that are tokenised together
+
+Item = dict[str, torch.Tensor]
 
 
 def pack(tokenizer: Any, texts: Sequence[str], length: int, what: str = "training text") -> np.ndarray:
@@ -30,6 +44,63 @@ def pack(tokenizer: Any, texts: Sequence[str], length: int, what: str = "trainin
     if chunks == 0:
         raise InputError(f"too little {what}: {len(stream)} tokens do not fill one chunk of {length}")
     return stream[: chunks * length].reshape(chunks, length)
+
+
+def _packed(tokenizer: Any, texts: Iterable[str], length: int) -> Iterator[np.ndarray]:
+    """Yield the texts' tokens as chunks [n, length] (int32), n > 0 and different each time; the last few are dropped.
+
+    The chunks are those of `pack`: no token is lost between the blocks in which texts are tokenised.
+    """
+    texts, left = iter(texts), np.empty(0, dtype=np.int32)
+    while block := list(islice(texts, BLOCK)):
+        ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+        stream = np.concatenate([left, *(np.asarray(text, dtype=np.int32) for text in ids)])
+        whole = len(stream) // length * length
+        left = stream[whole:]
+        if whole:
+            yield stream[:whole].reshape(-1, length)
+
+
+def _text_of(row: Any) -> str:
+    return row if isinstance(row, str) else row["text"] or ""
+
+
+@contextmanager
+def _arrow_file(path: Path, features: datasets.Features) -> Iterator[ArrowWriter]:
+    """Write an Arrow file; nothing is left of it after an error."""
+    try:
+        with ArrowWriter(features=features, path=str(path)) as writer:
+            yield writer
+            writer.finalize()
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def pack_to_arrow(
+    tokenizer: Any,
+    texts: Iterable[Any],
+    length: int,
+    path: Path,
+    what: str = "training text",
+    total: int | None = None,
+) -> datasets.Dataset:
+    """Pack texts as `pack` does, but in bounded memory: into an Arrow file, which the returned Dataset maps.
+
+    texts: strings, or rows with the column "text". Its rows hold "input_ids", lists of `length` int32. total: the
+    number of texts if it is known, for the progress bar.
+    Raises InputError, calling the texts `what`, if they do not fill one chunk; no file is left then.
+    """
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length)})
+    bar = tqdm((_text_of(row) for row in texts), desc=f"tokenising {what}", total=total, unit="text", mininterval=1)
+    chunks = 0
+    with _arrow_file(path, features) as writer:
+        for block in _packed(tokenizer, bar, length):
+            chunks += len(block)
+            writer.write_table(pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(block.ravel(), length)}))
+        if not chunks:
+            raise InputError(f"too little {what}: its tokens do not fill one chunk of {length}")
+    return datasets.Dataset.from_file(str(path))
 
 
 def span_counts(length: int, density: float = NOISE_DENSITY, mean_span: float = MEAN_SPAN_LENGTH) -> tuple[int, int]:
@@ -54,43 +125,242 @@ def noise_mask(length: int, rng: np.random.Generator) -> np.ndarray:
     return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
 
 
-def _with_sentinels(tokens: np.ndarray, mask: np.ndarray, first_sentinel: int, eos: int) -> np.ndarray:
-    """Replace each run of True in mask by one sentinel, counting down from first_sentinel, and append eos."""
+def _with_sentinels(tokens: np.ndarray, mask: np.ndarray, sentinels: np.ndarray, eos: int) -> np.ndarray:
+    """Replace each run of True in mask by one sentinel, the first by sentinels[0] and so on, and append eos."""
     starts = mask & ~np.concatenate(([False], mask[:-1]))
-    replaced = np.where(starts, first_sentinel + 1 - np.cumsum(starts), tokens)
+    replaced = np.where(starts, sentinels[np.cumsum(starts) - 1], tokens)
     return np.append(replaced[starts | ~mask], eos)
+
+
+class Corruption:
+    """Span corruption of chunks of one length, with the sentinels <extra_id_0>, <extra_id_1> ... in order.
+
+    Ids are looked up by name: they count down in T5's vocabulary and up in ByT5's.
+    Raises InputError if chunks of `length` tokens need more sentinels than the tokenizer has.
+    """
+
+    def __init__(self, tokenizer: Any, length: int):
+        self.length = length
+        self.eos: int = tokenizer.eos_token_id
+        spans = span_counts(length)[1]
+        ids = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(spans)])
+        if None in ids or tokenizer.unk_token_id in ids:
+            raise InputError(f"chunks of {length} tokens need {spans} sentinels; the tokenizer has fewer")
+        self.sentinels = np.array(ids, dtype=np.int64)
+
+    def __call__(self, tokens: np.ndarray, seed: Sequence[int]) -> Item:
+        """Return "input_ids" [L - noise + spans + 1] and "labels" [noise + spans + 1] (int64) of tokens [L]."""
+        mask = noise_mask(self.length, np.random.default_rng(seed))
+        return {
+            "input_ids": torch.from_numpy(_with_sentinels(tokens, mask, self.sentinels, self.eos)),
+            "labels": torch.from_numpy(_with_sentinels(tokens, ~mask, self.sentinels, self.eos)),
+        }
 
 
 class SpanCorruption(Dataset):
     """Chunks as training examples, corrupted anew in every epoch.
 
-    chunks: [N, L] token ids. Item i + N * epoch is chunk i as that epoch sees it, a dict of
-    "input_ids" [L - noise + spans + 1] and "labels" [noise + spans + 1] (int64), equally long in all
-    items, so nothing is ever padded.
+    chunks: [N, L] token ids, as an array or as the Dataset of `pack_to_arrow`. Item i + N * epoch is chunk i as that
+    epoch sees it, a dict of "input_ids" [L - noise + spans + 1] and "labels" [noise + spans + 1] (int64), equally long
+    in all items, so nothing is ever padded.
     Raises InputError if the chunks need more sentinels than the tokenizer has.
     """
 
-    def __init__(self, chunks: np.ndarray, tokenizer: Any, seed: int):
+    def __init__(self, chunks: np.ndarray | datasets.Dataset, tokenizer: Any, seed: int):
         self.chunks = chunks
         self.seed = seed
-        self.eos: int = tokenizer.eos_token_id
-        self.first_sentinel: int = tokenizer.convert_tokens_to_ids("<extra_id_0>")
-        spans = span_counts(chunks.shape[1])[1]
-        last = tokenizer.convert_tokens_to_ids(f"<extra_id_{spans - 1}>")
-        if self.first_sentinel == tokenizer.unk_token_id or last != self.first_sentinel - spans + 1:
-            raise InputError(f"chunks of {chunks.shape[1]} tokens need {spans} sentinels; the tokenizer has fewer")
+        length = chunks.shape[1] if isinstance(chunks, np.ndarray) else chunks.features["input_ids"].length
+        self.corrupt = Corruption(tokenizer, length)
 
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Item:
         epoch, chunk = divmod(index, len(self.chunks))
-        mask = noise_mask(self.chunks.shape[1], np.random.default_rng((self.seed, epoch, chunk)))
-        tokens = self.chunks[chunk]
-        return {
-            "input_ids": torch.from_numpy(_with_sentinels(tokens, mask, self.first_sentinel, self.eos)),
-            "labels": torch.from_numpy(_with_sentinels(tokens, ~mask, self.first_sentinel, self.eos)),
-        }
+        tokens = self.chunks[chunk] if isinstance(self.chunks, np.ndarray) else self.chunks[chunk]["input_ids"]
+        return self.corrupt(np.asarray(tokens, dtype=np.int64), (self.seed, epoch, chunk))
+
+
+@dataclass
+class Counts:
+    """What tokenising pairs did: pairs in all, and those whose source or target was cut."""
+
+    pairs: int = 0
+    cut_sources: int = 0
+    cut_targets: int = 0
+
+
+def _cut(tokenizer: Any, texts: list[str], limit: int) -> tuple[list[list[int]], list[int]]:
+    """Return (ids of each text, at most `limit` with EOS at the end; their lengths before they were cut)."""
+    if limit < 2:
+        raise ValueError(f"limit: expected at least 2 tokens, one and EOS, got {limit}")
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*text[: limit - 1], tokenizer.eos_token_id] for text in ids], [len(text) + 1 for text in ids]
+
+
+def tokenize_pairs(
+    pairs: Iterable[Mapping[str, str]],
+    tokenizer: Any,
+    max_source_length: int,
+    max_target_length: int,
+    path: Path,
+    *,
+    cut_targets: bool = True,
+    total: int | None = None,
+) -> tuple[datasets.Dataset, Counts]:
+    """Tokenise pairs into an Arrow file; return the Dataset that maps it, and how many were cut.
+
+    pairs: rows of strings "source", "target" and "task". The Dataset has them too, and "input_ids" and "labels", lists
+    of int32 that end in EOS and are, with it, at most as long as the limits, which count tokens. total: the number of
+    pairs if it is known, for the progress bar.
+    Raises InputError for a target above its limit if cut_targets is false, and if there are no pairs; no file is left.
+    """
+    ids, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
+    features = datasets.Features({"input_ids": ids, "labels": ids, "source": text, "target": text, "task": text})
+    counts = Counts()
+    rows = iter(tqdm(pairs, desc="tokenising pairs", total=total, unit="pair", mininterval=1))
+    with _arrow_file(path, features) as writer:
+        while block := list(islice(rows, BLOCK)):
+            columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in list(features)[2:]}
+            columns["input_ids"], sources = _cut(tokenizer, columns["source"], max_source_length)
+            columns["labels"], targets = _cut(tokenizer, columns["target"], max_target_length)
+            if not cut_targets and max(targets) > max_target_length:
+                row = next(i for i, length in enumerate(targets) if length > max_target_length)
+                raise InputError(
+                    f"the target of pair {counts.pairs + row + 1} has {targets[row]} tokens, expected at most "
+                    f"{max_target_length}: {columns['target'][row][:60]!r}"
+                )
+            counts.pairs += len(block)
+            counts.cut_sources += sum(length > max_source_length for length in sources)
+            counts.cut_targets += sum(length > max_target_length for length in targets)
+            writer.write_table(pa.table(columns, schema=features.arrow_schema))
+        if not counts.pairs:
+            raise InputError("no pairs: expected at least one source and target")
+    return datasets.Dataset.from_file(str(path)), counts
+
+
+def _pair_item(input_ids: Sequence[int], labels: Sequence[int]) -> Item:
+    ids = torch.tensor(input_ids)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(labels)}
+
+
+class Pairs(Dataset):
+    """Tokenised pairs as examples: "input_ids", "attention_mask" and "labels" (int64), not padded; see `pad`.
+
+    Item i + N * epoch is pair i in every epoch (see EpochSampler).
+    """
+
+    def __init__(self, rows: datasets.Dataset):
+        self.rows = rows.select_columns(["input_ids", "labels"])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        return _pair_item(**self.rows[index % len(self.rows)])
+
+
+class _Padding(DataCollatorForSeq2Seq):
+    def __call__(self, features: list[Item], return_tensors: Any = None) -> Any:
+        # Of tensors it would make arrays, one by one.
+        return super().__call__([{name: ids.tolist() for name, ids in item.items()} for item in features])
+
+
+def pad(tokenizer: Any) -> DataCollatorForSeq2Seq:
+    """Return the collator of pairs: padded to the longest, rounded up to a multiple of 8, labels by -100."""
+    return _Padding(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=8)
+
+
+def _shuffled(rows: Iterable[Any], size: int, rng: np.random.Generator) -> Iterator[Any]:
+    """Yield the rows in random order, each drawn from a buffer of `size`, then what is left in it."""
+    buffer: list[Any] = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        else:
+            at = int(rng.integers(size))
+            yield buffer[at]
+            buffer[at] = row
+    yield from (buffer[at] for at in rng.permutation(len(buffer)))
+
+
+class _Streamed(IterableDataset):
+    """An endless stream of items: the rows again and again, in another order each time.
+
+    rows: a `datasets.IterableDataset`. shuffle_buffer: rows among which the next one is drawn, and files are shuffled
+    too; 0 keeps their order. Every iteration starts at the beginning and gives the same items, so a run resumes by
+    skipping those it has seen. Processes of a distributed run all see the whole stream, of which accelerate gives each
+    its share. One data worker may read it: several would each give all of it.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, tokenizer: Any, seed: int, shuffle_buffer: int):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+
+    def _epoch(self, rows: Iterable[Mapping[str, str]], epoch: int) -> Iterator[Item]:
+        """Yield the items of one pass over `rows`."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(f"dataloader_num_workers: a stream is read by 0 or 1 workers, got {worker.num_workers}")
+        for epoch in count():
+            rows = self.rows
+            if self.shuffle_buffer:
+                rng = np.random.default_rng((self.seed, epoch))
+                # A buffer of 1 shuffles the files alone: the library's own buffer would draw otherwise in a worker.
+                rows = _shuffled(rows.shuffle(seed=int(rng.integers(2**31)), buffer_size=1), self.shuffle_buffer, rng)
+            items = self._epoch(rows, epoch)
+            first = next(items, None)
+            if first is None:
+                raise InputError("too little data: one pass over the stream gives no example")
+            yield first
+            yield from items
+
+
+class StreamedSpans(_Streamed):
+    """Span corruption of a corpus that is never stored: items as SpanCorruption's, from rows with the column "text".
+
+    length: tokens of a chunk. In each epoch the texts are packed anew, in that epoch's order; the corruption of its
+    chunk k depends on (seed, epoch, k) alone. Raises InputError as SpanCorruption does, and if an epoch has no chunk.
+    """
+
+    def __init__(
+        self, rows: datasets.IterableDataset, tokenizer: Any, length: int, seed: int, shuffle_buffer: int = 10_000
+    ):
+        super().__init__(rows, tokenizer, seed, shuffle_buffer)
+        self.corrupt = Corruption(tokenizer, length)
+
+    def _epoch(self, rows: Iterable[Mapping[str, str]], epoch: int) -> Iterator[Item]:
+        blocks = _packed(self.tokenizer, map(_text_of, rows), self.corrupt.length)
+        for k, tokens in enumerate(chunk for block in blocks for chunk in block):
+            yield self.corrupt(tokens.astype(np.int64), (self.seed, epoch, k))
+
+
+class StreamedPairs(_Streamed):
+    """Pairs that are tokenised as they come: items as those of Pairs, cut at the limits, in tokens with EOS."""
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        tokenizer: Any,
+        max_source_length: int,
+        max_target_length: int,
+        seed: int,
+        shuffle_buffer: int = 10_000,
+    ):
+        super().__init__(rows, tokenizer, seed, shuffle_buffer)
+        self.limits = max_source_length, max_target_length
+
+    def _epoch(self, rows: Iterable[Mapping[str, str]], epoch: int) -> Iterator[Item]:
+        rows = iter(rows)
+        while block := list(islice(rows, BLOCK)):
+            sources, _ = _cut(self.tokenizer, [row["source"] for row in block], self.limits[0])
+            targets, _ = _cut(self.tokenizer, [row["target"] for row in block], self.limits[1])
+            yield from map(_pair_item, sources, targets)
 
 
 class EpochSampler(Sampler[int]):

@@ -1,0 +1,300 @@
+"""Every format gives the rows that are written in it, and every mistake is one line that says where it is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets.arrow_writer import ArrowWriter
+
+from fastkd.train import sources
+from fastkd.train.errors import InputError
+from fastkd.train.sources import content_digest, read_hub, read_rows
+
+ROWS = [{"a": 'one "two"', "b": "NA"}, {"a": "007", "b": "null"}, {"a": "3.0", "b": ""}, {"a": "línea\ttab", "b": "x"}]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Any:
+    """read(where, streaming): the rows as a list of dicts."""
+
+    def rows(where: Path | str, streaming: bool = False) -> list[dict[str, Any]]:
+        return list(read_rows(str(where), cache_dir=tmp_path / "cache", streaming=streaming))
+
+    return rows
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> bytes:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path.read_bytes()
+
+
+CONTENTS = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS) + "\n",
+    ".json": json.dumps(ROWS, indent=2),
+    ".csv": 'a,b\r\n"one ""two""",NA\r\n007,null\r\n3.0,\r\nlínea\ttab,x\r\n',
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("suffix", [*CONTENTS, ".parquet"])
+def test_formats_keep_values(read: Any, tmp_path: Path, suffix: str, packed: str, streaming: bool) -> None:
+    content = CONTENTS.get(suffix) or parquet(tmp_path / "made.pq", ROWS)
+    path = write(tmp_path / f"data{suffix}{packed}", content)
+    assert read(path, streaming) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tsv_knows_no_quotes(read: Any, tmp_path: Path, streaming: bool) -> None:
+    path = write(tmp_path / "t.tsv", '\ufeffsentence\tlabel\n"an opened quote\t1\n\na "b" c\t\n  short\n')
+    assert read(path, streaming) == [
+        {"sentence": '"an opened quote', "label": "1"},
+        {"sentence": 'a "b" c', "label": ""},
+        {"sentence": "  short", "label": None},
+    ]
+
+
+def test_csv_fields_hold_line_breaks_and_long_documents(read: Any, tmp_path: Path) -> None:
+    long = "word " * 40_000
+    path = write(tmp_path / "t.csv", f'"first, name",b\n"two\nlines","{long}"\n')
+    assert read(path) == [{"first, name": "two\nlines", "b": long}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["t.txt", "t.TXT.gz"])
+def test_paragraphs(read: Any, tmp_path: Path, name: str, streaming: bool) -> None:
+    path = tmp_path / name
+    content = "\ufeffOne\r\n  paragraph.\r\n   \r\n\r\nAnother.\n\t\nThe\nlast".encode()
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read(path, streaming) == [{"text": "One paragraph."}, {"text": "Another."}, {"text": "The last"}]
+
+
+def test_json_keeps_types_and_fills_in_keys(read: Any, tmp_path: Path) -> None:
+    lines = [{"d": "2020-01-01", "n": 1}, {"d": "2021-01-01", "n": 2.5, "t": {"en": "a"}}, {"t": {"es": "b"}}]
+    path = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)))
+    assert read(path) == [
+        {"d": "2020-01-01", "n": 1.0, "t": None},
+        {"d": "2021-01-01", "n": 2.5, "t": {"en": "a", "es": None}},
+        {"d": None, "n": None, "t": {"en": None, "es": "b"}},
+    ]
+
+
+def test_json_columns_that_come_late(read: Any, tmp_path: Path) -> None:
+    lines = [{"a": "x"}] * 1500 + [{"a": "y", "late": 1}]
+    path = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)))
+    assert read(path)[-1] == {"a": "y", "late": 1} and read(path)[0] == {"a": "x", "late": None}
+    assert read(path, streaming=True)[-1] == {"a": "y"}  # a stream takes its columns from its first rows
+
+
+def test_folders_and_globs_are_read_in_order(read: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "data [1]"
+    for name, text in (("b.txt.gz", "second"), ("a.txt", "first"), (".hidden.txt", "no"), ("README.md", "no")):
+        write(folder / name, text)
+    expected = [{"text": "first"}, {"text": "second"}]
+    assert read(folder) == expected == read(folder, streaming=True)
+    write(tmp_path / "deep" / "er" / "c.csv", "x\n1\n")
+    assert read(str(tmp_path / "d*" / "**" / "*.csv")) == [{"x": "1"}]
+    assert read(folder / "a.txt") == expected[:1]  # brackets in a name that exists are no glob
+
+
+def test_columns_may_change_their_order_between_files(read: Any, tmp_path: Path) -> None:
+    write(tmp_path / "d" / "1.csv", "x,y\n1,2\n")
+    write(tmp_path / "d" / "2.csv", "y,x\n4,3\n")
+    assert read(tmp_path / "d") == [{"x": "1", "y": "2"}, {"x": "3", "y": "4"}]
+
+
+def test_changed_files_are_read_anew(read: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", "x\n1\n")
+    assert read(path) == [{"x": "1"}]
+    before = path.stat()
+    write(path, "x\n2\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read(path) == [{"x": "2"}]
+    assert not [f for f in (tmp_path / "cache").iterdir() if f.name.startswith(".")]
+
+
+def test_class_labels_of_parquet_survive(tmp_path: Path) -> None:
+    features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict({"label": [1, 0]}, features=features).to_parquet(tmp_path / "t.parquet")
+    rows = read_rows(str(tmp_path / "t.parquet"), cache_dir=tmp_path / "cache")
+    assert rows.features["label"].names == ["no", "yes"] and rows["label"][:] == [1, 0]
+
+
+NOT_GZIP = b"plain text"
+BAD = {
+    "bad.jsonl": ('{"a": 1}\n\n{"a": }\n', "bad.jsonl, line 3: malformed JSON, expecting value"),
+    "bad.jsonl.gz": ('{"a": 1}\n{"a"\n', "bad.jsonl.gz, line 2: malformed JSON"),
+    "list.jsonl": ('{"a": 1}\n[1, 2]\n', r"list.jsonl, line 2: expected a JSON object, got \[1, 2\]"),
+    "string.json": ('"a"\n', 'string.json, line 1: expected a JSON object, got "a"'),
+    "array.json": ('[{"a": 1},\n{"a" 2}]\n', "array.json, line 2: malformed JSON"),
+    "mixed.jsonl": ('{"a": 1}\n{"a": 2}\n{"a": "x"}\n', "mixed.jsonl, line 3: .*incompatible types"),
+    "surrogate.jsonl": ('{"a": "x"}\n{"a": "\\ud800"}\n', "surrogate.jsonl, line 2: "),
+    "huge.jsonl": ('{"a": 1}\n{"a": ' + "9" * 30 + "}\n", "huge.jsonl, line 2: "),
+    "latin.jsonl": (b'{"a": "x"}\n{"a": "\xe9"}\n', "latin.jsonl is not UTF-8 text: line 2, byte 8"),
+    "latin.txt": (b"one\n\ncaf\xe9\n", "latin.txt is not UTF-8 text: line 3, byte 4"),
+    "latin.csv.gz": (b"a\ncaf\xe9\n", "latin.csv.gz is not UTF-8 text: line 2"),
+    "long.csv": ("a,b\n1,2\n1,2,3\n", "long.csv, line 3: expected 2 fields, got 3"),
+    "first.csv": ("a,b\n1,2,3\n1,2,3\n", "first.csv, line 2: expected 2 fields, got 3"),
+    "long.tsv": ("a\tb\n1\t2\n\n1\t2\t3\n", "long.tsv, line 4: expected 2 fields, got 3"),
+    "quote.csv": ('a,b\n1,"2\n3,4\n', "quote.csv, line 3: unexpected end of data"),
+    "twice.csv": ("a,b,a\n1,2,3\n", "twice.csv: two columns are named 'a'"),
+    "none.csv": ("", "none.csv is empty: expected a first line"),
+    "header.tsv": ("a\tb\n", "header.tsv is empty"),
+    "none.jsonl": ("\n\n", "none.jsonl is empty"),
+    "none.json": ("[]", "none.json is empty"),
+    "objects.jsonl": ("{}\n{}\n", "objects.jsonl is empty"),
+    "none.txt": (" \n\n \n", "none.txt is empty"),
+    "bad.parquet": ("PAR1 no", "bad.parquet is no valid Parquet file"),
+    "bad.parquet.gz": ("PAR1 no", "bad.parquet.gz is no valid Parquet file"),
+    "data.xyz": ("a", r"data.xyz has an unknown suffix: expected .txt, .jsonl, .*also .gz"),
+    "nosuffix": ("a", "nosuffix has an unknown suffix"),
+}
+
+
+def drain(where: Path | str, cache: Path, streaming: bool) -> None:
+    list(read_rows(str(where), cache_dir=cache, streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_line(tmp_path: Path, name: str, streaming: bool) -> None:
+    content, message = BAD[name]
+    write(tmp_path / name, content)
+    with pytest.raises(InputError, match=message) as error:
+        drain(tmp_path / name, tmp_path / "cache", streaming)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_mistakes_far_into_a_file(tmp_path: Path, streaming: bool) -> None:
+    path = write(tmp_path / "t.jsonl", '{"a": 1}\n' * 2500 + '{"a": "x"}\n' + '{"a": 1}\n' * 2500)
+    with pytest.raises(InputError, match=r"t.jsonl, line 2501: "):
+        drain(path, tmp_path / "cache", streaming)
+    assert not list((tmp_path / "cache").glob("*"))  # nothing that a later run would take for the rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_damaged_gzip(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    path = tmp_path / f"t{suffix}.gz"
+    whole = gzip.compress(b"".join(b'{"a": "%d"}\n' % i for i in range(5000)))
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"\.gz is truncated"):
+        drain(path, tmp_path / "cache", streaming)
+    path.write_bytes(NOT_GZIP)
+    with pytest.raises(InputError, match=r"\.gz is no valid gzip file"):
+        drain(path, tmp_path / "cache", streaming)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match=str(path)):
+        drain(path, tmp_path / "cache", streaming)
+
+
+def test_places_without_data(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "both" / "a.csv", "a\n1\n")
+    write(tmp_path / "both" / "b.jsonl", '{"a": 1}\n')
+    write(tmp_path / "differ" / "a.csv", "a\n1\n")
+    write(tmp_path / "differ" / "b.csv", "b\n1\n")
+    cases = {
+        "missing.csv": "no such file or folder",
+        "*.csv": "no file matches",
+        "empty": "holds no data files: expected .txt",
+        "both": r"several formats \(csv, jsonl\)",
+        "both/*": r"several formats \(csv, jsonl\)",
+        "differ": "b.csv has the columns b; .*a.csv has a",
+    }
+    for where, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            read_rows(str(tmp_path / where), cache_dir=tmp_path / "cache")
+
+
+def test_parquet_files_that_do_not_agree(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    parquet(tmp_path / "d" / "1.parquet", [{"a": 1}])
+    parquet(tmp_path / "d" / "2.parquet", [{"a": "x"}])
+    with pytest.raises(InputError, match=r"do not agree: .*incompatible types"):
+        read_rows(str(tmp_path / "d"), cache_dir=tmp_path / "cache")
+
+
+def test_digest_is_of_contents_and_suffixes(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.csv", "a\n1\n")
+    digest = content_digest(str(one))
+    assert digest == content_digest(str(write(tmp_path / "elsewhere" / "two.csv", "a\n1\n")))
+    assert content_digest(str(tmp_path / "elsewhere")) == digest and len(digest) == 64
+    assert content_digest(str(write(tmp_path / "one.tsv", "a\n1\n"))) != digest
+    assert content_digest(str(write(tmp_path / "three.csv", "a\n2\n"))) != digest
+    # The same bytes, divided into files in another way.
+    write(tmp_path / "x" / "1.txt", "ab")
+    write(tmp_path / "x" / "2.txt", "c")
+    write(tmp_path / "y" / "1.txt", "a")
+    write(tmp_path / "y" / "2.txt", "bc")
+    assert content_digest(str(tmp_path / "x")) != content_digest(str(tmp_path / "y"))
+
+
+def test_saved_folders(tmp_path: Path) -> None:
+    train, test = (datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test"))
+    train.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict(only=test).save_to_disk(tmp_path / "three")
+    cache = tmp_path / "cache"
+    for streaming in (False, True):
+        assert list(read_rows(str(tmp_path / "one"), cache_dir=cache, streaming=streaming)) == [{"text": "train"}]
+        assert list(read_hub(str(tmp_path / "two"), None, "test", cache_dir=cache, streaming=streaming)) == [
+            {"text": "test"}
+        ]
+    assert list(read_rows(str(tmp_path / "three"), cache_dir=cache)) == [{"text": "test"}]
+    assert content_digest(str(tmp_path / "one")) != content_digest(str(tmp_path / "two"))
+    with pytest.raises(InputError, match="holds the splits train, test: expected one"):
+        read_rows(str(tmp_path / "two"), cache_dir=cache)
+    with pytest.raises(InputError, match=r"no split 'dev' \(splits: train, test\)"):
+        read_hub(str(tmp_path / "two"), None, "dev", cache_dir=cache)
+    with pytest.raises(InputError, match="was not saved by datasets"):
+        read_hub(str(tmp_path), None, "train", cache_dir=cache)
+    train.save_to_disk(tmp_path / "empty")
+    with ArrowWriter(features=train.features, path=str(next((tmp_path / "empty").glob("*.arrow")))) as writer:
+        writer.finalize()
+    with pytest.raises(InputError, match="empty is empty"):
+        read_rows(str(tmp_path / "empty"), cache_dir=cache)
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"cannot read .*one"):
+        read_rows(str(tmp_path / "one"), cache_dir=cache)
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        if args[0] == "gone":
+            raise ConnectionError("no route\nto the hub")
+        return datasets.Dataset.from_dict({"text": ["x"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(read_hub("glue", "sst2", "train", cache_dir=tmp_path)) == [{"text": "x"}]
+    assert asked == [(("glue", "sst2"), {"split": "train", "cache_dir": str(tmp_path), "streaming": False})]
+    with pytest.raises(InputError, match=r"^cannot load split 'dev' of gone, configuration c: no route to the hub$"):
+        read_hub("gone", "c", "dev", cache_dir=tmp_path)
+
+
+def test_progress_bars_are_restored() -> None:
+    assert not datasets.are_progress_bars_disabled()
+    with sources.quiet():
+        assert datasets.are_progress_bars_disabled()
+    assert not datasets.are_progress_bars_disabled()

@@ -1,0 +1,295 @@
+"""Rows become T5's pairs, by tables written out by hand; GLUE's from files in the layout of its download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
+
+from fastkd.train import tasks
+from fastkd.train.errors import InputError
+from fastkd.train.tasks import TASKS, Columns, glue_files, read_glue, to_pairs, to_texts
+
+
+def pairs_of(task: str, rows: list[dict[str, Any]], **columns: str) -> list[tuple[str, str]]:
+    """The pairs of a Dataset, which must be those of a stream."""
+    made, dropped = to_pairs(TASKS[task], Dataset.from_list(rows), columns=Columns(**columns))
+    streamed, uncounted = to_pairs(
+        TASKS[task], IterableDataset.from_generator(lambda: iter(rows)), columns=Columns(**columns)
+    )
+    assert list(streamed) == list(made) and dropped == len(rows) - len(made) and uncounted is None
+    assert set(made["task"]) == {task}
+    return list(zip(made["source"], made["target"], strict=True))
+
+
+def test_text2text() -> None:
+    rows = [{"id": 1, "question": " 2 + 2 ", "answer": 4}, {"id": 2, "question": "Is it?", "answer": "yes"}]
+    assert pairs_of("text2text", rows[:1]) == [("2 + 2", "4")]
+    assert pairs_of("text2text", rows[1:], source_prefix="q: ") == [("q: Is it?", "yes")]
+    rows = [{"x": "a", "y": "b", "text": "t"}]
+    assert pairs_of("text2text", rows, source_column="y", target_column="x") == [("b", "a")]
+
+
+def test_rows_without_a_side_are_dropped() -> None:
+    rows = [{"source": s, "target": t} for s, t in [("a", "b"), ("", "b"), ("a", None), (" \n", "b"), ("c", "d")]]
+    assert pairs_of("text2text", rows, source_prefix="p: ") == [("p: a", "b"), ("p: c", "d")]
+    with pytest.raises(InputError, match="text2text: no row has both"):
+        pairs_of("text2text", rows[1:4])
+    with pytest.raises(InputError, match="text2text: no row has both"):
+        pairs_of("text2text", [{"source": float("nan"), "target": "b"}])
+
+
+def test_summarization() -> None:
+    rows = [{"article": "Long.\nText.", "highlights": "Short."}]
+    assert pairs_of("summarization", rows) == [("summarize: Long.\nText.", "Short.")]
+    assert pairs_of("summarization", [{"text": "Long.", "summary": "S", "title": "T"}]) == [("summarize: Long.", "S")]
+    assert pairs_of("summarization", rows, source_prefix="") == [("Long.\nText.", "Short.")]
+
+
+def test_translation() -> None:
+    nested = [{"translation": {"en": "Hello", "es": "Hola"}}, {"translation": {"en": "Bye", "es": None}}]
+    expected = [("translate English to Spanish: Hello", "Hola")]
+    assert pairs_of("translation", nested) == expected
+    assert pairs_of("translation", nested, source_lang="es", target_lang="en") == [
+        ("translate Spanish to English: Hola", "Hello")
+    ]
+    assert pairs_of("translation", nested, source_lang="English", target_lang="Spanish") == expected
+    assert pairs_of("translation", [{"id": 1, "en": "Hello", "es": "Hola"}]) == expected
+    assert (
+        pairs_of("translation", [{"source": "Hello", "target": "Hola"}], source_lang="en", target_lang="es") == expected
+    )
+    assert pairs_of("translation", [{"source": "Hi", "target": "Nuqneh"}], source_lang="en", target_lang="Klingon") == [
+        ("translate English to Klingon: Hi", "Nuqneh")
+    ]
+    assert pairs_of("translation", [{"source": "Hello", "target": "Hola"}], source_prefix="x: ") == [
+        ("x: Hello", "Hola")
+    ]
+    three = [{"translation": {"en": "a", "de": "b", "fr": "c"}}]
+    assert pairs_of("translation", three, source_lang="de", target_lang="fr") == [
+        ("translate German to French: b", "c")
+    ]
+    with pytest.raises(InputError, match=r"expected --source_lang and --target_lang \(found en, de, fr\)"):
+        pairs_of("translation", three)
+    with pytest.raises(InputError, match=r"no en to es in the data \(languages: en, de, fr\)"):
+        pairs_of("translation", three, source_lang="en", target_lang="es")
+    with pytest.raises(InputError, match="expected --source_lang and --target_lang"):
+        pairs_of("translation", [{"source": "Hello", "target": "Hola"}], source_lang="en")
+    with pytest.raises(InputError, match="holds no texts by language"):
+        pairs_of("translation", [{"translation": "Hello"}])
+
+
+def test_the_hubs_translation_feature() -> None:
+    features = Features({"translation": datasets.Translation(languages=["fr", "en"])})
+    rows = Dataset.from_dict({"translation": [{"fr": "Oui", "en": "Yes"}]}, features=features)
+    made, _ = to_pairs(TASKS["translation"], rows, columns=Columns())
+    assert made[0]["source"] == "translate French to English: Oui" and made[0]["target"] == "Yes"
+
+
+def test_classification() -> None:
+    assert pairs_of("classification", [{"text": "Great.", "label": "good"}]) == [("Great.", "good")]
+    assert pairs_of("classification", [{"sentence": "Great.", "label": 3}]) == [("Great.", "3")]
+    features = Features({"review": Value("string"), "stars": ClassLabel(names=["bad", "good"])})
+    rows = Dataset.from_dict({"review": ["a", "b", "c"], "stars": [1, 0, -1]}, features=features)
+    made, dropped = to_pairs(TASKS["classification"], rows, columns=Columns(label_column="stars", source_prefix="c: "))
+    assert made["target"][:] == ["good", "bad"] and made["source"][0] == "c: a" and dropped == 1
+
+
+def test_absent_columns_are_named_with_those_that_exist() -> None:
+    rows = [{"foo": "a", "bar": "b"}]
+    with pytest.raises(InputError, match=r"no column for --source_column: .* got the columns foo, bar"):
+        pairs_of("text2text", rows)
+    with pytest.raises(InputError, match=r"--source_column: no column 'fo' \(columns: foo, bar\)"):
+        pairs_of("summarization", rows, source_column="fo")
+    with pytest.raises(InputError, match=r"no column for --sentence: expected sentence, got the columns foo, bar"):
+        pairs_of("sst2", rows)
+    with pytest.raises(InputError, match=r"column 'answer' holds a list, expected text"):
+        pairs_of("text2text", [{"question": "a", "answer": ["b"]}])
+    with pytest.raises(ValueError, match="expected one with pairs, got 'glue'"):
+        pairs_of("glue", rows)
+
+
+# T5's examples of its input format (Raffel et al., 2020, appendix D), with shorter sentences.
+GLUE = {
+    "sst2": [({"sentence": "it confirms", "label": 1, "idx": 0}, "sst2 sentence: it confirms", "positive")],
+    "mrpc": [
+        (
+            {"sentence1": "We acted.", "sentence2": "I took it.", "label": 1},
+            "mrpc sentence1: We acted. sentence2: I took it.",
+            "equivalent",
+        )
+    ],
+    "stsb": [
+        (
+            {"sentence1": "A", "sentence2": "B", "label": score},
+            "stsb sentence1: A sentence2: B",
+            text,
+        )
+        for score, text in zip((3.25, 3.75, 0.0, 2.2, 4.917), ("3.2", "3.8", "0.0", "2.2", "5.0"), strict=True)
+    ],
+    "qqp": [({"question1": "Q?", "question2": "R?", "label": 0}, "qqp question1: Q? question2: R?", "not_duplicate")],
+    "mnli": [
+        (
+            {"premise": "yeah well", "hypothesis": "They won.", "label": 2},
+            "mnli hypothesis: They won. premise: yeah well",
+            "contradiction",
+        )
+    ],
+    "qnli": [
+        ({"question": "Why?", "sentence": "There.", "label": 0}, "qnli question: Why? sentence: There.", "entailment")
+    ],
+    "rte": [
+        (
+            {"sentence1": "S", "sentence2": "T", "label": 1},
+            "rte sentence1: S sentence2: T",
+            "not_entailment",
+        )
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_glue_of_the_hub(name: str) -> None:
+    rows = [row for row, _, _ in GLUE[name]]
+    unlabelled = {**rows[0], "label": -1 if name != "stsb" else -1.0}
+    assert pairs_of(name, [*rows, unlabelled]) == [(source, target) for _, source, target in GLUE[name]]
+
+
+def test_glue_labels_that_are_none_of_the_tasks() -> None:
+    row = {"premise": "P", "hypothesis": "H"}
+    words = [*("entailment", "neutral", "contradiction"), "0", "2.0", "-", "-1", None, ""]
+    made = pairs_of("mnli", [{**row, "label": word} for word in words])
+    assert [target for _, target in made] == ["entailment", "neutral", "contradiction", "entailment", "contradiction"]
+    for label in ("3", "Neutral", "hidden", "²"):
+        with pytest.raises(InputError, match=rf"mnli: unknown label '{label}' \(labels: entailment, neutral"):
+            pairs_of("mnli", [{**row, "label": label}])
+    for score in ("5.1", "-0.5", "high", "nan"):
+        with pytest.raises(InputError, match="stsb: expected a score from 0 to 5"):
+            pairs_of("stsb", [{"sentence1": "A", "sentence2": "B", "score": score}])
+
+
+TABLES = {
+    "SST-2": (["sentence", "label"], [["it 's \"fine", "1"], ["bad ", "0"], ["no label"]]),
+    "MRPC": (["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], [["0", "10", "11", '"One', "Two"]]),
+    "STS-B": (
+        ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"],
+        [["0", "main", "f", "2012", "1", "none", "none", "A plane.", "An air plane.", "3.800"]],
+    ),
+    "QQP": (
+        ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
+        [["1", "2", "3", "Why?", "How?", "1"], ["4", "5", "6", "torn row"]],
+    ),
+    "QNLI": (["index", "question", "sentence", "label"], [["0", "When?", "Then.", "not_entailment"]]),
+    "RTE": (["index", "sentence1", "sentence2", "label"], [["0", "No.", "Yes.", "entailment"]]),
+}
+MNLI = ["index", "promptID", "pairID", "genre", "sentence1", "sentence2", "label1", "gold_label"]
+
+
+def mnli_rows(genre: str) -> list[list[str]]:
+    return [["0", "1", "1e", genre, "P", "H", "x", "neutral"], ["1", "2", "2e", genre, "P2", "H2", "x", "-"]]
+
+
+@pytest.fixture
+def glue(tmp_path: Path) -> Path:
+    """A folder with the layout of GLUE's download."""
+    files = {f"{folder}/{name}.tsv": table for folder, table in TABLES.items() for name in ("train", "dev")}
+    for name, genre in (("train", "telephone"), ("dev_matched", "fiction"), ("dev_mismatched", "letters")):
+        files[f"MNLI/{name}.tsv"] = (MNLI, mnli_rows(genre))
+    for name, (header, rows) in files.items():
+        path = tmp_path / "glue" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join("\t".join(row) + "\n" for row in [header, *rows]), encoding="utf-8")
+    return tmp_path / "glue"
+
+
+def test_glue_files_give_the_eight_columns(glue: Path, tmp_path: Path) -> None:
+    made, dropped = read_glue(TASKS["glue"], str(glue), "validation", cache_dir=tmp_path / "cache")
+    assert [(row["task"], row["source"], row["target"]) for row in made] == [
+        ("sst2", "sst2 sentence: it 's \"fine", "positive"),
+        ("sst2", "sst2 sentence: bad", "negative"),
+        ("mrpc", 'mrpc sentence1: "One sentence2: Two', "not_equivalent"),
+        ("stsb", "stsb sentence1: A plane. sentence2: An air plane.", "3.8"),
+        ("qqp", "qqp question1: Why? question2: How?", "duplicate"),
+        ("mnli_matched", "mnli hypothesis: H premise: P", "neutral"),
+        ("mnli_mismatched", "mnli hypothesis: H premise: P", "neutral"),
+        ("qnli", "qnli question: When? sentence: Then.", "not_entailment"),
+        ("rte", "rte sentence1: No. sentence2: Yes.", "entailment"),
+    ]
+    assert dropped == 4  # a label, a torn row, and "-" twice
+
+
+def test_one_glue_task_in_its_own_folder(glue: Path, tmp_path: Path) -> None:
+    for folder in (glue, glue / "MNLI"):
+        made, dropped = read_glue(TASKS["mnli"], str(folder), "train", cache_dir=tmp_path / "cache")
+        assert made["task"][:] == ["mnli"] and dropped == 1
+    assert {k: v.name for k, v in glue_files("mnli", glue, "validation").items()} == {
+        "mnli_matched": "dev_matched.tsv",
+        "mnli_mismatched": "dev_mismatched.tsv",
+    }
+
+
+def test_the_expected_layout_is_said(glue: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lacks train.tsv of sst2: expected GLUE's layout, SST-2/train.tsv"):
+        glue_files("sst2", tmp_path, "train")
+    (glue / "MNLI" / "dev_mismatched.tsv").unlink()
+    with pytest.raises(InputError, match=r"lacks dev_mismatched.tsv of mnli"):
+        read_glue(TASKS["glue"], str(glue), "validation", cache_dir=tmp_path / "cache")
+
+
+def test_glue_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def load(where: str, config: str, split: str, *, cache_dir: Path) -> Dataset:
+        asked.append((where, config, split))
+        return Dataset.from_list([row for row, _, _ in GLUE[config]])
+
+    monkeypatch.setattr(tasks, "read_hub", load)
+    made, _ = read_glue(TASKS["glue"], "nyu-mll/glue", "validation", cache_dir=tmp_path)
+    assert ("nyu-mll/glue", "mnli", "validation_mismatched") in asked and ("nyu-mll/glue", "rte", "validation") in asked
+    assert len(asked) == 8 and len(set(made["task"])) == 8
+    asked.clear()
+    read_glue(TASKS["mnli"], "nyu-mll/glue", "train", cache_dir=tmp_path)
+    assert asked == [("nyu-mll/glue", "mnli", "train")]
+
+
+def test_pairs_are_kept_in_the_cache_and_not_beside_the_users_data(tmp_path: Path) -> None:
+    DatasetDict(train=Dataset.from_dict({"source": ["a"], "target": ["b"]})).save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    rows = datasets.load_from_disk(str(tmp_path / "saved"))["train"]
+    for prefix in ("x", "y"):
+        made, _ = to_pairs(
+            TASKS["text2text"], rows, columns=Columns(source_prefix=prefix), cache_dir=tmp_path / "cache"
+        )
+        assert made["source"][:] == [prefix + "a"] and made.cache_files
+    assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+    made, _ = to_pairs(TASKS["text2text"], rows, columns=Columns())
+    assert not made.cache_files and sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_the_column_of_texts() -> None:
+    def texts(rows: list[dict[str, Any]], **columns: str) -> list[dict[str, Any]]:
+        made = list(to_texts(Dataset.from_list(rows), columns=Columns(**columns)))
+        assert made == list(to_texts(IterableDataset.from_generator(lambda: iter(rows)), columns=Columns(**columns)))
+        return made
+
+    assert texts([{"id": 1, "text": "a", "more": "b"}]) == [{"text": "a"}]
+    assert texts([{"id": 1, "body": "a"}]) == [{"text": "a"}]
+    assert texts([{"body": "a", "text": "b"}], text_column="body") == [{"text": "a"}]
+    with pytest.raises(InputError, match="no column for --text_column: expected text, got the columns one, two"):
+        texts([{"one": "a", "two": "b"}])
+    with pytest.raises(InputError, match=r"--text_column: no column 'x' \(columns: text\)"):
+        texts([{"text": "a"}], text_column="x")
+    with pytest.raises(InputError, match=r"column 'id' holds no text \(columns of text: text\)"):
+        texts([{"text": "a", "id": 1}], text_column="id")
+
+
+def test_a_stream_without_rows() -> None:
+    with pytest.raises(InputError, match="no rows: the data is empty"):
+        to_pairs(TASKS["text2text"], IterableDataset.from_generator(lambda: iter([])), columns=Columns())
+
+
+def test_the_table_is_complete() -> None:
+    assert all(name == task.name and task.summary for name, task in TASKS.items())
+    assert set(TASKS["glue"].parts) == {"sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"} == set(GLUE)
