@@ -1,0 +1,105 @@
+"""The model card, README.md, of a student's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .report import Outcome, fenced, listed, table
+
+_TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+_EMBEDDED = "documentation of the standard library"  # how the facts call the embedded corpus
+
+
+def write_card(
+    folder: Path,
+    *,
+    method: str,
+    summary: str,
+    teacher: str | None,
+    outcomes: Sequence[Outcome],
+    facts: Mapping[str, Any],
+    config: str,
+    task: str,
+    prefix: str = "",
+    notes: Sequence[str] = (),
+) -> None:
+    """Write README.md into a student's `save_pretrained` folder.
+
+    method, summary: a name in METHODS and what it does. teacher: the folder or hub name that was given, or None if
+    there was none or the run trained it; only a hub name is published, as the card's base model. outcomes: the
+    student's last. facts, config, notes: see `report.write`; of the facts, "texts", "training_chunks" and
+    "training_examples" tell how little the student has read. task: a name in TASKS. prefix: what the task puts before
+    its sources.
+    """
+    student, hub_name = outcomes[-1], teacher if teacher and _is_hub_name(teacher) else None
+    data = ModelCardData(
+        base_model=hub_name,
+        library_name="transformers",
+        tags=["fastkd", "distillation", "t5"],
+        metrics=sorted(student.metrics) or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        origin=_origin(method, summary, hub_name, bool(teacher) or any(o.name == "teacher" for o in outcomes)),
+        snippet=fenced(_snippet(task, prefix), "python"),
+        table=table(outcomes),
+        limits="\n".join(f"- {limit}" for limit in [*_limits(facts, task), *notes]),
+        facts=listed(facts),
+        config=fenced(config, "yaml") if config else "",
+    )
+    text = str(card).encode("utf-8", errors="backslashreplace")  # as in report.md
+    (folder / "README.md").write_bytes(text)
+
+
+def _is_hub_name(teacher: str) -> bool:
+    """Return whether a teacher was named as on the hub, and not by a folder."""
+    try:
+        validate_repo_id(teacher)
+    except HFValidationError:
+        return False
+    return not Path(teacher).exists()
+
+
+def _origin(method: str, summary: str, hub_name: str | None, has_teacher: bool) -> str:
+    """Return a sentence about the teacher and the method."""
+    if not has_teacher:
+        return f"It was trained without a teacher, by fastkd's method `{method}`: {summary}."
+    teacher = f"`{hub_name}`" if hub_name else "a T5 that is not published with it"
+    return f"It was distilled from {teacher} by fastkd's method `{method}`: {summary}."
+
+
+def _snippet(task: str, prefix: str) -> str:
+    """Return code that loads the student and lets it do its task."""
+    source = "The capital of <extra_id_0> is Paris." if task == "span_corruption" else f"{prefix}your text"
+    special = "False" if task == "span_corruption" else "True"  # the answer is made of sentinels
+    return f"""\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+inputs = tokenizer({source!r}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)[0]
+print(tokenizer.decode(output, skip_special_tokens={special}))"""
+
+
+def _limits(facts: Mapping[str, Any], task: str) -> list[str]:
+    """Return what the student is not, as far as the facts tell."""
+    limits = ["The scores are those of held-out data from the same source; it was not tested on other data."]
+    limits.append("It was not examined for bias or for harmful output.")
+    if task == "span_corruption":
+        limits.append("It was trained to fill in spans of text; fine-tune it before it is used for anything else.")
+    else:
+        limits.append(f"It was trained for one task, {task}, and knows inputs in the form above.")
+    for name in ("training_chunks", "training_examples"):
+        if isinstance(facts.get(name), int):
+            limits.append(f"Its training data were {facts[name]:,} {name.removeprefix('training_')}.")
+    if facts.get("texts") == _EMBEDDED:
+        limits.append("It has read nothing but the documentation of Python's standard library, a small English corpus.")
+    return limits

@@ -1,0 +1,533 @@
+"""Reports, comparisons and model cards, read back with other readers than those that wrote them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from fastkd.train import plots, report
+from fastkd.train.card import write_card
+from fastkd.train.cost import Cost
+from fastkd.train.errors import InputError
+from fastkd.train.report import Outcome
+
+NASTY = "<script>alert('x')</script> & \"q\" ```` | \u2028 \x00 \ud800 %}{{ 7*7 }}\nreference: forged"
+ADDRESS = "data:image/png;base64,"
+
+
+def history(steps: int = 3, scale: float = 1.0) -> list[dict[str, float]]:
+    entries: list[dict[str, float]] = []
+    for step in range(1, steps + 1):
+        norms = {f"grad_norm_{side}{end}": scale * step for side in ("encoder", "decoder") for end in ("", "_max")}
+        entries.append({"step": step, "loss": scale / step, "loss_ce": scale / step, **norms})
+    return [*entries, {"step": steps, "eval_loss": scale}]
+
+
+def teacher(**changes: Any) -> Outcome:
+    cost = Cost(2_900_000, 0.3, 12.0, 1.5)
+    outcome = Outcome("teacher", 2_900_000, 900, 0.19, 4.61, 0.31, history(), {"rouge1": 30.0}, ["its", "words"], cost)
+    return replace(outcome, **changes)
+
+
+def student(**changes: Any) -> Outcome:
+    curves, cost = history(scale=2.0), Cost(500_000, 0.03, 4.0, 0.5)
+    outcome = Outcome("kd", 500_000, 500, 0.07, 4.75, 0.295, curves, {"rouge1": 26.0}, ["mine", NASTY], cost)
+    return replace(outcome, **changes)
+
+
+SCRATCH = Outcome("scratch", 500_000, 500, 0.05, 4.82, 0.29, history(), {"rouge1": 26.0}, [], Cost(500_000, 0.03))
+FACTS: dict[str, Any] = {"method": "kd", "seed": 1, "torch": "2.13"}
+
+
+class Page(HTMLParser):
+    """A page: its tags, the cells of its tables, its text; fails where a tag is not closed in order."""
+
+    EMPTY = ("meta", "img")
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[tuple[str, bool]]] = []
+        self.texts: list[tuple[str, str]] = []  # the innermost tag, and what it says
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+            self.texts.append((tag, ""))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append(("", dict(attrs).get("class") == "best"))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] = (self.rows[-1][-1][0] + data, self.rows[-1][-1][1])
+        if self.open and self.texts[-1][0] == self.open[-1]:
+            self.texts[-1] = (self.open[-1], self.texts[-1][1] + data)
+
+    def said_in(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+    def column(self, title: str) -> tuple[list[str], list[bool]]:
+        index = [text for text, _ in self.rows[0]].index(title)
+        cells = [row[index] for row in self.rows[1:] if len(row) == len(self.rows[0])]
+        return [text for text, _ in cells], [best for _, best in cells]
+
+
+def strict(path: Path) -> Any:
+    """JSON as the standard has it: without NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """make_run("a", [outcomes], method=...): a folder with that run's report."""
+
+    def make(name: str, outcomes: Sequence[Outcome] = (), **facts: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        report.write(folder, outcomes or [teacher(history=[]), student(history=[])], {**FACTS, **facts})
+        return folder
+
+    return make
+
+
+# Outcomes as JSON
+
+
+@pytest.mark.parametrize("outcome", [teacher(), student(), SCRATCH, replace(SCRATCH, seconds_per_step=None)])
+def test_outcomes_survive_json(outcome: Outcome) -> None:
+    assert Outcome.from_json(json.loads(json.dumps(outcome.to_json(), allow_nan=False))) == outcome
+
+
+def test_numbers_that_json_lacks() -> None:
+    numpy: Any = np.float32(0.5)
+    odd = student(
+        loss=math.nan,
+        history=[{"step": 1, "loss": math.inf, "loss_ce": -math.inf}],
+        metrics={"a": numpy, "b": math.nan},
+    )
+    odd.cost = Cost(3, math.inf)
+    read = Outcome.from_json(json.loads(json.dumps(odd.to_json(), allow_nan=False)))
+    assert math.isnan(read.loss) and read.metrics["a"] == 0.5 and math.isnan(read.metrics["b"])
+    assert read.history[0]["step"] == 1 and math.isnan(read.history[0]["loss"] + read.history[0]["loss_ce"])
+    assert read.cost == Cost(3, None)
+
+
+def test_outcomes_of_before() -> None:
+    record = teacher().to_json()
+    del record["metrics"], record["outputs"], record["cost"]
+    assert Outcome.from_json(record) == replace(teacher(), metrics={}, outputs=[], cost=None)
+
+
+# The table
+
+
+def test_table_written_out() -> None:
+    given = Outcome("teacher", 2_900_000, 0, None, math.nan, 0.5, [])
+    other = replace(SCRATCH, name="a|b", metrics={"bleu": 12.346})
+    assert report.table([given, other]) == (
+        "| model   | parameters (M) | GFLOPs | steps | s/step | held-out loss (nats/token) | token accuracy (%) "
+        "| bleu (%) |\n"
+        "|---------|----------------|--------|-------|--------|----------------------------|--------------------"
+        "|----------|\n"
+        "| teacher | 2.90           | -      | -     | -      | nan                        | 50.00              "
+        "| -        |\n"
+        "| a\\|b    | 0.50           | 0.030  | 500   | 0.050  | 4.8200                     | 29.00              "
+        "| 12.35    |"
+    )
+
+
+def test_columns_that_no_model_has() -> None:
+    bare = Outcome("teacher", 1, 0, None, 1.0, 0.5, [], cost=Cost(latency_ms=1.0))
+    header = [cell.strip() for cell in report.table([bare]).splitlines()[0].strip("|").split("|")]
+    assert header == ["model", "parameters (M)", "held-out loss (nats/token)", "token accuracy (%)", "latency (ms)"]
+
+
+def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
+    models = [teacher(loss=math.nan), SCRATCH, student(token_accuracy=0.31, seconds_per_step=None)]
+    report.write(tmp_path, models, {})
+    page = Page(tmp_path / "report.html")
+    assert page.rows[0][0][0] == "model" and len(page.rows[0]) == 10
+    for title, expected in {
+        "parameters (M)": [False, True, True],  # equal ones are both the best
+        "GFLOPs": [False, True, True],
+        "steps": [False, False, False],
+        "s/step": [False, True, False],  # one has none
+        "held-out loss (nats/token)": [False, False, True],  # one is NaN
+        "token accuracy (%)": [True, False, True],
+        "rouge1 (%)": [True, False, False],
+        "latency (ms)": [False, False, True],
+        "peak memory (MiB)": [False, False, True],
+    }.items():
+        assert page.column(title)[1] == expected, title
+    assert page.column("held-out loss (nats/token)")[0] == ["nan", "4.8200", "4.7500"]
+
+    report.write(tmp_path, [student(), student()], {})
+    assert not any(best for row in Page(tmp_path / "report.html").rows for _, best in row)
+
+
+def test_verdict_points_whichever_way() -> None:
+    better = student(metrics={"rouge1": 25.5, "bleu": 3.0})
+    assert report.verdict([teacher(), SCRATCH, better]) == (
+        "kd against scratch after 500 steps each: held-out loss -0.0700 nats per token (better), token accuracy +0.50 "
+        "points, rouge1 -0.50."
+    )
+    assert "+0.1800 nats per token (not better)" in report.verdict([SCRATCH, student(loss=5.0)])
+    assert "(not better)" in report.verdict([SCRATCH, student(loss=math.nan)])
+
+
+# A run's report
+
+
+def test_a_report_holds_everything(tmp_path: Path) -> None:
+    outcomes = [teacher(), SCRATCH, student()]
+    examples, config = [("long " * 300, "its summary"), ("source", "the <b>reference</b>")], "a: 1\nb: '```'\n"
+    report.write(tmp_path, outcomes, FACTS | {"path": tmp_path}, ["A note."], examples=examples, config=config)
+    names = {"metrics.json", "report.md", "report.html", "loss_curves.png", "term_curves.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+    metrics = strict(tmp_path / "metrics.json")
+    assert [Outcome.from_json(record) for record in metrics["models"]] == outcomes
+    assert metrics["run"] == FACTS | {"path": str(tmp_path)} and metrics["format"] == report.FORMAT
+    assert metrics["config"] == config and metrics["notes"] == ["A note."]
+    assert [(example["source"], example["target"]) for example in metrics["examples"]] == examples
+
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for part in (
+        report.table(outcomes), report.verdict(outcomes), "A note.", "](loss_curves.png)", "](term_curves.png)",
+        "- seed: 1", "reference: its summary\nteacher: its\nkd: mine\n", "````yaml\na: 1\nb: '```'\n````",
+    ):  # fmt: skip
+        assert part in markdown, part
+    sample = next(line for line in markdown.splitlines() if line.startswith("source: long"))
+    assert len(sample) < 700 and sample.endswith(" ...")
+
+    page = Page(tmp_path / "report.html")
+    texts = [text for _, text in page.texts]
+    for part in (report.verdict(outcomes), "A note.", config, "long " * 300, "the <b>reference</b>", NASTY[:30]):
+        assert any(part in text for text in texts), part
+    assert page.said_in("dt") == ["source", "reference", "teacher", "kd"] * 2  # scratch made no outputs
+
+
+def test_report_html_stands_alone(tmp_path: Path) -> None:
+    report.write(tmp_path, [teacher(), SCRATCH, student()], FACTS, examples=[("a", "b")], config="a: 1")
+    page, html = Page(tmp_path / "report.html"), (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//|@import|url\(", re.sub(r"base64,[\w+/=]+", "", html))
+    assert "prefers-color-scheme: dark" in html and not {"link", "script", "iframe"} & {tag for tag, _ in page.tags}
+    assert any(tag == "meta" and attributes.get("name") == "viewport" for tag, attributes in page.tags)
+    pictures = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    files = [(tmp_path / name).read_bytes() for name in ("loss_curves.png", "term_curves.png")]
+    assert [base64.b64decode(uri.removeprefix(ADDRESS)) for uri in pictures] == files
+    assert all(matplotlib.image.imread(io.BytesIO(png)).ndim == 3 for png in files)
+
+
+def test_nasty_texts_stay_texts(tmp_path: Path) -> None:
+    """Outputs, names, facts and notes that hold markup, fences, forged lines and half a surrogate pair."""
+    report.write(
+        tmp_path,
+        [student(name=NASTY, outputs=[NASTY, ""])],
+        {NASTY: NASTY},
+        [NASTY],
+        examples=[(NASTY, NASTY), ("a", "b")],
+        config=NASTY,
+    )
+    metrics = strict(tmp_path / "metrics.json")
+    assert metrics["models"][0]["outputs"] == [NASTY, ""] and metrics["run"] == {NASTY: NASTY}
+    page = Page(tmp_path / "report.html")
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "b"})
+    shown = NASTY.replace("\ud800", "\\ud800")
+    assert page.said_in("dd") == [shown, shown, shown, "a", "b", "(nothing)"] and page.said_in("pre") == [shown]
+    assert page.rows[1][0][0] == shown
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    samples = markdown.split("## Samples")[1].split("## Configuration")[0]
+    assert [line.split(":")[0] for line in samples.splitlines() if line.startswith("reference")] == ["reference"] * 2
+    fences = re.findall(r"^`{3,}", markdown, re.MULTILINE)
+    assert fences == ["`````"] * 6  # longer than any run inside
+    assert len(report.table([student(name="a\nb")]).splitlines()) == 3
+
+
+def test_nothing_to_show(tmp_path: Path) -> None:
+    """A teacher that was given, and nothing else: no curves, no samples, no verdict."""
+    report.write(tmp_path, [Outcome("teacher", 10, 0, None, math.inf, math.nan, [])], {})
+    assert not list(tmp_path.glob("*.png")) and "##" not in (tmp_path / "report.md").read_text()
+    assert not Page(tmp_path / "report.html").said_in("h2")
+    assert strict(tmp_path / "metrics.json")["models"][0]["loss"] is None
+
+
+# Curves
+
+
+class Axes:
+    """Keeps what is drawn."""
+
+    def plot(self, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
+        self.steps, self.values, self.style = steps, values, style
+
+    def fill_between(self, steps: np.ndarray, lowest: np.ndarray, highest: np.ndarray, **style: Any) -> None:
+        assert steps is self.steps
+        self.lowest, self.highest = lowest, highest
+
+
+def drawn(entries: list[dict[str, Any]], up_to: str | None = None) -> Axes:
+    axes = Axes()
+    plots._plot(axes, student(history=entries), "loss", "label", up_to)
+    return axes
+
+
+def test_short_curves_are_drawn_as_they_are() -> None:
+    entries = [{"step": 2 * i, "loss": i / 7, "loss_max": i / 5} for i in range(50)]
+    axes = drawn([*entries, {"step": 99, "eval_loss": 1.0}], "loss_max")
+    assert axes.steps.tolist() == [e["step"] for e in entries] and axes.style["marker"] == "o"
+    assert axes.values.tolist() == axes.lowest.tolist() == [e["loss"] for e in entries]
+    assert axes.highest.tolist() == [e["loss_max"] for e in entries]
+
+
+def test_long_curves_keep_their_spikes() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=100_000)
+    values[4321], values[77_777], values[5000:6000], values[90_000] = 50.0, -50.0, math.nan, math.inf
+    axes = drawn([{"step": i, "loss": value} for i, value in enumerate(values)])
+    assert len(axes.steps) == len(axes.values) <= 1000 and axes.style["marker"] is None
+    assert (np.diff(axes.steps) > 0).all() and axes.steps[0] < 500 and axes.steps[-1] > 99_500
+    assert np.nanmax(axes.highest) == 50 and np.nanmin(axes.lowest) == -50
+    assert axes.steps[np.nanargmax(axes.highest)] == pytest.approx(4321, abs=250)
+    assert not np.isinf(axes.highest).any() and 3 <= np.isnan(axes.values).sum() <= 5  # the thousand that is missing
+    assert np.nanmean(axes.values) == pytest.approx(np.mean(values[np.isfinite(values)]), abs=1e-3)
+
+
+def coloured(png: bytes, colour: tuple[int, int, int] = (31, 119, 180)) -> int:
+    """How many pixels have the first curve's colour."""
+    pixels = (255 * matplotlib.image.imread(io.BytesIO(png))[..., :3]).round()
+    return int((abs(pixels - colour).max(-1) <= 2).sum())
+
+
+def test_one_point_can_be_seen() -> None:
+    nowhere = student(name="", history=[{"step": 1, "loss": math.nan, "eval_loss": math.nan}])
+    one = replace(nowhere, history=[{"step": 1, "loss": 2.0, "eval_loss": math.nan}])
+    assert coloured(plots.losses([one])) > coloured(plots.losses([nowhere])) + 10
+
+
+@pytest.mark.parametrize(
+    ("value", "others"),
+    [(value, [1.0, 2.0]) for value in (math.nan, math.inf, -math.inf, None, 0.0, -1.0, 1e-45, 3e38)]
+    + [(value, []) for value in (math.nan, None, 0.0)],
+)
+def test_strange_values_do_not_break_the_pictures(value: Any, others: list[float]) -> None:
+    entries: list[dict[str, Any]] = [
+        {
+            "step": step, "loss": x, "eval_loss": x, "loss_ce": x,
+            "grad_norm_encoder": x, "grad_norm_encoder_max": x, "grad_norm_decoder": x,
+        }
+        for step, x in enumerate([*others, value, *others])
+    ]  # fmt: skip
+    for draw in (plots.losses, plots.terms):
+        assert draw([student(history=entries)])[:4] == b"\x89PNG"
+
+
+def test_names_that_matplotlib_would_read_as_something_else() -> None:
+    plain, odd, empty = (
+        plots.losses([student(name=name, history=history())]) for name in ("abcdefgh", "_$x^{$\\frac", "")
+    )
+    legends = [(matplotlib.image.imread(io.BytesIO(png))[..., :3].sum(-1) < 1).sum() for png in (plain, odd, empty)]
+    assert min(legends[:2]) > legends[2]  # the name is there, in black
+
+
+# Comparisons
+
+
+def test_comparison_of_three_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    given: dict[str, Any] = {"parameters": 5_000_000, "steps": 0, "seconds_per_step": None, "history": []}
+    a = make_run("a/run", [teacher(), SCRATCH, student()])
+    b = make_run("b/run", [teacher(seconds_per_step=0.2, cost=None), student(loss=4.5)], seed=2, extra=True)
+    c = make_run("c", [teacher(**given), student(name="mlmkd", history=[])], method="mlmkd")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    out = tmp_path / "new" / "folder"
+    table = report.compare([a, b, c], out)
+
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["teacher of a/run", "teacher of c", "a/run", "b/run", "c"]
+    losses = rows[0].index("held-out loss (nats/token)")
+    assert [row[losses] for row in rows[2:]] == ["4.6100", "4.6100", "4.7500", "4.5000", "4.7500"]
+    assert {path.name for path in out.iterdir()} == {"comparison.md", "comparison.html", "comparison.png"}
+    assert {path: path.read_bytes() for path in before} == before
+
+    markdown, page = (out / "comparison.md").read_text(), Page(out / "comparison.html")
+    assert table in markdown and "](comparison.png)" in markdown
+    differences = [[text for text, _ in row] for row in page.rows[6:]]
+    expected = [["method", "kd", "kd", "mlmkd"], ["seed", "1", "2", "1"], ["extra", "-", "True", "-"]]
+    assert differences == [["", "a/run", "b/run", "c"], *expected]
+    assert all(re.search(r"\| *".join(map(re.escape, ["", row[0]])), markdown) for row in expected)
+    source = next(attributes["src"] for tag, attributes in page.tags if tag == "img") or ""
+    assert base64.b64decode(source.removeprefix(ADDRESS)) == (out / "comparison.png").read_bytes()
+    assert "not evaluated on the same data" not in markdown
+
+
+def test_a_teacher_that_all_share_is_shown_once(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    lost, kept = teacher(loss=math.nan, history=[]), student(history=[])  # NaN equals nothing
+    table = report.compare([make_run("a", [lost, kept]), make_run("b", [lost, kept])], tmp_path / "out")
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["teacher", "a", "b"]
+    assert "What differs" not in (tmp_path / "out" / "comparison.md").read_text()
+    table = report.compare([tmp_path / "a", make_run("teacher", [lost])], tmp_path / "out")
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["teacher of a", "a", "teacher"]
+
+
+def test_different_data_is_pointed_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    folders = [make_run("a", held_out_chunks=5), make_run("b", held_out_chunks=6)]
+    report.compare(folders, tmp_path / "out")
+    for name in ("comparison.md", "comparison.html"):
+        assert "not evaluated on the same data" in (tmp_path / "out" / name).read_text()
+
+
+def test_odd_folders(make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run("_$x^{$<b>|")
+    make_run("x/../y/run")
+    monkeypatch.chdir(tmp_path / "y" / "run")
+    table = report.compare([Path("."), tmp_path / "_$x^{$<b>|"], Path("here"))
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["teacher", "run", "_$x^{$<b>\\"]
+    page = Page(tmp_path / "y" / "run" / "here" / "comparison.html")
+    assert "_$x^{$<b>|" in [row[0][0] for row in page.rows] and "b" not in {tag for tag, _ in page.tags}
+
+
+def test_folders_that_cannot_be_compared(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    good = make_run("good")
+    complete = json.loads((good / "metrics.json").read_text())
+    old = {key: value for key, value in complete.items() if key != "format"}
+    contents = {
+        "absent": (None, "no metrics.json"),
+        "cut off": ('{"format": 2, "mod', "is broken"),
+        "bytes": ("\xff", "is broken"),
+        "list": ("[1]", "is broken"),
+        "no run": (json.dumps({**complete, "run": None}), "is broken"),
+        "no models": (json.dumps({**complete, "models": []}), "no models"),
+        "half a model": (json.dumps({**complete, "models": [{"name": "kd"}]}), "is broken (KeyError"),
+        "text": (json.dumps({**complete, "models": [{**complete["models"][0], "loss": "low"}]}), "'low'"),
+        "cost": (json.dumps({**complete, "models": [{**complete["models"][0], "cost": {"price": 1}}]}), "price"),
+        "old": (json.dumps(old), "has format 1, expected 2"),
+        "newer": (json.dumps({**complete, "format": 3}), "has format 3, expected 2"),
+    }
+    for name, (content, expected) in contents.items():
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "metrics.json").write_text(content, encoding="latin-1")
+        with pytest.raises(InputError) as raised:
+            report.compare([good, tmp_path / name], tmp_path / "out")
+        message = str(raised.value)
+        assert str(tmp_path / name) in message and expected in message and "\n" not in message, message
+    with pytest.raises(InputError, match="holds no metrics"):
+        report.compare([tmp_path / "nowhere"], tmp_path / "out")
+    with pytest.raises(InputError, match="given twice"):
+        report.compare([good, good / ".." / "good"], tmp_path / "out")
+    with pytest.raises(InputError, match="at least one"):
+        report.compare([], tmp_path / "out")
+    with pytest.raises(InputError, match="is a file"):
+        report.compare([good], good / "metrics.json")
+    assert not (tmp_path / "out").exists()
+
+
+# Model cards
+
+
+def make_card(folder: Path, **changes: Any) -> ModelCard:
+    settings: dict[str, Any] = {
+        "method": "kd", "summary": "both", "teacher": None, "outcomes": [teacher(), student()], "facts": FACTS,
+        "config": "a: 1\n", "task": "summarization", "prefix": "summarize: ",
+    }  # fmt: skip
+    write_card(folder, **{**settings, **changes})
+    return ModelCard.load(folder / "README.md")
+
+
+def test_a_card_is_read_back(tmp_path: Path) -> None:
+    card = make_card(
+        tmp_path, teacher="google/t5-v1_1-base", facts={**FACTS, "training_examples": 12345}, notes=["Mind."]
+    )
+    assert card.data.to_dict() == {
+        "base_model": "google/t5-v1_1-base",
+        "library_name": "transformers",
+        "tags": ["fastkd", "distillation", "t5"],
+        "metrics": ["rouge1"],
+    }
+    for part in (
+        "from `google/t5-v1_1-base` by fastkd's method `kd`: both.", report.table([teacher(), student()]),
+        "'summarize: your text'", "12,345 examples", "\n- Mind.\n", "- seed: 1\n- torch: 2.13\n", "```yaml\na: 1\n```",
+        "one task, summarization",
+    ):  # fmt: skip
+        assert part in card.text, part
+    assert "standard library" not in card.text and "fill in spans" not in card.text
+
+
+def test_only_hub_names_become_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "t5").mkdir(parents=True)
+    for given in ("my/t5", "./my/t5", str(tmp_path / "my" / "t5"), "C:\\t5", None):
+        card = make_card(tmp_path, teacher=given)
+        assert "base_model" not in card.data.to_dict() and "a T5 that is not published with it" in card.text
+        assert given is None or given not in card.text
+    assert make_card(tmp_path, teacher="t5-small").data.get("base_model") == "t5-small"
+    card = make_card(tmp_path, outcomes=[student(metrics={})], method="scratch", task="span_corruption", config="")
+    assert "without a teacher" in card.text and "metrics" not in card.data.to_dict() and "```yaml" not in card.text
+
+
+def test_limits_are_those_that_hold(tmp_path: Path) -> None:
+    facts = {"texts": "documentation of the standard library", "training_chunks": 2000}
+    card = make_card(tmp_path, facts=facts, task="span_corruption")
+    for part in ("2,000 chunks", "documentation of Python's standard library", "fill in spans"):
+        assert part in card.text, part
+    assert "chunks" not in make_card(tmp_path, facts={"training_chunks": None}).text.split("## How it was made")[0]
+
+
+def test_nasty_cards(tmp_path: Path) -> None:
+    nasty = NASTY + "\n---\n"
+    outcomes = [student(name=nasty, metrics={nasty: 1.0})]
+    card = make_card(tmp_path, outcomes=outcomes, facts={nasty: nasty}, config=nasty, prefix=nasty, summary="{{ 7*7 }}")
+    assert card.data.get("library_name") == "transformers" and "49" not in card.text
+    assert "\n`````yaml\n" in card.text and len(card.data.get("metrics")) == 1
+
+
+@pytest.mark.parametrize("task", ["span_corruption", "translation"])
+def test_the_snippet_runs(
+    tmp_path: Path, tiny: Callable[..., Any], tokenizer: Any, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    card = make_card(tmp_path, task=task, prefix="translate \"English\" to 'Spanish': ")
+    code = re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)[0]
+    scope: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own
+        exec(code.replace('"path/to/this/folder"', repr(str(tmp_path))), scope)
+    source = tokenizer.decode(scope["inputs"]["input_ids"][0])
+    assert ("<extra_id_0>" in source) == (task == "span_corruption") and scope["model"].config.d_model == 32
+    assert capsys.readouterr().out
