@@ -43,6 +43,7 @@ class WindowedValues(TrainerCallback):
     """Numbers of every step between two log entries, summed on their device so that no step waits for them."""
 
     def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
         self._start()
 
     def _start(self) -> None:
@@ -50,9 +51,21 @@ class WindowedValues(TrainerCallback):
         self.sums: dict[str, torch.Tensor] = {}
         self.peaks: dict[str, torch.Tensor] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint between two log entries must keep, for `load_state_dict`."""
+        return {"steps": self.steps, "sums": self.sums, "peaks": self.peaks}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Make the training that begins next go on from `state`, on `device`."""
+        sums, peaks = ({name: value.to(device) for name, value in state[key].items()} for key in ("sums", "peaks"))
+        self._restored = {"steps": state["steps"], "sums": sums, "peaks": peaks}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start over: a trainer may train more than once."""
+        """Start over, as a trainer may train more than once, or where the checkpoint left off."""
         self._start()
+        if self._restored is not None:
+            self.steps, self.sums, self.peaks = (self._restored[key] for key in ("steps", "sums", "peaks"))
+            self._restored = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count an optimiser step, however many batches it accumulated."""
@@ -75,6 +88,28 @@ class WindowedValues(TrainerCallback):
         return values
 
 
+class EpochEnd(TrainerCallback):
+    """Puts the checkpoint of an epoch's last step behind what is still logged and evaluated when the epoch ends.
+
+    A run that resumes there starts with the next epoch, and would miss it. near: whether the epoch's end is yet to
+    come, and comes before another step.
+    """
+
+    def __init__(self) -> None:
+        self.near = self._held = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hold the checkpoint back if no other step follows in this epoch."""
+        self.near = float(state.epoch).is_integer() or control.should_training_stop
+        if self.near:
+            self._held, control.should_save = control.should_save, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for the checkpoint that was held back."""
+        control.should_save = control.should_save or self._held
+        self.near = self._held = False
+
+
 class LossBar(ProgressCallback):
     """One progress bar per training run that shows the latest losses."""
 
@@ -88,6 +123,12 @@ class LossBar(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
+
+    def close(self) -> None:
+        """Leave the bar as it is and go on below it: training ended early."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
