@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 import fastkd
 
+from . import config
 from .errors import InputError
-from .objectives import METHODS, STUDENT_INITS, Method
+from .objectives import METHODS, MIXUP_DISTANCES, STUDENT_INITS, Method
+from .tasks import TASKS
 
 # Our defaults for transformers' flags. They are the demo's: a small student on two CPU cores.
 DEFAULTS: dict[str, Any] = {
@@ -38,23 +41,31 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": False,  # transformers' own default follows its log level, which the command line lowers
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+EPOCHS = 3.0  # transformers' default, for data of the user's own
+FINE_TUNING_RATE = 3e-4  # for a student that starts from the weights of a model that the user gave
+EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
+EMBEDDED_TASKS = ("span_corruption", "text2text", "summarization", "classification")
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 _EXAMPLES = """\
 examples:
   fastkd-train --demo
       everything from nothing: corpus, tokenizer, teacher, distilled student, and the same student from scratch
-  fastkd-train --method kd --output_dir runs/kd
-      distil one student from the embedded teacher
-  fastkd-train --method mlmkd --teacher runs/demo/teacher --train_file my.txt --output_dir runs/mine
-      distil on your own text (UTF-8, paragraphs separated by blank lines) from your own T5
-  fastkd-train --demo --method miniend-e
-      the same comparison for MiniEnD-E: logits, and relations of queries, keys and values in encoder and decoder
+  fastkd-train --config miniend-e --teacher google/flan-t5-base --train_file corpus.jsonl.gz --output_dir runs/e
+      pre-training by the paper's settings; --config takes a YAML file or the name of one of ours, and flags override it
+  fastkd-train --method hsm-cka --teacher ./teacher --task summarization --train_file train.jsonl \\
+               --eval_file dev.jsonl --output_dir runs/s
+      a student sliced from its teacher, distilled on pairs and scored by ROUGE
+  fastkd-train --method kd --student runs/e --teacher ./fine-tuned --task sst2 --train_file glue --output_dir runs/sst2
+      fine-tune a student that exists, by GLUE's SST-2 in the folder glue/SST-2
+  fastkd-train --demo --task classification --method mixkd
+      the demo in another mode; also text2text and summarization
+  fastkd-train --method mlmkd --interpolated --teacher ./t5-3b --train_file 'texts/*.txt' --output_dir runs/small
+      teacher to assistant to student in one command
   fastkd-train --method miniend-d --divergence jsd --weights logit_kl=0.5 --output_dir runs/jsd
       another divergence, and another weight of one term
-  fastkd-train --demo --method hsm-cka
-      the same comparison for HSM: hidden states matched by CKA, student sliced from the teacher
-  fastkd-train --method hsm-kd --divergence reverse_kl --output_dir runs/hsm-kd
-      HSM's arm without hidden states; the divergence, where given, should be the same in every arm
+  fastkd-train --compare runs/e runs/jsd --output_dir runs/comparison
+      one table and one picture of runs that are done
   fastkd-train --method kd --output_dir runs/kd --resume_from_checkpoint last
       continue an interrupted run: the same command plus this flag
 """
@@ -65,26 +76,19 @@ def _help(text: str, default: Any) -> Any:
 
 
 @dataclass
-class FastkdArguments:
-    """What fastkd-train adds to transformers' arguments."""
+class ObjectiveArguments:
+    """What is minimised."""
 
-    _argument_group_name = "fastkd"
+    _argument_group_name = "what to do"
 
     method: str = _help("; ".join(f"{name}: {m.summary}" for name, m in METHODS.items()), "mlmkd")
+    config: str | None = _help("YAML file of flags without their dashes, or a name that --list_methods shows", None)
     demo: bool = _help("compare distillation with training from scratch, from nothing, in a few minutes", False)
     list_methods: bool = _help("print the methods with their terms and weights, and stop", False)
-    teacher: str | None = _help("folder of a T5 with its tokenizer; without it, one is trained on the same texts", None)
-    train_file: str | None = _help("UTF-8 text to learn from; without it, the embedded corpus", None)
-    eval_file: str | None = _help("UTF-8 text to evaluate on; without it, a held-out 5 %% of the training texts", None)
-    student_layers: int = _help("encoder layers, and as many decoder layers", 2)
-    student_d_model: int = _help(
-        "width; heads are 32 wide and feed-forward layers 4 times as wide, or for a slice as in the teacher", 64
+    compare: list[str] | None = field(
+        default=None, metadata={"help": "output folders of runs to put into one table and one picture, and stop"}
     )
-    student_init: str | None = _help(
-        f"{' or '.join(STUDENT_INITS)}: the top-left part of every matrix of the teacher, whose variant of T5 it then "
-        "shares, or random weights; without it, the method's own",
-        None,
-    )
+    interpolated: bool = _help("distil an assistant of intermediate size first, and the student from it", False)
     temperature: float | None = _help("of the logit term; without it, the method's own", None)
     divergence: str | None = _help(
         f"of logit and relation terms: {', '.join(fastkd.DIVERGENCES)}; without it, the method's own", None
@@ -101,22 +105,109 @@ class FastkdArguments:
         "hsm methods compare the first decoder position too, which reads the start token", False
     )
     projection_learning_rate: float = _help("of the matrix by which hsm-linear projects hidden states", 1e-4)
-    sequence_length: int = _help("tokens per chunk, before span corruption", 128)
+    mixup_alpha: float | None = _help("mixkd mixes examples in shares of Beta(alpha, alpha); without it, 0.4", None)
+    mixup_distance: str | None = _help(
+        f"of mixkd, between teacher and student on mixed examples: {' or '.join(MIXUP_DISTANCES)}; without it, mse",
+        None,
+    )
+    workspace_mb: float | None = _help("memory of the fused loss; without it, fastkd's default", None)
+
+
+@dataclass
+class ModelArguments:
+    """Which models."""
+
+    _argument_group_name = "models"
+
+    teacher: str | None = _help(
+        "folder or hub name of a T5 with its tokenizer; without it, one is trained on the same texts", None
+    )
+    teacher_dtype: str = _help(f"in which the teacher runs: {', '.join(TEACHER_DTYPES)}", "float32")
+    student: str | None = _help("folder or hub name of a T5 to start from, in place of a new student", None)
+    student_layers: int = _help("encoder layers, and as many decoder layers", 2)
+    student_d_model: int = _help(
+        "width; heads are 32 wide and feed-forward layers 4 times as wide, or for a slice as in the teacher", 64
+    )
+    student_init: str | None = _help(
+        f"{' or '.join(STUDENT_INITS)}: the top-left part of every matrix of the teacher, whose variant of T5 it then "
+        "shares, or random weights; without it, the method's own",
+        None,
+    )
+    assistant_layers: int | None = _help("of --interpolated; without it, halfway between teacher and student", None)
+    assistant_d_model: int | None = _help("of --interpolated; without it, halfway, a multiple of 64", None)
+    embedding_learning_rate: float | None = _help(
+        "of the embedding; without it, 80 times the learning rate where it starts at random (at standard deviation 1, "
+        "where it needs larger steps than the other weights), else the learning rate",
+        None,
+    )
     vocabulary_size: int = _help("pieces of the trained tokenizer, 100 sentinels included", 4096)
     teacher_layers: int = _help("of the trained teacher", 2)
     teacher_d_model: int = _help("of the trained teacher", 128)
     teacher_steps: int = _help("of the trained teacher", 450)
     teacher_learning_rate: float = _help("of the trained teacher", 2e-3)
-    embedding_learning_rate: float | None = _help(
-        "of the tied embedding, which starts at standard deviation 1 and needs larger steps than the other weights",
-        0.16,
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    _argument_group_name = "data"
+
+    task: str = _help("; ".join(f"{name}: {t.summary}" for name, t in TASKS.items()), "span_corruption")
+    train_file: str | None = _help(
+        "to learn from: a file, folder or glob of text (paragraphs separated by blank lines), JSONL, CSV, TSV or "
+        "Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder with its TSV files; without it, the "
+        "embedded corpus",
+        None,
     )
-    workspace_mb: float | None = _help("memory of the fused loss; without it, fastkd's default", None)
+    eval_file: str | None = _help("to evaluate on, likewise; without it, a held-out 5 %% of the training data", None)
+    dataset_name: str | None = _help("dataset on the hub, or folder saved by datasets, in place of files", None)
+    dataset_config: str | None = _help("configuration of --dataset_name, such as sst2 of glue", None)
+    train_split: str = _help("split of --dataset_name to learn from", "train")
+    eval_split: str = _help("split of --dataset_name to evaluate on", "validation")
+    text_column: str | None = _help("column of the text; without it, the one that fits", None)
+    source_column: str | None = _help("column of what the encoder reads", None)
+    target_column: str | None = _help("column of what the decoder writes", None)
+    label_column: str | None = _help("column of the class", None)
+    source_lang: str | None = _help("language to translate from, such as en", None)
+    target_lang: str | None = _help("language to translate to, such as es", None)
+    source_prefix: str | None = _help("what every source begins with; without it, the task's own as in T5", None)
+    sequence_length: int = _help("tokens per chunk of text, before span corruption", 128)
+    max_source_length: int | None = _help(
+        "tokens of a source, the rest is cut; without it, what the model takes, but 128 of the embedded corpus", None
+    )
+    max_target_length: int | None = _help(
+        "tokens of a target, the rest is cut; without it, longer ones than the model takes are an error", None
+    )
+    streaming: bool = _help("read data on the way, for corpora larger than memory and disk; needs --max_steps", False)
+    shuffle_buffer: int = _help("of --streaming: examples among which the next is drawn", 10_000)
+    max_train_examples: int | None = _help("use at most so many", None)
+    max_eval_examples: int | None = _help("use at most so many", None)
+    report_examples: int = _help("held-out examples whose outputs the report shows", 8)
     cache_dir: str | None = _help(
-        "where corpus, tokenizer and trained teacher are kept for other runs; without it, cache/ beside output_dir",
+        "where tokenised data, tokenizer and trained teacher are kept for other runs; without it, cache/ beside "
+        "output_dir",
         None,
     )
     overwrite_output_dir: bool = _help("replace the run that output_dir already holds", False)
+
+
+@dataclass
+class FastkdArguments(ObjectiveArguments, ModelArguments, DataArguments):
+    """What fastkd-train adds to transformers' arguments. config_text: all of them as YAML, to repeat the run by."""
+
+    config_text: str = ""
+
+    @property
+    def continues_given_model(self) -> bool:
+        """Whether the student starts from the weights of a model that the user gave."""
+        sliced = bool(self.teacher) and chosen_method(self).student_init == "slice"
+        return self.student is not None or sliced
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether the user gave data, so that the embedded corpus is not used."""
+        return self.train_file is not None or self.dataset_name is not None
 
 
 class TransformersArguments(Seq2SeqTrainingArguments):
@@ -125,18 +216,24 @@ class TransformersArguments(Seq2SeqTrainingArguments):
     _argument_group_name = "transformers.Seq2SeqTrainingArguments"
 
 
+_GROUPS: Any = [ObjectiveArguments, ModelArguments, DataArguments, TransformersArguments]
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)  # argparse would print a hundred flags of usage first
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the epilog's line breaks."""
+
+
 def make_parser() -> HfArgumentParser:
     """Return the parser of all flags."""
-    groups: Any = [FastkdArguments, TransformersArguments]
     parser = _Parser(
-        groups,
+        _GROUPS,
         prog="fastkd-train",
-        usage="fastkd-train (--demo | --method METHOD) [--output_dir FOLDER] [flags]",
+        usage="fastkd-train (--demo | --method METHOD | --config FILE) [--output_dir FOLDER] [flags]",
         description="Distil a T5 teacher into a smaller T5 student, without ever materialising vocabulary logits.",
         epilog=_EXAMPLES,
         formatter_class=_HelpFormatter,
@@ -146,10 +243,6 @@ def make_parser() -> HfArgumentParser:
     return parser
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the epilog's line breaks."""
-
-
 def closest(given: str, known: Sequence[str]) -> str:
     """Return "; did you mean 'x'?" for the most similar known word, or nothing if none is similar."""
     match = difflib.get_close_matches(given, known, n=1)
@@ -157,24 +250,61 @@ def closest(given: str, known: Sequence[str]) -> str:
 
 
 def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
-    """Parse and check the flags.
+    """Parse and check the flags, and before them those of the file that `--config` names.
 
-    Raises InputError for unknown flags and methods (with the closest known one) and for values out of range.
+    Raises InputError for unknown flags, keys and methods (with the closest known one) and for values out of range.
     """
     parser = make_parser()
+    flags = [option for action in parser._actions for option in action.option_strings]
+    words = _with_config(argv, flags)
     try:
-        fastkd_args, args, unknown = parser.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
+        *parts, args, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:  # transformers' own checks of its arguments
         raise InputError(" ".join(str(error).split())) from error
     if unknown:
-        word = unknown[0]
-        flags = [option for action in parser._actions for option in action.option_strings]
-        kind = "flag" if word.startswith("-") else "argument"
-        raise InputError(f"unknown {kind} {word!r}" + closest(word.split("=")[0], flags))
-    _check(fastkd_args, args)
-    return fastkd_args, args
+        kind = "flag" if unknown[0].startswith("-") else "argument"
+        raise InputError(f"unknown {kind} {unknown[0]!r}" + closest(unknown[0].split("=")[0], flags))
+    ours = FastkdArguments(**{name: value for part in parts for name, value in vars(part).items()})
+    given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    _check_names(ours)
+    _settle(ours, args, given)
+    _check(ours, args)
+    values = vars(parser.parse_known_args(words)[0])  # as they were given; TransformersArguments computes from them
+    theirs = {name: values[name] for name in sorted({*DEFAULTS, *given}) if name in values}
+    theirs |= {name: getattr(args, name) for name in ("learning_rate", "max_steps", "num_train_epochs", "output_dir")}
+    ours.config_text = config.dump({**theirs, **{name: getattr(ours, name) for name in _own_names()}})
+    return ours, args
+
+
+_INSTEAD = {"max_steps": "num_train_epochs", "num_train_epochs": "max_steps"}  # one on the command line takes the place
+
+
+def _own_names() -> list[str]:
+    skipped = ("config", "config_text", "compare", "list_methods", "overwrite_output_dir")
+    return [f.name for f in dataclasses.fields(FastkdArguments) if f.name not in skipped]
+
+
+def _with_config(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return the words of the command line, behind those that stand for the keys of the `--config` file.
+
+    The last of two equal flags counts, so those of the command line override the file's.
+    """
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    name = first.parse_known_args(list(argv))[0].config
+    if name is None:
+        return list(argv)
+    path, settings = config.load(name)
+    words = []
+    for key, value in settings.items():
+        if f"--{key}" not in flags:
+            raise InputError(f"{path}: unknown key {key!r}{closest(key, [flag[2:] for flag in flags])}")
+        other = _INSTEAD.get(key)
+        if other is None or not any(word.split("=")[0] == f"--{other}" for word in argv):
+            words += config.words(path, key, value)
+    return [*words, *argv]
 
 
 def chosen_method(flags: FastkdArguments) -> Method:
@@ -184,7 +314,7 @@ def chosen_method(flags: FastkdArguments) -> Method:
     """
     method = METHODS[flags.method]
     names = ["temperature", "divergence", "divergence_beta", "relation_heads", "teacher_layer"]
-    names += ["match_first_position", "student_init"]
+    names += ["match_first_position", "student_init", "mixup_alpha", "mixup_distance"]
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     terms = {**method.terms}
     if flags.weights is not None:
@@ -210,47 +340,78 @@ def _weight(text: str, method: Method) -> tuple[str, float]:
     return term, weight
 
 
-def _check(fastkd_args: FastkdArguments, args: TransformersArguments) -> None:
-    if fastkd_args.method not in METHODS:
-        raise InputError(
-            f"unknown method {fastkd_args.method!r}{closest(fastkd_args.method, list(METHODS))} "
-            f"(methods: {', '.join(METHODS)})"
-        )
-    if fastkd_args.demo and not METHODS[fastkd_args.method].needs_teacher:
-        raise InputError("--demo compares a distillation method with scratch: choose another --method")
-    for name in ("student_layers", "student_d_model", "teacher_layers", "teacher_d_model", "teacher_steps"):
-        if getattr(fastkd_args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(fastkd_args, name)}")
-    if fastkd_args.sequence_length < 8:
-        raise InputError(f"--sequence_length must be at least 8, got {fastkd_args.sequence_length}")
-    if fastkd_args.vocabulary_size < 512:
-        raise InputError(f"--vocabulary_size must be at least 512, got {fastkd_args.vocabulary_size}")
-    if fastkd_args.temperature is not None and not fastkd_args.temperature > 0:
-        raise InputError(f"--temperature must be above 0, got {fastkd_args.temperature}")
-    if fastkd_args.divergence is not None and fastkd_args.divergence not in fastkd.DIVERGENCES:
-        names = list(fastkd.DIVERGENCES)
-        raise InputError(
-            f"unknown divergence {fastkd_args.divergence!r}{closest(fastkd_args.divergence, names)} "
-            f"(divergences: {', '.join(names)})"
-        )
-    if fastkd_args.divergence_beta is not None and not 0 < fastkd_args.divergence_beta < 1:
-        raise InputError(f"--divergence_beta must be between 0 and 1, got {fastkd_args.divergence_beta}")
-    if fastkd_args.student_init is not None and fastkd_args.student_init not in STUDENT_INITS:
-        raise InputError(f"--student_init: expected {' or '.join(STUDENT_INITS)}, got {fastkd_args.student_init!r}")
-    method = chosen_method(fastkd_args)
-    if method.student_init == "slice" and not method.needs_teacher:
-        raise InputError(f"--student_init: {fastkd_args.method} has no teacher to slice, expected random, got 'slice'")
-    if not fastkd_args.projection_learning_rate > 0:
-        raise InputError(f"--projection_learning_rate must be above 0, got {fastkd_args.projection_learning_rate}")
-    if fastkd_args.workspace_mb is not None and not fastkd_args.workspace_mb > 0:
-        raise InputError(f"--workspace_mb must be above 0, got {fastkd_args.workspace_mb}")
-    if args.predict_with_generate:
-        raise InputError("--predict_with_generate is not supported: evaluation is the loss and the token accuracy")
-    if args.num_train_epochs > 0:
-        if args.max_steps != DEFAULTS["max_steps"]:
+def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str]) -> None:
+    """Fill in the defaults that depend on other flags: how long, and at which rates."""
+    if args.num_train_epochs > 0 and "num_train_epochs" in given:
+        if "max_steps" in given and args.max_steps > 0:
             raise InputError("give --max_steps or --num_train_epochs, not both")
         args.max_steps = -1  # our default must not override the epochs that were asked for
+    elif "max_steps" not in given and ours.has_own_data and not ours.streaming:
+        args.max_steps, args.num_train_epochs = -1, EPOCHS
     elif args.max_steps <= 0:
         raise InputError("give --max_steps or --num_train_epochs above 0")
+    elif ours.streaming and "max_steps" not in given:
+        raise InputError("--streaming needs --max_steps: nobody knows the length of a stream")
+    if "learning_rate" not in given and ours.continues_given_model:
+        args.learning_rate = FINE_TUNING_RATE
+    if ours.embedding_learning_rate is None and not ours.continues_given_model:
+        ours.embedding_learning_rate = EMBEDDING_FACTOR * args.learning_rate
     if args.output_dir == "trainer_output":  # transformers' default
-        args.output_dir = str(Path("runs") / ("demo" if fastkd_args.demo else fastkd_args.method))
+        args.output_dir = str(Path("runs") / ("demo" if ours.demo else "comparison" if ours.compare else ours.method))
+
+
+_CHOICES: dict[str, Sequence[str]] = {
+    "method": tuple(METHODS),
+    "task": tuple(TASKS),
+    "divergence": tuple(fastkd.DIVERGENCES),
+    "student_init": STUDENT_INITS,
+    "mixup_distance": MIXUP_DISTANCES,
+    "teacher_dtype": TEACHER_DTYPES,
+}
+_POSITIVE = (
+    "student_layers", "student_d_model", "assistant_layers", "assistant_d_model", "teacher_layers", "teacher_d_model",
+    "teacher_steps", "temperature", "mixup_alpha", "projection_learning_rate", "workspace_mb", "max_source_length",
+    "max_target_length", "shuffle_buffer", "max_train_examples", "max_eval_examples", "embedding_learning_rate",
+)  # fmt: skip
+_LEAST = {"sequence_length": 8, "vocabulary_size": 512, "report_examples": 0}
+
+
+def _check_names(flags: FastkdArguments) -> None:
+    if flags.method == "interpolated":
+        raise InputError("interpolated goes with any method: give --interpolated and a --method")
+    for name, known in _CHOICES.items():
+        given = getattr(flags, name)
+        if given is not None and given not in known:
+            raise InputError(f"--{name}: unknown {given!r}{closest(given, known)} (known: {', '.join(known)})")
+
+
+def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
+    for name in _POSITIVE:
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} must be above 0, got {value}")
+    for name, least in _LEAST.items():
+        if getattr(flags, name) < least:
+            raise InputError(f"--{name} must be at least {least}, got {getattr(flags, name)}")
+    if flags.divergence_beta is not None and not 0 < flags.divergence_beta < 1:
+        raise InputError(f"--divergence_beta must be between 0 and 1, got {flags.divergence_beta}")
+    method = chosen_method(flags)
+    if flags.demo and not method.needs_teacher:
+        raise InputError("--demo compares a distillation method with scratch: choose another --method")
+    if method.student_init == "slice" and not method.needs_teacher:
+        raise InputError(f"--student_init: {flags.method} has no teacher to slice, expected random, got 'slice'")
+    for first, second in (("train_file", "dataset_name"), ("student", "interpolated"), ("demo", "interpolated")):
+        if getattr(flags, first) and getattr(flags, second):
+            raise InputError(f"give --{first} or --{second}, not both")
+    if flags.interpolated and not method.needs_teacher:
+        raise InputError(f"--interpolated: {flags.method} has no teacher, so nothing comes between")
+    if flags.interpolated and not flags.teacher:
+        raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
+    if flags.task not in EMBEDDED_TASKS and not flags.has_own_data:
+        raise InputError(
+            f"--task {flags.task} needs --train_file or --dataset_name: the embedded corpus has no such data"
+        )
+    if flags.streaming and not flags.has_own_data:
+        raise InputError("--streaming needs --train_file or --dataset_name: the embedded corpus fits into memory")
+    if flags.streaming and not flags.teacher and not flags.student:
+        raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")

@@ -6,14 +6,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-
-def digest(texts: Sequence[str]) -> str:
-    """Return a short stable fingerprint of a list of texts."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def cached(cache: Path, kind: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:

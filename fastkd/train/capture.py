@@ -87,8 +87,8 @@ def capture_hidden(model: Any, layers: Mapping[str, Sequence[int]]) -> Iterator[
     """Yield a list in which a forward pass of `model` inside the context leaves hidden states [B, L, H].
 
     layers: which of each stack, "encoder" and "decoder", numbered as transformers does: 0 is the embeddings, i the
-    output of layer i, and the last the output of the stack, after its final layer norm. The list has their order. Unlike
-    `output_hidden_states=True` this keeps no state alive that was not asked for.
+    output of layer i, and the last the output of the stack, after its final layer norm. The list has their order.
+    Unlike `output_hidden_states=True` this keeps no state alive that was not asked for.
     """
     wanted = [(stack, layer) for stack, numbers in layers.items() for layer in numbers]
     captured: list[Any] = [None] * len(wanted)

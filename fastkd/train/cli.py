@@ -5,19 +5,32 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, RunError
 
-_REQUIRED = ("torch", "numpy", "transformers", "accelerate", "sentencepiece", "matplotlib", "tqdm")
+_REQUIRED = (
+    "torch", "numpy", "transformers", "accelerate", "sentencepiece", "datasets", "pyarrow", "yaml", "jinja2",
+    "matplotlib", "rouge_score", "sacrebleu", "sklearn", "tqdm",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run fastkd-train and return its exit code: 0, 2 for bad input (one line on stderr), 130 if interrupted."""
+    """Run fastkd-train and return its exit code; every code but 0 comes with one line on stderr.
+
+    0; 1 if the run cannot go on (a full disk, a loss that is no number); 2 for bad input; 130 and 143 if SIGINT or
+    SIGTERM stopped it.
+    """
     try:
         _run(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"fastkd-train: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
+    except OSError as error:
+        if error.errno is None:
+            raise  # not the system's: a library's own, and a mistake of ours
+        print(f"fastkd-train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nfastkd-train: interrupted; --resume_from_checkpoint last continues from a checkpoint", file=sys.stderr)
         return 130
@@ -26,11 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> None:
     _require_packages()
+    import huggingface_hub
     import transformers
 
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # ours stay: these are "Loading weights" and "Writing shards"
-    from . import arguments, runs
+    from . import arguments, config, report, runs
 
     if any(flag in argv for flag in ("-h", "--help")):
         arguments.make_parser().print_help()
@@ -39,6 +54,13 @@ def _run(argv: Sequence[str]) -> None:
     if flags.list_methods:
         for name, method in runs.METHODS.items():
             print(f"{name:18} {method.formula:45} temperature {method.temperature:g}   {method.summary}")
+        print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
+        print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
+    elif flags.compare:
+        out = Path(str(args.output_dir))
+        print(f"{report.compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
+    elif flags.interpolated:
+        runs.interpolated(flags, args)
     elif flags.demo:
         runs.demo(flags, args)
     else:

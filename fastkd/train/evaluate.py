@@ -1,9 +1,13 @@
-"""Held-out loss and accuracy, from hidden states, in chunks of tokens so that logits stay small."""
+"""Held-out loss and accuracy, from hidden states, in chunks of tokens so that logits stay small; and generation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 
@@ -35,3 +39,45 @@ def held_out_metrics(prediction: tuple[np.ndarray, np.ndarray]) -> dict[str, flo
     scores, labels = prediction
     nats, hits = scores[labels != -100].astype(np.float64).mean(0)
     return {"loss": float(nats), "token_accuracy": float(hits)}
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int | None = None,
+    keep_sentinels: bool = False,
+    title: str | None = None,
+) -> list[str]:
+    """Return what a model writes for each source, token ids without padding, by its own `generate`.
+
+    Sources of like length share a batch. keep_sentinels: show special tokens, but for padding and the end. title: of
+    the progress bar, which is not shown without one. num_beams: by default the model's own.
+    """
+    device, mode = next(model.parameters()).device, model.training
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
+    outputs = [""] * len(sources)
+    options = {} if num_beams is None else {"num_beams": num_beams}
+    model.eval()
+    bar = tqdm(total=len(sources), desc=title, unit="text", disable=title is None)
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = tokenizer.pad({"input_ids": [list(sources[i]) for i in batch]}, return_tensors="pt").to(device)
+            ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            written = model.generate(**ids, max_new_tokens=max_new_tokens, **options)
+            for i, text in zip(
+                batch, tokenizer.batch_decode(written, skip_special_tokens=not keep_sentinels), strict=True
+            ):
+                for token in (tokenizer.pad_token, tokenizer.eos_token) if keep_sentinels else ():
+                    text = text.replace(token, "")
+                outputs[i] = text.strip()
+            bar.update(len(batch))
+    finally:
+        bar.close()
+        model.train(mode)
+    return outputs

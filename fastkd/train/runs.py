@@ -1,9 +1,11 @@
-"""The two things fastkd-train does: `train` makes one student, `demo` compares two."""
+"""What fastkd-train does: `train` makes one student, `demo` compares two, both from the stages of a run."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +14,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
+
+import fastkd
 
 from . import report
 from .arguments import FastkdArguments, TransformersArguments, chosen_method
 from .cache import copy_folder, replace_folder
+from .card import write_card
+from .checkpoints import checkpoints, fault, last_checkpoint, recover
 from .errors import InputError
+from .metrics import signatures
 from .objectives import METHODS, Method
-from .stages import Data, Teacher, check_objective, evaluate_given, get_data, get_teacher, get_texts, train_student
-from .student import load_teacher
+from .prepare import Data, get_data, heading
+from .report import Outcome
+from .stages import check_objective, get_teacher, load_given, train_student
+from .student import load_config
 from .trainer import DistillTrainer
 
 
@@ -39,26 +47,63 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
         )
     if checkpoint is None and out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
         raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
-    model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
-    check_objective(flags, method, model)
-    data = get_data(flags, cache, get_texts(flags, cache), tokenizer)
+    given = load_given(flags)
+    check_objective(flags, method, given)
+    data = get_data(flags, cache, _data_seed(args), given.tokenizer)
     identity = _identity(flags, args, data)
     if checkpoint is not None:
         _check_same_run(checkpoint.parent / "run.json", identity)
-    teacher = None
-    if method.needs_teacher:
-        given = Teacher(model, Path(flags.teacher), None) if flags.teacher else None
-        teacher = given or get_teacher(flags, args, cache, data)
+    teacher = get_teacher(flags, args, cache, data, given) if method.needs_teacher else None
 
     if checkpoint is None and out.is_dir():
         shutil.rmtree(out)  # --overwrite_output_dir; only now, when no input can turn out bad any more
     out.mkdir(parents=True, exist_ok=True)
-    (out / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-    trainer, outcome = train_student(flags, args, data, flags.method, method, teacher, checkpoint)
+    _write_json(out / "run.json", identity)
+    trainer, outcome = train_student(flags, args, data, flags.method, method, teacher, given, checkpoint)
+    outcomes = [teacher.outcome, outcome] if teacher else [outcome]
+    facts = _facts(flags, args, data, trainer, started)
     trainer.save_model(str(out))
-    outcomes = [teacher.outcome, outcome] if teacher and teacher.outcome else [outcome]
-    report.write(out, outcomes, _facts(flags, args, data, trainer, started), _notes(method))
-    print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student and report.md in {out}"]))
+    _describe(out, flags, method, facts, outcomes)
+    _report(out, flags, data, outcomes, facts, _notes(method))
+    print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student, report.html and report.md in {out}"]))
+
+
+def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
+    """Train an assistant of intermediate size by the method, then the student with the assistant as its teacher.
+
+    "Interpolated distillation" of MiniEnD (Zhang et al., 2024), which the paper does not define: that there is one
+    assistant, halfway between teacher and student in width and depth unless the flags say otherwise, is an assumption.
+    The assistant's run is the folder `assistant` of output_dir, the student's the folder `student`; a run that was
+    interrupted goes on with `--resume_from_checkpoint last` in whichever of the two it was.
+    """
+    out, resuming = _output_folder(args), args.resume_from_checkpoint is not None
+    if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
+        raise InputError("--interpolated resumes with --resume_from_checkpoint last: the checkpoint is found by itself")
+    layers, width = _assistant_size(flags)
+    parts = {
+        "assistant": replace(flags, student_layers=layers, student_d_model=width, interpolated=False),
+        "student": replace(flags, teacher=str(out / "assistant"), teacher_dtype="float32", interpolated=False),
+    }
+    cache = str(_cache(flags, args))
+    for name, part in parts.items():
+        folder = out / name
+        if resuming and (folder / "metrics.json").is_file():  # the last file that a run writes
+            print(f"{name}: {folder} is complete")
+            continue
+        last = "last" if resuming and last_checkpoint(folder) else None
+        part = replace(part, cache_dir=cache, overwrite_output_dir=flags.overwrite_output_dir or resuming)
+        heading(
+            f"Interpolated distillation: the {name}, {part.student_d_model} wide, {part.student_layers} layers a side"
+        )
+        train(part, replace(args, output_dir=str(folder), resume_from_checkpoint=last))
+
+
+def _assistant_size(flags: FastkdArguments) -> tuple[int, int]:
+    """Return (layers, width) of the assistant: the flags', else halfway between teacher and student."""
+    teacher = load_config(str(flags.teacher), "teacher")
+    layers = flags.assistant_layers or round((teacher.num_layers + flags.student_layers) / 2)
+    width = flags.assistant_d_model or max(64, round((teacher.d_model + flags.student_d_model) / 128) * 64)
+    return layers, width
 
 
 def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -76,36 +121,86 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "demo.json").is_file():
         raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
     args = replace(args, save_strategy="no")
-    model, tokenizer = load_teacher(flags.teacher) if flags.teacher else (None, None)
-    check_objective(flags, method, model)
-    data = get_data(flags, cache, get_texts(flags, cache), tokenizer)
-    if flags.teacher:
-        teacher = Teacher(model, Path(flags.teacher), evaluate_given(flags, args, data, model))
-    else:
-        teacher = get_teacher(flags, args, cache, data)
+    given = load_given(flags)
+    check_objective(flags, method, given)
+    data = get_data(flags, cache, _data_seed(args), given.tokenizer)
+    teacher = get_teacher(flags, args, cache, data, given)
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps(_identity(flags, args, data), indent=2) + "\n", encoding="utf-8")
-    outcomes = [teacher.outcome] if teacher.outcome else []
-    copy_folder(teacher.folder, out / "teacher")
+    _write_json(out / "demo.json", _identity(flags, args, data))
+    outcomes = [teacher.outcome]
+    if Path(teacher.source).is_dir():
+        copy_folder(Path(teacher.source), out / "teacher")
     for name, folder, objective in (("scratch", "scratch", METHODS["scratch"]), (flags.method, "student", method)):
-        trainer, outcome = train_student(flags, args, data, name, objective, teacher)
-        replace_folder(out / folder, _saver(trainer))
+        trainer, outcome = train_student(flags, args, data, name, objective, teacher, given)
         outcomes.append(outcome)
-    report.write(out, outcomes, _facts(flags, args, data, trainer, started), _notes(method))
+        facts = _facts(flags, args, data, trainer, started)
+        replace_folder(out / folder, _saver(trainer, flags, objective, facts, outcomes))
+    _report(out, flags, data, outcomes, facts, _notes(method))
     print("\n".join(["", report.table(outcomes), "", report.verdict(outcomes), *_notes(method)]))
-    print(f"Teacher, student, report.md and metrics.json in {out} ({time.perf_counter() - started:.0f} s)")
+    print(f"Teacher, student, report.html, report.md and metrics.json in {out} ({time.perf_counter() - started:.0f} s)")
 
 
-def _saver(trainer: DistillTrainer) -> Callable[[Path], None]:
-    return lambda folder: trainer.save_model(str(folder))
+def _saver(
+    trainer: DistillTrainer, flags: FastkdArguments, method: Method, facts: Any, outcomes: Any
+) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        trainer.save_model(str(folder))
+        _describe(folder, flags, method, facts, outcomes)
+
+    return save
+
+
+def _describe(
+    folder: Path, flags: FastkdArguments, method: Method, facts: dict[str, Any], outcomes: list[Outcome]
+) -> None:
+    """Write the model card of a student, and the configuration that repeats its run, into the student's folder."""
+    (folder / "config.yaml").write_text(flags.config_text, encoding="utf-8")
+    write_card(
+        folder,
+        method=outcomes[-1].name,
+        summary=method.summary,
+        teacher=flags.teacher if method.needs_teacher else None,
+        outcomes=outcomes,
+        facts=facts,
+        config=flags.config_text,
+        task=flags.task,
+        prefix=facts.get("source_prefix", ""),
+        notes=_notes(method),
+    )
+
+
+def _report(
+    out: Path, flags: FastkdArguments, data: Data, outcomes: list[Outcome], facts: dict[str, Any], notes: list[str]
+) -> None:
+    shown = data.held_out_rows.take(min(flags.report_examples, len(data.held_out_rows)))
+    examples = list(zip(shown["source"], shown["target"], strict=True))
+    report.write(out, outcomes, facts, notes, examples=examples, config=flags.config_text)
+
+
+def _data_seed(args: TransformersArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _output_folder(args: TransformersArguments) -> Path:
+    """Return `--output_dir`, after making sure that it can be written to, or made: not hours later."""
     out = Path(str(args.output_dir))
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--output_dir {out} is a file: expected a folder, or a name for a new one")
+    try:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--output_dir {out} is a file: expected a folder, or a name for a new one")
+        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {out} cannot be written to: {error.strerror}") from error
     return out
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file that is never there by half."""
+    whole = path.with_name(f".{path.name}")
+    whole.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(whole, path)
 
 
 def _cache(flags: FastkdArguments, args: TransformersArguments) -> Path:
@@ -117,22 +212,32 @@ def _checkpoint(given: str | None, out: Path) -> Path | None:
     if given is None:
         return None
     if given.lower() in ("last", "true"):
-        last = get_last_checkpoint(str(out)) if out.is_dir() else None
+        recover(out)
+        broken = [f"{path.name}: {fault(path)}" for path in checkpoints(out) if fault(path)]
+        last = last_checkpoint(out)
         if last is None:
-            raise InputError(f"nothing to resume from: {out} holds no checkpoint")
-        return Path(last)
-    if not (Path(given) / "trainer_state.json").is_file():
-        raise InputError(f"nothing to resume from: {given} is no checkpoint (it has no trainer_state.json)")
+            other = f" that is whole ({'; '.join(broken)})" if broken else ""
+            raise InputError(f"nothing to resume from: {out} holds no checkpoint{other}")
+        if broken:
+            print(f"continuing from {last}; passing over what is not whole ({'; '.join(broken)})")
+        return last
+    why = fault(Path(given))
+    if why is not None:
+        raise InputError(f"nothing to resume from: {given} is no checkpoint that is whole ({why})")
     return Path(given)
 
 
+# Flags that a resumed run may change: how long it runs, what it shows, where things are. All others must stay.
+_MAY_CHANGE = {
+    "config", "config_text", "demo", "compare", "list_methods", "interpolated", "overwrite_output_dir", "cache_dir",
+    "workspace_mb", "report_examples", "train_file", "eval_file",
+}  # fmt: skip
+
+
 def _identity(flags: FastkdArguments, args: TransformersArguments, data: Data) -> dict[str, Any]:
-    """Return the settings that must not change when a run is resumed."""
-    names = ["method", "temperature", "divergence", "divergence_beta", "weights", "relation_heads", "teacher_layer"]
-    names += ["match_first_position", "teacher", "student_layers", "student_d_model", "student_init", "sequence_length"]
-    if not flags.teacher:
-        names += ["teacher_layers", "teacher_d_model", "teacher_steps", "teacher_learning_rate"]
-    return {**{name: getattr(flags, name) for name in names}, "seed": args.seed, "texts": data.digest}
+    """Return the settings that must not change when a run is resumed; files count by what is in them."""
+    settings = {name: value for name, value in vars(flags).items() if name not in _MAY_CHANGE}
+    return {**settings, "seed": args.seed, "data": data.digest}
 
 
 def _check_same_run(record: Path, identity: dict[str, Any]) -> None:
@@ -160,6 +265,12 @@ def _notes(method: Method) -> list[str]:
     return notes
 
 
+def _source_prefix(data: Data) -> str:
+    """Return the words up to a first colon that all held-out sources begin with, such as "summarize: "."""
+    words = {source.partition(": ")[0] for source in data.held_out_rows["source"][:100] if ": " in source}
+    return f"{words.pop()}: " if len(words) == 1 else ""
+
+
 def _facts(
     flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, started: float
 ) -> dict[str, Any]:
@@ -176,6 +287,8 @@ def _facts(
         ),
         "match_first_position": method.match_first_position,
     }
+    mixed = {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
+    given = flags.train_file or flags.dataset_name
     return {
         "method": flags.method,
         "loss": method.formula,
@@ -184,18 +297,25 @@ def _facts(
         "divergence_beta": method.divergence_beta,
         **(relations if method.places else {}),
         **(matched if method.hidden_terms else {}),
-        "student_init": method.student_init,
-        "texts": flags.train_file or "documentation of the standard library",
-        "training_chunks": len(data.train),
-        "held_out_chunks": len(data.held_out),
-        "tokens_per_chunk": flags.sequence_length,
+        **(mixed if method.mixup_terms else {}),
+        "teacher": flags.teacher or ("trained on the same data" if method.needs_teacher else "none"),
+        "teacher_dtype": flags.teacher_dtype,
+        **({"student": flags.student} if flags.student else {"student_init": method.student_init}),
+        "task": flags.task,
+        "texts": given or "documentation of the standard library",
+        **({"dataset_config": flags.dataset_config} if flags.dataset_config else {}),
+        **data.facts,
+        **({"tokens_per_chunk": flags.sequence_length} if flags.task == "span_corruption" else {}),
+        **({"source_prefix": _source_prefix(data)} if _source_prefix(data) else {}),
+        **signatures([data.task.name]),
         "pieces": len(data.tokenizer),
         "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
-        "embedding_learning_rate": flags.embedding_learning_rate,
+        "embedding_learning_rate": flags.embedding_learning_rate or args.learning_rate,
         "seed": args.seed,
         "seconds_in_all": round(time.perf_counter() - started, 1),
         "threads": torch.get_num_threads(),
+        "fastkd": fastkd.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

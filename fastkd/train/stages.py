@@ -1,127 +1,97 @@
-"""The stages of a run: texts -> data (tokenizer, chunks) -> teacher -> student. Each prints a heading."""
+"""The stages of a run after its data: teacher, student, and what both are worth. Each prints a heading."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import sentencepiece
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, default_data_collator
+import torch
 
-from . import corpus
+from . import cost
 from .arguments import FastkdArguments, TransformersArguments, chosen_method
-from .cache import cached, digest
-from .data import SpanCorruption, pack
+from .cache import cached
 from .errors import InputError
+from .evaluate import generate
+from .metrics import score_rows
 from .objectives import METHODS, Method
+from .prepare import VERSION, Data, heading
 from .report import Outcome
-from .student import is_tied, load_teacher, new_model, slice_teacher, smaller_config, t5_config
-from .tokenizer import SENTINELS, padded_size, train_tokenizer
+from .student import is_tied, load_model, new_model, slice_teacher, smaller_config, t5_config
+from .tokenizer import fingerprint, padded_size
 from .trainer import DistillTrainer
-
-HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --seed is, so that runs compare
-VERSION = 1  # raise it when a stage changes what it makes, so that older artefacts are not reused
 
 # The arguments of transformers that shape a trained teacher; another value of one of them trains another teacher.
 TEACHER_ARGUMENTS = (
-    "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
-    "bf16", "fp16",
+    "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "seed", "bf16", "fp16",
 )  # fmt: skip
 
 
 @dataclass
-class Data:
-    """What every model of a run shares. train, held_out: chunks [N, sequence_length] of token ids."""
+class Teacher:
+    """A teacher, the save_pretrained folder it came from (or its name), and how it did."""
 
-    tokenizer: Any
-    train: np.ndarray
-    held_out: np.ndarray
-    digest: str
+    model: Any
+    source: str
+    outcome: Outcome
 
 
 @dataclass
-class Teacher:
-    """A teacher, the save_pretrained folder it came from, and how it did (None for one that was given)."""
+class Given:
+    """The models that the user gave, and the tokenizer that they share; None for what is made here."""
 
-    model: Any
-    folder: Path
-    outcome: Outcome | None
-
-
-def heading(text: str) -> None:
-    """Print a stage's heading."""
-    print(f"\n== {text}", flush=True)
+    teacher: Any = None
+    student: Any = None
+    tokenizer: Any = None
 
 
-def check_objective(flags: FastkdArguments, method: Method, teacher: Any) -> None:
+def load_given(flags: FastkdArguments) -> Given:
+    """Load `--teacher` and `--student`. Raises InputError if one cannot be loaded, or their tokenizers differ."""
+    given = Given()
+    if flags.teacher:
+        given.teacher, given.tokenizer = load_model(flags.teacher, "teacher", getattr(torch, flags.teacher_dtype))
+    if flags.student:
+        given.student, tokenizer = load_model(flags.student, "student")
+        if given.tokenizer is not None and fingerprint(tokenizer) != fingerprint(given.tokenizer):
+            raise InputError(
+                f"teacher {flags.teacher} ({len(given.tokenizer)} pieces) and student {flags.student} "
+                f"({len(tokenizer)} pieces) have different tokenizers: expected the same, token for token"
+            )
+        given.tokenizer = tokenizer
+    return given
+
+
+def check_objective(flags: FastkdArguments, method: Method, given: Given) -> None:
     """Raise InputError if the method cannot compare the student with the teacher: one that was given, or the trained.
 
     Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
     of no use.
     """
     student_config = t5_config(1, flags.student_d_model, flags.student_layers)
-    teacher_config = teacher.config if teacher else t5_config(1, flags.teacher_d_model, flags.teacher_layers)
+    teacher_config = t5_config(1, flags.teacher_d_model, flags.teacher_layers)
+    if given.teacher is not None:
+        teacher_config = given.teacher.config
     try:
-        if method.student_init == "slice":
+        if given.student is not None:
+            student_config = given.student.config
+        elif method.student_init == "slice":
             student_config = smaller_config(teacher_config, flags.student_d_model, flags.student_layers)
         method.check_fits(student_config, teacher_config)
     except ValueError as error:
         raise InputError(f"--{error}") from error
 
 
-def get_texts(flags: FastkdArguments, cache: Path) -> tuple[list[str], list[str]]:
-    """Return (train, held_out) texts from the files that were given, else from the embedded corpus."""
-    heading("Texts")
-    held_out = corpus.read_texts(flags.eval_file) if flags.eval_file else None
-    if flags.train_file:
-        texts = corpus.read_texts(flags.train_file)
-    else:
-        folder, _ = cached(cache, "corpus", {"version": VERSION, **corpus.fingerprint()}, _make_corpus)
-        texts = (folder / "texts.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    train, held_out = (texts, held_out) if held_out else corpus.split(texts)
-    characters = sum(map(len, train)) / 1e6
-    print(f"{len(train):,} training texts ({characters:.2f} M characters), {len(held_out):,} held out")
-    return train, held_out
-
-
-def _make_corpus(folder: Path) -> None:
-    texts = corpus.embedded_corpus(tqdm(corpus.source_files(), desc="reading the standard library", unit="file"))
-    # White space is collapsed, so a text is a line.
-    (folder / "texts.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8", newline="\n")
-
-
-def get_data(flags: FastkdArguments, cache: Path, texts: tuple[list[str], list[str]], tokenizer: Any = None) -> Data:
-    """Tokenise and pack the texts, with the given tokenizer or one trained on the training texts."""
-    train, held_out = texts
-    if tokenizer is None:
-        settings = {
-            "version": VERSION,
-            "texts": digest(train),
-            "vocabulary_size": flags.vocabulary_size,
-            "sentinels": SENTINELS,
-            "sentencepiece": sentencepiece.__version__,
-        }
-
-        def make(folder: Path) -> None:
-            print("training a SentencePiece vocabulary ...", flush=True)
-            train_tokenizer(train, flags.vocabulary_size).save_pretrained(folder)
-
-        folder, _ = cached(cache, "tokenizer", settings, make)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    length = flags.sequence_length
-    chunks = pack(tokenizer, train, length), pack(tokenizer, held_out, length, what="held-out text")
-    print(f"{len(tokenizer):,} pieces; {len(chunks[0]):,} + {len(chunks[1]):,} chunks of {length} tokens")
-    return Data(tokenizer, *chunks, digest([*train, "", *held_out]))
-
-
-def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path, data: Data) -> Teacher:
-    """Return the teacher trained on this run's texts, from the cache if it was trained before."""
+def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path, data: Data, given: Given) -> Teacher:
+    """Return the teacher that was given, or one trained on this run's data, from the cache if it was trained before."""
+    if given.teacher is not None:
+        heading(f"Teacher: {flags.teacher}")
+        trainer = make_trainer(flags, args, data, given.teacher, "teacher", method=METHODS["scratch"])
+        return Teacher(given.teacher, str(flags.teacher), judge(flags, args, data, trainer, "teacher"))
     heading("Teacher: a T5 trained from scratch")
     args = dataclasses.replace(
         args,
@@ -130,15 +100,15 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
         seed=args.seed + 1,  # other corruptions than those the student will see
         data_seed=None,
         save_strategy="no",
+        load_best_model_at_end=False,
     )
     settings = {
         "version": VERSION,
-        "texts": data.digest,
-        "pieces": len(data.tokenizer),
-        "sequence_length": flags.sequence_length,
+        "data": data.digest,
         "layers": flags.teacher_layers,
         "d_model": flags.teacher_d_model,
         "embedding_learning_rate": flags.embedding_learning_rate,
+        "examples": flags.report_examples,
         **{name: getattr(args, name) for name in TEACHER_ARGUMENTS},
     }
 
@@ -146,23 +116,17 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
         config = t5_config(padded_size(data.tokenizer), flags.teacher_d_model, flags.teacher_layers)
         model = new_model(config, args.seed)
         trainer = make_trainer(flags, args, data, model, "teacher", method=METHODS["scratch"])
-        outcome = fit(trainer, "teacher")
+        trainer.train()
+        outcome = judge(flags, args, data, trainer, "teacher")
         trainer.save_model(str(folder))
-        (folder / "outcome.json").write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
+        (folder / "outcome.json").write_text(json.dumps(outcome.to_json()), encoding="utf-8")
 
     folder, reused = cached(cache, "teacher", settings, make)
     if reused:
         print(f"reusing {folder}")
-    outcome = Outcome(**json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
-    return Teacher(load_teacher(folder)[0], folder, outcome)
-
-
-def evaluate_given(flags: FastkdArguments, args: TransformersArguments, data: Data, model: Any) -> Outcome:
-    """Evaluate a teacher that was given and not trained here."""
-    heading("Teacher: held-out loss")
-    metrics = make_trainer(flags, args, data, model, "teacher", method=METHODS["scratch"]).evaluate()
-    loss, accuracy = metrics["eval_loss"], metrics["eval_token_accuracy"]
-    return Outcome("teacher", count_parameters(model), 0, None, loss, accuracy, [])
+    outcome = Outcome.from_json(json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
+    model, _ = load_model(folder, "teacher", getattr(torch, flags.teacher_dtype))
+    return Teacher(model, str(folder), outcome)
 
 
 def train_student(
@@ -172,6 +136,7 @@ def train_student(
     name: str,
     method: Method,
     teacher: Teacher | None,
+    given: Given,
     checkpoint: Path | None = None,
 ) -> tuple[DistillTrainer, Outcome]:
     """Train the student by a method. Its shape, first weights and data depend on the flags, not on the method.
@@ -179,11 +144,14 @@ def train_student(
     But the first weights are only a slice of the teacher for a method that starts so: the baseline is from scratch.
     """
     heading(f"Student: {name} ({method.summary})")
-    student = new_student(flags, data, teacher.model if teacher else None, args.seed)
-    if teacher and method.student_init == "slice":
-        slice_teacher(student, teacher.model)
+    student = given.student
+    if student is None:
+        student = new_student(flags, data, teacher.model if teacher else None, args.seed)
+        if teacher and method.student_init == "slice":
+            slice_teacher(student, teacher.model)
     trainer = make_trainer(flags, args, data, student, name, method=method, teacher=teacher.model if teacher else None)
-    return trainer, fit(trainer, name, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer, judge(flags, args, data, trainer, name)
 
 
 def new_student(flags: FastkdArguments, data: Data, teacher: Any, seed: int) -> Any:
@@ -199,45 +167,63 @@ def make_trainer(
     flags: FastkdArguments, args: TransformersArguments, data: Data, model: Any, title: str, **objective: Any
 ) -> DistillTrainer:
     """Return a trainer of `model` on the run's data. objective: `method` and what goes with it (see DistillTrainer)."""
-    seed = args.seed if args.data_seed is None else args.data_seed
     trainer = DistillTrainer(
         model=model,
         args=args,
-        train_dataset=SpanCorruption(data.train, data.tokenizer, seed),
-        eval_dataset=SpanCorruption(data.held_out, data.tokenizer, HELD_OUT_SEED),
-        data_collator=default_data_collator,  # all examples are equally long
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        data_collator=data.collate,
         processing_class=data.tokenizer,
         workspace_mb=flags.workspace_mb,
         embedding_learning_rate=flags.embedding_learning_rate,
         projection_learning_rate=flags.projection_learning_rate,
+        score=_scorer(args, data) if args.predict_with_generate else None,
         **objective,
     )
     trainer.show_progress(title)
     return trainer
 
 
-def count_parameters(model: Any) -> int:
-    """Return the number of parameters that a model is saved with, shared ones once."""
-    unsaved = model._keys_to_ignore_on_save or ()  # a projection that only training needs
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in unsaved)
+def _scorer(args: TransformersArguments, data: Data) -> Callable[[Any], dict[str, float]]:
+    return lambda model: score(model, args, data, None)[0]
 
 
-def fit(trainer: DistillTrainer, name: str, checkpoint: Path | None = None) -> Outcome:
-    """Train, from a checkpoint if one is given, and evaluate on the held-out chunks."""
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.state
-    if not any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
-        trainer.evaluate()
-    final = [entry for entry in state.log_history if "eval_loss" in entry][-1]
+def score(model: Any, args: TransformersArguments, data: Data, title: str | None) -> tuple[dict[str, float], list[str]]:
+    """Return (the task's figures, outputs) of what a model writes for all held-out examples; no figures for texts."""
+    rows = data.held_out_rows
+    is_text = data.task.name == "span_corruption"
+    outputs = generate(
+        model,
+        data.tokenizer,
+        rows["input_ids"],
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=args.generation_max_length or data.target_tokens,
+        num_beams=args.generation_num_beams,
+        keep_sentinels=is_text,
+        title=title,
+    )
+    return {} if is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
+
+
+def judge(
+    flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, name: str
+) -> Outcome:
+    """Return how a model does after its training, if it had any: held-out loss, the task's figures, and its cost."""
+    model, state = trainer.model, trainer.state
+    evaluated = [e for e in state.log_history if "eval_loss" in e and e["step"] == state.global_step and e["step"]]
+    final = evaluated[-1] if evaluated else trainer.evaluate()
+    metrics, outputs = score(model, args, data, f"{name}: writing")
+    costs = cost.measure(model)
+    kept = ("step", "loss", "eval_", "grad_norm")
     return Outcome(
         name=name,
-        parameters=count_parameters(trainer.model),
+        parameters=cost.parameters(model),
         steps=state.global_step,
         seconds_per_step=trainer.seconds_per_step,
         loss=final["eval_loss"],
         token_accuracy=final["eval_token_accuracy"],
-        history=[
-            {key: value for key, value in entry.items() if key.startswith(("step", "loss", "eval_loss", "grad_norm"))}
-            for entry in state.log_history
-        ],
+        history=[{k: v for k, v in e.items() if k.startswith(kept)} for e in state.log_history if state.global_step],
+        metrics=metrics,
+        outputs=outputs[: flags.report_examples],
+        cost=costs,
     )

@@ -1,9 +1,11 @@
-"""T5 models of a given size, students sliced from their teacher, and teachers from a folder."""
+"""T5 models of a given size, students sliced from their teacher, and models from a folder or the hub."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from .capture import matched_layer
 from .errors import InputError
 
 HEAD_WIDTH = 32
+FAMILY = ("t5", "mt5")  # T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def t5_config(vocabulary_size: int, d_model: int, layers: int, pad: int = 0, eos: int = 1) -> Any:
@@ -42,14 +46,14 @@ def t5_config(vocabulary_size: int, d_model: int, layers: int, pad: int = 0, eos
 
 
 def new_model(config: Any, seed: int, tied: bool = True) -> Any:
-    """Return a `T5ForConditionalGeneration` with random weights that depend on (config, seed, tied) alone.
+    """Return a model of the T5 family with random weights that depend on (config, seed, tied) alone.
 
     tied: whether the head is the embedding.
     """
-    from transformers import T5ForConditionalGeneration, set_seed
+    from transformers import AutoModelForSeq2SeqLM, set_seed
 
     set_seed(seed)
-    model = T5ForConditionalGeneration(config)
+    model = AutoModelForSeq2SeqLM.from_config(config)
     if not tied:  # some versions of transformers tie every T5 made from a config, others start the head far too large
         head = torch.randn_like(model.shared.weight) * config.d_model**-0.5
         model.lm_head.weight = torch.nn.Parameter(head)
@@ -126,24 +130,48 @@ def _teacher_name(name: str, student: Any, teacher: Any) -> str:
     return f"{stack}.block.{matched_layer(int(layer), *depths)}.{rest}"
 
 
-def load_teacher(folder: str | Path) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a `save_pretrained` folder; nothing is downloaded.
+def load_config(name: str | Path, role: str) -> Any:
+    """Return the `T5Config` of a `save_pretrained` folder, or of a model on the hub; see `load_model`."""
+    from transformers import AutoConfig
 
-    Raises InputError if the folder is missing, does not hold a T5, or lacks a part.
+    with _loading(name, role) as options:
+        config = AutoConfig.from_pretrained(name, **options)
+    if config.model_type not in FAMILY:
+        raise InputError(f"{role} {name} is a {config.model_type!r} model: expected one of {', '.join(FAMILY)}")
+    return config
+
+
+def load_model(name: str | Path, role: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub: a T5 or one of its variants.
+
+    role: "teacher" or "student", for messages. Weights come from safetensors, and no code of the repository is run.
+    Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    if not Path(folder).is_dir():
-        raise InputError(f"no teacher folder {folder}")
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"teacher folder {folder} has no config.json: expected a save_pretrained folder of a T5")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.model_type != "t5":
-            raise InputError(f"teacher folder {folder} holds a {config.model_type!r} model: expected a T5")
-        model = T5ForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"cannot load the teacher in {folder}: {str(error).splitlines()[0]}") from error
+    rows = load_config(name, role).vocab_size
+    with _loading(name, role) as options:
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) > rows:
+        raise InputError(f"{role} {name}: its tokenizer has {len(tokenizer)} pieces, its embedding only {rows}")
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
+    """Yield the options of `from_pretrained`, and turn what goes wrong into one line about a folder or the hub."""
+    from safetensors import SafetensorError
+
+    is_folder = Path(name).is_dir()
+    if not is_folder and not _HUB_NAME.fullmatch(str(name)):
+        raise InputError(f"no {role} folder {name}")
+    if is_folder and not (Path(name) / "config.json").is_file():
+        raise InputError(f"{role} folder {name} has no config.json: expected a save_pretrained folder of a T5")
+    try:
+        yield {"local_files_only": is_folder, "trust_remote_code": False}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if is_folder:
+            raise InputError(f"cannot load the {role} in {name}: {reason}") from error
+        raise InputError(f"no {role} folder {name}, and no such model from the hub: {reason}") from error

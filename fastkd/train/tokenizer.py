@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable
 from typing import Any
 
 VOCABULARY_SIZE = 4096  # pieces, sentinels included
 SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, as every T5 has
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary_size: int = VOCABULARY_SIZE, sentinels: int = SENTINELS) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE, sentinels: int = SENTINELS) -> Any:
     """Train a unigram vocabulary (Kudo, 2018, arXiv 1804.10959) and return it as a `transformers.T5Tokenizer`.
 
     texts: training texts only, so that nothing of the held-out ones leaks into the vocabulary.
@@ -50,3 +52,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int = VOCABULARY_SIZE
 def padded_size(tokenizer: Any, multiple: int = 128) -> int:
     """Return the rows of the embedding: the tokenizer's size rounded up to a multiple, as T5's 32100 -> 32128."""
     return -(-len(tokenizer) // multiple) * multiple
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Return a short digest of a tokenizer's kind and of every token's id."""
+    known = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer
+from accelerate.utils import DynamoBackend
+from transformers import PrinterCallback, ProgressCallback
 
-from .callbacks import LossBar, StepTimer, WindowedValues
+from .callbacks import LossBar, StepTimer
 from .capture import PLACES, capture_hidden, capture_qkv
-from .data import EpochSampler
+from .checkpoints import CheckpointingTrainer
+from .data import EpochSampler, SpanCorruption
 from .evaluate import held_out_metrics, token_scores
 from .mixup import Mixup
 from .objectives import Method, hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
@@ -86,7 +88,7 @@ def _model_arguments(model: Any, inputs: Mapping[str, Any], plain: bool, mixup: 
     return {**arguments, "use_cache": False}
 
 
-class DistillTrainer(Seq2SeqTrainer):
+class DistillTrainer(CheckpointingTrainer):
     """Trains `model` by `method`; everything else (checkpoints, resuming, precision, DDP) is Seq2SeqTrainer's.
 
     method: a row of METHODS, or one with other settings by `dataclasses.replace`. teacher: a T5 with the student's
@@ -97,7 +99,8 @@ class DistillTrainer(Seq2SeqTrainer):
     `model.hidden_projection`, so that its gradient is reduced, clipped and reset with the student's; checkpoints keep
     it in a file of its own, and no `save_pretrained` of the student holds it.
     Batches hold input_ids and labels (-100 where there is padding), and attention_mask where there is padding.
-    Evaluation gives eval_loss (nats per target token, plain cross-entropy for every method) and eval_token_accuracy.
+    Evaluation gives eval_loss (nats per target token, plain cross-entropy for every method) and eval_token_accuracy;
+    and, as eval_<name>, the figures that `score(student)` returns, if it is given.
     Log entries hold, beside transformers' own, "loss_<term>" of each term times its weight (vocabulary terms together),
     which add up to "loss"; and "grad_norm_encoder" and "grad_norm_decoder", before clipping and without the embedding
     that both share: means over the steps since the last entry, and the largest as "..._max".
@@ -117,6 +120,7 @@ class DistillTrainer(Seq2SeqTrainer):
         workspace_mb: float | None = None,
         embedding_learning_rate: float | None = None,
         projection_learning_rate: float = 1e-4,
+        score: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         kwargs["compute_metrics"] = held_out_metrics
@@ -127,6 +131,7 @@ class DistillTrainer(Seq2SeqTrainer):
         self.workspace_mb = workspace_mb
         self.embedding_learning_rate = embedding_learning_rate
         self.projection_learning_rate = projection_learning_rate
+        self.score = score
         student: Any = self.model
         self.student_layers = method.student_layers(student.config)
         self.teacher = None
@@ -146,16 +151,34 @@ class DistillTrainer(Seq2SeqTrainer):
             self.projection = torch.nn.Linear(*widths, bias=False, device=self.args.device)
             student.hidden_projection = self.projection
             student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), "hidden_projection.weight"}
+        if self.args.torch_compile:
+            self._compile_blocks()
         self._timer = StepTimer()
-        self._window = WindowedValues()
         self.add_callback(self._timer)
-        self.add_callback(self._window)
         # Makes the Trainer count the target tokens of all accumulated batches, and not divide our loss again.
         self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, SpanCorruption):
+            return super()._get_train_sampler(dataset)
         return EpochSampler(len(dataset), self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def _compile_blocks(self) -> None:
+        """Compile the blocks of student and teacher, in place of the whole student, as accelerate would do.
+
+        What is captured, and the head that `without_head` replaces, lie outside of compiled code: so nothing is
+        compiled again when they come and go, and the blocks of a stack share their code. Blocks whose queries, keys and
+        values are captured stay as they are.
+        """
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        options: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        for model, layers in ((self.model, self.student_layers), (self.teacher, self.teacher_layers)):
+            captured = {(PLACES[place].stack, layer) for place, layer in layers.items()}
+            for stack in ("encoder", "decoder") if model is not None else ():
+                for layer, block in enumerate(getattr(model, stack).block, start=1):
+                    if (stack, layer) not in captured:
+                        block.forward = torch.compile(block.forward, **options)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimizer, with the embedding's own learning rate if there is one."""
@@ -208,8 +231,8 @@ class DistillTrainer(Seq2SeqTrainer):
         """Return what the loss needs of a student (possibly wrapped) or teacher: [q, k, v] of each place in `layers`.
 
         And "states", a list of the hidden states in `stacks` (see `capture.capture_hidden`), the student's projected if
-        there is a projection; the head's weight "head" [V, H]; and the head's input [B, L, H], if asked for "hidden" for
-        the batch as it is, and "mixed" for its mixed examples if there is a mixup.
+        there is a projection; the head's weight "head" [V, H]; and the head's input [B, L, H], if asked for "hidden"
+        for the batch as it is, and "mixed" for its mixed examples if there is a mixup.
         """
         bare = self.accelerator.unwrap_model(model)
         arguments = _model_arguments(bare, inputs, hidden, mixup)
@@ -310,6 +333,7 @@ class DistillTrainer(Seq2SeqTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients, the normalizers are global already.
             terms = {name: loss * self.accelerator.num_processes for name, loss in terms.items()}
+        self._watch_terms(terms)
         self._window.add({f"loss_{name}": loss for name, loss in terms.items()})
         loss = sum(terms.values())
         return (loss, student) if return_outputs else loss
@@ -321,17 +345,35 @@ class DistillTrainer(Seq2SeqTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             norms = gradient_norms(self.accelerator.unwrap_model(model), self.accelerator.scaler)
+            self._watch_gradients({name.removeprefix("grad_norm_"): norm for name, norm in norms.items()})
             self._window.add(norms)
             self._window.peak({f"{name}_max": norm for name, norm in norms.items()})
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms and the gradient norms to the entries that hold the loss."""
+        """Add the terms and the gradient norms to the entries that hold the loss, which becomes the terms' sum.
+
+        transformers' own forgets, at a resume, the steps before the checkpoint.
+        """
         if "loss" in logs and self._window.steps:
+            self._stop_if_not_finite()
             values = self._window.pop()
             means = self.accelerator.reduce(torch.stack(list(values.values())), "mean")
             logs |= dict(zip(values, means.tolist(), strict=True))
+            logs["loss"] = sum(value for name, value in logs.items() if name.startswith("loss_"))
         super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> dict[str, float]:
+        """Return held-out loss and token accuracy, and what `score` says of the student if there is one."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        if self.score is not None:
+            bare = self.accelerator.unwrap_model(self.model)
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score(bare).items()}
+            self.log(scores)
+            metrics |= scores
+        return metrics
 
     @torch.no_grad()
     def prediction_step(

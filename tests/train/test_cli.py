@@ -57,7 +57,8 @@ def test_demo_twice(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixtu
         model.generate(**tokenizer("ta re <extra_id_0> mon", return_tensors="pt"), max_new_tokens=3)
 
     cache, first = snapshot(tmp_path / "runs" / "cache"), (out / "student" / "model.safetensors").read_bytes()
-    assert sorted(p.name.split("-")[0] for p in (tmp_path / "runs" / "cache").iterdir()) == ["teacher", "tokenizer"]
+    kinds = {p.name.split("-")[0] for p in (tmp_path / "runs" / "cache").iterdir()}
+    assert kinds == {"rows", "teacher", "tokenised", "tokenizer"}
     assert run("--demo", "--train_file", text_file, "--output_dir", out) == 0
     assert "reusing" in capsys.readouterr().out
     assert snapshot(tmp_path / "runs" / "cache") == cache
@@ -199,17 +200,44 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--weights", "logit_kl=0"], ["--weights", "every term of mlmkd"]),
         (["--method", "minilm", "--relation_heads", "48"], ["--relation_heads", "(1, 2, 4, 8, 16, 32, 64)", "got 48"]),
         (["--method", "minilm", "--teacher_layer", "3"], ["--teacher_layer", "1 to 2", "got 3"]),
-        (["--student_init", "top"], ["--student_init", "slice or random", "'top'"]),
+        (["--student_init", "top"], ["--student_init", "slice, random", "'top'"]),
         (["--method", "scratch", "--student_init", "slice"], ["--student_init", "no teacher", "random"]),
         (["--method", "hsm-cka", "--student_d_model", "256"], ["--student_d_model", "at most 128", "256"]),
         (["--method", "kd", "--student_init", "slice", "--student_layers", "3"], ["--student_layers", "at most 2"]),
         (["--projection_learning_rate", "0"], ["--projection_learning_rate"]),
         (["--train_file", tmp_path / "missing.txt"], [str(tmp_path / "missing.txt"), "no such file"]),
-        (["--eval_file", tmp_path], [str(tmp_path), "directory"]),
+        (["--eval_file", tmp_path], [str(tmp_path), "no data files"]),
         (["--teacher", tmp_path / "missing"], [str(tmp_path / "missing")]),
+        (["--method", "interpolated"], ["--interpolated", "--method"]),
+        (["--interpolated"], ["--interpolated", "--teacher"]),
+        (["--method", "scratch", "--interpolated", "--teacher", "x"], ["scratch has no teacher"]),
+        (["--task", "glu"], ["--task", "'glu'", "did you mean 'glue'"]),
+        (["--task", "sst2"], ["--task sst2", "--train_file or --dataset_name"]),
+        (["--task", "translation"], ["--task translation", "--train_file or --dataset_name"]),
+        (["--streaming", "--max_steps", "3"], ["--streaming", "--train_file"]),
+        (["--streaming", "--train_file", "x"], ["--streaming", "--max_steps"]),
+        (["--streaming", "--train_file", "x", "--max_steps", "3"], ["--streaming", "--teacher or --student"]),
+        (["--train_file", "x", "--dataset_name", "y"], ["not both"]),
+        (["--student", "x", "--interpolated", "--teacher", "y"], ["not both"]),
+        (["--teacher_dtype", "float8"], ["--teacher_dtype", "float8", "bfloat16"]),
+        (["--mixup_distance", "l1"], ["--mixup_distance", "l1", "mse, divergence"]),
+        (["--mixup_alpha", "0"], ["--mixup_alpha"]),
+        (["--config", "no_such"], ["--config", "no_such", "miniend-e"]),
+        (["--config", tmp_path / "list.yaml"], ["list.yaml", "no mapping"]),
+        (["--config", tmp_path / "broken.yaml"], ["broken.yaml", "line 1"]),
+        (["--config", tmp_path / "typo.yaml"], ["typo.yaml", "unknown key 'studen_layers'", "'student_layers'"]),
+        (["--config", tmp_path / "word.yaml"], ["max_steps", "many"]),
+        (["--compare", tmp_path], [str(tmp_path), "no metrics.json"]),
         (["--resume_from_checkpoint", "last"], ["no checkpoint", str(out)]),
         (["--resume_from_checkpoint", tmp_path], ["no checkpoint", str(tmp_path)]),
     ]
+    for name, content in (
+        ("list", "- kd"),
+        ("broken", "a: [b"),
+        ("typo", "studen_layers: 3"),
+        ("word", "max_steps: many"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(content)
     for flags, expected in cases:
         assert cli.main(["--output_dir", str(out), *map(str, flags)]) == 2, flags
         captured = capsys.readouterr()
@@ -242,11 +270,13 @@ def test_bad_files_and_teachers(tmp_path: Path, text_file: Path, capsys: pytest.
 def test_help_and_methods_teach(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.index("--method") < text.index("--learning_rate") < text.index("examples:")
+    assert text.index("--method") < text.index("--learning_rate") < text.rindex("examples:")
     assert all(name in text for name in ("scratch", "mlmkd", "kd", "--demo", "--resume_from_checkpoint"))
     assert cli.main(["--list_methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    table, more = capsys.readouterr().out.split("\n\n")
+    lines = table.splitlines()
     assert [line.split()[0] for line in lines] == list(METHODS)
+    assert "--interpolated" in more and all(name in more for name in METHODS)  # a configuration for each of them
     assert "1 logit_kl + 1 decoder_self + 1 encoder_self" in next(x for x in lines if x.startswith("miniend-e "))
 
 
