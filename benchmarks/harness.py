@@ -44,7 +44,8 @@ def not_importable(package: str, error: ImportError) -> Unavailable:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on fastkd's time over that of another row, or on its peak memory in MiB ("memory")."""
+    """A bound on fastkd's time over that of another row, on its peak memory in MiB ("memory"), or over that of another
+    row ("memory / ROW")."""
 
     quantity: str
     bound: float
@@ -201,6 +202,9 @@ def _judge(target: Target, rows: dict[str, dict]) -> dict:
     ours = rows[OURS]
     if target.quantity == "memory":
         text, measured = f"{OURS} peak MiB", ours.get("peak_mib")
+    elif target.quantity.startswith("memory / "):
+        text, peer = f"{OURS} {target.quantity}", rows[target.quantity.removeprefix("memory / ")].get("peak_mib")
+        measured = ours["peak_mib"] / peer if peer and ours.get("peak_mib") is not None else None
     else:
         text, peer = f"{OURS} time / {target.quantity}", rows[target.quantity].get("min_s")
         measured = ours["min_s"] / peer if peer and "min_s" in ours else None

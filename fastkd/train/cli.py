@@ -45,18 +45,18 @@ def _run(argv: Sequence[str]) -> None:
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # ours stay: these are "Loading weights" and "Writing shards"
-    from . import arguments, config, report, runs
+    from . import arguments
 
     if any(flag in argv for flag in ("-h", "--help")):
         arguments.make_parser().print_help()
         return
     flags, args = arguments.parse(argv)
     if flags.list_methods:
-        for name, method in runs.METHODS.items():
-            print(f"{name:18} {method.formula:45} temperature {method.temperature:g}   {method.summary}")
-        print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
-        print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
-    elif flags.compare:
+        _list_methods()
+        return
+    from . import report, runs  # what they import takes seconds, which no mistake in a flag should cost
+
+    if flags.compare:
         out = Path(str(args.output_dir))
         print(f"{report.compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
     elif flags.interpolated:
@@ -65,6 +65,15 @@ def _run(argv: Sequence[str]) -> None:
         runs.demo(flags, args)
     else:
         runs.train(flags, args)
+
+
+def _list_methods() -> None:
+    from . import config, objectives
+
+    for name, method in objectives.METHODS.items():
+        print(f"{name:18} {method.formula:45} temperature {method.temperature:g}   {method.summary}")
+    print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
+    print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
 
 
 def _require_packages() -> None:
