@@ -19,7 +19,7 @@ import fastkd
 from . import config
 from .errors import InputError
 from .objectives import METHODS, MIXUP_DISTANCES, STUDENT_INITS, Method
-from .tasks import TASKS
+from .tasks import TASKS, figure_names
 
 # Our defaults for transformers' flags. They are the demo's: a small student on two CPU cores.
 DEFAULTS: dict[str, Any] = {
@@ -136,8 +136,9 @@ class ModelArguments:
     assistant_layers: int | None = _help("of --interpolated; without it, halfway between teacher and student", None)
     assistant_d_model: int | None = _help("of --interpolated; without it, halfway, a multiple of 64", None)
     embedding_learning_rate: float | None = _help(
-        "of the embedding; without it, 80 times the learning rate where it starts at random (at standard deviation 1, "
-        "where it needs larger steps than the other weights), else the learning rate",
+        "of the embedding; without it, 80 times the learning rate, as a random embedding starts at standard deviation "
+        "1 and needs larger steps than the other weights; the learning rate itself where the student starts from a "
+        "model of yours (--student, or a slice of --teacher)",
         None,
     )
     vocabulary_size: int = _help("pieces of the trained tokenizer, 100 sentinels included", 4096)
@@ -194,9 +195,16 @@ class DataArguments:
 
 @dataclass
 class FastkdArguments(ObjectiveArguments, ModelArguments, DataArguments):
-    """What fastkd-train adds to transformers' arguments. config_text: all of them as YAML, to repeat the run by."""
+    """What fastkd-train adds to transformers' arguments. transformers_flags: those of transformers, as given."""
 
-    config_text: str = ""
+    transformers_flags: dict[str, Any] = field(default_factory=dict)
+
+    def config_text(self, args: TransformersArguments) -> str:
+        """Return all flags as YAML, to repeat the run by; access tokens, which are no one's to read, stay out."""
+        settled = {name: getattr(args, name) for name in _SETTLED}
+        ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_CONFIG}
+        theirs = {k: v for k, v in self.transformers_flags.items() if not k.endswith("_token")}
+        return config.dump({**theirs, **settled, **ours})
 
     @property
     def continues_given_model(self) -> bool:
@@ -208,6 +216,11 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, DataArguments):
     def has_own_data(self) -> bool:
         """Whether the user gave data, so that the embedded corpus is not used."""
         return self.train_file is not None or self.dataset_name is not None
+
+
+# Flags whose values depend on others, and those of fastkd that have no place in a configuration.
+_SETTLED = ("learning_rate", "max_steps", "num_train_epochs", "output_dir")
+_NOT_IN_CONFIG = ("config", "compare", "list_methods", "overwrite_output_dir", "transformers_flags")
 
 
 class TransformersArguments(Seq2SeqTrainingArguments):
@@ -256,7 +269,7 @@ def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
     """
     parser = make_parser()
     flags = [option for action in parser._actions for option in action.option_strings]
-    words = _with_config(argv, flags)
+    words = _with_config(argv, parser)
     try:
         *parts, args, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
@@ -267,44 +280,46 @@ def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
         kind = "flag" if unknown[0].startswith("-") else "argument"
         raise InputError(f"unknown {kind} {unknown[0]!r}" + closest(unknown[0].split("=")[0], flags))
     ours = FastkdArguments(**{name: value for part in parts for name, value in vars(part).items()})
-    given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    given = _names(words)
     _check_names(ours)
     _settle(ours, args, given)
     _check(ours, args)
     values = vars(parser.parse_known_args(words)[0])  # as they were given; TransformersArguments computes from them
-    theirs = {name: values[name] for name in sorted({*DEFAULTS, *given}) if name in values}
-    theirs |= {name: getattr(args, name) for name in ("learning_rate", "max_steps", "num_train_epochs", "output_dir")}
-    ours.config_text = config.dump({**theirs, **{name: getattr(ours, name) for name in _own_names()}})
+    ours.transformers_flags = {name: values[name] for name in sorted({*DEFAULTS, *given}) if hasattr(args, name)}
     return ours, args
 
 
 _INSTEAD = {"max_steps": "num_train_epochs", "num_train_epochs": "max_steps"}  # one on the command line takes the place
 
 
-def _own_names() -> list[str]:
-    skipped = ("config", "config_text", "compare", "list_methods", "overwrite_output_dir")
-    return [f.name for f in dataclasses.fields(FastkdArguments) if f.name not in skipped]
-
-
-def _with_config(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+def _with_config(argv: Sequence[str], parser: HfArgumentParser) -> list[str]:
     """Return the words of the command line, behind those that stand for the keys of the `--config` file.
 
     The last of two equal flags counts, so those of the command line override the file's.
     """
+    if not argv:
+        raise InputError("give --demo, --method or --config; --help shows every flag, with examples")
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     name = first.parse_known_args(list(argv))[0].config
     if name is None:
         return list(argv)
     path, settings = config.load(name)
-    words = []
+    words, given = [], _names(argv)
+    choices = {action.dest: action.choices or () for action in parser._actions if action.dest not in ("help", "config")}
     for key, value in settings.items():
-        if f"--{key}" not in flags:
-            raise InputError(f"{path}: unknown key {key!r}{closest(key, [flag[2:] for flag in flags])}")
-        other = _INSTEAD.get(key)
-        if other is None or not any(word.split("=")[0] == f"--{other}" for word in argv):
+        if key not in choices:
+            raise InputError(f"{path}: unknown key {key!r}{closest(key, list(choices))}")
+        if value is False and "no" in choices[key]:
+            value = "no"  # as in `save_strategy: no`, which is a boolean to YAML
+        if _INSTEAD.get(key) not in given:
             words += config.words(path, key, value)
     return [*words, *argv]
+
+
+def _names(words: Sequence[str]) -> set[str]:
+    """Return the flags among words, without their dashes and values."""
+    return {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
 
 
 def chosen_method(flags: FastkdArguments) -> Method:
@@ -346,6 +361,8 @@ def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str])
         if "max_steps" in given and args.max_steps > 0:
             raise InputError("give --max_steps or --num_train_epochs, not both")
         args.max_steps = -1  # our default must not override the epochs that were asked for
+    elif "max_steps" not in given and "num_train_epochs" in given:
+        raise InputError(f"--num_train_epochs must be above 0, got {args.num_train_epochs}")
     elif "max_steps" not in given and ours.has_own_data and not ours.streaming:
         args.max_steps, args.num_train_epochs = -1, EPOCHS
     elif args.max_steps <= 0:
@@ -370,10 +387,37 @@ _CHOICES: dict[str, Sequence[str]] = {
 }
 _POSITIVE = (
     "student_layers", "student_d_model", "assistant_layers", "assistant_d_model", "teacher_layers", "teacher_d_model",
-    "teacher_steps", "temperature", "mixup_alpha", "projection_learning_rate", "workspace_mb", "max_source_length",
-    "max_target_length", "shuffle_buffer", "max_train_examples", "max_eval_examples", "embedding_learning_rate",
+    "teacher_steps", "temperature", "mixup_alpha", "projection_learning_rate", "workspace_mb",
+    "max_train_examples", "max_eval_examples", "embedding_learning_rate", "teacher_learning_rate",
 )  # fmt: skip
-_LEAST = {"sequence_length": 8, "vocabulary_size": 512, "report_examples": 0}
+_LEAST = {
+    "sequence_length": 8, "vocabulary_size": 512, "report_examples": 0, "shuffle_buffer": 0, "max_source_length": 2,
+    "max_target_length": 2,
+}  # fmt: skip
+_LEAST_OF_TRANSFORMERS = {
+    "seed": 0, "data_seed": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}  # fmt: skip
+# Flags of transformers that would do nothing here, or something else than they say; and what to do instead.
+_NOT_SUPPORTED = {
+    "label_smoothing_factor": "losses are fastkd's",
+    "neftune_noise_alpha": "T5 reads its embedding past it",
+    "use_liger_kernel": "losses are fastkd's",
+    "sortish_sampler": "--train_sampling_strategy group_by_length is like it",
+    "generation_config": "--generation_num_beams and --generation_max_length are",
+    "prediction_loss_only": "evaluation is the loss and the token accuracy",
+    "include_for_metrics": "evaluation is the loss and the token accuracy",
+    "batch_eval_metrics": "evaluation is the loss and the token accuracy",
+    "eval_do_concat_batches": "evaluation is the loss and the token accuracy",
+    "bf16_full_eval": "it would leave the student in bf16; --bf16 evaluates under autocast",
+    "fp16_full_eval": "it would leave the student in fp16; --bf16 evaluates under autocast",
+    "push_to_hub": "look at the report first, then upload the folder with `hf upload`",
+    "do_predict": "outputs of held-out examples are in the report",
+}
+_NOT_FOR_GLUE = (
+    "dataset_config", "train_split", "eval_split", "text_column", "source_column", "target_column", "source_prefix",
+    "source_lang", "target_lang",
+)  # fmt: skip
 
 
 def _check_names(flags: FastkdArguments) -> None:
@@ -386,20 +430,40 @@ def _check_names(flags: FastkdArguments) -> None:
 
 
 def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
+    for name, least, value in [
+        *((name, least, getattr(flags, name)) for name, least in _LEAST.items()),
+        *((name, least, getattr(args, name)) for name, least in _LEAST_OF_TRANSFORMERS.items()),
+    ]:
+        if value is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}, got {value}")
     for name in _POSITIVE:
         value = getattr(flags, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name} must be above 0, got {value}")
-    for name, least in _LEAST.items():
-        if getattr(flags, name) < least:
-            raise InputError(f"--{name} must be at least {least}, got {getattr(flags, name)}")
+    defaults = {f.name: f.default for f in (*dataclasses.fields(args), *dataclasses.fields(flags))}
+    for name, why in _NOT_SUPPORTED.items():
+        if getattr(args, name) not in (defaults[name], []):
+            raise InputError(f"--{name} is not supported: {why}")
+    # Later versions of transformers call it by the first name.
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise InputError(f"--{name}: use_reentrant is not supported, states are captured on the way")
+    if TASKS[flags.task].splits or TASKS[flags.task].parts:
+        for name in _NOT_FOR_GLUE:
+            if getattr(flags, name) != defaults[name]:
+                raise InputError(f"--{name} has no effect with --task {flags.task}, whose data is laid out as GLUE's")
+    if flags.task == "span_corruption" and args.train_sampling_strategy not in (
+        "random",
+        defaults["train_sampling_strategy"],
+    ):
+        raise InputError("--train_sampling_strategy has no effect with span_corruption: chunks are equally long")
     if flags.divergence_beta is not None and not 0 < flags.divergence_beta < 1:
         raise InputError(f"--divergence_beta must be between 0 and 1, got {flags.divergence_beta}")
     method = chosen_method(flags)
     if flags.demo and not method.needs_teacher:
         raise InputError("--demo compares a distillation method with scratch: choose another --method")
     if method.student_init == "slice" and not method.needs_teacher:
-        raise InputError(f"--student_init: {flags.method} has no teacher to slice, expected random, got 'slice'")
+        raise InputError(f"--student_init: without a term for it {flags.method} has no teacher to slice, give random")
     for first, second in (("train_file", "dataset_name"), ("student", "interpolated"), ("demo", "interpolated")):
         if getattr(flags, first) and getattr(flags, second):
             raise InputError(f"give --{first} or --{second}, not both")
@@ -411,7 +475,16 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(
             f"--task {flags.task} needs --train_file or --dataset_name: the embedded corpus has no such data"
         )
+    known = ["loss", "token_accuracy", *(figure_names(TASKS[flags.task]) if args.predict_with_generate else [])]
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise InputError(
+            f"--metric_for_best_model: expected one of {', '.join(f'eval_{name}' for name in known)}, got {best!r}"
+            + ("" if args.predict_with_generate else " (those of generated texts need --predict_with_generate)")
+        )
     if flags.streaming and not flags.has_own_data:
         raise InputError("--streaming needs --train_file or --dataset_name: the embedded corpus fits into memory")
+    if flags.streaming and args.dataloader_num_workers > 1:
+        raise InputError(f"--streaming is read by 0 or 1 --dataloader_num_workers, got {args.dataloader_num_workers}")
     if flags.streaming and not flags.teacher and not flags.student:
         raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")

@@ -144,3 +144,16 @@ class LossBar(ProgressCallback):
                 self.shown[name] = f"{logs[key]:.3f}"
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown)
+
+
+class LossLines(TrainerCallback):
+    """A line with the loss, or the held-out loss, of each log entry, for those who want no bar."""
+
+    def __init__(self, title: str):
+        self.title = title
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print the entry's loss; the other numbers are in the report."""
+        for key, name in (("loss", "loss"), ("eval_loss", "held-out loss")):
+            if key in (logs or {}):
+                print(f"{self.title} step {state.global_step}/{state.max_steps}: {name} {logs[key]:.4f}", flush=True)

@@ -98,7 +98,7 @@ def _flush(folder: Path) -> None:
 
 
 class Signals:
-    """Keeps the first SIGINT or SIGTERM that comes while a `with` lasts; another SIGINT is a KeyboardInterrupt.
+    """Keeps the first SIGINT or SIGTERM that comes while a `with` lasts; another one ends the process at once.
 
     Only the main thread may handle signals; in others, and for signals that the process was started to ignore,
     nothing changes.
@@ -124,7 +124,9 @@ class Signals:
     def _keep(self, number: int, frame: Any) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or number
+        if self.received:
+            raise SystemExit(128 + number)
+        self.received = number
 
 
 class NonFinite:

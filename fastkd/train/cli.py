@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except (InputError, RunError) as error:
-        print(f"fastkd-train: {error}", file=sys.stderr)
+        print(f"fastkd-train: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.errno is None:
@@ -71,7 +71,7 @@ def _list_methods() -> None:
     from . import config, objectives
 
     for name, method in objectives.METHODS.items():
-        print(f"{name:18} {method.formula:45} temperature {method.temperature:g}   {method.summary}")
+        print(f"{name:17} {method.formula:46} {method.summary}")
     print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
     print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
 

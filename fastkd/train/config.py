@@ -41,8 +41,8 @@ def load(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def words(path: str, key: str, value: Any) -> list[str]:
-    """Return the words of a command line that say the same as `key: value`; none where the value is null."""
-    if value is None:
+    """Return the words of a command line that say the same as `key: value`; none where there is no value."""
+    if value is None or value == []:
         return []
     if isinstance(value, list):
         if any(isinstance(item, dict | list) for item in value):
@@ -53,4 +53,6 @@ def words(path: str, key: str, value: Any) -> list[str]:
 
 def dump(settings: Mapping[str, Any]) -> str:
     """Return settings as YAML that `--config` reads again, without those that are None."""
-    return yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
+    plain = (bool, int, float, str, list, dict)
+    given = {key: value for key, value in settings.items() if value is not None}
+    return yaml.safe_dump({k: v if isinstance(v, plain) else str(v) for k, v in given.items()}, sort_keys=False)

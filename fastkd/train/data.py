@@ -172,6 +172,9 @@ class SpanCorruption(Dataset):
         length = chunks.shape[1] if isinstance(chunks, np.ndarray) else chunks.features["input_ids"].length
         self.corrupt = Corruption(tokenizer, length)
 
+    def __iter__(self) -> Iterator[Item]:
+        return (self[i] for i in range(len(self)))  # the first epoch; indices beyond it are valid too
+
     def __len__(self) -> int:
         return len(self.chunks)
 
@@ -245,10 +248,7 @@ def _pair_item(input_ids: Sequence[int], labels: Sequence[int]) -> Item:
 
 
 class Pairs(Dataset):
-    """Tokenised pairs as examples: "input_ids", "attention_mask" and "labels" (int64), not padded; see `pad`.
-
-    Item i + N * epoch is pair i in every epoch (see EpochSampler).
-    """
+    """Tokenised pairs as examples: "input_ids", "attention_mask" and "labels" (int64), not padded; see `pad`."""
 
     def __init__(self, rows: datasets.Dataset):
         self.rows = rows.select_columns(["input_ids", "labels"])
@@ -257,7 +257,7 @@ class Pairs(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
-        return _pair_item(**self.rows[index % len(self.rows)])
+        return _pair_item(**self.rows[index])
 
 
 class _Padding(DataCollatorForSeq2Seq):

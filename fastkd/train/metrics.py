@@ -9,9 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
-from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 
 from .tasks import LABEL_WORDS
@@ -68,6 +66,8 @@ def _number(text: str) -> float:
 
 def _spearman(outputs: Texts, targets: Texts) -> Figures:
     """Return Spearman's rank correlation, 0 where one side is constant and has no order."""
+    from scipy.stats import spearmanr
+
     x, y = [_number(text) for text in outputs], [_number(text) for text in targets]
     if min(len(set(x)), len(set(y))) < 2:
         return {"spearman": 0.0}
@@ -78,6 +78,8 @@ def _rouge(*names: str) -> Callable[[Texts, Texts], Figures]:
     """Return the mean F-measures of ROUGE, with Porter's stemmer. It knows Latin letters and digits alone."""
 
     def figures(outputs: Texts, targets: Texts) -> Figures:
+        from rouge_score.rouge_scorer import RougeScorer  # brings nltk, which takes seconds
+
         scorer = RougeScorer(list(names), use_stemmer=True)
         scores = [
             scorer.score(_sentence_lines(target), _sentence_lines(output))

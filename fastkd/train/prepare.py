@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,12 +21,12 @@ from .arguments import EMBEDDED_TASKS, FastkdArguments
 from .cache import cached
 from .data import Pairs, SpanCorruption, StreamedPairs, StreamedSpans, pack_to_arrow, pad, tokenize_pairs
 from .errors import InputError
-from .sources import content_digest, read_hub, read_rows
+from .sources import content_digest, data_files, is_saved, read_hub, read_rows
 from .tasks import TASKS, Columns, Task, read_glue, to_pairs, to_texts
 from .tokenizer import SENTINELS, fingerprint, train_tokenizer
 
 HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --seed is, so that runs compare
-VERSION = 2  # raise it when a stage changes what it makes, so that older artefacts are not reused
+VERSION = 3  # raise it when a stage changes what it makes, so that older artefacts are not reused
 MODEL_LENGTH = 512  # tokens that a T5 takes where its tokenizer does not tell
 EMBEDDED_LENGTH = 128
 
@@ -50,6 +51,12 @@ class Data:
     collate: Callable[..., Any]
     digest: str
     facts: dict[str, Any]
+
+    def with_seed(self, seed: int) -> Data:
+        """Return the same data with other corruptions."""
+        if not isinstance(self.train, SpanCorruption):
+            return self
+        return dataclasses.replace(self, train=SpanCorruption(self.train.chunks, self.tokenizer, seed))
 
 
 def heading(text: str) -> None:
@@ -112,8 +119,16 @@ def _digest(flags: FastkdArguments) -> str:
         files["dataset_name"] = flags.dataset_name
     for name, path in files.items():
         if path is not None:
-            where[name] = _glue_digest(path) if _is_glue(TASKS[flags.task]) else content_digest(path)
+            glue = _is_glue(TASKS[flags.task])
+            streamed = flags.streaming and name == "train_file"
+            where[name] = _glue_digest(path) if glue else _stamp(path) if streamed else content_digest(path)
     return hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _stamp(where: str) -> list[list[Any]]:
+    """Return names, sizes and times of the files of a stream, which nobody has the time to read twice."""
+    files = sorted(Path(where).rglob("*.arrow")) if is_saved(where) else data_files(where)
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _is_glue(task: Task) -> bool:
@@ -236,10 +251,11 @@ def _tokenise(flags: FastkdArguments, sides: Sides, tokenizer: Any, limits: tupl
     for name, title, rows in zip(("train", "held_out"), ("training", "held-out"), sides, strict=True):
         if isinstance(rows, datasets.IterableDataset):
             continue
-        path, facts[f"{title}_examples"] = folder / f"{name}.arrow", len(rows)
+        path, fact = folder / f"{name}.arrow", title.replace("-", "_")
+        facts[f"{fact}_examples"] = len(rows)
         if flags.task == "span_corruption":
             chunks = pack_to_arrow(tokenizer, rows, flags.sequence_length, path, f"{title} text", len(rows))
-            facts[f"{title}_chunks"] = len(chunks)
+            facts[f"{fact}_chunks"] = len(chunks)
             continue
         cut = flags.max_target_length is not None
         try:
@@ -247,16 +263,17 @@ def _tokenise(flags: FastkdArguments, sides: Sides, tokenizer: Any, limits: tupl
         except InputError as error:
             hint = "" if cut else "; --max_target_length cuts targets"
             raise InputError(f"{title} data: {error}{hint}") from error
-        facts |= {f"{title}_sources_cut": counts.cut_sources, f"{title}_targets_cut": counts.cut_targets}
+        facts |= {f"{fact}_sources_cut": counts.cut_sources, f"{fact}_targets_cut": counts.cut_targets}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _decoded(spans: SpanCorruption, tokenizer: Any, most: int) -> datasets.Dataset:
     """Return the first corrupted chunks as rows of pairs, with text that shows their sentinels."""
-    items = [spans[i] for i in range(min(most, len(spans)))]
-    rows = []
-    for item in items:
-        source, target = (tokenizer.decode(item[name][:-1].tolist()) for name in ("input_ids", "labels"))
-        ids = item["input_ids"].tolist()
-        rows.append({"input_ids": ids, "source": source, "target": target, "task": "span_corruption"})
-    return datasets.Dataset.from_list(rows)
+    columns: dict[str, list[Any]] = {"input_ids": [], "source": [], "target": [], "task": []}
+    for i in range(min(most, len(spans))):
+        item = spans[i]
+        columns["input_ids"].append(item["input_ids"].tolist())
+        columns["source"].append(tokenizer.decode(item["input_ids"][:-1].tolist()))
+        columns["target"].append(tokenizer.decode(item["labels"][:-1].tolist()))
+        columns["task"].append("span_corruption")
+    return datasets.Dataset.from_dict(columns)

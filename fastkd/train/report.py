@@ -113,7 +113,7 @@ _COLUMNS = (
         note="billions of multiply-accumulates in all linear layers but the head, for 128 tokens on both sides.",
     ),
     _Column("steps", lambda o: o.steps or None, "d", None),
-    _Column("s/step", lambda o: o.seconds_per_step, ".3f"),
+    _Column("s/step", lambda o: o.seconds_per_step, ".3f", None),  # times of a busy machine are no one's best
     _Column(
         "held-out loss (nats/token)",
         lambda o: o.loss,
@@ -128,6 +128,7 @@ _MEASURED = (
         "latency (ms)",
         lambda o: o.cost.latency_ms if o.cost else None,
         ".1f",
+        None,
         note="median time of a forward pass over one sequence, 128 tokens on both sides.",
     ),
     _Column(

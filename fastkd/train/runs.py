@@ -27,7 +27,15 @@ from .metrics import signatures
 from .objectives import METHODS, Method
 from .prepare import Data, get_data, heading
 from .report import Outcome
-from .stages import check_objective, get_teacher, load_given, train_student
+from .stages import (
+    RECIPE,
+    check_objective,
+    check_optimizer,
+    get_teacher,
+    load_given,
+    planned_config,
+    train_student,
+)
 from .student import load_config
 from .trainer import DistillTrainer
 
@@ -41,30 +49,33 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     started, method = time.perf_counter(), chosen_method(flags)
     out, cache = _output_folder(args), _cache(flags, args)
     checkpoint = _checkpoint(args.resume_from_checkpoint, out)
-    if checkpoint is None and out.is_dir() and any(out.iterdir()) and not flags.overwrite_output_dir:
+    is_used = checkpoint is None and out.is_dir() and any(out.iterdir())
+    if is_used and not flags.overwrite_output_dir:
         raise InputError(
             f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
         )
-    if checkpoint is None and out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
+    if is_used and not (out / "run.json").is_file():
         raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
+    _check_outside(out, flags, cache)
+    check_optimizer(args)
     given = load_given(flags)
     check_objective(flags, method, given)
     data = get_data(flags, cache, _data_seed(args), given.tokenizer)
-    identity = _identity(flags, args, data)
+    identity = _identity(flags, args) | {"data": data.digest}
     if checkpoint is not None:
         _check_same_run(checkpoint.parent / "run.json", identity)
     teacher = get_teacher(flags, args, cache, data, given) if method.needs_teacher else None
 
-    if checkpoint is None and out.is_dir():
-        shutil.rmtree(out)  # --overwrite_output_dir; only now, when no input can turn out bad any more
+    if is_used:
+        shutil.rmtree(out)  # only now, when no input can turn out bad any more
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "run.json", identity)
     trainer, outcome = train_student(flags, args, data, flags.method, method, teacher, given, checkpoint)
     outcomes = [teacher.outcome, outcome] if teacher else [outcome]
-    facts = _facts(flags, args, data, trainer, started)
+    facts, config = _facts(flags, args, data, trainer, flags.method, started), flags.config_text(args)
     trainer.save_model(str(out))
-    _describe(out, flags, method, facts, outcomes)
-    _report(out, flags, data, outcomes, facts, _notes(method))
+    _describe(out, flags, method, facts, outcomes, config)
+    _report(out, flags, data, outcomes, facts, config, _notes(method))
     print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student, report.html and report.md in {out}"]))
 
 
@@ -79,31 +90,31 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     out, resuming = _output_folder(args), args.resume_from_checkpoint is not None
     if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         raise InputError("--interpolated resumes with --resume_from_checkpoint last: the checkpoint is found by itself")
-    layers, width = _assistant_size(flags)
+    method, teacher = chosen_method(flags), load_config(str(flags.teacher), "teacher")
+    layers = flags.assistant_layers or round((teacher.num_layers + flags.student_layers) / 2)
+    width = flags.assistant_d_model or max(64, round((teacher.d_model + flags.student_d_model) / 128) * 64)
+    try:  # of both runs, before the first of them
+        assistant = planned_config(method, teacher, width, layers)
+        method.check_fits(assistant, teacher)
+        method.check_fits(planned_config(method, assistant, flags.student_d_model, flags.student_layers), assistant)
+    except ValueError as error:
+        raise InputError(f"--{error} (with an assistant {width} wide of {layers} layers a side)") from error
+    cache, overwriting = str(_cache(flags, args)), flags.overwrite_output_dir
+    flags = replace(flags, cache_dir=cache, interpolated=False, assistant_layers=None, assistant_d_model=None)
     parts = {
-        "assistant": replace(flags, student_layers=layers, student_d_model=width, interpolated=False),
-        "student": replace(flags, teacher=str(out / "assistant"), teacher_dtype="float32", interpolated=False),
+        "assistant": replace(flags, student_layers=layers, student_d_model=width),
+        "student": replace(flags, teacher=str(out / "assistant"), teacher_dtype="float32"),
     }
-    cache = str(_cache(flags, args))
     for name, part in parts.items():
         folder = out / name
         if resuming and (folder / "metrics.json").is_file():  # the last file that a run writes
+            _check_same_run(folder / "run.json", _identity(part, args))
             print(f"{name}: {folder} is complete")
             continue
+        heading(f"Interpolated: the {name}, {part.student_d_model} wide, {part.student_layers} layers a side")
         last = "last" if resuming and last_checkpoint(folder) else None
-        part = replace(part, cache_dir=cache, overwrite_output_dir=flags.overwrite_output_dir or resuming)
-        heading(
-            f"Interpolated distillation: the {name}, {part.student_d_model} wide, {part.student_layers} layers a side"
-        )
+        part = replace(part, overwrite_output_dir=overwriting or resuming)
         train(part, replace(args, output_dir=str(folder), resume_from_checkpoint=last))
-
-
-def _assistant_size(flags: FastkdArguments) -> tuple[int, int]:
-    """Return (layers, width) of the assistant: the flags', else halfway between teacher and student."""
-    teacher = load_config(str(flags.teacher), "teacher")
-    layers = flags.assistant_layers or round((teacher.num_layers + flags.student_layers) / 2)
-    width = flags.assistant_d_model or max(64, round((teacher.d_model + flags.student_d_model) / 128) * 64)
-    return layers, width
 
 
 def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -118,64 +129,86 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     out, cache = _output_folder(args), _cache(flags, args)
     if args.resume_from_checkpoint:
         raise InputError("--demo has no checkpoints to resume from: run it again, it reuses the teacher")
+    if args.load_best_model_at_end:
+        raise InputError("--demo keeps no checkpoints, so there is no best one: leave --load_best_model_at_end away")
     if out.is_dir() and any(out.iterdir()) and not (out / "demo.json").is_file():
         raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
     args = replace(args, save_strategy="no")
+    _check_outside(out, flags, cache)
+    check_optimizer(args)
     given = load_given(flags)
     check_objective(flags, method, given)
     data = get_data(flags, cache, _data_seed(args), given.tokenizer)
     teacher = get_teacher(flags, args, cache, data, given)
 
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "demo.json", _identity(flags, args, data))
-    outcomes = [teacher.outcome]
+    _write_json(out / "demo.json", _identity(flags, args))
+    outcomes, config = [teacher.outcome], flags.config_text(args)
     if Path(teacher.source).is_dir():
         copy_folder(Path(teacher.source), out / "teacher")
     for name, folder, objective in (("scratch", "scratch", METHODS["scratch"]), (flags.method, "student", method)):
         trainer, outcome = train_student(flags, args, data, name, objective, teacher, given)
         outcomes.append(outcome)
-        facts = _facts(flags, args, data, trainer, started)
-        replace_folder(out / folder, _saver(trainer, flags, objective, facts, outcomes))
-    _report(out, flags, data, outcomes, facts, _notes(method))
+        facts = _facts(flags, args, data, trainer, name, started)
+        compared = outcomes if objective.needs_teacher else [outcome]
+        replace_folder(out / folder, _saver(trainer, flags, objective, facts, compared, config))
+    _report(out, flags, data, outcomes, facts, config, _notes(method))
     print("\n".join(["", report.table(outcomes), "", report.verdict(outcomes), *_notes(method)]))
     print(f"Teacher, student, report.html, report.md and metrics.json in {out} ({time.perf_counter() - started:.0f} s)")
 
 
-def _saver(
-    trainer: DistillTrainer, flags: FastkdArguments, method: Method, facts: Any, outcomes: Any
-) -> Callable[[Path], None]:
+def _saver(trainer: DistillTrainer, *description: Any) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         trainer.save_model(str(folder))
-        _describe(folder, flags, method, facts, outcomes)
+        _describe(folder, *description)
 
     return save
 
 
 def _describe(
-    folder: Path, flags: FastkdArguments, method: Method, facts: dict[str, Any], outcomes: list[Outcome]
+    folder: Path,
+    flags: FastkdArguments,
+    method: Method,
+    facts: dict[str, Any],
+    outcomes: list[Outcome],
+    config: str,
 ) -> None:
-    """Write the model card of a student, and the configuration that repeats its run, into the student's folder."""
-    (folder / "config.yaml").write_text(flags.config_text, encoding="utf-8")
+    """Write the configuration that repeats a student's run, and its model card, into the student's folder.
+
+    The card may be published, so it does not say where files lie.
+    """
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    places = {name: Path(str(facts[name])).name for name in ("texts", "teacher", "student") if _is_place(facts, name)}
     write_card(
         folder,
         method=outcomes[-1].name,
         summary=method.summary,
         teacher=flags.teacher if method.needs_teacher else None,
         outcomes=outcomes,
-        facts=facts,
-        config=flags.config_text,
+        facts=facts | places,
+        config="",
         task=flags.task,
         prefix=facts.get("source_prefix", ""),
         notes=_notes(method),
     )
 
 
+def _is_place(facts: dict[str, Any], name: str) -> bool:
+    return name in facts and Path(str(facts[name])).is_absolute() | Path(str(facts[name])).exists()
+
+
 def _report(
-    out: Path, flags: FastkdArguments, data: Data, outcomes: list[Outcome], facts: dict[str, Any], notes: list[str]
+    out: Path,
+    flags: FastkdArguments,
+    data: Data,
+    outcomes: list[Outcome],
+    facts: dict[str, Any],
+    config: str,
+    notes: list[str],
 ) -> None:
     shown = data.held_out_rows.take(min(flags.report_examples, len(data.held_out_rows)))
     examples = list(zip(shown["source"], shown["target"], strict=True))
-    report.write(out, outcomes, facts, notes, examples=examples, config=flags.config_text)
+    report.write(out, outcomes, facts, notes, examples=examples, config=config)
 
 
 def _data_seed(args: TransformersArguments) -> int:
@@ -203,6 +236,16 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     os.replace(whole, path)
 
 
+def _check_outside(out: Path, flags: FastkdArguments, cache: Path) -> None:
+    """Raise InputError if something that the run needs lies in the folder that it may replace."""
+    needed = {"cache_dir": cache, **{name: getattr(flags, name) for name in ("train_file", "eval_file", "student")}}
+    for name, path in {**needed, "teacher": flags.teacher, "dataset_name": flags.dataset_name}.items():
+        if path is not None and Path(path).absolute().is_relative_to(out.absolute()):
+            raise InputError(
+                f"--{name} {path} lies in --output_dir {out}, which the run replaces: choose another place"
+            )
+
+
 def _cache(flags: FastkdArguments, args: TransformersArguments) -> Path:
     return Path(flags.cache_dir) if flags.cache_dir else Path(str(args.output_dir)).absolute().parent / "cache"
 
@@ -224,20 +267,22 @@ def _checkpoint(given: str | None, out: Path) -> Path | None:
     why = fault(Path(given))
     if why is not None:
         raise InputError(f"nothing to resume from: {given} is no checkpoint that is whole ({why})")
+    if Path(given).absolute().parent != out.absolute() and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{given} is a checkpoint of another run than {out}, which holds files: give its own folder")
     return Path(given)
 
 
-# Flags that a resumed run may change: how long it runs, what it shows, where things are. All others must stay.
+# Flags that a resumed run may change: what it shows, and where things are. All others must stay.
 _MAY_CHANGE = {
-    "config", "config_text", "demo", "compare", "list_methods", "interpolated", "overwrite_output_dir", "cache_dir",
-    "workspace_mb", "report_examples", "train_file", "eval_file",
+    "config", "transformers_flags", "overwrite_output_dir", "cache_dir", "workspace_mb", "report_examples",
+    "train_file", "eval_file",
 }  # fmt: skip
 
 
-def _identity(flags: FastkdArguments, args: TransformersArguments, data: Data) -> dict[str, Any]:
-    """Return the settings that must not change when a run is resumed; files count by what is in them."""
-    settings = {name: value for name, value in vars(flags).items() if name not in _MAY_CHANGE}
-    return {**settings, "seed": args.seed, "data": data.digest}
+def _identity(flags: FastkdArguments, args: TransformersArguments) -> dict[str, Any]:
+    """Return the settings that must not change when a run is resumed; files count by what is in them, elsewhere."""
+    ours = {name: value for name, value in vars(flags).items() if name not in _MAY_CHANGE}
+    return json.loads(json.dumps({**ours, **{name: getattr(args, name) for name in RECIPE}}))
 
 
 def _check_same_run(record: Path, identity: dict[str, Any]) -> None:
@@ -272,9 +317,9 @@ def _source_prefix(data: Data) -> str:
 
 
 def _facts(
-    flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, started: float
+    flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, name: str, started: float
 ) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run of the student that `trainer` trained."""
+    """Return what a reader needs to judge or repeat the run of the student `name` that `trainer` trained."""
     method = trainer.method
     relations = {
         "relation_heads": method.relation_heads,
@@ -287,10 +332,11 @@ def _facts(
         ),
         "match_first_position": method.match_first_position,
     }
+    used = {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": flags.teacher_dtype}
     mixed = {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
     given = flags.train_file or flags.dataset_name
     return {
-        "method": flags.method,
+        "method": name,
         "loss": method.formula,
         "temperature": method.temperature,
         "divergence": method.divergence,
@@ -298,8 +344,7 @@ def _facts(
         **(relations if method.places else {}),
         **(matched if method.hidden_terms else {}),
         **(mixed if method.mixup_terms else {}),
-        "teacher": flags.teacher or ("trained on the same data" if method.needs_teacher else "none"),
-        "teacher_dtype": flags.teacher_dtype,
+        **(used if method.needs_teacher else {}),
         **({"student": flags.student} if flags.student else {"student_init": method.student_init}),
         "task": flags.task,
         "texts": given or "documentation of the standard library",

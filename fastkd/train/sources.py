@@ -416,7 +416,9 @@ def _saved(folder: str, split: str | None, streaming: bool) -> Rows:
         raise InputError(f"cannot read {folder}: {one_line(error)}") from error
     if isinstance(saved, DatasetDict):
         if split is None and len(saved) > 1:
-            raise InputError(f"{folder} holds the splits {', '.join(saved)}: expected one of them to be chosen")
+            raise InputError(
+                f"{folder} holds the splits {', '.join(saved)}: choose by --dataset_name {folder} and --train_split"
+            )
         chosen = next(iter(saved)) if split is None else split
         if chosen not in saved:
             raise InputError(f"{folder} has no split {chosen!r} (splits: {', '.join(saved)})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, get_scheduler
 
 from . import cost
-from .arguments import FastkdArguments, TransformersArguments, chosen_method
+from .arguments import EMBEDDING_FACTOR, FastkdArguments, TransformersArguments, chosen_method
 from .cache import cached
 from .errors import InputError
 from .evaluate import generate
@@ -24,11 +26,11 @@ from .student import is_tied, load_model, new_model, slice_teacher, smaller_conf
 from .tokenizer import fingerprint, padded_size
 from .trainer import DistillTrainer
 
-# The arguments of transformers that shape a trained teacher; another value of one of them trains another teacher.
-TEACHER_ARGUMENTS = (
-    "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
+# The arguments of transformers that shape what a model learns, but for how long it does.
+RECIPE = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "seed", "bf16", "fp16",
+    "gradient_accumulation_steps", "train_sampling_strategy", "seed", "data_seed", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -66,24 +68,41 @@ def load_given(flags: FastkdArguments) -> Given:
     return given
 
 
+def planned_config(method: Method, teacher: Any, d_model: int, layers: int) -> Any:
+    """Return the `T5Config` that a new student will have, but for its vocabulary; teacher: that of its teacher.
+
+    Raises ValueError if it cannot be sliced from the teacher.
+    """
+    return smaller_config(teacher, d_model, layers) if method.student_init == "slice" else t5_config(1, d_model, layers)
+
+
 def check_objective(flags: FastkdArguments, method: Method, given: Given) -> None:
     """Raise InputError if the method cannot compare the student with the teacher: one that was given, or the trained.
 
     Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
     of no use.
     """
-    student_config = t5_config(1, flags.student_d_model, flags.student_layers)
-    teacher_config = t5_config(1, flags.teacher_d_model, flags.teacher_layers)
-    if given.teacher is not None:
-        teacher_config = given.teacher.config
+    teacher = (
+        t5_config(1, flags.teacher_d_model, flags.teacher_layers) if given.teacher is None else given.teacher.config
+    )
     try:
-        if given.student is not None:
-            student_config = given.student.config
-        elif method.student_init == "slice":
-            student_config = smaller_config(teacher_config, flags.student_d_model, flags.student_layers)
-        method.check_fits(student_config, teacher_config)
+        student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
+        method.check_fits(student if given.student is None else given.student.config, teacher)
     except ValueError as error:
         raise InputError(f"--{error}") from error
+
+
+def check_optimizer(args: TransformersArguments) -> None:
+    """Raise InputError if the optimizer or the schedule cannot be made, before anybody waits for a teacher."""
+    parameter = torch.nn.Parameter(torch.zeros(8, 8))
+    warmup, steps, schedule = args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs
+    assert not isinstance(schedule, str)  # it was one on the command line
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([parameter], **{k: v for k, v in options.items() if k not in ("params", "optimizer_dict")})
+        get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, schedule)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise InputError(f"--optim or --lr_scheduler_type: {' '.join(str(error).split())}") from error
 
 
 def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path, data: Data, given: Given) -> Teacher:
@@ -93,40 +112,45 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
         trainer = make_trainer(flags, args, data, given.teacher, "teacher", method=METHODS["scratch"])
         return Teacher(given.teacher, str(flags.teacher), judge(flags, args, data, trainer, "teacher"))
     heading("Teacher: a T5 trained from scratch")
-    args = dataclasses.replace(
+    rate, seed = flags.teacher_learning_rate, args.seed + 1  # other corruptions and orders than the student will see
+    own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
+    own_args = dataclasses.replace(
         args,
         max_steps=flags.teacher_steps,
-        learning_rate=flags.teacher_learning_rate,
-        seed=args.seed + 1,  # other corruptions than those the student will see
+        learning_rate=rate,
+        seed=seed,
         data_seed=None,
         save_strategy="no",
         load_best_model_at_end=False,
     )
+    own_data = data.with_seed(seed)
     settings = {
         "version": VERSION,
         "data": data.digest,
         "layers": flags.teacher_layers,
         "d_model": flags.teacher_d_model,
-        "embedding_learning_rate": flags.embedding_learning_rate,
-        "examples": flags.report_examples,
-        **{name: getattr(args, name) for name in TEACHER_ARGUMENTS},
+        **{name: getattr(own_args, name) for name in RECIPE},
+        "max_steps": flags.teacher_steps,
+        "processes": args.world_size,
     }
 
     def make(folder: Path) -> None:
         config = t5_config(padded_size(data.tokenizer), flags.teacher_d_model, flags.teacher_layers)
-        model = new_model(config, args.seed)
-        trainer = make_trainer(flags, args, data, model, "teacher", method=METHODS["scratch"])
+        trainer = make_trainer(
+            own_flags, own_args, own_data, new_model(config, seed), "teacher", method=METHODS["scratch"]
+        )
         trainer.train()
-        outcome = judge(flags, args, data, trainer, "teacher")
         trainer.save_model(str(folder))
-        (folder / "outcome.json").write_text(json.dumps(outcome.to_json()), encoding="utf-8")
+        trained = {"steps": trainer.state.global_step, "seconds_per_step": trainer.seconds_per_step}
+        (folder / "training.json").write_text(json.dumps({**trained, "history": _history(trainer)}), encoding="utf-8")
 
     folder, reused = cached(cache, "teacher", settings, make)
     if reused:
         print(f"reusing {folder}")
-    outcome = Outcome.from_json(json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
     model, _ = load_model(folder, "teacher", getattr(torch, flags.teacher_dtype))
-    return Teacher(model, str(folder), outcome)
+    trainer = make_trainer(own_flags, own_args, data, model, "teacher", method=METHODS["scratch"])
+    trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return Teacher(model, str(folder), dataclasses.replace(judge(flags, args, data, trainer, "teacher"), **trained))
 
 
 def train_student(
@@ -144,7 +168,7 @@ def train_student(
     But the first weights are only a slice of the teacher for a method that starts so: the baseline is from scratch.
     """
     heading(f"Student: {name} ({method.summary})")
-    student = given.student
+    student = copy.deepcopy(given.student)  # another student of the same run starts from it too
     if student is None:
         student = new_student(flags, data, teacher.model if teacher else None, args.seed)
         if teacher and method.student_init == "slice":
@@ -167,19 +191,22 @@ def make_trainer(
     flags: FastkdArguments, args: TransformersArguments, data: Data, model: Any, title: str, **objective: Any
 ) -> DistillTrainer:
     """Return a trainer of `model` on the run's data. objective: `method` and what goes with it (see DistillTrainer)."""
-    trainer = DistillTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        data_collator=data.collate,
-        processing_class=data.tokenizer,
-        workspace_mb=flags.workspace_mb,
-        embedding_learning_rate=flags.embedding_learning_rate,
-        projection_learning_rate=flags.projection_learning_rate,
-        score=_scorer(args, data) if args.predict_with_generate else None,
-        **objective,
-    )
+    try:
+        trainer = DistillTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            data_collator=data.collate,
+            processing_class=data.tokenizer,
+            workspace_mb=flags.workspace_mb,
+            embedding_learning_rate=flags.embedding_learning_rate,
+            projection_learning_rate=flags.projection_learning_rate,
+            score=_scorer(args, data) if args.predict_with_generate and data.task.metrics else None,
+            **objective,
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what transformers says of its own flags
+        raise InputError(" ".join(str(error).split())) from error
     trainer.show_progress(title)
     return trainer
 
@@ -210,11 +237,11 @@ def judge(
 ) -> Outcome:
     """Return how a model does after its training, if it had any: held-out loss, the task's figures, and its cost."""
     model, state = trainer.model, trainer.state
-    evaluated = [e for e in state.log_history if "eval_loss" in e and e["step"] == state.global_step and e["step"]]
+    step = state.best_global_step if args.load_best_model_at_end else state.global_step  # of the weights it has now
+    evaluated = [e for e in state.log_history if "eval_loss" in e and e["step"] == step and step]
+    trainer.score = None  # what it writes is scored below, once
     final = evaluated[-1] if evaluated else trainer.evaluate()
     metrics, outputs = score(model, args, data, f"{name}: writing")
-    costs = cost.measure(model)
-    kept = ("step", "loss", "eval_", "grad_norm")
     return Outcome(
         name=name,
         parameters=cost.parameters(model),
@@ -222,8 +249,14 @@ def judge(
         seconds_per_step=trainer.seconds_per_step,
         loss=final["eval_loss"],
         token_accuracy=final["eval_token_accuracy"],
-        history=[{k: v for k, v in e.items() if k.startswith(kept)} for e in state.log_history if state.global_step],
+        history=_history(trainer) if state.global_step else [],
         metrics=metrics,
         outputs=outputs[: flags.report_examples],
-        cost=costs,
+        cost=cost.measure(model),
     )
+
+
+def _history(trainer: DistillTrainer) -> list[dict[str, float]]:
+    """Return of the log what a report draws."""
+    kept = ("step", "loss", "eval_", "grad_norm")
+    return [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in trainer.state.log_history]

@@ -270,6 +270,16 @@ TASKS: dict[str, Task] = {
 }
 
 
+def figure_names(task: Task) -> list[str]:
+    """Return the names of the figures that `metrics.score_rows` gives for a task, none for span corruption."""
+    parts = [TASKS[name] for name in task.parts] or [task]
+    columns = [(column, part.metrics) for part in parts for column, _ in part.splits]
+    if len(columns) < 2:
+        return list(task.metrics)
+    names = [f"{column}_{metric}" for column, metrics in columns for metric in metrics]
+    return [*names, *task.metrics] if task.parts else names
+
+
 def _described(rows: Rows) -> tuple[Features | None, list[str]]:
     """Return (features, column names), those of the first row if a stream does not know its own."""
     if rows.column_names is not None:

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from .errors import InputError
+
 VOCABULARY_SIZE = 4096  # pieces, sentinels included
 SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, as every T5 has
 
@@ -24,25 +26,30 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
     from transformers import T5Tokenizer
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocabulary_size - sentinels,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        # T5Tokenizer collapses white space itself and changes no character, so neither may the trainer.
-        normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        max_sentence_length=1 << 20,  # bytes; the default of 4192 would silently drop the long topics
-        input_sentence_size=1_000_000,
-        shuffle_input_sentence=False,
-        num_threads=1,  # the pieces' scores depend on the order of summation
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocabulary_size - sentinels,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            # T5Tokenizer collapses white space itself and changes no character, so neither may the trainer.
+            normalization_rule_name="identity",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            max_sentence_length=1 << 20,  # bytes; the default of 4192 would silently drop the long topics
+            input_sentence_size=1_000_000,
+            shuffle_input_sentence=False,
+            num_threads=1,  # the pieces' scores depend on the order of summation
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # fewer pieces than characters, or no text at all
+        raise InputError(
+            f"cannot train a tokenizer of {vocabulary_size} pieces: {str(error).split('] ')[-1]}"
+        ) from error
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
     vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(sentinels))]

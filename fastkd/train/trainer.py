@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers import PrinterCallback, ProgressCallback
 
-from .callbacks import LossBar, StepTimer
+from .callbacks import LossBar, LossLines, StepTimer
 from .capture import PLACES, capture_hidden, capture_qkv
 from .checkpoints import CheckpointingTrainer
 from .data import EpochSampler, SpanCorruption
@@ -151,8 +151,7 @@ class DistillTrainer(CheckpointingTrainer):
             self.projection = torch.nn.Linear(*widths, bias=False, device=self.args.device)
             student.hidden_projection = self.projection
             student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), "hidden_projection.weight"}
-        if self.args.torch_compile:
-            self._compile_blocks()
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # see _compiled_blocks
         self._timer = StepTimer()
         self.add_callback(self._timer)
         # Makes the Trainer count the target tokens of all accumulated batches, and not divide our loss again.
@@ -164,14 +163,20 @@ class DistillTrainer(CheckpointingTrainer):
             return super()._get_train_sampler(dataset)
         return EpochSampler(len(dataset), self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
-    def _compile_blocks(self) -> None:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as CheckpointingTrainer does, with compiled blocks if `torch_compile` asks for them."""
+        with self._compiled_blocks() if self.args.torch_compile else contextlib.nullcontext():
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _compiled_blocks(self) -> Iterator[None]:
         """Compile the blocks of student and teacher, in place of the whole student, as accelerate would do.
 
         What is captured, and the head that `without_head` replaces, lie outside of compiled code: so nothing is
         compiled again when they come and go, and the blocks of a stack share their code. Blocks whose queries, keys and
-        values are captured stay as they are.
+        values are captured stay as they are. What generates or measures afterwards runs uncompiled.
         """
-        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        compiled = []
         options: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
         for model, layers in ((self.model, self.student_layers), (self.teacher, self.teacher_layers)):
             captured = {(PLACES[place].stack, layer) for place, layer in layers.items()}
@@ -179,6 +184,12 @@ class DistillTrainer(CheckpointingTrainer):
                 for layer, block in enumerate(getattr(model, stack).block, start=1):
                     if (stack, layer) not in captured:
                         block.forward = torch.compile(block.forward, **options)
+                        compiled.append(block)
+        try:
+            yield
+        finally:
+            for block in compiled:
+                del block.forward
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimizer, with the embedding's own learning rate if there is one."""
@@ -392,8 +403,7 @@ class DistillTrainer(CheckpointingTrainer):
         return self._timer.seconds_per_step
 
     def show_progress(self, title: str) -> None:
-        """Show one bar with the latest losses in place of a line of text per log entry."""
+        """Show one bar with the latest losses, or without bars a line of text per log entry."""
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        if not self.args.disable_tqdm:
-            self.add_callback(LossBar(title))
+        self.add_callback(LossLines(title) if self.args.disable_tqdm else LossBar(title))

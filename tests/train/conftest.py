@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import default_data_collator
 
+from fastkd.train import cli, plots
 from fastkd.train.arguments import TransformersArguments, parse
 from fastkd.train.data import SpanCorruption, pack
 from fastkd.train.objectives import METHODS, Method
@@ -131,3 +132,53 @@ def make_trainer(
         return trainer
 
     return make
+
+
+# Flags of a run that takes a second or two. Progress bars and checkpoints come where a test asks for them.
+SMALL = [
+    "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", "--student_layers", "1", "--student_d_model", "32",
+    "--teacher_layers", "1", "--teacher_d_model", "32", "--teacher_steps", "4", "--max_steps", "4",
+    "--per_device_train_batch_size", "4", "--sequence_length", "32", "--vocabulary_size", "512",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[..., int]:
+    """tool("--flag", value, ...): the exit code of fastkd-train with these flags behind SMALL, run in this process.
+
+    Its report's pictures, which take as long as the rest, are empty.
+    """
+
+    def run(*flags: Any) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            for picture in ("losses", "terms"):
+                patch.setattr(plots, picture, lambda outcomes: b"")
+            return cli.main([*SMALL, *map(str, flags)])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def saved(tokenizer: Any) -> Callable[..., Path]:
+    """saved(model, folder): the folder, with a model and the tokenizer (or another one) as --teacher takes it."""
+
+    def save(model: Any, folder: Path, tokenizer: Any = tokenizer) -> Path:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The trainers that the test's runs made, in order, each with its model as the run left it."""
+    made: list[Any] = []
+    create = DistillTrainer.__init__
+
+    def keep(self: DistillTrainer, *args: Any, **kwargs: Any) -> None:
+        create(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(DistillTrainer, "__init__", keep)
+    return made

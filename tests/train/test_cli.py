@@ -87,6 +87,15 @@ def test_train_refuse_resume_overwrite(tmp_path: Path, text_file: Path, capsys: 
     assert "already holds" in one_line(capsys)
     assert snapshot(tmp_path) == before
 
+    for changed in (["--per_device_train_batch_size", "2"], ["--optim", "adafactor"], ["--data_seed", "7"]):
+        assert run(*flags, "--resume_from_checkpoint", "last", *changed) == 2
+        assert f"started with {changed[0][2:]} " in one_line(capsys)
+    other = ["--method", "scratch", "--train_file", text_file, "--output_dir", tmp_path / "other"]
+    assert run(*other, "--max_steps", "2") == 0
+    capsys.readouterr()
+    assert run(*other, "--resume_from_checkpoint", out / "checkpoint-4") == 2
+    assert "checkpoint of another run" in one_line(capsys)
+
     assert run(*flags, "--resume_from_checkpoint", "last", "--max_steps", "6") == 0
     assert (out / "checkpoint-6").is_dir()
     assert run(*flags, "--overwrite_output_dir") == 0
@@ -115,6 +124,46 @@ def test_a_given_teacher_and_an_evaluation_file(tmp_path: Path, text_file: Path,
     assert run(*flags, "--method", "mlmkd", "--student_d_model", "64", "--output_dir", tmp_path / "student") == 0
     assert T5ForConditionalGeneration.from_pretrained(tmp_path / "student").config.d_model == 64
     assert not any(p.name.startswith("teacher") for p in (tmp_path / "cache").glob("*"))
+
+
+def test_both_arms_of_a_demo_start_from_the_given_student(tmp_path: Path, text_file: Path) -> None:
+    def history(out: Path, *flags: object) -> list[dict[str, float]]:
+        common = [
+            "--train_file",
+            text_file,
+            "--teacher",
+            tmp_path / "t",
+            "--student",
+            tmp_path / "t",
+            "--output_dir",
+            out,
+        ]
+        assert run(*common, "--learning_rate", "1e-2", "--logging_steps", "1", "--save_strategy", "no", *flags) == 0
+        models = json.loads((out / "metrics.json").read_text())["models"]
+        return [entry["loss"] for entry in models[-1]["history"] if "loss" in entry]
+
+    run("--method", "scratch", "--train_file", text_file, "--output_dir", tmp_path / "t")
+    assert history(tmp_path / "demo", "--demo", "--method", "kd") == history(tmp_path / "kd", "--method", "kd")
+    card = (tmp_path / "demo" / "scratch" / "README.md").read_text()
+    assert "without a teacher" in card and str(tmp_path) not in card
+
+
+def test_a_trained_teacher_is_its_own_flags_alone(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method", "kd", "--train_file", text_file, "--cache_dir", tmp_path / "cache"]
+    assert run(*flags, "--output_dir", tmp_path / "a") == 0 and "reusing" not in capsys.readouterr().out
+    assert run(*flags, "--output_dir", tmp_path / "b", "--learning_rate", "1e-2", "--generation_num_beams", "2") == 0
+    assert "reusing" in capsys.readouterr().out
+    assert run(*flags, "--output_dir", tmp_path / "c", "--weight_decay", "0.5") == 0
+    assert "reusing" not in capsys.readouterr().out
+
+
+def test_access_tokens_are_written_nowhere_to_read(tmp_path: Path, text_file: Path) -> None:
+    flags = ["--method", "scratch", "--train_file", text_file, "--report_examples", "0", "--hub_token", "hf_secret"]
+    assert run(*flags, "--output_dir", tmp_path / "out", "--save_strategy", "no", "--disable_tqdm", "true") == 0
+    texts = [p for p in (tmp_path / "out").iterdir() if p.suffix in (".md", ".html", ".json", ".yaml")]
+    assert len(texts) > 5 and not any("hf_secret" in path.read_text() for path in texts)
 
 
 def test_attention_distillation(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +277,24 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", tmp_path / "typo.yaml"], ["typo.yaml", "unknown key 'studen_layers'", "'student_layers'"]),
         (["--config", tmp_path / "word.yaml"], ["max_steps", "many"]),
         (["--compare", tmp_path], [str(tmp_path), "no metrics.json"]),
+        (["--config", tmp_path / "nested.yaml"], ["nested.yaml", "unknown key 'config'"]),
+        (["--learning_rate", "-1"], ["--learning_rate must be at least 0"]),
+        (["--num_train_epochs", "0", "--train_file", "x"], ["--num_train_epochs must be above 0"]),
+        (["--seed", "-1"], ["--seed must be at least 0"]),
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size must be at least 1"]),
+        (["--max_source_length", "1"], ["--max_source_length must be at least 2"]),
+        (["--optim", "adamw_bnb_8bit"], ["--optim", "bitsandbytes"]),
+        (["--lr_scheduler_type", "warmup_stable_decay"], ["--lr_scheduler_type"]),
+        (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor is not supported"]),
+        (["--eval_do_concat_batches", "false"], ["--eval_do_concat_batches is not supported"]),
+        (["--include_for_metrics", "inputs"], ["--include_for_metrics is not supported"]),
+        (["--bf16_full_eval", "--use_cpu"], ["--bf16_full_eval is not supported"]),
+        (["--push_to_hub"], ["--push_to_hub is not supported", "hf upload"]),
+        (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], ["use_reentrant is not supported"]),
+        (["--train_sampling_strategy", "group_by_length"], ["no effect with span_corruption"]),
+        (["--task", "sst2", "--train_file", "x", "--train_split", "trian"], ["--train_split has no effect", "sst2"]),
+        (["--cache_dir", out / "cache"], ["--cache_dir", "lies in --output_dir"]),
+        (["--teacher", out / "teacher"], ["--teacher", "lies in --output_dir"]),
         (["--resume_from_checkpoint", "last"], ["no checkpoint", str(out)]),
         (["--resume_from_checkpoint", tmp_path], ["no checkpoint", str(tmp_path)]),
     ]
@@ -236,6 +303,7 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("broken", "a: [b"),
         ("typo", "studen_layers: 3"),
         ("word", "max_steps: many"),
+        ("nested", "config: kd"),
     ):
         (tmp_path / f"{name}.yaml").write_text(content)
     for flags, expected in cases:
@@ -268,6 +336,8 @@ def test_bad_files_and_teachers(tmp_path: Path, text_file: Path, capsys: pytest.
 
 
 def test_help_and_methods_teach(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "--demo, --method or --config" in one_line(capsys)
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert text.index("--method") < text.index("--learning_rate") < text.rindex("examples:")

@@ -230,7 +230,7 @@ def test_batches_of_pairs(tokenizer: Any, tmp_path: Path) -> None:
     rows, _ = tokenize_pairs(PAIRS, tokenizer, 64, 64, tmp_path / "pairs")
     pairs = Pairs(rows)
     assert len(pairs) == 12 and set(pairs[3]) == {"input_ids", "attention_mask", "labels"}
-    assert all(torch.equal(pairs[3][name], pairs[3 + 24][name]) for name in pairs[3])  # the sampler's third epoch
+    assert len(list(pairs)) == 12  # an iteration ends, which transformers' sampler by lengths relies on
     assert all(ids.dtype == torch.int64 for ids in pairs[3].values())
 
     collate = pickle.loads(pickle.dumps(pad(tokenizer)))  # data workers may be spawned

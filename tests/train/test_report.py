@@ -186,11 +186,11 @@ def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
         "parameters (M)": [False, True, True],  # equal ones are both the best
         "GFLOPs": [False, True, True],
         "steps": [False, False, False],
-        "s/step": [False, True, False],  # one has none
+        "s/step": [False, False, False],  # as steps and latency never
         "held-out loss (nats/token)": [False, False, True],  # one is NaN
         "token accuracy (%)": [True, False, True],
         "rouge1 (%)": [True, False, False],
-        "latency (ms)": [False, False, True],
+        "latency (ms)": [False, False, False],
         "peak memory (MiB)": [False, False, True],
     }.items():
         assert page.column(title)[1] == expected, title

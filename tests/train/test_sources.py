@@ -261,7 +261,7 @@ def test_saved_folders(tmp_path: Path) -> None:
         ]
     assert list(read_rows(str(tmp_path / "three"), cache_dir=cache)) == [{"text": "test"}]
     assert content_digest(str(tmp_path / "one")) != content_digest(str(tmp_path / "two"))
-    with pytest.raises(InputError, match="holds the splits train, test: expected one"):
+    with pytest.raises(InputError, match="holds the splits train, test: choose by --dataset_name"):
         read_rows(str(tmp_path / "two"), cache_dir=cache)
     with pytest.raises(InputError, match=r"no split 'dev' \(splits: train, test\)"):
         read_hub(str(tmp_path / "two"), None, "dev", cache_dir=cache)
