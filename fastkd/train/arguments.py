@@ -200,10 +200,11 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, DataArguments):
     transformers_flags: dict[str, Any] = field(default_factory=dict)
 
     def config_text(self, args: TransformersArguments) -> str:
-        """Return all flags as YAML, to repeat the run by; access tokens, which are no one's to read, stay out."""
+        """Return all flags as YAML, to repeat the run by; access tokens, which are no one's to read, are left out."""
         settled = {name: getattr(args, name) for name in _SETTLED}
         ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_CONFIG}
-        theirs = {k: v for k, v in self.transformers_flags.items() if not k.endswith("_token")}
+        left_out = [k for k in self.transformers_flags if k.endswith("_token") or k == "resume_from_checkpoint"]
+        theirs = {k: v for k, v in self.transformers_flags.items() if k not in left_out}
         return config.dump({**theirs, **settled, **ours})
 
     @property

@@ -86,8 +86,11 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
         t5_config(1, flags.teacher_d_model, flags.teacher_layers) if given.teacher is None else given.teacher.config
     )
     try:
-        student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
-        method.check_fits(student if given.student is None else given.student.config, teacher)
+        if given.student is None:
+            student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
+        else:
+            student = given.student.config
+        method.check_fits(student, teacher)
     except ValueError as error:
         raise InputError(f"--{error}") from error
 
