@@ -1,4 +1,4 @@
-# make demo    set up, then distil a small T5 on real text (under three minutes on two cores)
+# make demo    set up, then distil a small T5 on real text (about four minutes on two cores)
 # make test    set up, then run the tests
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
