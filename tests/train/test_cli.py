@@ -98,7 +98,7 @@ def test_train_refuse_resume_overwrite(tmp_path: Path, text_file: Path, capsys: 
 
     assert run(*flags, "--resume_from_checkpoint", "last", "--max_steps", "6") == 0
     assert (out / "checkpoint-6").is_dir()
-    assert "resume" not in (out / "config.yaml").read_text()  # it would not repeat the run
+    assert "resume_from_checkpoint" not in (out / "config.yaml").read_text()  # it would not repeat the run
     assert run(*flags, "--overwrite_output_dir") == 0
     assert not (out / "checkpoint-6").exists() and (out / "checkpoint-4").is_dir()
 
