@@ -33,23 +33,10 @@ BLOCK = 1000  # texts that are tokenised together
 Item = dict[str, torch.Tensor]
 
 
-def pack(tokenizer: Any, texts: Sequence[str], length: int, what: str = "training text") -> np.ndarray:
-    """Return chunks [N, length] (int64): the texts' tokens one after the other without padding; the rest is dropped.
-
-    Raises InputError, calling the texts `what`, if they do not fill one chunk.
-    """
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    stream = np.fromiter((token for text in ids for token in text), dtype=np.int64)
-    chunks = len(stream) // length
-    if chunks == 0:
-        raise InputError(f"too little {what}: {len(stream)} tokens do not fill one chunk of {length}")
-    return stream[: chunks * length].reshape(chunks, length)
-
-
 def _packed(tokenizer: Any, texts: Iterable[str], length: int) -> Iterator[np.ndarray]:
-    """Yield the texts' tokens as chunks [n, length] (int32), n > 0 and different each time; the last few are dropped.
+    """Yield texts as chunks of tokens [n, length] (int32), n > 0 and different each time; the last few are dropped.
 
-    The chunks are those of `pack`: no token is lost between the blocks in which texts are tokenised.
+    The texts' tokens follow each other without padding; none is lost between the blocks in which they are tokenised.
     """
     texts, left = iter(texts), np.empty(0, dtype=np.int32)
     while block := list(islice(texts, BLOCK)):
@@ -85,7 +72,7 @@ def pack_to_arrow(
     what: str = "training text",
     total: int | None = None,
 ) -> datasets.Dataset:
-    """Pack texts as `pack` does, but in bounded memory: into an Arrow file, which the returned Dataset maps.
+    """Pack texts into chunks of `length` tokens, in bounded memory: into an Arrow file, which the Dataset maps.
 
     texts: strings, or rows with the column "text". Its rows hold "input_ids", lists of `length` int32. total: the
     number of texts if it is known, for the progress bar.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -192,8 +192,9 @@ def vocabulary_loss(
     student_weight: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     teacher_weight: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     *,
+    weight: torch.Tensor | None = None,
     normalizer: torch.Tensor | float | None = None,
     workspace_mb: float | None = None,
 ) -> torch.Tensor:
@@ -214,6 +215,7 @@ def vocabulary_loss(
         divergence=method.divergence,
         beta=method.divergence_beta,
         temperature=method.temperature,
+        weight=weight,
         normalizer=normalizer,
         workspace_mb=workspace_mb,
     )
@@ -307,44 +309,26 @@ def mixup_loss(
     student_hidden [B, L, Hs], student_weight [V, Hs], teacher_hidden [B, L, Ht], teacher_weight [Vt, Ht]: of the mixed
     examples; labels [B, L]: of the unmixed ones. normalizer: what sums over target tokens are divided by.
     """
-    valid = labels != -100
+    valid, weight = labels != -100, method.terms[term]
+    student = student_hidden, student_weight
     if term == "mixup_ce":
+        plain = replace(method, terms={"ce": weight})
         lam = mixup.lam.view(-1, 1).expand(labels.shape)
-        losses = [
-            fastkd.linear_kl(
-                student_hidden,
-                student_weight,
-                None,
-                None,
-                labels=targets,
-                ce_weight=method.terms[term],
-                kd_weight=0.0,
-                weight=share,
-                normalizer=normalizer,
-                workspace_mb=workspace_mb,
-            )
-            for targets, share in ((labels, lam), (labels[mixup.partner], 1 - lam))
-        ]
-        return losses[0] + losses[1]
+        common: dict[str, Any] = {"normalizer": normalizer, "workspace_mb": workspace_mb}
+        ours = vocabulary_loss(plain, *student, None, None, labels, weight=lam, **common)
+        partners = vocabulary_loss(plain, *student, None, None, labels[mixup.partner], weight=1 - lam, **common)
+        return ours + partners
     union = mixup.union(valid)
     rows = union.sum() * normalizer / valid.sum().clamp_min(1)  # of the whole batch, of which this may be a part
     if method.mixup_distance == "divergence":
-        return fastkd.linear_kl(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            kd_weight=method.terms[term],
-            divergence=method.divergence,
-            beta=method.divergence_beta,
-            temperature=method.temperature,
-            weight=union.float(),
-            normalizer=rows,
-            workspace_mb=workspace_mb,
+        plain = replace(method, terms={"logit_kl": weight})
+        teacher = teacher_hidden, teacher_weight
+        return vocabulary_loss(
+            plain, *student, *teacher, None, weight=union.float(), normalizer=rows, workspace_mb=workspace_mb
         )
     assert teacher_hidden is not None and teacher_weight is not None
     errors = logit_mse(student_hidden[union], student_weight, teacher_hidden[union], teacher_weight, workspace_mb)
-    return method.terms[term] * errors.sum() / rows
+    return weight * errors.sum() / rows
 
 
 def logit_mse(

@@ -117,11 +117,10 @@ def _digest(flags: FastkdArguments) -> str:
     files = {name: getattr(flags, name) for name in ("train_file", "eval_file")}
     if flags.dataset_name and Path(flags.dataset_name).is_dir():
         files["dataset_name"] = flags.dataset_name
+    read_whole = _glue_digest if _is_glue(TASKS[flags.task]) else content_digest
     for name, path in files.items():
         if path is not None:
-            glue = _is_glue(TASKS[flags.task])
-            streamed = flags.streaming and name == "train_file"
-            where[name] = _glue_digest(path) if glue else _stamp(path) if streamed else content_digest(path)
+            where[name] = _stamp(path) if flags.streaming and name == "train_file" else read_whole(path)
     return hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -169,20 +168,20 @@ def _sides(flags: FastkdArguments, task: Task, cache: Path) -> Sides:
 def _rows(flags: FastkdArguments, task: Task, cache: Path, where: str | None, split: str, streaming: bool) -> Any:
     columns = _columns(flags)
     if _is_glue(task):
-        pairs: Any
-        dropped: int | None
-        pairs, dropped = read_glue(task, str(where or flags.dataset_name), split, cache_dir=cache, columns=columns)
+        folder_or_name = str(where or flags.dataset_name)
+        made: tuple[Any, int | None] = read_glue(task, folder_or_name, split, cache_dir=cache, columns=columns)
     else:
+        options: dict[str, Any] = {"cache_dir": cache, "streaming": streaming}
         if where is not None:
-            rows = read_rows(where, cache_dir=cache, streaming=streaming)
+            rows = read_rows(where, **options)
         elif flags.dataset_name is not None:
-            options: dict[str, Any] = {"cache_dir": cache, "streaming": streaming}
             rows = read_hub(flags.dataset_name, flags.dataset_config, split, **options)
         else:
             rows = _embedded(task, cache)
         if task.name == "span_corruption":
             return to_texts(rows, columns=columns)
-        pairs, dropped = to_pairs(task, rows, columns=columns, cache_dir=cache)
+        made = to_pairs(task, rows, columns=columns, cache_dir=cache)
+    pairs, dropped = made
     if dropped:
         print(f"{split}: {dropped:,} rows without a source or a target were left out")
     return pairs

@@ -194,7 +194,8 @@ def _describe(
 
 
 def _is_place(facts: dict[str, Any], name: str) -> bool:
-    return name in facts and Path(str(facts[name])).is_absolute() | Path(str(facts[name])).exists()
+    path = Path(str(facts.get(name, "")))
+    return name in facts and (path.is_absolute() or path.exists())
 
 
 def _report(
@@ -238,8 +239,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _check_outside(out: Path, flags: FastkdArguments, cache: Path) -> None:
     """Raise InputError if something that the run needs lies in the folder that it may replace."""
-    needed = {"cache_dir": cache, **{name: getattr(flags, name) for name in ("train_file", "eval_file", "student")}}
-    for name, path in {**needed, "teacher": flags.teacher, "dataset_name": flags.dataset_name}.items():
+    names = ("train_file", "eval_file", "dataset_name", "teacher", "student")
+    for name, path in {"cache_dir": cache, **{name: getattr(flags, name) for name in names}}.items():
         if path is not None and Path(path).absolute().is_relative_to(out.absolute()):
             raise InputError(
                 f"--{name} {path} lies in --output_dir {out}, which the run replaces: choose another place"
@@ -256,7 +257,7 @@ def _checkpoint(given: str | None, out: Path) -> Path | None:
         return None
     if given.lower() in ("last", "true"):
         recover(out)
-        broken = [f"{path.name}: {fault(path)}" for path in checkpoints(out) if fault(path)]
+        broken = [f"{path.name}: {why}" for path in checkpoints(out) if (why := fault(path))]
         last = last_checkpoint(out)
         if last is None:
             other = f" that is whole ({'; '.join(broken)})" if broken else ""
@@ -334,7 +335,7 @@ def _facts(
     }
     used = {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": flags.teacher_dtype}
     mixed = {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
-    given = flags.train_file or flags.dataset_name
+    given, prefix = flags.train_file or flags.dataset_name, _source_prefix(data)
     return {
         "method": name,
         "loss": method.formula,
@@ -351,7 +352,7 @@ def _facts(
         **({"dataset_config": flags.dataset_config} if flags.dataset_config else {}),
         **data.facts,
         **({"tokens_per_chunk": flags.sequence_length} if flags.task == "span_corruption" else {}),
-        **({"source_prefix": _source_prefix(data)} if _source_prefix(data) else {}),
+        **({"source_prefix": prefix} if prefix else {}),
         **signatures([data.task.name]),
         "pieces": len(data.tokenizer),
         "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

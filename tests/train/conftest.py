@@ -14,7 +14,7 @@ from transformers import default_data_collator
 
 from fastkd.train import cli, plots
 from fastkd.train.arguments import TransformersArguments, parse
-from fastkd.train.data import SpanCorruption, pack
+from fastkd.train.data import SpanCorruption
 from fastkd.train.objectives import METHODS, Method
 from fastkd.train.student import new_model, t5_config
 from fastkd.train.tokenizer import padded_size, train_tokenizer
@@ -66,8 +66,19 @@ def tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any
 
 
 @pytest.fixture(scope="session")
-def dataset(tokenizer: Any, texts: list[str]) -> SpanCorruption:
-    return SpanCorruption(pack(tokenizer, texts, LENGTH)[:64], tokenizer, seed=3)
+def packed(tokenizer: Any) -> Callable[[Sequence[str], int], np.ndarray]:
+    """packed(texts, length): chunks [N, length] of all their tokens at once but the last few, as packing must give."""
+
+    def chunks(texts: Sequence[str], length: int) -> np.ndarray:
+        stream = [t for text in texts for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return np.array(stream[: len(stream) // length * length]).reshape(-1, length)
+
+    return chunks
+
+
+@pytest.fixture(scope="session")
+def dataset(tokenizer: Any, texts: list[str], packed: Callable[..., np.ndarray]) -> SpanCorruption:
+    return SpanCorruption(packed(texts, LENGTH)[:64], tokenizer, seed=3)
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from fastkd.train.data import (
     StreamedSpans,
     _random_segmentation,
     noise_mask,
-    pack,
     pack_to_arrow,
     pad,
     span_counts,
@@ -132,17 +131,17 @@ def test_sampler_visits_every_example_once_per_epoch_in_another_order() -> None:
     assert list(sampler) == second
 
 
-def test_packing_keeps_every_token_but_the_last_few(tokenizer: Any, texts: list[str]) -> None:
-    chunks = pack(tokenizer, texts[:20], 16)
+def test_packing_keeps_every_token_but_the_last_few(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
+    chunks = pack_to_arrow(tokenizer, texts[:20], 16, tmp_path / "chunks").with_format("numpy")["input_ids"][:]
     stream = [t for text in texts[:20] for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert chunks.flatten().tolist() == stream[: chunks.size] and len(stream) - chunks.size < 16
 
 
 def test_too_little_text_and_too_few_sentinels(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too little training text"):
-        pack(tokenizer, ["ta"], 16)
+        pack_to_arrow(tokenizer, ["ta"], 16, tmp_path / "few")
     with pytest.raises(InputError, match="too little held-out text"):
-        pack(tokenizer, [], 16, what="held-out text")
+        pack_to_arrow(tokenizer, [], 16, tmp_path / "none", what="held-out text")
     with pytest.raises(InputError, match="need 250 sentinels"):
         SpanCorruption(np.zeros((1, 5000), dtype=np.int64), tokenizer, 0)
 
@@ -160,10 +159,10 @@ def test_sentinels_may_count_up() -> None:
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_packing_into_a_file_gives_the_same_chunks(
-    tokenizer: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+    tokenizer: Any, texts: list[str], packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(data, "BLOCK", block)
-    expected = pack(tokenizer, texts[:60], 32)
+    expected = packed(texts[:60], 32)
     rows = datasets.Dataset.from_dict({"text": [*texts[:30], "", None, *texts[30:60]]})
     for name, given_texts in (("texts", (text for text in texts[:60])), ("rows", rows)):
         made = pack_to_arrow(tokenizer, given_texts, 32, tmp_path / name)
@@ -255,8 +254,10 @@ def same(ours: Any, others: Any) -> bool:
     )
 
 
-def test_an_unshuffled_stream_is_span_corruption_epoch_after_epoch(tokenizer: Any, texts: list[str]) -> None:
-    stored = SpanCorruption(pack(tokenizer, texts[:60], 32), tokenizer, seed=4)
+def test_an_unshuffled_stream_is_span_corruption_epoch_after_epoch(
+    tokenizer: Any, texts: list[str], packed: Any
+) -> None:
+    stored = SpanCorruption(packed(texts[:60], 32), tokenizer, seed=4)
     rows = stream_of([{"text": text} for text in texts[:60]])
     streamed = StreamedSpans(rows, tokenizer, 32, seed=4, shuffle_buffer=0)
     items = list(islice(streamed, 3 * len(stored)))
