@@ -7,8 +7,12 @@ FASTKD_BUILD says what to build:
   none  nothing: a pure-Python install, which works, on the reference implementations and Triton
 """
 
+from __future__ import annotations
+
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +20,9 @@ from setuptools import setup
 
 MODES = ("auto", "none", "cpu", "cuda")
 CXX_FLAGS = ["-O2", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# Machine code for A100 and for H100/H200, whose blocks form clusters; from the latter's PTX, drivers make the rest.
+ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "--threads=2", *ARCHITECTURES]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 PYTHON_ABI = "cp310"
 
@@ -27,24 +34,49 @@ def build_mode() -> str:
     return mode
 
 
+def dry_run_of_nvcc() -> str:
+    """What nvcc would do, which names the folder of its toolkit and its version; nothing where there is none."""
+    if shutil.which("nvcc") is None:
+        return ""
+    command = ["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def cuda_problem(torch) -> str | None:
+    """Why the CUDA kernels cannot be built, or None. Points torch to the toolkit: nvcc may be a script outside of it."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA"
+    said = dry_run_of_nvcc()
+    folder = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    version = re.search(r"__CUDACC_VER_MAJOR__=(\d+)", said)
+    if folder is None or version is None:
+        return "nvcc is not on the PATH"
+    if version[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {version[1]}, and torch of {torch.version.cuda}"
+    os.environ.setdefault("CUDA_HOME", os.path.realpath(folder[1]))
+    return None
+
+
 def extension_options(mode: str) -> dict:
     if mode == "none":
         return {}
     try:
         import torch
-        from torch.utils import cpp_extension
+
+        problem = cuda_problem(torch)
+        from torch.utils import cpp_extension  # reads CUDA_HOME
     except ImportError:
         if mode != "auto":
             sys.exit(f"FASTKD_BUILD={mode} needs torch at build time: install torch, then use --no-build-isolation")
         print("fastkd: no torch at build time, so no compiled kernels; install torch, then use --no-build-isolation")
         return {}
 
+    if mode == "cuda" and problem:
+        sys.exit(f"FASTKD_BUILD=cuda needs nvcc and a torch built for the same CUDA: {problem}")
+    if mode == "auto" and problem:
+        print(f"fastkd: no CUDA kernels, because {problem}; GPUs use those in Triton")
+    with_cuda = mode != "cpu" and problem is None
     cuda_sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
-    cuda_ready = torch.version.cuda is not None and shutil.which("nvcc") is not None
-    if mode == "cuda" and not (cuda_ready and cuda_sources):
-        missing = "nvcc and a torch built for CUDA" if not cuda_ready else "CUDA sources, and this version has none yet"
-        sys.exit(f"FASTKD_BUILD=cuda needs {missing}; got torch {torch.__version__}")
-    with_cuda = bool(cuda_sources) and (mode == "cuda" or (mode == "auto" and cuda_ready))
 
     extension = (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(
         "fastkd._C",
@@ -52,7 +84,7 @@ def extension_options(mode: str) -> dict:
         + (cuda_sources if with_cuda else []),
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
         py_limited_api=True,
-        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI], "nvcc": ["-O3", "-std=c++20", STABLE_ABI]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI], "nvcc": [*NVCC_FLAGS, STABLE_ABI]},
     )
     return {
         "ext_modules": [extension],

@@ -36,4 +36,9 @@ inline void check_vector(const Tensor& x, int64_t rows, ScalarType dtype, const 
   STD_TORCH_CHECK(x.scalar_type() == dtype, "fastkd: ", name, " has the wrong dtype");
 }
 
+// Of a function of the C shim. Torch's own macro for it has one name in 2.11 and another since.
+inline void check_call(int32_t error, const char* what) {
+  STD_TORCH_CHECK(error == 0, "fastkd: torch failed at ", what);
+}
+
 }  // namespace fastkd

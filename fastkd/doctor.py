@@ -13,6 +13,7 @@ import torch
 
 from . import __version__
 from .backend import EXTENSION_PROBLEM, TRITON_PROBLEM, backend_for
+from .ops.divergence_rows import cuda_rows_problem
 
 TRAINING_PACKAGES = ("transformers", "accelerate", "sentencepiece", "matplotlib", "tqdm")
 
@@ -39,6 +40,7 @@ def report() -> list[tuple[str, str]]:
     ]
     lines.append(("CPU kernels", EXTENSION_PROBLEM or f"active, {_cpu_path()}"))
     lines.append(("Triton kernels", TRITON_PROBLEM or f"importable, triton {_version('triton')}"))
+    lines.append(("CUDA C++ kernels", cuda_rows_problem() or "built for sm_80 and sm_90; newer GPUs compile them anew"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             lines.append((f"GPU {index}", torch.cuda.get_device_name(index)))

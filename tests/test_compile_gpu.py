@@ -9,7 +9,7 @@ Triton, attention: what tests/compile_attention.py chooses; all of it by `python
 
 Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.compile_cka --all`.
 
-nvcc: the mathematics in csrc/divergence.h, in both precisions, for sm_80 and sm_90.
+nvcc: all of csrc/cuda, for sm_80 and sm_90.
 """
 
 from __future__ import annotations
@@ -131,54 +131,28 @@ def test_cka_multiplies_by_warp_group(cka: list):
 
 # ---- nvcc ------------------------------------------------------------------------------------------------------------
 
-TRANSLATION_UNIT = """
-#include "divergence.h"
 
-using namespace fastkd;
-
-template <class D, class F, bool kCareful>
-__global__ void gradient(const F* s, const F* t, F* g, RowStats stats, double tau, Beta<F> beta) {
-  const int j = blockIdx.x * blockDim.x + threadIdx.x;
-  const RowConstants<F> row(stats, tau);
-  g[j] = gradient_of<D, kCareful>(unmasked(s[j]), unmasked(t[j]), beta, row);
-}
-
-template <class D, class F>
-__global__ void value(const F* s, const F* t, F* v, RowStats stats, double tau, Beta<F> beta) {
-  const int j = blockIdx.x * blockDim.x + threadIdx.x;
-  const Pair<F> pair(unmasked(s[j]), unmasked(t[j]), RowConstants<F>(stats, tau));
-  v[j] = D::value(pair, beta);
-}
-
-template <class D, class F>
-void launch(const F* s, const F* t, F* g) {
-  gradient<D, F, false><<<1, 32>>>(s, t, g, RowStats{}, 1.0, Beta<F>(0.5));
-  gradient<D, F, true><<<1, 32>>>(s, t, g, RowStats{}, 1.0, Beta<F>(0.5));
-  if constexpr (D::kMoment == Moment::kNone) value<D, F><<<1, 32>>>(s, t, g, RowStats{}, 1.0, Beta<F>(0.5));
-}
-
-template <class F>
-void launch_all(const F* s, const F* t, F* g) {
-  launch<ForwardKL>(s, t, g);
-  launch<ReverseKL>(s, t, g);
-  launch<JSD>(s, t, g);
-  launch<SkewKL>(s, t, g);
-  launch<SkewReverseKL>(s, t, g);
-  launch<TVD>(s, t, g);
-}
-
-template void launch_all<float>(const float*, const float*, float*);
-template void launch_all<double>(const double*, const double*, double*);
-"""
+@pytest.fixture(scope="module")
+def cuda() -> list:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    return _compiled("compile_cuda")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_divergence_header_compiles_for_cuda(tmp_path: Path, arch: str):
-    unit = tmp_path / "divergence.cu"
-    unit.write_text(TRANSLATION_UNIT)
-    command = ["nvcc", "-std=c++17", f"-arch={arch}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-c", unit, "-o", "out.o"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    # 6 divergences x 2 precisions, plain and careful, and the value of 4 of them
-    assert run.stderr.count("bytes spill stores") == 32 == run.stderr.count(" 0 bytes spill stores"), run.stderr
+def test_no_cuda_kernel_spills(cuda: list):
+    from .compile_cuda import table
+
+    print("\n" + table(cuda))
+    assert len(cuda) == 2 * 7 * 3  # targets, divergences and the cross-entropy alone, dtypes
+    spilling = [kernel for kernel in cuda if kernel["stack"] or kernel["spilled"]]
+    assert not spilling, "\n" + table(spilling)
+
+
+def test_cuda_kernels_move_16_bytes_at_a_time(cuda: list):
+    assert all(kernel["copies"] and kernel["stores"] for kernel in cuda), cuda
+
+
+def test_several_blocks_fit_a_multiprocessor(cuda: list):
+    """Of 65536 registers: three blocks of fp32 rows, two of 16-bit ones."""
+    for kernel in cuda:
+        assert (3 if kernel["dtype"] == "fp32" else 2) * 256 * kernel["registers"] <= 65536, kernel

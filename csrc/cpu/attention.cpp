@@ -42,8 +42,7 @@ struct View {
 template <class F>
 void gemm(const View<F>& out, const View<F>& a, const View<F>& b, double alpha, double beta) {
   const Tensor result = out.tensor(), left = a.tensor(), right = b.tensor();
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), beta, alpha));
+  check_call(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), beta, alpha), "addmm");
 }
 
 struct Span {

@@ -5,7 +5,8 @@ For student scores s and teacher scores t, both [R, V], row by row:
     loss = coefficient * (kd_weight * temperature^2 * D(softmax(t / temperature), softmax(s / temperature))
                           + ce_weight * cross_entropy(s, label))
 
-The CPU kernels are csrc/cpu/divergence_rows.cpp, the Triton ones kernels/rows.py.
+The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows.py in Triton, which takes anything, and
+csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once.
 
 R rows, V columns. coefficient [R] float64, 0 skips the row (it is not read; loss and gradient are 0); labels [R] int64;
 loss [R] float64; stats [R, 7] float64, what the gradient needs of a row, private to each kernel.
@@ -13,12 +14,24 @@ loss [R] float64; stats [R, 7] float64, what the gradient needs of a row, privat
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backend import backend_for
 
-__all__ = ["STATS", "divergence_gradient", "divergence_rows_", "divergence_stats"]
+__all__ = [
+    "STATS",
+    "CudaRows",
+    "cuda_rows_problem",
+    "divergence_gradient",
+    "divergence_rows_",
+    "divergence_stats",
+    "gpu_rows",
+]
 
 STATS = 7
 
@@ -39,6 +52,11 @@ _library.define(
     "divergence_gradient(Tensor student, Tensor? teacher, Tensor stats, Tensor coefficient, Tensor? labels, "
     f"Tensor(a!) gradient, {_OBJECTIVE}) -> ()"
 )
+# What all three are on a GPU, for rows that the kernel in CUDA C++ is made for.
+_library.define(
+    "divergence_rows_cuda(Tensor(a!) student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(b!)? loss, "
+    f"Tensor(c!)? stats, Tensor(d!)? gradient, {_OBJECTIVE}, int blocks) -> ()"
+)
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
@@ -53,22 +71,91 @@ for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient"):
 # ---- implementation: the extension registers its own for CPU tensors ------------------------------------------------
 
 
-def _triton(name: str):
-    def call(*arguments: object) -> None:
-        from ..kernels import rows
+class CudaRows:
+    """csrc/cuda/divergence_rows.cu, with the functions of kernels/rows.py.
 
-        getattr(rows, name)(*arguments)
+    `blocks` overrides how a row is shared out among multiprocessors; see that file.
+    """
+
+    blocks = -1
+
+    @classmethod
+    def _launch(cls, student, teacher, coefficient, labels, loss, stats, gradient, *objective) -> None:
+        torch.ops.fastkd.divergence_rows_cuda(
+            student, teacher, coefficient, labels, loss, stats, gradient, *objective, cls.blocks
+        )
+
+    @classmethod
+    def divergence_rows_(cls, student, teacher, coefficient, labels, loss, *objective) -> None:
+        cls._launch(student, teacher, coefficient, labels, loss, None, student, *objective)
+
+    @classmethod
+    def divergence_stats(cls, student, teacher, coefficient, labels, loss, stats, *objective) -> None:
+        cls._launch(student, teacher, coefficient, labels, loss, stats, None, *objective)
+
+    @classmethod
+    def divergence_gradient(cls, student, teacher, stats, coefficient, labels, gradient, *objective) -> None:
+        cls._launch(student, teacher, coefficient, labels, None, stats, gradient, *objective)
+
+    @staticmethod
+    def takes(student: Tensor, teacher: Tensor | None, *arguments: object) -> bool:
+        """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side."""
+        matrices = [x for x in (student, teacher, *arguments) if isinstance(x, Tensor) and x.dim() == 2]
+        scores = [student] if teacher is None else [student, teacher]
+        return (
+            student.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and all(x.dtype == student.dtype for x in scores)
+            and all(x.stride(1) == 1 and x.dtype != torch.float64 for x in matrices if x.shape == student.shape)
+        )
+
+
+def cuda_rows_problem() -> str | None:
+    """Why the CUDA C++ kernel cannot be used, or None."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::divergence_rows_cuda", "CUDA"):
+        return None
+    return "the extension was built without CUDA; install with FASTKD_BUILD=cuda, where nvcc and a CUDA torch are"
+
+
+# Which of the two GPU kernels is preferred. Nothing but a measurement makes it "cuda", and there is none yet.
+_preferred = "triton"
+
+
+@contextlib.contextmanager
+def gpu_rows(name: str) -> Iterator[None]:
+    """Rows on a GPU take the kernel "triton" or, where it is made for them, "cuda": for tests and benchmarks.
+
+    Raises RuntimeError where the CUDA C++ kernel has not been built.
+    """
+    global _preferred
+    emulated = torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::divergence_rows_cuda", "CPU")
+    if name == "cuda" and cuda_rows_problem() and not emulated:
+        raise RuntimeError(cuda_rows_problem())
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def _on_gpu(name: str):
+    def call(*arguments: Any) -> None:
+        if _preferred == "cuda" and CudaRows.takes(*arguments):
+            getattr(CudaRows, name)(*arguments)
+        else:
+            from ..kernels import rows
+
+            getattr(rows, name)(*arguments)
 
     return call
 
 
 for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient"):
-    _library.impl(_name, _triton(_name), "CUDA")
+    _library.impl(_name, _on_gpu(_name), "CUDA")
 
 
 def _call(name: str, student: Tensor, *arguments: object) -> None:
     if backend_for(student.device)[0] == "triton":
-        _triton(name)(student, *arguments)
+        _on_gpu(name)(student, *arguments)
     else:
         getattr(torch.ops.fastkd, name)(student, *arguments)
 

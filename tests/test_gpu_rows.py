@@ -1,13 +1,19 @@
-"""The Triton row kernels: on a GPU where there is one, else in Triton's interpreter.
+"""The row kernels for GPUs, in Triton and in CUDA C++.
 
-The contract test runs them behind the public functions. Here they are called directly and compared with the C++ kernels
-in float64, on what is particular to them: blocks, running maxima, strides, dtypes, and rows that hold no distribution.
+On a GPU where there is one. Else Triton's run in its interpreter, and the CUDA C++ ones on a CPU, in place of whose
+threads tests/emulated/device.h has a GPU's.
+
+The contract test runs Triton's behind the public functions. Here both are called directly and compared with the C++
+kernels for CPUs in float64, on what is particular to them: blocks, running maxima, strides, dtypes, and rows that hold
+no distribution.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +21,11 @@ from torch import Tensor
 
 import fastkd
 from fastkd.divergence import DIVERGENCES, divergence_code
-from fastkd.ops.divergence_rows import STATS
+from fastkd.ops.divergence_rows import STATS, CudaRows, cuda_rows_problem, gpu_rows
 
-from .cases import distance, running_on
+from . import emulated
+from .cases import LINEAR_KL, LOGIT_KL, REGIMES, distance, running_on, to, value_and_gradients
+from .cases import oracle as op_oracle
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
@@ -40,9 +48,32 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 over_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
+def cuda_rows() -> type[CudaRows]:
+    """The CUDA C++ kernels: the real ones on a GPU."""
+    if DEVICE.type == "cpu":
+        emulated.load()
+    elif cuda_rows_problem():
+        pytest.skip(str(cuda_rows_problem()))
+    return CudaRows
+
+
+kernels: Any = rows  # what a test calls
+
+
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def _kernels(request):
+    global kernels
+    kernels = cuda_rows() if request.param == "cuda" else rows
     torch.manual_seed(0)
+
+
+def skip_unless_made_for(*matrices: Tensor | None) -> None:
+    if kernels is CudaRows and not CudaRows.takes(*matrices):
+        pytest.skip("rows that the CUDA C++ kernels leave to Triton")
+
+
+over_triton_alone = pytest.mark.parametrize("_kernels", ["triton"], indirect=True)
+over_cuda_alone = pytest.mark.parametrize("_kernels", ["cuda"], indirect=True)
 
 
 def objective(divergence: str, beta=0.3, temperature=1.0, kd_weight=1.0, ce_weight=0.0):
@@ -58,8 +89,9 @@ def fused(student: Tensor, teacher: Tensor | None, coefficient, labels, *options
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
 
     target = moved(student) if DEVICE.type == "cuda" else student.clone(memory_format=torch.preserve_format)
+    skip_unless_made_for(target, teacher)
     loss = torch.empty(student.shape[0], dtype=torch.float64, device=DEVICE)
-    rows.divergence_rows_(target, moved(teacher), moved(coefficient), moved(labels), loss, *options)
+    kernels.divergence_rows_(target, moved(teacher), moved(coefficient), moved(labels), loss, *options)
     return loss.cpu(), target.cpu()
 
 
@@ -71,8 +103,9 @@ def in_two_steps(student, teacher, coefficient, labels, *options, dtype=None) ->
     loss = torch.empty(student.shape[0], dtype=torch.float64, device=DEVICE)
     stats = torch.empty(student.shape[0], STATS, dtype=torch.float64, device=DEVICE)
     gradient = torch.empty(student.shape, dtype=dtype or student.dtype, device=DEVICE)
-    rows.divergence_stats(student, teacher, coefficient, labels, loss, stats, *options)
-    rows.divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *options)
+    skip_unless_made_for(student, teacher, gradient)
+    kernels.divergence_stats(student, teacher, coefficient, labels, loss, stats, *options)
+    kernels.divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *options)
     return loss.cpu(), gradient.cpu()
 
 
@@ -189,6 +222,7 @@ def _elementary_kernel(x, minus1, tail, log_1p, log_1p_positive, N: tl.constexpr
     tl.store(log_1p + i, rows._log_1p(tl.load(x + i) / 128))
 
 
+@over_triton_alone
 def test_elementary_functions():
     """Relative errors, against torch's expm1 and log1p in fp64 and a Taylor series."""
     magnitudes = torch.logspace(-12, 2, 512, dtype=torch.float64)
@@ -240,7 +274,7 @@ def test_only_the_row_is_written():
     before, teacher = whole.clone(), torch.randn(3, 21, device=DEVICE)
     loss = torch.empty(3, dtype=torch.float64, device=DEVICE)
     inside = whole[1:4, 7:28]
-    rows.divergence_rows_(inside, teacher, ones(3).to(DEVICE), None, loss, *objective("forward_kl"))
+    kernels.divergence_rows_(inside, teacher, ones(3).to(DEVICE), None, loss, *objective("forward_kl"))
     assert not torch.equal(inside, before[1:4, 7:28])
     whole[1:4, 7:28] = before[1:4, 7:28]
     assert torch.equal(whole, before)
@@ -335,13 +369,102 @@ def test_wrong_arguments():
         ((student, student, one, None, one, *objective("jsd", ce_weight=1.0)), "labels"),
         ((student, student, one, None, one, 6, *options[1:]), "divergence"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            rows.divergence_rows_(*bad)
+        with pytest.raises(RuntimeError if kernels is CudaRows else ValueError, match=message):
+            kernels.divergence_rows_(*bad)
+
+
+# ---- how CUDA C++ shares a row out -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shared_out(blocks: int):
+    CudaRows.blocks, before = blocks, CudaRows.blocks
+    try:
+        yield
+    finally:
+        CudaRows.blocks = before
+
+
+@over_cuda_alone
+@over_divergences
+@pytest.mark.parametrize("columns", [3, 203, 3001])
+@pytest.mark.parametrize("blocks", [0, 1, 2, 4])
+def test_every_way_to_share_a_row(blocks: int, columns: int, divergence: str):
+    """Not kept at all, kept by one block, by the blocks of a cluster, some of which may have no columns."""
+    if DEVICE.type == "cuda" and blocks > 1 and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no clusters")
+    teacher = 5 * torch.randn(3, columns)
+    student = teacher + torch.tensor([[1e-3], [0.3], [5.0]]) * torch.randn(3, columns)
+    options = objective(divergence, temperature=2.0, ce_weight=0.5)
+    arguments = student, teacher, torch.tensor([0.7, 0.0, -2.0]).double(), torch.tensor([columns - 1, 0, 1]), *options
+    with shared_out(blocks):
+        got, again = fused(*arguments), in_two_steps(*arguments)
+    check(got, oracle(*arguments), loss=2e-6)
+    assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+
+
+@over_cuda_alone
+@pytest.mark.parametrize("shift", [(1, 0), (0, 3), (5, 5), (7, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [-1, 0, 2])
+def test_rows_off_the_grid_of_16_bytes(blocks: int, dtype: torch.dtype, shift: tuple[int, int]):
+    """Odd widths, starts and strides, not the same for both models."""
+    if DEVICE.type == "cuda" and blocks > 1 and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no clusters")
+    student, teacher = ((3 * torch.randn(3, 1061)).to(dtype)[:, n : n + 1037] for n in shift)
+    arguments = student, teacher, ones(3), torch.tensor([1036, 0, 5]), *objective("forward_kl", ce_weight=0.5)
+    with shared_out(blocks):
+        check(fused(*arguments), oracle(*arguments), gradient=TOLERANCE[dtype])
+        check(in_two_steps(*arguments, dtype=torch.float16), oracle(*arguments), gradient=TOLERANCE[torch.float16])
+
+
+@over_cuda_alone
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="for the devices of other people")
+@pytest.mark.parametrize("major, kilobytes", [(8, 99), (8, 163), (9, 227)])
+@pytest.mark.parametrize("columns", [900, 5000, 22000])
+def test_devices(major: int, kilobytes: int, columns: int):
+    """Small rows are kept by a block, wide ones by a cluster or, where there is none, by nobody."""
+    student, teacher = 3 * torch.randn(2, columns), 3 * torch.randn(2, columns)
+    arguments = student, teacher, ones(2), torch.tensor([7, columns - 1]), *objective("jsd", ce_weight=0.5)
+    library = emulated.load()
+    library.fastkd_emulate(major, kilobytes * 1024)
+    try:
+        got = fused(*arguments)
+    finally:
+        library.fastkd_emulate(9, 227 * 1024)
+    check(got, oracle(*arguments))
 
 
 # ---- behind the public functions -------------------------------------------------------------------------------------
 
 
+@over_cuda_alone
+@over_divergences
+@pytest.mark.parametrize("op", [LOGIT_KL, LINEAR_KL], ids=lambda op: op.name)
+@pytest.mark.parametrize("regime", REGIMES[1:], ids=lambda regime: regime.name)
+def test_public_functions_on_cuda_rows(op, regime, divergence: str):
+    inputs = to(op.make(regime, tokens=4), torch.float32)
+    loss, gradients = op_oracle(op, inputs, divergence=divergence)
+    plain_loss, plain = value_and_gradients(op, inputs, impl="reference", divergence=divergence)
+    with running_on("triton") as (impl, device), gpu_rows("cuda"):
+        got, found = value_and_gradients(op, to(inputs, torch.float32, device), impl=impl, divergence=divergence)
+    assert distance(got, loss) <= max(1e-6 + 1e-8 / loss.item(), 2 * distance(plain_loss, loss))
+    for name, gradient in found.items():
+        assert distance(gradient, gradients[name]) <= max(1e-5, 2 * distance(plain[name], gradients[name])), name
+
+
+@over_cuda_alone
+def test_what_cuda_rows_leave_to_triton():
+    x = torch.randn(2, 8)
+    assert CudaRows.takes(x, x) and CudaRows.takes(x, None) and CudaRows.takes(x[:, 1:], x[:, :7])
+    assert not CudaRows.takes(x.double(), x.double())
+    assert not CudaRows.takes(x, x.bfloat16())
+    assert not CudaRows.takes(x.t(), x.t())
+    assert not CudaRows.takes(x, x, x.t().contiguous().t())
+    assert not CudaRows.takes(x, x, x.double())
+
+
+@over_triton_alone
 @over_divergences
 def test_gradcheck(divergence: str):
     teacher = torch.randn(2, 3, dtype=torch.float64)

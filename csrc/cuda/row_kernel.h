@@ -1,0 +1,487 @@
+// The row primitive on a GPU: what cpu/row_kernel.h is on a CPU, whose header says what is computed.
+//
+// Device memory is what a row costs: with one read of both models' scores and one write of the gradient, exponentials are
+// free. So a row stays in shared memory between passes, and a row too wide for one multiprocessor is shared out among the
+// blocks of a cluster, which exchange their sums. Where neither is to be had, later passes read the row again.
+//
+// A row is cut into chunks of 16 bytes, aligned as the student's are. A thread owns every 256th chunk of its block: it has
+// the chunk copied to shared memory, waits for no copies but its own, and later writes the chunk's gradient. So no barrier
+// guards what is kept, and the gradient may overwrite the scores. Sums run in fp32 over a chunk, in fp64 beyond, always in
+// the same order.
+//
+// Passes: 1. online maxima and sums of exponentials of both models; 2. of rows whose models nearly agree, the same with
+// care; 3. for divergences without a closed form, value and mean; 4. the gradient. The passes after the first depend on
+// the row alone, so all threads of a row take the same ones.
+#pragma once
+
+#include <type_traits>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../divergence.h"
+#include "device.h"
+
+namespace fastkd {
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+// Blocks on a multiprocessor: some compute while others wait for memory. The chunks of a 16-bit row are twice as many columns
+// and take the registers of a third block.
+template <class T>
+constexpr int kBeside = sizeof(T) == 4 ? 3 : 2;
+constexpr int kAhead = 4;  // chunks of each model that a thread has under way from device memory
+constexpr double kNearlyEqual = 0.1, kFarApart = 16;  // as in cpu/row_kernel.h
+
+enum class GradientType { kNone, kFloat, kBFloat16, kHalf };
+
+struct Arguments {
+  const void* student;  // [rows, columns], as all matrices; columns lie side by side
+  const void* teacher;  // nullptr: cross-entropy alone
+  const double* coefficient;
+  const int64_t* labels;  // nullptr: no cross-entropy
+  double* loss;           // nullptr: stats are given
+  RowStats* stats;        // nullptr: they are not kept
+  void* gradient;
+  int64_t student_stride, teacher_stride, gradient_stride;
+  int columns;
+  double beta, tau, kd_weight, ce_weight;
+  GradientType gradient_type;
+  int chunks;  // of a row, in a block
+  bool kept;   // whether a row stays in shared memory, or passes through
+};
+
+// ---- chunks -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(T);
+  T x[kSize];
+};
+
+template <class T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T x[N];
+};
+
+// Chunks in shared memory that a thread goes through where rows are not kept: those under way, and the one it works on.
+constexpr int kRing = kAhead + 1;
+
+template <class P>
+__device__ __forceinline__ bool is_aligned(const P* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignof(P) == 0;
+}
+
+// Starts to copy the columns of a row from `column` on. -inf stands for columns that do not exist.
+template <class T>
+__device__ __forceinline__ void fetch(Chunk<T>* to, const T* row, int column, int columns) {
+  const auto* whole = reinterpret_cast<const Chunk<T>*>(row + column);
+  if (column >= 0 && column + Chunk<T>::kSize <= columns && is_aligned(whole)) {
+    copy_async_16(to, whole);
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < Chunk<T>::kSize; ++i) {
+    const int j = column + i;
+    to->x[i] = j >= 0 && j < columns ? row[j] : static_cast<T>(-INFINITY);
+  }
+}
+
+template <class G, int N>
+__device__ __forceinline__ void store_as(void* gradient, int64_t offset, int column, int columns, const float (&g)[N]) {
+  G* row = static_cast<G*>(gradient) + offset;
+  auto* whole = reinterpret_cast<Pack<G, N>*>(row + column);
+  if (column >= 0 && column + N <= columns && is_aligned(whole)) {
+    Pack<G, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.x[i] = static_cast<G>(g[i]);
+    *whole = pack;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int j = column + i;
+    if (j >= 0 && j < columns) row[j] = static_cast<G>(g[i]);
+  }
+}
+
+// ---- sums over a row --------------------------------------------------------------------------------------------------
+
+struct Add {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+};
+struct Max {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a > b ? a : b; }  // NaN is in the sums
+};
+
+constexpr int kMostSums = 4;
+
+// The start of a block's shared memory; the kept row follows.
+struct Exchange {
+  double of_warp[kWarps][kMostSums];
+  double of_block[kMostSums];
+};
+
+// Combines x over all threads of a row, in an order that depends on nothing but the launch.
+template <int N, class Operation>
+__device__ __forceinline__ void combine(double (&x)[N], Operation operation) {
+  static_assert(N <= kMostSums);
+  auto* exchange = reinterpret_cast<Exchange*>(shared_memory());
+  const int thread = thread_index();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) x[i] = operation(x[i], from_lane_xor(x[i], mask));
+    if (thread % kWarp == 0) exchange->of_warp[thread / kWarp][i] = x[i];
+  }
+  block_barrier();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    x[i] = exchange->of_warp[0][i];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) x[i] = operation(x[i], exchange->of_warp[warp][i]);
+  }
+  const int blocks = cluster_size();
+  if (blocks == 1) {
+    block_barrier();  // before the next call writes
+    return;
+  }
+  if (thread == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) exchange->of_block[i] = x[i];
+  }
+  cluster_barrier();
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = of_block(exchange->of_block, 0)[i];
+  for (int rank = 1; rank < blocks; ++rank) {
+    const double* theirs = of_block(exchange->of_block, rank);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = operation(x[i], theirs[i]);
+  }
+  cluster_barrier();  // before the next call writes, and before a block leaves that others read
+}
+
+// ---- one row ----------------------------------------------------------------------------------------------------------
+
+// Running maxima of both models, and sums of exponentials relative to them. moment is sum p log(p / q), or for
+// Moment::kStudent sum q log(q / p), times tau; sum_1 is the cross-entropy's sum, without the label's own column.
+template <Moment kMoment>
+struct RunningSums {
+  float max_s = -INFINITY, max_t = -INFINITY;
+  double sum_s = 0, sum_t = 0, moment = 0, sum_1 = 0;
+
+  static __device__ __forceinline__ double rescale(float before, float now, float log2e_over_tau) {
+    return before == now ? 1.0f : exp2_nonpositive((before - now) * log2e_over_tau);
+  }
+
+  // Moves the maxima. log(p / q) is relative to both, so its moment follows when either moves.
+  __device__ __forceinline__ void move_to(float now_s, float now_t, float log2e_over_tau) {
+    const double s_factor = rescale(max_s, now_s, log2e_over_tau), t_factor = rescale(max_t, now_t, log2e_over_tau);
+    const double moved = (static_cast<double>(finite(max_t)) - finite(max_s)) - finite(now_t) + finite(now_s);
+    moment = kMoment == Moment::kStudent ? s_factor * (moment - sum_s * moved) : t_factor * (moment + sum_t * moved);
+    sum_s *= s_factor;
+    sum_t *= t_factor;
+    sum_1 *= rescale(max_s, now_s, static_cast<float>(kLog2E));
+    max_s = now_s, max_t = now_t;
+  }
+
+  // The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf.
+  static __device__ __forceinline__ float finite(float max) { return max == -INFINITY ? 0.0f : max; }
+};
+
+// A chunk of both models.
+template <class T>
+struct Step {
+  Chunk<T> s, t;
+  int column;  // where it begins
+
+  // Calls body(s, t, i) for every column; those that do not exist have an -inf of both models.
+  template <class Body>
+  __device__ __forceinline__ void for_columns(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kSize; ++i) body(static_cast<float>(s.x[i]), static_cast<float>(t.x[i]), i);
+  }
+};
+
+// A row of one launch, as one thread sees it. D is the divergence, or void for the cross-entropy alone; T the dtype of both
+// models' scores.
+template <class D, class T>
+struct RowKernel {
+  static constexpr bool kDivergence = !std::is_void_v<D>;
+  static constexpr Moment kMoment = [] {
+    if constexpr (kDivergence) return D::kMoment;
+    return Moment::kNone;
+  }();
+  static constexpr int kColumns = Chunk<T>::kSize;
+  using Sums = RunningSums<kMoment>;
+  using Constants = RowConstants<float>;
+
+  const Arguments& a;
+  int64_t row;
+  const T *student, *teacher;
+  int head;           // columns of the first chunk that lie before the row
+  int first, chunks;  // of this block
+  int label;          // a column that exists, or 0
+  bool label_exists;
+  double label_score;
+
+  __device__ __forceinline__ explicit RowKernel(const Arguments& arguments) : a(arguments) {
+    row = block_index() / cluster_size();
+    student = static_cast<const T*>(a.student) + row * a.student_stride;
+    if constexpr (kDivergence) teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
+    head = static_cast<int>(reinterpret_cast<uintptr_t>(student) % 16 / sizeof(T));
+    first = cluster_rank() * a.chunks;
+    const int left = (head + a.columns + kColumns - 1) / kColumns - first;
+    chunks = left < a.chunks ? left : a.chunks;
+    if (a.labels != nullptr) {
+      label_exists = a.labels[row] >= 0 && a.labels[row] < a.columns;
+      label = label_exists ? static_cast<int>(a.labels[row]) : 0;
+      label_score = static_cast<float>(student[label]);
+    }
+  }
+
+  __device__ __forceinline__ int column_of(int chunk) const { return (first + chunk) * kColumns - head; }
+
+  // Calls body(step) for each of this thread's chunks. The first time, and where they are not kept, they come from device
+  // memory, and a thread works on one while the next are under way.
+  template <bool kFirst, class Body>
+  __device__ __forceinline__ void for_steps(const Body& body) const {
+    auto* const slots = reinterpret_cast<Chunk<T>*>(shared_memory() + sizeof(Exchange));
+    auto* const teacher_slots = slots + (a.kept ? a.chunks : kRing * kThreads);
+    const bool far = kFirst || !a.kept;
+    const int thread = thread_index();
+    const auto slot = [&](int n) { return (a.kept ? n : n % kRing) * kThreads + thread; };
+    const auto start = [&](int n) {
+      const int chunk = n * kThreads + thread;
+      if (chunk < chunks) {
+        fetch(slots + slot(n), student, column_of(chunk), a.columns);
+        if constexpr (kDivergence) fetch(teacher_slots + slot(n), teacher, column_of(chunk), a.columns);
+      }
+      commit_copies();
+    };
+    if (far) {
+#pragma unroll 1
+      for (int n = 0; n < kAhead; ++n) start(n);
+    }
+    for (int n = 0; n * kThreads + thread < chunks; ++n) {
+      if (far) {
+        start(n + kAhead);
+        wait_for_all_but<kAhead>();
+      }
+      Step<T> step{slots[slot(n)], {}, column_of(n * kThreads + thread)};
+      if constexpr (kDivergence) step.t = teacher_slots[slot(n)];
+      body(step);
+    }
+  }
+
+  // ---- pass 1: statistics, and D where moments give it ----
+
+  __device__ __forceinline__ void add(Sums& sums, const Step<T>& step, float log2e_over_tau) const {
+    float top_s = sums.max_s, top_t = sums.max_t;
+    step.for_columns([&](float s, float t, int) {
+      top_s = s > top_s ? s : top_s;
+      top_t = t > top_t ? t : top_t;
+    });
+    if (top_s > sums.max_s || top_t > sums.max_t) sums.move_to(top_s, top_t, log2e_over_tau);
+    top_s = Sums::finite(top_s), top_t = Sums::finite(top_t);
+    float sum_s = 0, sum_t = 0, moment = 0, sum_1 = 0;
+    step.for_columns([&](float s, float t, int i) {
+      const float x = unmasked(s) - top_s, y = unmasked(t) - top_t;
+      const float q = exp2_nonpositive(x * log2e_over_tau);
+      if constexpr (kDivergence) {
+        const float p = exp2_nonpositive(y * log2e_over_tau);
+        sum_s += q;
+        sum_t += p;
+        moment += (kMoment == Moment::kStudent ? -q : p) * (y - x);
+      }
+      if (a.labels != nullptr) {
+        const float e = a.tau == 1 ? q : exp2_nonpositive(x * static_cast<float>(kLog2E));
+        sum_1 += step.column + i == label ? 0.0f : e;
+      }
+    });
+    sums.sum_s += sum_s;
+    sums.sum_t += sum_t;
+    sums.moment += moment;
+    sums.sum_1 += sum_1;
+  }
+
+  __device__ __forceinline__ static double divergence_of(double moment, const RowStats& stats) {
+    const double log_sums = std::log(stats.sum_s / stats.sum_t);
+    return kMoment == Moment::kStudent ? moment / stats.sum_s - log_sums : moment / stats.sum_t + log_sums;
+  }
+
+  __device__ __forceinline__ double statistics(RowStats& stats) const {
+    const float log2e_over_tau = static_cast<float>(kLog2E / a.tau);
+    Sums sums;
+    for_steps<true>([&](const auto& step) { add(sums, step, log2e_over_tau); });
+    double maxima[] = {sums.max_s, sums.max_t};
+    combine(maxima, Max());
+    sums.move_to(static_cast<float>(maxima[0]), static_cast<float>(maxima[1]), log2e_over_tau);
+    double x[] = {sums.sum_s, sums.sum_t, sums.moment, sums.sum_1};
+    combine(x, Add());
+    stats = {Sums::finite(sums.max_s), x[0], Sums::finite(sums.max_t), x[1], 0, 0, x[3]};
+    // The label's own exponential comes last and in fp64: beside it the others of a confident student would vanish.
+    if (a.labels != nullptr) stats.sum_1 += std::exp(label_score - stats.max_s);
+    return divergence_of(x[2] / a.tau, stats);
+  }
+
+  // ---- pass 2: the same to the accuracy of Pair, for a row whose models nearly agree ----
+
+  __device__ __forceinline__ double careful_statistics(RowStats& stats) const {
+    const Constants constants({stats.max_s, 1, stats.max_t, 1, 0, 0, 1}, a.tau);
+    double x[] = {0, 0, 0};  // sum_t, sum_s - sum_t, moment
+    for_steps<false>([&](const auto& step) {
+      float sum_t = 0, difference = 0, moment = 0;
+      step.for_columns([&](float s, float t, int) {
+        const Pair<float> pair(s, t, constants);
+        sum_t += pair.p;
+        difference += pair.difference;
+        moment += kMoment == Moment::kStudent ? pair.student_excess() : pair.teacher_excess();
+      });
+      x[0] += sum_t;
+      x[1] += difference;
+      x[2] += moment;
+    });
+    combine(x, Add());
+    stats.sum_t = x[0];
+    stats.sum_s = x[0] + x[1];
+    return divergence_of(kMoment == Moment::kStudent ? x[2] + x[1] : x[2] - x[1], stats);
+  }
+
+  // What sum q (log(q / p) - mean) falls short of its true value, zero: the digits that a mean of a hundred nats lost.
+  __device__ __forceinline__ double mean_residual(const RowStats& stats) const {
+    const Constants constants(stats, a.tau);
+    double x[] = {0};
+    for_steps<false>([&](const auto& step) {
+      float sum = 0;
+      step.for_columns([&](float s, float t, int) { sum += ReverseKL::gradient<false>(s, t, constants); });
+      x[0] += sum;
+    });
+    combine(x, Add());
+    return x[0];
+  }
+
+  // ---- pass 3: D and the mean of u, for divergences without a closed form ----
+
+  __device__ __forceinline__ double value(RowStats& stats) const {
+    const Constants constants(stats, a.tau);
+    const Beta<float> beta(a.beta);
+    double x[] = {0, 0, 0};
+    for_steps<false>([&](const auto& step) {
+      float value = 0, slope = 0, coslope = 0;
+      step.for_columns([&](float s, float t, int) {
+        const Pair<float> pair(s, t, constants);
+        value += D::value(pair, beta);
+        slope += D::slope(pair, beta);
+        coslope += D::coslope(pair, beta);
+      });
+      x[0] += value;
+      x[1] += slope;
+      x[2] += coslope;
+    });
+    combine(x, Add());
+    stats.careful = x[2] < x[1];
+    stats.mean = stats.careful ? -x[2] : x[1];
+    return x[0];
+  }
+
+  // ---- all but the gradient ----
+
+  __device__ __forceinline__ double divergence(RowStats& stats, double plain) const {
+    double divergence = plain;
+    if (divergence < kNearlyEqual) {
+      divergence = careful_statistics(stats);
+      stats.careful = kMoment != Moment::kNone;
+    }
+    if constexpr (kMoment == Moment::kStudent) {
+      if (kFarApart < divergence && divergence < kInfinite) {
+        stats.mean = divergence;
+        divergence += mean_residual(stats);
+      }
+      stats.mean = divergence;
+    }
+    if constexpr (kMoment == Moment::kNone) divergence = value(stats);
+    return with_infinity(divergence);
+  }
+
+  // The row's loss, before its coefficient.
+  __device__ __forceinline__ double loss(RowStats& stats) const {
+    const double plain = statistics(stats);
+    double loss = 0;
+    if constexpr (kDivergence) {
+      if (!stats.empty()) loss = a.kd_weight * a.tau * a.tau * divergence(stats, plain);
+    }
+    if (a.labels == nullptr) return loss;
+    return loss + a.ce_weight * (label_exists ? stats.max_s - label_score + std::log(stats.sum_1) : NAN);
+  }
+
+  // ---- pass 4: the gradient, coefficient * d loss / d s ----
+
+  template <bool kCareful>
+  __device__ __forceinline__ void gradient(const RowStats& stats, double coefficient) const {
+    const Constants constants(stats, a.tau);
+    const Beta<float> beta(a.beta);
+    const bool kd = kDivergence && !stats.empty();
+    const bool ce = a.labels != nullptr && stats.sum_1 != 0;
+    const float kd_scale = static_cast<float>(coefficient * a.kd_weight * a.tau);
+    const double ce_scale = coefficient * a.ce_weight / stats.sum_1, max_s = stats.max_s;
+    // The label's own column is done in fp64: softmax - 1 would lose every digit of a confident student.
+    const float at_label =
+        label_exists ? static_cast<float>(ce_scale * (std::exp(label_score - max_s) - stats.sum_1)) : NAN;
+    for_steps<false>([&](const auto& step) {
+      float g[kColumns] = {};
+      step.for_columns([&](float s, float t, int i) {
+        if constexpr (kDivergence) {
+          if (kd) g[i] = kd_scale * gradient_of<D, kCareful>(s, t, beta, constants);
+        }
+        if (ce) {
+          const float softmax = exp2_nonpositive((s - constants.max_s) * static_cast<float>(kLog2E));
+          g[i] += step.column + i == label ? at_label : static_cast<float>(ce_scale) * softmax;
+        }
+      });
+      store(step.column, g);
+    });
+  }
+
+  __device__ __forceinline__ void zero_gradient() const {
+    const float zero[kColumns] = {};
+    for (int chunk = thread_index(); chunk < chunks; chunk += kThreads) store(column_of(chunk), zero);
+  }
+
+  __device__ __forceinline__ void store(int column, const float (&g)[kColumns]) const {
+    const int64_t offset = row * a.gradient_stride;
+    switch (a.gradient_type) {
+      case GradientType::kFloat: return store_as<float>(a.gradient, offset, column, a.columns, g);
+      case GradientType::kHalf: return store_as<torch::headeronly::Half>(a.gradient, offset, column, a.columns, g);
+      default: return store_as<torch::headeronly::BFloat16>(a.gradient, offset, column, a.columns, g);
+    }
+  }
+};
+
+template <class D, class T>
+__global__ void __launch_bounds__(kThreads, kBeside<T>) rows_kernel(const Arguments a) {
+  const RowKernel<D, T> kernel(a);
+  const double coefficient = a.coefficient[kernel.row];
+  const bool wanted = a.gradient_type != GradientType::kNone;
+  const bool reports = thread_index() == 0 && cluster_rank() == 0;
+  if (coefficient == 0) {  // the row is not read
+    if (wanted) kernel.zero_gradient();
+    if (reports && a.loss != nullptr) a.loss[kernel.row] = 0;
+    if (reports && a.loss != nullptr && a.stats != nullptr) a.stats[kernel.row] = {};
+    return;
+  }
+  RowStats stats;
+  if (a.loss != nullptr) {
+    const double loss = coefficient * kernel.loss(stats);
+    if (reports) a.loss[kernel.row] = loss;
+    if (reports && a.stats != nullptr) a.stats[kernel.row] = stats;
+  } else {
+    stats = a.stats[kernel.row];
+  }
+  if (!wanted) return;
+  stats.careful ? kernel.template gradient<true>(stats, coefficient) : kernel.template gradient<false>(stats, coefficient);
+}
+
+}  // namespace cuda
+}  // namespace fastkd
