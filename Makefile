@@ -2,9 +2,11 @@
 # make test    set up, then run the tests
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
+# make gpu     on a machine with a GPU: build, test and measure there, with its own Python and without a network
+#              (PARTS="tests bench" makes some of it, ARGS=--list tells what there is)
 #
-# Everything is installed into $(VENV). PYTHON, VENV and TORCH can be overridden. TORCH is what pip is given to install:
-# on Linux its default build brings CUDA along, some gigabytes; a path or address of a CPU build is lighter.
+# But for gpu, everything is installed into $(VENV). PYTHON, VENV and TORCH can be overridden. TORCH is what pip is given
+# to install: on Linux its default build brings CUDA along, some gigabytes; a path or address of a CPU build is lighter.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +14,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -29,6 +31,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(PARTS) $(ARGS)
 
 # torch first: the extension is built against it, in this environment and not in one of its own. The other stages name the
 # installed package, so that pip adds what the extra needs and builds nothing again.

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from harness import Run, fastest, noted
+from limits import roofline
 from torch import Tensor
 
 # No library has either op. TextBrewer's losses between attention matrices are plain torch lines on [B, A, L, L] scores,
 # as "reference" and, compiled, "torch.compile" are.
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile")
-LIMIT = "GEMMs"
+LIMITS = {"cpu": "GEMMs", "cuda": "roofline"}
 HEADS, ROWS = (2, 4, 12), (128, 256, 512)  # of a chunk
 
 
@@ -51,6 +52,19 @@ def pairs(lengths: Sequence[tuple[int, int]], causal: bool) -> int:
 def flops(lengths: Sequence[tuple[int, int]], causal: bool, student_width: int, teacher_width: int) -> int:
     """Of the op's GEMMs: the scores of both models and the student's two gradients."""
     return 2 * pairs(lengths, causal) * (teacher_width + 3 * student_width)
+
+
+def in_registers(
+    lengths: Sequence[tuple[int, int]], causal: bool, student: Tensor, teacher: Tensor, num_heads: int, times: int = 1
+) -> Run:
+    """The limit on a GPU: tensor cores or exponential units, whichever take longer.
+
+    Nothing of [Lq, Lk] is kept, so that both models' scores and exponentials are computed twice: once for what a row
+    sums up to, once for the gradient. Head widths are counted as they are, though tensor cores take multiples of 16.
+    """
+    count = times * pairs(lengths, causal)
+    products = 2 * count * (2 * teacher.shape[-1] + 4 * student.shape[-1])
+    return roofline(products, 4 * count * num_heads, student.dtype, student.device)
 
 
 def gemms(
@@ -106,5 +120,5 @@ def gemms(
         for rows in sorted({min(size, most_queries) for size in ROWS})
         for transposed in (True, False)
     }
-    name, run = fastest(candidates)
+    name, run = fastest(candidates, student_q.device)
     return noted(lambda: tuple(x for _ in range(times) for x in run()), name)

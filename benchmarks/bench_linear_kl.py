@@ -2,26 +2,46 @@
 
 The limit is the op's GEMMs alone, in the inputs' dtype and at the best chunk size: 2 T V (Ht + 3 Hs) FLOPs.
 
+On a GPU there are several ways to the result; "fastkd" takes the one that the library would, and a row for each of the
+others is there to check the choice. "eager" is what a training loop has where it does not call fastkd: logits in the
+inputs' dtype, softmaxes in fp32. Errors are of all gradients, against fp64 of all tokens, some at a time.
+
 T tokens, V vocabulary, Ht and Hs hidden widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from harness import Problem, Run, Target, fastest, not_importable, noted
+from harness import MIB, Problem, Run, Target, Unavailable, fastest, held_to, not_importable, noted, row_kernels
 from report import main
 from torch import Tensor
 
 import fastkd
+from fastkd.ops import linear_kl as op
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
+GPU_ROWS = ("eager", "Liger, Triton")
 LIMIT = "bare GEMMs"
-CHUNKS = (256, 512, 1024)
+CHUNKS = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
 TARGETS = (Target(LIMIT, 1.10), Target("torch.compile", 1.0), Target("Liger", 1.0), Target("memory", 130))
+
+
+def ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """By rows with each row kernel, and by tiles: contexts in which a call on a GPU goes this way, by name."""
+
+    @contextlib.contextmanager
+    def by_rows(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+        with op._going_by("rows"), kernel():
+            yield
+
+    rows = {f"fastkd, rows, {name}": functools.partial(by_rows, kernel) for name, kernel in row_kernels().items()}
+    return rows | {"fastkd, tiles": functools.partial(op._going_by, "tiles")}
 
 
 @dataclass(frozen=True)
@@ -59,14 +79,18 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return with_gradients(lambda *x: fastkd.linear_kl(*x, impl="reference"))
 
     def compiled() -> Run:
-        @torch.compile(dynamic=False)
-        def loss(student_hidden, student_weight, teacher_hidden, teacher_weight):
-            log_q = F.log_softmax(F.linear(student_hidden, student_weight).float(), -1)
-            with torch.no_grad():
-                log_p = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float(), -1)
-            return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return with_gradients(torch.compile(plain_loss, dynamic=False))
 
-        return with_gradients(loss)
+    def liger_in_triton() -> Run:
+        if device.type != "cuda":
+            raise Unavailable("needs a GPU")
+        try:
+            from liger_kernel.transformers import LigerFusedLinearJSD
+        except ImportError as error:
+            raise not_importable("liger_kernel", error) from error
+
+        loss = LigerFusedLinearJSD(jsd_beta=0.0)
+        return with_gradients(lambda *x: loss(*x, None))
 
     def liger() -> Run:
         try:
@@ -105,8 +129,8 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return best_chunk(at)
 
     def best_chunk(at: Callable[[int], Run]) -> Run:
-        sizes = sorted({min(size, T) for size in CHUNKS})
-        chunk, run = fastest({str(size): at(size) for size in sizes})
+        sizes = sorted({min(size, T) for size in CHUNKS[device.type]})
+        chunk, run = fastest({str(size): at(size) for size in sizes}, device)
         return noted(run, f"chunks of {chunk}")
 
     def oracle() -> tuple[Tensor, ...]:
@@ -121,10 +145,25 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return hidden.grad, weight.grad
 
     rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled, liger), strict=True))
-    return {**rows, LIMIT: gemms}, oracle
+    rows |= {"eager": lambda: with_gradients(plain_loss), "Liger, Triton": liger_in_triton, LIMIT: gemms}
+    for name, context in ways().items():
+        rows[name] = lambda context=context: held_to(context, fused())
+    return rows, oracle
+
+
+def plain_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> Tensor:
+    """What a training loop has where it does not call fastkd."""
+    log_q = F.log_softmax(F.linear(student_hidden, student_weight).float(), -1)
+    with torch.no_grad():
+        log_p = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float(), -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
+    weights = shape.vocabulary * (shape.teacher_width + 2 * shape.student_width)  # both, and a gradient
+    hidden = shape.tokens * (shape.teacher_width + 2 * shape.student_width)
     flops = 2 * shape.tokens * shape.vocabulary * (shape.teacher_width + 3 * shape.student_width)
     return Problem(
         title=str(shape),
@@ -132,9 +171,10 @@ def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()
         work=flops,
         limit=LIMIT,
         limit_work=flops,
-        implementations=IMPLEMENTATIONS,
+        implementations=(*IMPLEMENTATIONS, *((*ways(), *GPU_ROWS) if device.type == "cuda" else ())),
         targets=targets,
         prepare=lambda: prepare(shape, device),
+        counts=(flops, (weights + hidden) * shape.dtype.itemsize),
     )
 
 
@@ -142,12 +182,17 @@ def problems(device: torch.device, quick: bool = False) -> list[Problem]:
     if quick:
         return [problem(Shape(64, 1000, 48, 32), device, TARGETS)]
     if device.type == "cuda":
-        shapes = (
-            Shape(8192, 128256, 4096, 4096, torch.bfloat16),
-            Shape(16384, 32128, 768, 512, torch.bfloat16),
-            Shape(1024, 128256, 4096, 4096, torch.bfloat16),
-        )
-        return [problem(shape, device) for shape in shapes]
+        large = Shape(8192, 128256, 4096, 4096, torch.bfloat16)
+        narrow = Shape(16384, 32128, 768, 512, torch.bfloat16)
+        # chunks add up to the weight's gradient in fp32, which is counted with it
+        memory = Target("memory", 1000 + 4 * large.vocabulary * large.student_width / MIB)
+        return [
+            problem(large, device, (Target("ms", 60), memory, Target("Liger", 1.0))),
+            *(
+                problem(shape, device, (Target("of limit", 0.6), Target("eager", 1.0)))
+                for shape in (narrow, replace(large, tokens=1024))
+            ),
+        ]
     shape = Shape(2048, 32128, 768, 512)
     return [problem(shape, device, TARGETS), problem(replace(shape, dtype=torch.bfloat16), device)]
 

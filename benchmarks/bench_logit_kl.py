@@ -1,7 +1,7 @@
 """logit_kl: forward KL between logits that exist already, forward + backward and forward alone.
 
 The limit is the bandwidth of a copy. The forward pass has to read both logits, the backward pass to read them again and
-to write the gradient.
+to write the gradient. On a GPU there is a row for each kernel of the row primitive.
 
 T tokens, V vocabulary.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import Problem, Run, Target, Unavailable, not_importable
+from harness import Problem, Run, Target, Unavailable, held_to, not_importable, row_kernels
 from report import main
 from torch import Tensor
 
@@ -25,6 +25,7 @@ LIMIT = "copy"
 # Statistics of seven doubles a token, and what the system's page accounting is off by, come to less than 4 MiB.
 TARGETS = (Target("torch.compile", 0.8), Target("memory", 4))
 FORWARD_TARGETS = (Target("torch.compile", 0.4), Target("memory", 4))
+GPU_TARGETS = (Target("of limit", 0.85), Target("torch.compile", 1.0), Target("memory", 4))
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,36 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return (gradient,) if shape.backward else (total,)
 
     rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled, liger), strict=True))
+    for name, context in row_kernels().items():
+        rows[f"fastkd, {name}"] = lambda context=context: held_to(context, fused())
     return {**rows, LIMIT: copy}, oracle
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
     logits_bytes = shape.tokens * shape.vocabulary * shape.dtype.itemsize
+    work = (5 if shape.backward else 2) * logits_bytes
+    kernels = [f"fastkd, {name}" for name in row_kernels()] if device.type == "cuda" and len(row_kernels()) > 1 else []
     return Problem(
         title=str(shape),
         unit="GB/s",
-        work=(5 if shape.backward else 2) * logits_bytes,
+        work=work,
         limit=LIMIT,
         limit_work=2 * logits_bytes,
-        implementations=IMPLEMENTATIONS,
+        implementations=(*IMPLEMENTATIONS, *kernels),
         targets=targets,
         prepare=lambda: prepare(shape, device),
+        # of an element: two differences, exponentials and products, three sums; then those again, and a difference
+        counts=((17 if shape.backward else 9) * shape.tokens * shape.vocabulary, work),
     )
 
 
 def problems(device: torch.device, quick: bool = False) -> list[Problem]:
     if device.type == "cuda" and not quick:
-        sizes = itertools.product((32128, 128256, 256000), (torch.float32, torch.bfloat16), (True, False))
-        return [problem(Shape(8192, vocabulary, dtype, backward), device) for vocabulary, dtype, backward in sizes]
+        # a matrix is several times the second-level cache, and in fp64 still small
+        sizes = itertools.product(
+            ((8192, 32128), (4096, 128256), (2048, 256000)), (torch.float32, torch.bfloat16), (True, False)
+        )
+        return [problem(Shape(*size, dtype, backward), device, GPU_TARGETS) for size, dtype, backward in sizes]
     tokens, vocabulary = (32, 1000) if quick else (2048, 32128)
     return [
         problem(Shape(tokens, vocabulary), device, TARGETS),

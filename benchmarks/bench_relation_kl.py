@@ -1,7 +1,8 @@
 """relation_kl, forward + backward: KL between self-attention relations softmax(X X.T / sqrt(d)) of both models.
 
-The limit is the op's four batched GEMMs alone, on a CPU in the best chunks (attention.py): 2 B L^2 (Ht + 3 Hs) FLOPs,
-of which padding and causality leave fewer. Their scores go through memory, which a GPU kernel can do without.
+The limit is the op's four batched GEMMs alone, in the best chunks (attention.py): 2 B L^2 (Ht + 3 Hs) FLOPs, of which
+padding and causality leave fewer. Their scores go through memory, which a GPU kernel does without: there the limit is
+what tensor cores or exponential units need for it.
 
 B batch, L length, A relation heads, Ht and Hs widths of all heads.
 """
@@ -13,14 +14,15 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from attention import IMPLEMENTATIONS, LIMIT, by_heads, flops, gemms, plain_kl
+from attention import IMPLEMENTATIONS, LIMITS, by_heads, flops, gemms, in_registers, plain_kl
 from harness import Problem, Run, Target
 from report import main
 from torch import Tensor
 
 import fastkd
 
-TARGETS = (Target(LIMIT, 1.25), Target("torch.compile", 0.5), Target("memory", 32))
+TARGETS = (Target(LIMITS["cpu"], 1.25), Target("torch.compile", 0.5), Target("memory", 32))
+GPU_TARGETS = (Target("of limit", 0.6), Target("torch.compile", 1.0))
 LONG_TARGETS = (Target("memory", 64),)
 
 
@@ -109,7 +111,10 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
 
     def limit() -> Run:
         x, t = students[0], teachers[0]
-        return gemms(x, x, t, t, A, [(n, n) for n in shape.lengths], shape.causal, shape.relations)
+        lengths = [(n, n) for n in shape.lengths]
+        if device.type == "cuda":
+            return in_registers(lengths, shape.causal, x, t, A, shape.relations)
+        return gemms(x, x, t, t, A, lengths, shape.causal, shape.relations)
 
     def oracle() -> tuple[Tensor, ...]:
         exact = [x.detach().double().requires_grad_() for x in students]
@@ -128,21 +133,23 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return tuple(x.grad for x in exact)
 
     rows = (lambda: by_fastkd("fused"), lambda: by_fastkd("reference"), compiled)
-    return {**dict(zip(IMPLEMENTATIONS, rows, strict=True)), LIMIT: limit}, oracle
+    return {**dict(zip(IMPLEMENTATIONS, rows, strict=True)), LIMITS[device.type]: limit}, oracle
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
     lengths = [(n, n) for n in shape.lengths]
+    widths = shape.teacher_width + 2 * shape.student_width  # both, and the gradient
     work = shape.relations * flops(lengths, shape.causal, shape.student_width, shape.teacher_width)
     return Problem(
         title=str(shape),
         unit="GFLOP/s",
         work=work,
-        limit=LIMIT,
+        limit=LIMITS[device.type],
         limit_work=work,  # what causality hides counts for neither, though chunks on the diagonal compute it
         implementations=IMPLEMENTATIONS,
         targets=targets,
         prepare=lambda: prepare(shape, device),
+        counts=(work, shape.relations * sum(shape.lengths) * widths * shape.dtype.itemsize),
     )
 
 
@@ -151,7 +158,8 @@ def problems(device: torch.device, quick: bool = False) -> list[Problem]:
         special = {"relations": 3, "divergence": "reverse_kl", "causal": True, "padded": True, "converged": True}
         return [problem(Shape(2, 4, 48, 64, 32, **special), device, TARGETS)]
     if device.type == "cuda":
-        return [problem(Shape(32, 32, length, 768, 384, torch.bfloat16), device) for length in (512, 2048)]
+        shapes = (Shape(32, 32, length, 768, 384, torch.bfloat16) for length in (512, 2048))
+        return [problem(shape, device, GPU_TARGETS) for shape in shapes]
     shape = Shape(8, 12, 512, 768, 384)
     return [
         problem(shape, device, TARGETS),

@@ -6,13 +6,18 @@ compared by their fastest rounds, because another process can only ever slow a r
 copy) takes part in the rounds like the rest. pytest-benchmark's fixture times one function after the other; it is
 therefore handed the samples taken here (test_with_pytest.py) and does the statistics and the bookkeeping.
 
+On a GPU two events around a run tell its time. Before the first, a buffer larger than the second-level cache is
+overwritten: no run finds its inputs in the cache, and its first launches are queued while the device is still busy.
+
 A run returns the tensors that its caller would keep: gradients, or the loss. Peak memory is what it took beyond its
 inputs and these, in units of 2**20 bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import gc
 import math
 import os
@@ -26,6 +31,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastkd.ops import divergence_rows
 
 MIB = 2**20
 OURS = "fastkd"
@@ -44,11 +51,18 @@ def not_importable(package: str, error: ImportError) -> Unavailable:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on fastkd's time over that of another row, on its peak memory in MiB ("memory"), or over that of another
-    row ("memory / ROW")."""
+    """A bound on fastkd's time over that of another row or in milliseconds ("ms"), on its peak memory in MiB ("memory")
+    or over that of another row ("memory / ROW"); or the least share of the limit ("of limit")."""
 
     quantity: str
     bound: float
+
+    @property
+    def relation(self) -> str:
+        return ">=" if self.quantity == "of limit" else "<="
+
+    def holds(self, measured: float) -> bool:
+        return measured >= self.bound if self.relation == ">=" else measured <= self.bound
 
 
 @dataclass(frozen=True)
@@ -63,40 +77,64 @@ class Problem:
     # Allocates the inputs; returns for each implementation and the limit a function that makes it ready to run, and the
     # function that computes what they should return in fp64.
     prepare: Callable[[], tuple[dict[str, Callable[[], Run]], Run]]
+    counts: tuple[float, float] | None = None  # FLOPs and the fewest bytes through memory, for roofline.py
+
+
+def row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """The kernels of the row primitive on a GPU, by name: contexts in which a call uses this one."""
+    names = ["triton"] if divergence_rows.cuda_rows_problem() else ["triton", "cuda"]
+    return {name: functools.partial(divergence_rows.gpu_rows, name) for name in names}
+
+
+def held_to(context: Callable[[], contextlib.AbstractContextManager], run: Run) -> Run:
+    """The run within a context."""
+
+    def held() -> tuple[Tensor, ...]:
+        with context():
+            return run()
+
+    return held
 
 
 # ---- one quantity each -----------------------------------------------------------------------------------------------
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
+@functools.cache
+def _larger_than_cache(device: torch.device) -> Tensor:
+    return torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _larger_than_cache(device).zero_()
+        start.record()
+        outputs = run()
+        end.record()
         torch.cuda.synchronize()
-
-
-def seconds(run: Run) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    outputs = run()
-    _synchronize()
-    elapsed = time.perf_counter() - start
+        elapsed = start.elapsed_time(end) / 1e3
+    else:
+        begin = time.perf_counter()
+        outputs = run()
+        elapsed = time.perf_counter() - begin
     del outputs
     return elapsed
 
 
-def in_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+def in_turns(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """The times of every run in every round."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(seconds(runs[name]))
+            samples[name].append(seconds(runs[name], device))
     return samples
 
 
-def fastest(candidates: dict[str, Run]) -> tuple[str, Run]:
+def fastest(candidates: dict[str, Run], device: torch.device) -> tuple[str, Run]:
     """The best of some variants of one implementation, by three rounds of which the first warms up."""
-    samples = in_turns(candidates, 3)
+    samples = in_turns(candidates, 3, device)
     name = min(samples, key=lambda name: min(samples[name][1:]))
     return name, candidates[name]
 
@@ -156,9 +194,26 @@ def relative_error(values: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 # ---- a problem -------------------------------------------------------------------------------------------------------
 
 
+def _result(problem: Problem, rows: dict[str, dict]) -> dict:
+    return {
+        "problem": problem.title,
+        "unit": problem.unit,
+        "counts": problem.counts,
+        "limit": problem.limit,
+        "rows": rows,
+        "targets": [_judge(target, rows) for target in problem.targets],
+    }
+
+
+def not_measured(problem: Problem, why: str) -> dict:
+    """What `measure` would return, without measurements."""
+    return _result(problem, {name: {"note": why} for name in (*problem.implementations, problem.limit)})
+
+
 def measure(problem: Problem, budget_s: float) -> dict:
     """All implementations of a problem, timed in turns for about `budget_s` seconds, as one JSON object."""
     torch.compiler.reset()
+    _release_memory()
     factories, oracle = problem.prepare()
     expected = oracle()
     device = expected[0].device
@@ -172,41 +227,48 @@ def measure(problem: Problem, budget_s: float) -> dict:
             outputs, peak = peak_memory(run, device)
         except (Unavailable, ImportError, RuntimeError) as problem_found:
             row["note"] = (str(problem_found) or type(problem_found).__name__).splitlines()[0]
-            continue
-        runs[name] = run
-        row["note"] = getattr(run, "note", None)
-        if name != problem.limit:
-            row["peak_mib"], row["error"] = peak, relative_error(outputs, expected)
-        del outputs
+        else:
+            runs[name] = run
+            row["note"] = getattr(run, "note", None)
+            if name != problem.limit:
+                row["peak_mib"], row["error"] = peak, relative_error(outputs, expected)
+            del outputs
+        if "peak_mib" not in row:
+            _release_memory()  # of what did not fit, perhaps
     del expected
 
-    one_round = sum(samples[0] for samples in in_turns(runs, 1).values())
-    for name, samples in in_turns(runs, min(50, max(3, math.ceil(budget_s / one_round)))).items():
+    one_round = sum(samples[0] for samples in in_turns(runs, 1, device).values())
+    for name, samples in in_turns(runs, min(50, max(3, math.ceil(budget_s / one_round))), device).items():
         rows[name] |= {"samples_s": samples, "min_s": min(samples), "median_s": statistics.median(samples)}
     for row in (rows[name] for name in runs):
         row["ratio"] = row["min_s"] / rows[OURS]["min_s"] if OURS in runs else None
         work = problem.limit_work if row is rows[problem.limit] else problem.work
         row["rate"] = work / row["min_s"] / 1e9
     for name in runs:
-        rows[name]["of_limit"] = rows[name]["rate"] / rows[problem.limit]["rate"]
-    return {
-        "problem": problem.title,
-        "unit": problem.unit,
-        "limit": problem.limit,
-        "rows": rows,
-        "targets": [_judge(target, rows) for target in problem.targets],
-    }
+        if problem.limit in runs:
+            rows[name]["of_limit"] = rows[name]["rate"] / rows[problem.limit]["rate"]
+    return _result(problem, rows)
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _judge(target: Target, rows: dict[str, dict]) -> dict:
     ours = rows[OURS]
     if target.quantity == "memory":
         text, measured = f"{OURS} peak MiB", ours.get("peak_mib")
+    elif target.quantity == "ms":
+        text, measured = f"{OURS} ms", ours["min_s"] * 1e3 if "min_s" in ours else None
+    elif target.quantity == "of limit":
+        text, measured = f"{OURS} share of the limit", ours.get("of_limit")
     elif target.quantity.startswith("memory / "):
         text, peer = f"{OURS} {target.quantity}", rows[target.quantity.removeprefix("memory / ")].get("peak_mib")
         measured = ours["peak_mib"] / peer if peer and ours.get("peak_mib") is not None else None
     else:
         text, peer = f"{OURS} time / {target.quantity}", rows[target.quantity].get("min_s")
         measured = ours["min_s"] / peer if peer and "min_s" in ours else None
-    met = None if measured is None else measured <= target.bound
-    return {"target": text, "bound": target.bound, "measured": measured, "met": met}
+    met = None if measured is None else target.holds(measured)
+    return {"target": text, "relation": target.relation, "bound": target.bound, "measured": measured, "met": met}

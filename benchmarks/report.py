@@ -6,13 +6,17 @@ import argparse
 import json
 import platform
 import re
+import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+import limits
 import torch
-from harness import OURS, Problem, measure
+from harness import OURS, Problem, measure, not_measured
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("implementation", "min ms", "median ms", "rate", "of limit", "peak MiB", "rel. error", f"time / {OURS}", "")
@@ -56,7 +60,7 @@ def report(results: list[dict], markdown: bool = False) -> str:
         for t in result["targets"]:
             measured = "not measured" if t["measured"] is None else f"{t['measured']:.2f}"
             verdict = {True: "met", False: "NOT MET", None: "unknown"}[t["met"]]
-            lines.append(f"- {result['problem']}: {t['target']} <= {t['bound']:g}: {measured}, {verdict}")
+            lines.append(f"- {result['problem']}: {t['target']} {t['relation']} {t['bound']:g}: {measured}, {verdict}")
     return "\n".join(lines)
 
 
@@ -78,9 +82,38 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+            "cuda": torch.version.cuda,
+        },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def measured(
+    problems: list[Problem], seconds: float, budget: float, save: Callable[[list[dict]], None]
+) -> tuple[list[dict], bool]:
+    """The results of all problems, saved after each, and whether one of them could not be measured.
+
+    Half of each one's share of the budget is for rounds, the other for inputs, fp64 and compilation. What does not fit
+    any more is left out.
+    """
+    results, failed, end = [], False, time.monotonic() + budget
+    for i, problem in enumerate(problems):
+        share = (end - time.monotonic()) / (len(problems) - i)
+        if share <= 0:
+            results.append(not_measured(problem, "not run: the time was up"))
+            continue
+        try:
+            results.append(measure(problem, min(seconds, share / 2)))
+            failed |= "samples_s" not in results[-1]["rows"][OURS]
+        except Exception as error:  # one problem's, not the others'
+            traceback.print_exc()
+            results.append(not_measured(problem, f"failed: {(str(error) or repr(error)).splitlines()[0]}"))
+            failed = True
+        save(results)
+    return results, failed
 
 
 def main(problems: Callable[[torch.device, bool], list[Problem]], description: str | None) -> None:
@@ -93,12 +126,15 @@ def main(problems: Callable[[torch.device, bool], list[Problem]], description: s
     parser.add_argument("--only", default="", metavar="TEXT", help="only problems whose title contains this")
     parser.add_argument("--seconds", type=float, default=60, help="time for the rounds of a problem (default 60)")
     parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="time for all problems (default: no end)"
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
         nargs="?",
         const=RESULTS,
-        help="write the samples and what they were taken on; without FILE to results/<machine>.json",
+        help="write the samples and what they were taken on; to <machine>.json in a folder, by default results/",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args()
@@ -107,13 +143,23 @@ def main(problems: Callable[[torch.device, bool], list[Problem]], description: s
     if not selected:
         titles = "\n  ".join(p.title for p in problems(options.device, options.quick))
         parser.error(f"--only {options.only!r} matches none of:\n  {titles}")
-    results = [measure(problem, 0 if options.quick else options.seconds) for problem in selected]
     host = machine()
     name = host["gpu"] if options.device.type == "cuda" else f"{host['cpu']}, {host['threads']} threads"
+    record = {
+        "machine": host,
+        "device": options.device.type,
+        "limits": limits.measure(options.device) if options.device.type == "cuda" else [],
+    }
+    if options.json == RESULTS or (options.json and options.json.is_dir()):
+        options.json /= re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+
+    def save(results: list[dict]) -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+
+    results, failed = measured(selected, 0 if options.quick else options.seconds, options.budget, save)
+    save(results)
     versions = ", ".join(f"{k} {v}" for k, v in host["versions"].items() if v)
     print(f"{name} ({versions}; {host['date'][:10]})\n\n{report(results, options.markdown)}")
-    if options.json == RESULTS:
-        options.json /= re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": host, "results": results}, indent=1) + "\n")
+    sys.exit(1 if failed else 0)

@@ -1,9 +1,10 @@
-"""The benchmarks run, and their memory meter measures."""
+"""The benchmarks run, their memory meter measures, and what `make gpu` makes of results is right."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,224 @@ def test_memory_against_length(tmp_path: Path) -> None:
     # the reference holds several tensors of 2 heads * 1024 * 1024 floats
     assert peaks["fastkd", 1024] < 16 < peaks["reference", 1024]
     assert (tmp_path / "relation_kl_memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- make gpu --------------------------------------------------------------------------------------------------------
+
+
+def gpu(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """`make gpu` on a machine where no GPU is visible."""
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+        timeout=120,
+    )
+
+
+def test_gpu_needs_one(tmp_path: Path) -> None:
+    done = gpu("--out", tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"make gpu: no GPU is visible to torch \S+\n", done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_prints_its_commands(tmp_path: Path) -> None:
+    done = gpu("--dry-run", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    commands = [line.removeprefix("$ ") for line in done.stdout.splitlines() if line.startswith("$ ")]
+    for text in ("pip install", "-m fastkd.doctor", "pytest", "--tool racecheck", "limits.py", f"--json {tmp_path}"):
+        assert any(text in command for command in commands), text
+    for script in re.findall(r"(?:benchmarks|tests)/\w+\.py", "\n".join(commands)):
+        assert (BENCHMARKS.parent / script).is_file(), script
+    assert not list(tmp_path.iterdir())
+    some = gpu("--dry-run", "--out", tmp_path, "table", "doctor").stdout
+    assert re.findall(r"^==== (\w+)", some, re.MULTILINE) == ["table", "doctor"]
+
+
+def test_gpu_fits_in_its_time() -> None:
+    listed = dict(re.findall(r"^(\w+) +(\d+) s", gpu("--list").stdout, re.MULTILINE))
+    assert list(listed) == ["build", "doctor", "tests", "sanitize", "limits", "bench", "roofline", "table"]
+    assert sum(map(int, listed.values())) <= 25 * 60
+    assert max(map(int, listed.values())) <= 9 * 60
+
+
+def test_gpu_stops_what_takes_too_long_and_goes_on(tmp_path: Path) -> None:
+    """A part that hangs, with a process of its own, one that fails, one that works, and one with no time left."""
+    code = f"""
+import gpu, sys
+def run(code):
+    return lambda session: session.run(sys.executable, "-c", code)
+gpu.PARTS = {{run("import subprocess; subprocess.run(['sleep', '600'])"): 6, run("exit(3)"): 20,
+             lambda session: gpu.SKIPPED: 20, run("print('said')"): 20, run("print('unsaid')"): 1}}
+for part, name in zip(gpu.PARTS, ("hangs", "fails", "skips", "works", "late")):
+    part.__name__ = name
+gpu.gpu_problem = lambda: None
+sys.argv = ["gpu.py", "--out", {str(tmp_path)!r}]
+print("code", gpu.main())
+"""
+    output = python("-c", code)
+    verdicts = re.findall(r"^(hangs|fails|skips|works|late) +(.+?)  +\d+ s of", output, re.MULTILINE)
+    assert verdicts == [
+        ("hangs", "OUT OF TIME"),
+        ("fails", "FAILED (3)"),
+        ("skips", "skipped"),
+        ("works", "ok"),
+        ("late", "OUT OF TIME"),
+    ]
+    assert output.endswith("code 1\n")
+    log = (tmp_path / "gpu.log").read_text()
+    assert "said\n" in log and "unsaid\n" not in log
+    assert log.rstrip() == output.removesuffix("code 1\n").rstrip()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what could be the results of a GPU: of a quick run here, in another machine's name."""
+    folder = tmp_path_factory.mktemp("results")
+    python(BENCHMARKS / "bench_logit_kl.py", "--quick", "--json", folder)
+    (file,) = folder.glob("*.json")
+    record = json.loads(file.read_text())
+    record["device"], record["machine"]["gpu"] = "cuda", "NVIDIA H000"
+    record["limits"] = [
+        {"limit": "copy", "unit": "GB/s", "rate": 20.0},
+        {"limit": "bf16 GEMM", "unit": "GFLOP/s", "rate": 300.0},
+        {"limit": "exponentials", "unit": "Gexp/s", "rate": None, "note": "needs a GPU"},
+    ]
+    target = {"target": "fastkd share of the limit", "relation": ">=", "bound": 0.6, "measured": None, "met": None}
+    record["results"][0]["targets"] = [target]
+    record["results"][1]["rows"]["fastkd"] = {"note": "not run: the time was up"}
+    (folder / "nvidia-h000.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_results_are_drawn(results: Path, tmp_path: Path) -> None:
+    """Those of GPUs in a folder, and those of a CPU where they are named; with and without counts."""
+    pytest.importorskip("matplotlib")
+    script = BENCHMARKS / "roofline.py"
+    python(script, results, "--output", tmp_path)
+    old = BENCHMARKS / "results" / "amd-epyc-2-threads.json"
+    python(script, old, "--output", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"nvidia-h000-roofline.png", f"{old.stem}-roofline.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    code = (
+        "import json, sys, roofline\n"
+        f"record = json.load(open({str(results / 'nvidia-h000.json')!r}))\n"
+        "copy, products = roofline.rates(record)\n"
+        "assert copy == 20e9 and products == {'bf16 GEMM': 300e9}\n"
+        "first = record['results'][0]\n"
+        "title, intensity, rate = roofline.points(record)[0]\n"
+        "assert title == first['problem'] and intensity == first['counts'][0] / first['counts'][1]\n"
+        "assert rate == first['counts'][0] / first['rows']['fastkd']['min_s']\n"
+        "assert len(roofline.points(record)) == len(roofline.shares(record)) == len(record['results']) - 1\n"
+        "assert roofline.shares(record)[0][2] == 0.6\n"
+    )
+    python("-c", code)
+
+
+def test_readme_has_what_was_measured_on_gpus() -> None:
+    python(BENCHMARKS / "readme_table.py", "--check")
+
+
+def test_table_of_gpus(results: Path, tmp_path: Path) -> None:
+    script, readme = BENCHMARKS / "readme_table.py", tmp_path / "README.md"
+    begin, end = python("-c", "import readme_table as t; print(t.BEGIN); print(t.END)").splitlines()
+    readme.write_text(f"before\n\n{begin}\n{end}\n\nafter\n")
+
+    def write(folder: Path) -> str:
+        python(script, "--results", folder, "--readme", readme)
+        python(script, "--results", folder, "--readme", readme, "--check")
+        first = readme.read_text()
+        python(script, "--results", folder, "--readme", readme)
+        assert readme.read_text() == first
+        assert first.startswith(f"before\n\n{begin}\n") and first.endswith(f"\n{end}\n\nafter\n")
+        return first
+
+    text = write(BENCHMARKS)  # no results there, least of all a CPU's
+    assert "Nothing has been measured on a GPU yet" in text and "|" not in text
+    with pytest.raises(AssertionError, match="out of date"):
+        python(script, "--results", results, "--readme", readme, "--check")
+    text = write(results)
+    assert "NVIDIA H000" in text and "bf16 GEMM 300 GFLOP/s" in text and "Nothing" not in text and "AMD" not in text
+    header, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert all(len(line) == len(header) for line in lines)
+    assert len(lines) == len(json.loads((results / "nvidia-h000.json").read_text())["results"])
+    assert lines[0][1].strip().endswith(" ms") and lines[0][-1].strip() == "share of the limit >= 0.6: unknown"
+    assert [cell.strip() for cell in lines[1][1:5]] == [""] * 4
+    readme.write_text("no place for it")
+    with pytest.raises(AssertionError, match="README needs these two lines"):
+        python(script, "--results", results, "--readme", readme)
+
+
+def test_one_problem_that_fails_stops_no_other(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch, report, bench_linear_kl, bench_logit_kl
+from dataclasses import replace
+def broken():
+    raise ZeroDivisionError("broken")
+def problems(device, quick):
+    (first,), others = bench_linear_kl.problems(device, True), bench_logit_kl.problems(device, True)
+    return [replace(first, prepare=broken), others[1]]
+sys.argv = ["bench", "--quick", "--json", {str(tmp_path)!r}]
+try:
+    report.main(problems, "Two problems.")
+except SystemExit as error:
+    assert error.code == 1, error.code
+assert report.measured(problems(torch.device("cpu"), True), 0, -1, lambda results: None)[1] is False
+"""
+    output = python("-c", code)
+    assert re.search(r"^fastkd  .*failed: broken$", output, re.MULTILINE)
+    (file,) = tmp_path.glob("*.json")
+    first, second = json.loads(file.read_text())["results"]
+    assert first["rows"]["fastkd"] == {"note": "failed: broken"} and first["targets"][0]["met"] is None
+    assert len(second["rows"]["fastkd"]["samples_s"]) >= 3
+
+
+def test_targets_are_judged() -> None:
+    code = (
+        "from harness import Target, _judge\n"
+        "rows = {'fastkd': {'min_s': 0.05, 'peak_mib': 10.0, 'of_limit': 0.7}}\n"
+        "rows['peer'] = {'min_s': 0.1, 'peak_mib': 40.0}\n"
+        "for quantity, bound, measured in (('peer', 0.4, 0.5), ('ms', 49, 50), ('memory', 9, 10), "
+        "('memory / peer', 0.2, 0.25), ('of limit', 0.8, 0.7)):\n"
+        "    found = _judge(Target(quantity, bound), rows)\n"
+        "    assert abs(found['measured'] - measured) < 1e-9 and found['met'] is False, found\n"
+        "    assert _judge(Target(quantity, measured), rows)['met'] is True\n"
+        "    nothing = {name: {'note': 'no'} for name in rows}\n"
+        "    assert _judge(Target(quantity, bound), nothing)['met'] is None\n"
+    )
+    python("-c", code)
+
+
+def test_limits_are_measured() -> None:
+    """Everything but exponentials here, and work that is about what was asked for."""
+    code = (
+        "import torch, limits\n"
+        "found = {x['limit']: x for x in limits.measure(torch.device('cpu'), 1e-5)}\n"
+        "assert found.pop('exponentials')['rate'] is None\n"
+        "assert set(found) == {'copy', 'bf16 GEMM', 'tf32 GEMM', 'fp32 GEMM'}\n"
+        "assert all(x['rate'] >= x['median_rate'] > 0 for x in found.values())\n"
+        "assert torch.get_float32_matmul_precision() == 'highest'\n"
+    )
+    python("-c", code)
+
+
+def test_problems_of_a_gpu_can_be_listed() -> None:
+    """With every way to the result that is to be compared, and a limit and targets that exist."""
+    code = (
+        "import torch, run\n"
+        "for problem in run.problems(torch.device('cuda')):\n"
+        "    rows = (*problem.implementations, problem.limit)\n"
+        "    for target in problem.targets:\n"
+        "        quantity = target.quantity.removeprefix('memory / ')\n"
+        "        assert quantity in (*rows, 'ms', 'memory', 'of limit'), (problem.title, target)\n"
+        "    print(problem.title, rows)\n"
+    )
+    listed = python("-c", code).splitlines()
+    for op, row in (
+        ("linear_kl T 1024 ", "fastkd, tiles"),
+        ("linear_kl T 8192", "Liger, Triton"),
+        ("relation", "roof"),
+    ):
+        assert any(op in line and row in line for line in listed), op

@@ -1,0 +1,95 @@
+"""Writes README's table of what was measured on GPUs, from benchmarks/results/<gpu>.json, between two comments.
+
+A cell is empty where nothing was measured. --check changes nothing: exit code 1 where README is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from roofline import OURS, RESULTS, gpu_results
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- what was measured on GPUs: benchmarks/readme_table.py writes this -->"
+END = "<!-- end of what was measured on GPUs -->"
+NOTHING = "Nothing has been measured on a GPU yet, and no figure for one appears here."
+PEERS = {"eager": ("eager", "reference"), "torch.compile": ("torch.compile",), "Liger": ("Liger", "Liger, Triton")}
+HEADER = ("", "fastkd", "share of the limit", "memory", "error", *PEERS, "meant to reach")
+
+
+def milliseconds(row: dict) -> str:
+    return f"{row['min_s'] * 1e3:.3g} ms" if "min_s" in row else ""
+
+
+def peer(rows: dict, names: tuple[str, ...]) -> str:
+    """The fastest of what runs under these names, and how much longer it takes."""
+    times = [rows[name] for name in names if "min_s" in rows.get(name, {})]
+    row = min(times, key=lambda row: row["min_s"], default={})
+    ratio = f" ({row['ratio']:.2f}x)" if row.get("ratio") else ""
+    return milliseconds(row) + ratio
+
+
+def targets(result: dict) -> str:
+    verdicts = {True: "met", False: "**missed**", None: "unknown"}
+    return "; ".join(
+        f"{t['target'].removeprefix(OURS + ' ')} {t['relation']} {t['bound']:g}: {verdicts[t['met']]}"
+        for t in result["targets"]
+    )
+
+
+def cells(result: dict) -> tuple[str, ...]:
+    rows, ours = result["rows"], result["rows"][OURS]
+    share = f"{100 * ours['of_limit']:.0f} % of {result['limit']}" if "of_limit" in ours else ""
+    memory = f"{ours['peak_mib']:.0f} MiB" if ours.get("peak_mib") is not None else ""
+    error = f"{ours['error']:.1e}" if "error" in ours else ""
+    return (
+        f"`{result['problem']}`", milliseconds(ours), share, memory, error,
+        *(peer(rows, names) for names in PEERS.values()), targets(result),
+    )  # fmt: skip
+
+
+def section(record: dict) -> str:
+    """One GPU's table, under the machine, the versions and the limits that were measured beside it."""
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    rates = ", ".join(f"{x['limit']} {x['rate']:.0f} {x['unit']}" for x in record.get("limits", []) if x["rate"])
+    about = f"{machine['gpu']}, {machine['date'][:10]}; {versions}. Measured beside it: {rates or 'nothing'}."
+    lines = [
+        f"{about} In brackets: how many times as long as fastkd.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (HEADER, ["---", *["---:"] * (len(HEADER) - 2), "---"])),
+        *(f"| {' | '.join(cells(result))} |" for result in record["results"]),
+    ]
+    return "\n".join(lines)
+
+
+def generated(folder: Path) -> str:
+    return "\n\n".join(section(record) for record in gpu_results(folder).values()) or NOTHING
+
+
+def replaced(readme: str, text: str) -> str:
+    """README with the text between its two comments."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        sys.exit(f"README needs these two lines, once each:\n{BEGIN}\n{END}")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text, old = generated(options.results), options.readme.read_text()
+    new = replaced(old, text)
+    if options.check:
+        sys.exit(f"{options.readme} is out of date: run benchmarks/readme_table.py" if new != old else 0)
+    print(text)
+    options.readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
