@@ -19,21 +19,27 @@ log(p / q), and that log(p / q) gets back what rounding took from the logarithms
 B batch, A heads, Lq queries, Lk keys, H = A d hidden. What varies from batch to batch is a run-time argument.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.dtypes import gradient_dtype
 from .common import (
     FORWARD_KL,
     JSD,
     REVERSE_KL,
     TVD,
     _beta_constants,
+    _choose,
     _coslope,
+    _dot,
     _double,
+    _load_valid,
     _log_1p,
     _pair_of,
     _slope,
@@ -41,28 +47,22 @@ from .common import (
     _value,
     _with_infinity,
 )
+from .tuning import launch
 
 __all__ = ["attention_kl", "relation_kl"]
 
+T = TypeVar("T")
+
 # The score of a masked key: low enough for a probability of exactly zero, and finite, so that differences are too.
 MASKED = tl.constexpr(-1e30)
-# Triton's interpreter would multiply the bits of bf16 operands.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 # What a row is kept as: coefficient, the logarithms log_s and log_t of both models' sums of exponentials, what rounding
 # took from log_t - log_s, mean of u, saturated, and for TVD the sign of q - p at the key with most of q (or 0).
 STATS = tl.constexpr(7)
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 # A matrix is (pointer, batch stride, row stride), and (pointer, row stride) once batch and head are known.
-
-
-@triton.jit
-def _choose(index, choices):
-    """choices[index], for an index known when the kernel runs. Alignment common to all choices stays known."""
-    chosen = choices[0]
-    for n in tl.static_range(1, len(choices)):
-        chosen = tl.where(index == n, choices[n], chosen)
-    return chosen
 
 
 @triton.jit
@@ -98,15 +98,6 @@ def _load(matrix, start, used, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _load_valid(key_mask, position, keys):
-    """Which keys exist and are not masked."""
-    valid = position < keys
-    if key_mask is not None:
-        valid &= tl.load(key_mask + position, mask=valid, other=0) != 0
-    return valid
-
-
-@triton.jit
 def _load_stats(stats, position, queries):
     """The statistics of a block of rows. Rows that do not exist have a coefficient of zero."""
     pointers, exists = stats + position, position < queries
@@ -122,13 +113,20 @@ def _load_stats(stats, position, queries):
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
-# A bias of one sequence and head is (pointer, query stride, key stride) or, by distance, (pointer, reach).
+# They and all logarithms are base 2, the GPU's own: scales carry log2(e), and an exponential is one instruction.
+# A bias of one sequence and head is (pointer, query stride, key stride) or, by distance, (pointer, reach), or () where
+# there is none.
+
+
+@triton.jit
+def _log2_scale(scale, F: tl.constexpr):
+    return (_double(scale) * LOG2E).to(F)
 
 
 @triton.jit
 def _bias_of(bias, b, a):
     if bias is None:
-        head = None
+        head = ()
     elif len(bias) == 2:
         head = bias[0] + a * (2 * bias[1] + 1), bias[1]
     else:
@@ -151,19 +149,11 @@ def _load_bias(bias, query_start, key_start, query, key, used, F: tl.constexpr):
 
 
 @triton.jit
-def _dot(x, y, F: tl.constexpr):
-    """x y in the working precision: 16-bit operands as they are, whose products are exact, and others in full."""
-    if x.dtype == tl.float64 or y.dtype == tl.float64 or tl.float64 == F or INTERPRETED:
-        x, y = x.to(F), y.to(F)
-    return tl.dot(x, y, input_precision="ieee", out_dtype=F)
-
-
-@triton.jit
 def _scores(own, other, scale, bias, query_start, key_start, query, key, used, F: tl.constexpr):
     """[own, other] scores; `used` says which of them matter."""
     s = scale * _dot(own, tl.trans(other), F)
-    if bias is not None:
-        s = _unmasked(s + _load_bias(bias, query_start, key_start, query, key, used, F))
+    if len(bias) > 0:
+        s = _unmasked(s + _load_bias(bias, query_start, key_start, query, key, used, F) * LOG2E)
     return s
 
 
@@ -178,7 +168,32 @@ def _log_probabilities(s, t, row):
 @triton.jit
 def _pair(s, t, row):
     log_q, log_p, log_ratio = _log_probabilities(s, t, row)
-    return _pair_of(tl.exp(tl.maximum(log_q, log_p)), log_ratio)
+    return _pair_of(tl.exp2(tl.maximum(log_q, log_p)), log_ratio * LN2)
+
+
+@triton.jit
+def _exp2_minus1(x):
+    """2^x - 1 for |x| < 1/2, accurate near 0."""
+    if x.dtype == tl.float64:
+        x *= LN2
+        poly = x * 0 + 1
+        for k in tl.static_range(14, 1, -1):
+            poly = 1 + x * poly / k
+    else:  # relative error 1e-8
+        poly = 1.540351223e-4 * x + 1.339073526e-3
+        poly = poly * x + 9.618237615e-3
+        poly = poly * x + 5.550357327e-2
+        poly = poly * x + 2.402264923e-1
+        poly = poly * x + 6.931471825e-1
+    return x * poly
+
+
+@triton.jit
+def _difference(s, t, row):
+    """q - p, to full relative accuracy."""
+    log_q, log_p, log_ratio = _log_probabilities(s, t, row)
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    return tl.where(tl.abs(log_ratio) < 0.5, p * _exp2_minus1(-log_ratio), q - p)
 
 
 @triton.jit
@@ -200,25 +215,24 @@ def _along(row, AXIS: tl.constexpr):
 def _gradient_of(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
     """coefficient * dD/ds for a tile, zero where it is not used, whatever the scores are there."""
     coefficient, _, _, _, mean, saturated, sign = row
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE == FORWARD_KL:
+        gradient = _difference(s, t, row)
+    elif DIVERGENCE == REVERSE_KL:
         log_q, _, log_ratio = _log_probabilities(s, t, row)
-        gradient = -tl.exp(log_q) * (log_ratio + mean)
+        gradient = -tl.exp2(log_q) * (log_ratio + mean)
     else:
         pair = _pair(s, t, row)
-        if DIVERGENCE == FORWARD_KL:
-            gradient = pair[2]
-        else:
-            slope, coslope = _slope(pair, beta, DIVERGENCE), _coslope(pair, beta, DIVERGENCE)
-            if DIVERGENCE == TVD:
-                # It jumps at p = q, and every kernel rounds scores in its own way. Where nearly all of q is at one key,
-                # the mean is u there: taken with the other sign here, it would not cancel.
-                q = pair[1]
-                slope, coslope = (
-                    tl.where(q > 0.5, 0.5 * sign * q, slope),
-                    tl.where(q > 0.5, 0.5 * (q - sign * q), coslope),
-                )
-            slope = tl.where(saturated != 0, -coslope, slope)
-            gradient = slope - pair[1] * mean
+        slope, coslope = _slope(pair, beta, DIVERGENCE), _coslope(pair, beta, DIVERGENCE)
+        if DIVERGENCE == TVD:
+            # It jumps at p = q, and every kernel rounds scores in its own way. Where nearly all of q is at one key,
+            # the mean is u there: taken with the other sign here, it would not cancel.
+            q = pair[1]
+            slope, coslope = (
+                tl.where(q > 0.5, 0.5 * sign * q, slope),
+                tl.where(q > 0.5, 0.5 * (q - sign * q), coslope),
+            )
+        slope = tl.where(saturated != 0, -coslope, slope)
+        gradient = slope - pair[1] * mean
     return tl.where(used, coefficient * gradient, 0)
 
 
@@ -250,7 +264,7 @@ def _both_scores(
     if CAUSAL:
         valid = valid & (start + j <= query_start + i)
     used = valid
-    if bias is not None or teacher_bias is not None:
+    if len(bias) > 0 or len(teacher_bias) > 0:
         used = valid & alive[:, None]
     key_rows = _load(k, start, key < keys, WIDTH_S, q.shape[1], BLOCK_N)
     s = _scores(q, key_rows, scale, bias, query_start, start, i, j, used, F)
@@ -286,9 +300,9 @@ def _statistics(
         s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
         top_s, top_t = tl.maximum(max_s, tl.max(s, 1)), tl.maximum(max_t, tl.max(t, 1))
         moved_s, moved_t = max_s - top_s, max_t - top_t
-        factor_s, factor_t = tl.exp(moved_s), tl.exp(moved_t)
+        factor_s, factor_t = tl.exp2(moved_s), tl.exp2(moved_t)
         s, t = s - top_s[:, None], t - top_t[:, None]
-        q, p = tl.exp(s), tl.exp(t)
+        q, p = tl.exp2(s), tl.exp2(t)
         # log(p / q) is relative to both maxima, so its moment follows when either moves
         if DIVERGENCE == FORWARD_KL:
             moment = factor_t * (moment + sum_t * (moved_t - moved_s)) + tl.sum(p * (t - s), 1)
@@ -385,10 +399,10 @@ def forward_kernel(
 
     q = _load(_choose_head(entry, student_q, b, a, WIDTH_S), start, exists, WIDTH_S, PADDED_S, BLOCK_M)
     k = _choose_head(entry, student_k, b, a, WIDTH_S)
-    student = q, k, _double(student_scale).to(F), _bias_of(student_bias, b, a)
+    student = q, k, _log2_scale(student_scale, F), _bias_of(student_bias, b, a)
     q = _load(_choose_head(entry, teacher_q, b, a, WIDTH_T), start, exists, WIDTH_T, PADDED_T, BLOCK_M)
     k = _choose_head(entry, teacher_k, b, a, WIDTH_T)
-    teacher = q, k, _double(teacher_scale).to(F), _bias_of(teacher_bias, b, a)
+    teacher = q, k, _log2_scale(teacher_scale, F), _bias_of(teacher_bias, b, a)
 
     max_s, sum_s, max_t, sum_t, moment = _statistics(
         student, teacher, key_mask, start, alive, end, keys, DIVERGENCE, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F
@@ -399,20 +413,21 @@ def forward_kernel(
     coefficient = tl.where(alive, coefficient, 0)
     shift = _log_1p((sum_t - sum_s) / sum_s)
     mean, saturated, sign = tl.zeros_like(shift), tl.zeros_like(shift), tl.zeros_like(shift)
+    factor = coefficient
     if DIVERGENCE == FORWARD_KL:
-        divergence = moment / sum_t - shift
+        divergence = moment * LN2 / sum_t - shift
     elif DIVERGENCE == REVERSE_KL:
-        divergence = moment / sum_s + shift
-        mean = divergence
-    log_s, log_t = max_s + tl.log(sum_s), max_t + tl.log(sum_t)
-    rounded = shift + ((max_t - log_t) - (max_s - log_s))
-    row = coefficient.to(F), log_s, log_t, rounded, mean, saturated, sign
+        divergence = moment * LN2 / sum_s + shift
+        mean, factor = divergence * LOG2E, coefficient * LN2  # of log(p / q), base 2
+    log_s, log_t = max_s + tl.log2(sum_s), max_t + tl.log2(sum_t)
+    rounded = shift * LOG2E + ((max_t - log_t) - (max_s - log_s))
+    row = factor.to(F), log_s, log_t, rounded, mean, saturated, sign
     if DIVERGENCE >= JSD:
         divergence, mean, saturated, sign = _mean_value(
             student, teacher, row, _beta_constants(_double(beta), F), key_mask, start, alive, end, keys,
             DIVERGENCE, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F,
         )  # fmt: skip
-        row = coefficient.to(F), log_s, log_t, rounded, mean, saturated, sign
+        row = factor.to(F), log_s, log_t, rounded, mean, saturated, sign
     loss = tl.where(alive, coefficient * _with_infinity(divergence).to(tl.float64), 0)
     tl.store(_choose(entry, losses) + index, loss, mask=exists)
     if stats is not None:
@@ -430,6 +445,7 @@ def _accumulate(
     total,
     own,
     other,
+    key_mask,  # not in `other`: in Triton 3.6 a tuple cannot hold None
     scales,
     biases,
     beta,
@@ -447,7 +463,7 @@ def _accumulate(
 ):
     """Adds G x or G^T x or, in relation_kl, (G + G^T) x over tiles of x."""
     own_x, own_y, own_start, own_valid, own_row = own
-    x, y, stats, key_mask, others = other
+    x, y, stats, others = other
     i, j = tl.arange(0, own_x.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
     for start in range(first, last, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
@@ -539,9 +555,8 @@ def gradient_kernel(
     own = x, y, start, valid, row
     x = _choose_head(entry, student_other, b, a, WIDTH_S)
     y = _choose_head(entry, teacher_other, b, a, WIDTH_T)
-    other = x, y, head_stats, key_mask, other_count
-    scale = _double(student_scale).to(F)
-    scales = scale, _double(teacher_scale).to(F)
+    other = x, y, head_stats, other_count
+    scales = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
     biases = _bias_of(student_bias, b, a), _bias_of(teacher_bias, b, a)
     b_constants = _beta_constants(_double(beta), F)
 
@@ -549,29 +564,29 @@ def gradient_kernel(
     total = tl.zeros((BLOCK_M, PADDED_S), F)
     if not CAUSAL:
         total = _accumulate(
-            total, own, other, scales, biases, b_constants, lift, 0, last,
+            total, own, other, key_mask, scales, biases, b_constants, lift, 0, last,
             DIVERGENCE, False, AS_QUERY, AS_KEY, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
     else:  # BLOCK_M is a multiple of BLOCK_N
         diagonal = tl.minimum(start + BLOCK_M, last)
         if AS_QUERY:
             total = _accumulate(
-                total, own, other, scales, biases, b_constants, lift, 0, tl.minimum(start, last),
+                total, own, other, key_mask, scales, biases, b_constants, lift, 0, tl.minimum(start, last),
                 DIVERGENCE, False, True, False, WIDTH_S, WIDTH_T, BLOCK_N, F,
             )  # fmt: skip
         total = _accumulate(
-            total, own, other, scales, biases, b_constants, lift, start, diagonal,
+            total, own, other, key_mask, scales, biases, b_constants, lift, start, diagonal,
             DIVERGENCE, True, AS_QUERY, AS_KEY, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
         if AS_KEY:
             total = _accumulate(
-                total, own, other, scales, biases, b_constants, lift, start + BLOCK_M, last,
+                total, own, other, key_mask, scales, biases, b_constants, lift, start + BLOCK_M, last,
                 DIVERGENCE, False, False, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
             )  # fmt: skip
     hidden = heads * WIDTH_S
     gradient = _choose(entry, gradients) + b * own_count * hidden + a * WIDTH_S
     pointers, exists = _pointers((gradient, hidden), start, WIDTH_S, PADDED_S, BLOCK_M)
-    total *= scale / lift
+    total *= _double(student_scale).to(F) / lift
     tl.store(pointers, total.to(gradient.dtype.element_ty), mask=(position < own_count)[:, None] & exists)
 
 
@@ -624,11 +639,15 @@ def bias_kernel(
     query_block, program = program % query_blocks, program // query_blocks
     first_a, first_b = program % bias_heads, program // bias_heads
     key = key_start + tl.arange(0, BLOCK_N)
-    scale, teacher_scale = _double(student_scale).to(F), _double(teacher_scale).to(F)
+    scale, teacher_scale = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
     b_constants = _beta_constants(_double(beta), F)
     total = tl.zeros((BLOCK_M, BLOCK_N), F)
+    first_block = query_block
+    if CAUSAL:  # blocks of queries that are before all of the keys
+        first_block = tl.maximum(query_block, key_start // BLOCK_M)
+        blocks_summed = tl.maximum(blocks_summed - (first_block - query_block), 0)
     for step in range(batches_summed * heads_summed * blocks_summed):
-        start = (query_block + step % blocks_summed) * BLOCK_M
+        start = (first_block + step % blocks_summed) * BLOCK_M
         a = first_a + step // blocks_summed % heads_summed
         b = tl.cast(first_b + step // blocks_summed // heads_summed, tl.int64)
         query = start + tl.arange(0, BLOCK_M)
@@ -708,7 +727,7 @@ def diagonals_kernel(
     query = start + i
     row = _load_stats(stats + head.to(tl.int64) * STATS * queries, query, queries)
     alive = row[0] != 0
-    scale, teacher_scale = _double(student_scale).to(F), _double(teacher_scale).to(F)
+    scale, teacher_scale = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
     student = _model(student_q, student_k, b, a, start, alive, scale, student_bias, WIDTH_S, PADDED_S, BLOCK)
     teacher = _model(teacher_q, teacher_k, b, a, start, alive, teacher_scale, teacher_bias, WIDTH_T, PADDED_T, BLOCK)
     b_constants = _beta_constants(_double(beta), F)
@@ -734,22 +753,6 @@ def diagonals_kernel(
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
-# Block sizes by kernel, bytes of a number and padded head width: (BLOCK_M, BLOCK_N, warps, stages), found by compiling
-# for sm_80, sm_90 and sm_100 without spills (tests/test_compile_gpu.py). Hopper's wgmma wants 64 rows to four warps.
-TILES = {
-    ("forward", 2): {128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
-    ("gradient", 2): {64: (128, 32, 8, 2), 128: (128, 16, 8, 2), 256: (32, 32, 8, 2)},
-    ("bias", 2): {128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
-    ("diagonals", 2): {128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    ("forward", 4): {128: (64, 16, 8, 2), 256: (32, 16, 8, 1)},
-    ("gradient", 4): {64: (32, 16, 8, 2), 256: (32, 16, 8, 1)},
-    ("bias", 4): {32: (32, 16, 4, 1), 128: (32, 16, 4, 2), 256: (32, 16, 8, 1)},
-    ("diagonals", 4): {128: (32, 32, 4, 2), 256: (16, 16, 4, 1)},
-    ("forward", 8): {64: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
-    ("gradient", 8): {64: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
-    ("bias", 8): {64: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
-    ("diagonals", 8): {64: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
-}
 # Relations that one launch takes: queries, keys and values of a layer.
 ENTRIES = 3
 
@@ -771,18 +774,10 @@ class _Setting:
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
 
-    def tiles(self, kernel: str) -> tuple[int, int, dict]:
-        """(BLOCK_M, BLOCK_N, launch options)"""
+    def launch(self, kernel: str, case: tuple, run: Callable[[dict], T]) -> T:
         size = max(self.student_dtype.itemsize, min(self.teacher_dtype.itemsize, 4))
-        width = max(self.width_s, self.width_t)
-        by_width = TILES[kernel, size]
-        block_m, block_n, warps, stages = by_width[min((w for w in by_width if w >= width), default=max(by_width))]
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        if (size == 2 or (size == 4 and kernel == "gradient")) and torch.version.hip is None:
-            # Left to itself, ptxas spills a few constants to fit one block more into a multiprocessor. Not so in the
-            # other kernels that multiply in fp32: there it would use up what it is given, and spill for that.
-            options["maxnreg"] = 255
-        return block_m, block_n, options
+        width = max(16, triton.next_power_of_2(max(self.width_s, self.width_t)))
+        return launch(kernel, size, width, (self, case), run)
 
     def constants(self) -> dict:
         return {
@@ -855,68 +850,83 @@ def _bias(bias: Tensor | None, coefficient: Tensor, keys: int) -> Bias:
     return bias, *bias.expand(*coefficient.shape, keys).stride()
 
 
+def _kind(bias: Bias) -> int | None:
+    """Dense, by distance, or none."""
+    return None if bias is None else len(bias)
+
+
 def _forward(entries: list[_Entry], setting: _Setting, student_bias: Bias, teacher_bias: Bias) -> None:
-    block_m, block_n, options = setting.tiles("forward")
     lengths = tuple(e.coefficient.shape[2] for e in entries)
+    key_lengths = tuple(e.student_k.shape[1] for e in entries)
     batch = entries[0].coefficient.shape[0]
-    blocks = triton.cdiv(max(lengths), block_m)
-    forward_kernel[(blocks * batch * setting.num_heads, len(entries))](
-        _matrices([e.student_q for e in entries]),
-        _matrices([e.student_k for e in entries]),
-        _matrices([e.teacher_q for e in entries]),
-        _matrices([e.teacher_k for e in entries]),
-        tuple(e.coefficient for e in entries),
-        None if entries[0].key_mask is None else tuple(e.key_mask for e in entries),
-        tuple(e.loss for e in entries),
-        None if entries[0].stats is None else tuple(e.stats for e in entries),
-        lengths,
-        tuple(e.student_k.shape[1] for e in entries),
-        student_bias,
-        teacher_bias,
-        setting.num_heads,
-        blocks,
-        CAUSAL=setting.causal,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        **setting.constants(),
-        **options,
-    )
+    key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
+    stats = None if entries[0].stats is None else tuple(e.stats for e in entries)
+
+    def run(options: dict) -> None:
+        blocks = triton.cdiv(max(lengths), options["BLOCK_M"])
+        forward_kernel[(blocks * batch * setting.num_heads, len(entries))](
+            _matrices([e.student_q for e in entries]),
+            _matrices([e.student_k for e in entries]),
+            _matrices([e.teacher_q for e in entries]),
+            _matrices([e.teacher_k for e in entries]),
+            tuple(e.coefficient for e in entries),
+            key_masks,
+            tuple(e.loss for e in entries),
+            stats,
+            lengths,
+            key_lengths,
+            student_bias,
+            teacher_bias,
+            setting.num_heads,
+            blocks,
+            CAUSAL=setting.causal,
+            **setting.constants(),
+            **options,
+        )
+
+    biases = _kind(student_bias), _kind(teacher_bias)
+    setting.launch("forward", (batch, lengths, key_lengths, key_masks is None, stats is None, *biases), run)
 
 
 def _gradient(
     entries: list[_Entry], setting: _Setting, student_bias: Bias, teacher_bias: Bias, as_query: bool, as_key: bool
 ) -> list[Tensor]:
     """The gradients of the entries' queries, keys, or what is both."""
-    block_m, block_n, options = setting.tiles("gradient")
     student = [e.student_q for e in entries], [e.student_k for e in entries]
     teacher = [e.teacher_q for e in entries], [e.teacher_k for e in entries]
     own, other = (0, 1) if as_query else (1, 0)
     gradients = [_empty_gradient(x) for x in student[own]]
-    lengths = tuple(x.shape[1] for x in student[own])
-    blocks = triton.cdiv(max(lengths), block_m)
-    gradient_kernel[(blocks * student[own][0].shape[0] * setting.num_heads, len(entries))](
-        _matrices(student[own]),
-        _matrices(student[other]),
-        _matrices(teacher[own]),
-        _matrices(teacher[other]),
-        tuple(e.stats for e in entries),
-        None if entries[0].key_mask is None else tuple(e.key_mask for e in entries),
-        None if entries[0].lift is None else tuple(e.lift for e in entries),
-        tuple(gradients),
-        lengths,
-        tuple(x.shape[1] for x in student[other]),
-        student_bias,
-        teacher_bias,
-        setting.num_heads,
-        blocks,
-        CAUSAL=setting.causal,
-        AS_QUERY=as_query,
-        AS_KEY=as_key,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        **setting.constants(),
-        **options,
-    )
+    lengths, other_lengths = (tuple(x.shape[1] for x in student[side]) for side in (own, other))
+    batch = student[own][0].shape[0]
+    key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
+
+    def run(options: dict) -> None:
+        blocks = triton.cdiv(max(lengths), options["BLOCK_M"])
+        gradient_kernel[(blocks * batch * setting.num_heads, len(entries))](
+            _matrices(student[own]),
+            _matrices(student[other]),
+            _matrices(teacher[own]),
+            _matrices(teacher[other]),
+            tuple(e.stats for e in entries),
+            key_masks,
+            None if entries[0].lift is None else tuple(e.lift for e in entries),
+            tuple(gradients),
+            lengths,
+            other_lengths,
+            student_bias,
+            teacher_bias,
+            setting.num_heads,
+            blocks,
+            CAUSAL=setting.causal,
+            AS_QUERY=as_query,
+            AS_KEY=as_key,
+            **setting.constants(),
+            **options,
+        )
+
+    kernel = "mixture_gradient" if setting.divergence >= JSD.value else "gradient"
+    biases = _kind(student_bias), _kind(teacher_bias)
+    setting.launch(kernel, (batch, lengths, other_lengths, key_masks is None, as_query, as_key, *biases), run)
     return gradients
 
 
@@ -928,9 +938,10 @@ def _bias_gradient(
     matrices = [
         (x, x.stride(0), x.stride(1)) for x in (entry.student_q, entry.student_k, entry.teacher_q, entry.teacher_k)
     ]
-    if len(shape) == 2:
-        block, _, options = setting.tiles("diagonals")
-        blocks = triton.cdiv(queries, block)
+    case = batch, queries, keys, entry.key_mask is None, tuple(shape), _kind(student_bias), _kind(teacher_bias)
+
+    def run_diagonals(options: dict) -> Tensor:
+        blocks = triton.cdiv(queries, options["BLOCK"])
         partial = entry.stats.new_zeros(batch, heads, blocks, shape[1])
         diagonals_kernel[(batch * heads * blocks,)](
             *matrices,
@@ -944,55 +955,53 @@ def _bias_gradient(
             heads,
             blocks,
             CAUSAL=setting.causal,
-            BLOCK=block,
             **setting.constants(),
             **options,
         )
         return partial.sum((0, 2), dtype=torch.float64).to(out)
+
+    if len(shape) == 2:
+        return setting.launch("diagonals", case, run_diagonals)
     gradient = torch.empty(shape, dtype=out, device=entry.student_q.device)
     if shape[3] != keys:  # a row's gradients add up to zero
         return gradient.zero_()
-    block_m, block_n, options = setting.tiles("bias")
     sum_queries = shape[2] != queries
-    blocks, key_blocks = triton.cdiv(queries, block_m), triton.cdiv(keys, block_n)
-    query_blocks, blocks_summed = (1, blocks) if sum_queries else (blocks, 1)
-    bias_kernel[(key_blocks * query_blocks * shape[0] * shape[1],)](
-        *matrices,
-        entry.stats,
-        entry.key_mask,
-        gradient,
-        queries,
-        keys,
-        student_bias,
-        teacher_bias,
-        heads,
-        key_blocks,
-        query_blocks,
-        shape[1],
-        batch // shape[0],
-        heads // shape[1],
-        blocks_summed,
-        CAUSAL=setting.causal,
-        SUM_QUERIES=sum_queries,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        **setting.constants(),
-        **options,
-    )
+
+    def run(options: dict) -> None:
+        blocks, key_blocks = triton.cdiv(queries, options["BLOCK_M"]), triton.cdiv(keys, options["BLOCK_N"])
+        query_blocks, blocks_summed = (1, blocks) if sum_queries else (blocks, 1)
+        bias_kernel[(key_blocks * query_blocks * shape[0] * shape[1],)](
+            *matrices,
+            entry.stats,
+            entry.key_mask,
+            gradient,
+            queries,
+            keys,
+            student_bias,
+            teacher_bias,
+            heads,
+            key_blocks,
+            query_blocks,
+            shape[1],
+            batch // shape[0],
+            heads // shape[1],
+            blocks_summed,
+            CAUSAL=setting.causal,
+            SUM_QUERIES=sum_queries,
+            **setting.constants(),
+            **options,
+        )
+
+    setting.launch("bias", case, run)
     return gradient
 
 
-def _gradient_dtype(x: Tensor) -> torch.dtype:
-    """That of the input; of fp16 fp32, for the loss scale is yet to come."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
 def _empty_gradient(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=_gradient_dtype(x), device=x.device)
+    return torch.empty(x.shape, dtype=gradient_dtype(x), device=x.device)
 
 
 def _no_gradient(x: Tensor) -> Tensor:
-    return torch.empty(0, dtype=_gradient_dtype(x), device=x.device)
+    return torch.empty(0, dtype=gradient_dtype(x), device=x.device)
 
 
 def attention_kl(
@@ -1037,7 +1046,7 @@ def attention_kl(
         if gradients[2]:
             assert student_bias is not None
             grad_bias = _bias_gradient(
-                entry, setting, *biases, shape=student_bias.shape, out=_gradient_dtype(student_bias)
+                entry, setting, *biases, shape=student_bias.shape, out=gradient_dtype(student_bias)
             )
     return entry.loss, grad_q, grad_k, grad_bias
 

@@ -27,17 +27,21 @@ columns computes n (n + 1) / 2 of n^2 tiles.
 N tokens, Ds and Dt widths. Neither is a constant of the kernels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_kl import INTERPRETED, _choose, _dot, _load_valid
-from .common import _double
+from .common import INTERPRETED, _choose, _dot, _double, _load_valid
+from .tuning import launch
 
 __all__ = ["cka_loss", "cka_loss_backward"]
+
+T = TypeVar("T")
 
 # Blocks of columns that a launch goes through together, for what they read to be in the second-level cache: up to so
 # many that is all of them.
@@ -74,6 +78,7 @@ def _choose_pair(index, students, teachers, means):
 
 @triton.jit
 def _mask_of(index, masks):
+    """masks[index], or None: which in Triton 3.6 no tuple can hold, not even on the right of an assignment."""
     mask = None
     if masks is not None:
         mask = _choose(index, masks)
@@ -172,7 +177,8 @@ def means_kernel(
     pair, program = tl.program_id(1), tl.program_id(0)
     student, teacher = _choose_pair(pair, students, teachers, means)
     matrix, column_start, _ = _block_of(program, student, teacher, BLOCK_D)
-    count, mask = _choose(pair, tokens), _mask_of(pair, masks)
+    count = _choose(pair, tokens)
+    mask = _mask_of(pair, masks)
     first = _first_valid(mask, count)
     exists = first + tl.arange(0, 1) < count
     shift = tl.sum(_load_rows(matrix, first, exists, column_start, BLOCK_D).to(F), 0)
@@ -249,7 +255,8 @@ def covariance_kernel(
     left, row_start, left_ours = _block_of(i, student, teacher, BLOCK)
     right, column_start, right_ours = _block_of(j, student, teacher, BLOCK)
     left_mean, right_mean = _load_mean(left, row_start, BLOCK), _load_mean(right, column_start, BLOCK)
-    count, mask = _choose(pair, tokens), _mask_of(pair, masks)
+    count = _choose(pair, tokens)
+    mask = _mask_of(pair, masks)
 
     total = tl.zeros((BLOCK, BLOCK), F)
     for start in range(0, count, BLOCK_K):
@@ -299,7 +306,8 @@ def gram_kernel(
 ):
     """A tile of the upper half of A A^T and of B B^T."""
     pair, program = tl.program_id(1), tl.program_id(0)
-    count, mask = _choose(pair, tokens), _mask_of(pair, masks)
+    count = _choose(pair, tokens)
+    mask = _mask_of(pair, masks)
     blocks = tl.cdiv(count, BLOCK)
     i, j = _upper_tile(program, blocks)
     if (i > j) | (j >= blocks):
@@ -505,22 +513,6 @@ def gram_gradient_kernel(
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
-# Block sizes by kernel and bytes of a number, found by compiling for sm_80, sm_90 and sm_100 without spills
-# (tests/test_compile_gpu.py): sizes of a tile, how far its loop goes in a step, warps and stages.
-TILES = {
-    ("covariance", 2): ({"BLOCK": 128, "BLOCK_K": 64}, 8, 3),
-    ("gram", 2): ({"BLOCK": 128, "BLOCK_K": 32}, 8, 4),
-    ("gradient", 2): ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
-    ("gram_gradient", 2): ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
-    ("covariance", 4): ({"BLOCK": 128, "BLOCK_K": 16}, 8, 3),
-    ("gram", 4): ({"BLOCK": 64, "BLOCK_K": 16}, 8, 2),
-    ("gradient", 4): ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16}, 8, 3),
-    ("gram_gradient", 4): ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),
-    ("covariance", 8): ({"BLOCK": 32, "BLOCK_K": 16}, 8, 1),
-    ("gram", 8): ({"BLOCK": 32, "BLOCK_K": 16}, 8, 1),
-    ("gradient", 8): ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, 8, 1),
-    ("gram_gradient", 8): ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, 8, 1),
-}
 MEAN_TILE = {"BLOCK_N": 128, "BLOCK_D": 32}
 LOSS_BLOCK = 2048
 # Pairs that one launch takes: the hidden states of encoder and decoder, say.
@@ -536,10 +528,8 @@ class _Setting:
     masked: bool
     by_grams: bool
 
-    def tiles(self, kernel: str) -> tuple[dict, dict]:
-        """(block sizes, launch options)"""
-        blocks, warps, stages = TILES[kernel, self.dtype.itemsize]
-        return blocks, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    def launch(self, kernel: str, case: tuple, run: Callable[[dict], T]) -> T:
+        return launch(kernel, self.dtype.itemsize, 0, (self, case), run)
 
     @property
     def kind(self) -> tl.dtype:
@@ -600,19 +590,24 @@ def _forward(
         *common, counts, **MEAN_TILE, F=setting.kind, num_warps=8, enable_fp_fusion=True
     )
 
-    blocks, options = setting.tiles("gram" if setting.by_grams else "covariance")
-    sides = [(n,) for n in tokens] if setting.by_grams else widths
-    programs = max(_programs_of_upper_half(sum(triton.cdiv(n, blocks["BLOCK"]) for n in side)) for side in sides)
-    programs = max(1, programs)
-    sums = counts.new_zeros(len(student), NORMS.value, programs)
     factors = None if factor is None else tuple(factor)
-    others = None
-    if setting.by_grams:
-        others = None if factor is None else tuple(torch.empty_like(x) for x in factor)
-        gram_kernel[(programs, len(student))](*common, factors, others, sums, **blocks, F=setting.kind, **options)
-    else:
-        covariance_kernel[(programs, len(student))](*common, factors, sums, **blocks, F=setting.kind, **options)
+    others = None if factor is None or not setting.by_grams else tuple(torch.empty_like(x) for x in factor)
+    sides = [(n,) for n in tokens] if setting.by_grams else widths
 
+    def run(options: dict) -> Tensor:
+        """[pairs, NORMS, programs]"""
+        programs = [_programs_of_upper_half(sum(triton.cdiv(n, options["BLOCK"]) for n in side)) for side in sides]
+        sums = counts.new_zeros(len(student), NORMS.value, max(1, *programs))
+        grid = sums.shape[2], len(student)
+        if setting.by_grams:
+            gram_kernel[grid](*common, factors, others, sums, F=setting.kind, **options)
+        else:
+            covariance_kernel[grid](*common, factors, sums, F=setting.kind, **options)
+        return sums
+
+    case = tokens, widths, factor is None
+    sums = setting.launch("gram" if setting.by_grams else "covariance", case, run)
+    programs = sums.shape[2]
     sizes = tuple(0 if factor is None else factor[n].numel() for n in range(len(student)))
     teacher_sizes = tuple(0 if setting.by_grams else ours * theirs for ours, theirs in widths)
     losses = torch.empty_like(counts)
@@ -650,24 +645,28 @@ def _backward(
     scales: Tensor,
 ) -> None:
     """Fills the gradients of the pairs of a launch."""
-    blocks, options = setting.tiles("gram_gradient" if setting.by_grams else "gradient")
-    rows, columns = blocks["BLOCK_M"], blocks["BLOCK_N"]
-    programs = max(triton.cdiv(x.shape[0], rows) * triton.cdiv(x.shape[1], columns) for x in student)
     kernel = gram_gradient_kernel if setting.by_grams else gradient_kernel
-    kernel[(programs, len(student))](
-        _matrices(student, setting),
-        _matrices(teacher, setting),
-        _masks(mask),
-        tuple(mean),
-        tuple(x.shape[0] for x in student),
-        tuple(factor),
-        tuple(gradients),
-        scales,
-        _lifts(factor) if setting.dtype == torch.float16 else None,
-        F=setting.kind,
-        **blocks,
-        **options,
-    )
+
+    def run(options: dict) -> None:
+        rows, columns = options["BLOCK_M"], options["BLOCK_N"]
+        programs = max(triton.cdiv(x.shape[0], rows) * triton.cdiv(x.shape[1], columns) for x in student)
+        kernel[(programs, len(student))](
+            *matrices,
+            _masks(mask),
+            tuple(mean),
+            tuple(x.shape[0] for x in student),
+            tuple(factor),
+            tuple(gradients),
+            scales,
+            lifts,
+            F=setting.kind,
+            **options,
+        )
+
+    matrices = _matrices(student, setting), _matrices(teacher, setting)
+    lifts = _lifts(factor) if setting.dtype == torch.float16 else None
+    case = tuple((*x.shape, t.shape[1]) for x, t in zip(student, teacher, strict=True))
+    setting.launch("gram_gradient" if setting.by_grams else "cka_gradient", case, run)
 
 
 def cka_loss(

@@ -6,6 +6,8 @@ Functions have the names and order of that file. All of them work on tiles of an
 import triton
 import triton.language as tl
 
+# Triton's interpreter would multiply the bits of bf16 operands.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # The order is that of fastkd.divergence.DIVERGENCES. Those from JSD on have no closed form and can saturate.
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
@@ -22,13 +24,14 @@ TVD = tl.constexpr(5)
 @triton.jit
 def _exp_nonpositive(x):
     """For x <= 0: e^x, e^x - 1 accurate near 0, and e^x - 1 - x accurate near 0."""
-    value = tl.exp(x)
     if x.dtype == tl.float64:
+        value = tl.exp(x)
         poly = x * 0 + 1
         for k in tl.static_range(19, 2, -1):
             poly = 1 + x * poly / k
         poly = 0.5 * poly
     else:  # relative error 2e-8 on [-1, 0]
+        value = tl.exp2(x * 1.4426950408889634)  # as tl.exp, but flushes subnormal results, which saves the GPU three
         poly = 1.3742419e-4 * x + 1.32481796e-3
         poly = poly * x + 8.30117045e-3
         poly = poly * x + 4.16592554e-2
@@ -61,6 +64,35 @@ def _log_1p(x):
 def _double(x):
     """A number given by the host, in fp64."""
     return tl.full((), x, tl.float64)
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _choose(index, choices):
+    """choices[index], for an index known when the kernel runs. Alignment common to all choices stays known."""
+    chosen = choices[0]
+    for n in tl.static_range(1, len(choices)):
+        chosen = tl.where(index == n, choices[n], chosen)
+    return chosen
+
+
+@triton.jit
+def _load_valid(mask, position, count):
+    """Which keys, or tokens, exist and are not masked."""
+    valid = position < count
+    if mask is not None:
+        valid &= tl.load(mask + position, mask=valid, other=0) != 0
+    return valid
+
+
+@triton.jit
+def _dot(x, y, F: tl.constexpr):
+    """x y in the working precision: 16-bit operands as they are, whose products are exact, and others in full."""
+    if x.dtype == tl.float64 or y.dtype == tl.float64 or tl.float64 == F or INTERPRETED:
+        x, y = x.to(F), y.to(F)
+    return tl.dot(x, y, input_precision="ieee", out_dtype=F)
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python -m tests.compile_attention                     # the table of what test_compile_gpu.py checks
     python -m tests.compile_attention --all               # every width, bias and target
     python -m tests.compile_attention --all --target sm_80
+    python -m tests.compile_attention --candidates        # and whatever tuning.autotune would time, which may spill
 
 The functions are called as on a GPU, with tensors that nobody reads: kernels are compiled as their launches specialise
 them, and not started. Not under TRITON_INTERPRET=1, where kernels are Python functions.
@@ -11,11 +12,13 @@ them, and not started. Not under TRITON_INTERPRET=1, where kernels are Python fu
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 
 from fastkd.divergence import divergence_code
 from fastkd.kernels import attention_kl as kernels
+from fastkd.kernels import tuning
 
 from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, resources, uses_wgmma
 
@@ -51,9 +54,17 @@ def measure(case: tuple) -> list[dict]:
     for kernel, binary, options in found:
         if kernel == "gradient":
             kernel += " of q" * options["AS_QUERY"] + " of k" * options["AS_KEY"]
-        measured = {"warps": options["num_warps"], "wgmma": uses_wgmma(binary), **resources(target, binary)}
-        results.append({**named, "kernel": kernel, **measured})
+        tile = "x".join(str(options[name]) for name in ("BLOCK", "BLOCK_M", "BLOCK_N") if name in options)
+        launched = {"tile": tile, "warps": options["num_warps"], "stages": options["num_stages"]}
+        engines = {"wgmma": uses_wgmma(binary), "tma": "cp.async.bulk.tensor" in binary.asm.get("ptx", "")}
+        results.append({**named, "kernel": kernel, **launched, **engines, **resources(target, binary)})
     return results
+
+
+def measure_candidates(case: tuple) -> list[dict]:
+    """As measure, in every configuration that tuning would time."""
+    with tuning.autotune(lambda run: float(run() is not None)):
+        return measure(case)
 
 
 def chosen() -> list[tuple]:
@@ -68,6 +79,7 @@ def chosen() -> list[tuple]:
         cases.append((target, "relation", "forward_kl", "fp32", 64, 32, False))
         cases.append((target, "attention", "forward_kl", "fp32", 128, 128, False))
     cases += [(target, "relation", "reverse_kl", "bf16", 128, 128, True) for target in ("sm_80", "sm_100")]
+    cases += [("sm_90", "relation", divergence, "bf16", 64, 64, False) for divergence in ("jsd", "skew_reverse_kl")]
     return cases
 
 
@@ -80,17 +92,20 @@ def everything() -> list[tuple]:
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'target':8}{'op':10}{'kernel':19}{'divergence':12}{'dtype':6}{'d':>4}/{'d':<4}{'causal':7}"
-        f"{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}  wgmma"
+        f"{'target':8}{'op':10}{'kernel':19}{'divergence':16}{'dtype':6}{'d':>4}/{'d':<4}{'causal':7}"
+        f"{'tile':>8}{'warps':>6}{'stages':>7}{'regs':>6}{'local':>7}{'shared':>8}  wgmma  tma"
     ]
     for r in results:
         lines.append(
-            f"{r['target']:8}{r['op']:10}{r['kernel']:19}{r['divergence']:12}{r['dtype']:6}{r['width_s']:4}/"
-            f"{r['width_t']:<4}{'yes' if r['causal'] else 'no':7}{r['warps']:6}{r['registers']:6}{r['local']:7}"
-            f"{r['shared']:8}  {'yes' if r['wgmma'] else 'no'}"
+            f"{r['target']:8}{r['op']:10}{r['kernel']:19}{r['divergence']:16}{r['dtype']:6}{r['width_s']:4}/"
+            f"{r['width_t']:<4}{'yes' if r['causal'] else 'no':7}{r['tile']:>8}{r['warps']:6}{r['stages']:7}"
+            f"{r['registers']:6}{r['local']:7}{r['shared']:8}  {'yes' if r['wgmma'] else 'no':5}  "
+            f"{'yes' if r['tma'] else 'no'}"
         )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(measure, cases))), table)
+    of_case = measure_candidates if "--candidates" in sys.argv else measure
+    sys.argv = [argument for argument in sys.argv if argument != "--candidates"]
+    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(of_case, cases))), table)

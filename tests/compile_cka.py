@@ -3,6 +3,7 @@
     python -m tests.compile_cka                     # the table of what test_compile_gpu.py checks
     python -m tests.compile_cka --all               # every dtype, both products and every target
     python -m tests.compile_cka --all --target sm_80
+    python -m tests.compile_cka --candidates        # and whatever tuning.autotune would time, which may spill
 
 As in tests/compile_attention.py, kernels are compiled as their launches specialise them, and not started.
 """
@@ -10,10 +11,12 @@ As in tests/compile_attention.py, kernels are compiled as their launches special
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 
 from fastkd.backend import interpret_triton
+from fastkd.kernels import tuning
 
 from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, resources, uses_wgmma
 
@@ -38,10 +41,19 @@ def measure(case: tuple) -> list[dict]:
         call(DTYPES[dtype], *rest)
     named = dict(zip(("target", "dtype", "grams", "pairs"), case, strict=True))
     results = []
-    for kernel, binary, _ in found:
-        measured = {"warps": binary.metadata.num_warps, "wgmma": uses_wgmma(binary), **resources(target, binary)}
-        results.append({**named, "kernel": kernel, **measured})
+    for kernel, binary, options in found:
+        names = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K")
+        tile = "x".join(str(options[name]) for name in names if name in options)
+        launched = {"tile": tile, "warps": binary.metadata.num_warps, "stages": binary.metadata.num_stages}
+        engines = {"wgmma": uses_wgmma(binary), "tma": "cp.async.bulk.tensor" in binary.asm.get("ptx", "")}
+        results.append({**named, "kernel": kernel, **launched, **engines, **resources(target, binary)})
     return results
+
+
+def measure_candidates(case: tuple) -> list[dict]:
+    """As measure, in every configuration that tuning would time."""
+    with tuning.autotune(lambda run: float(run() is not None)):
+        return measure(case)
 
 
 def chosen() -> list[tuple]:
@@ -57,15 +69,18 @@ def everything() -> list[tuple]:
 def table(results: list[dict]) -> str:
     lines = [
         f"{'target':8}{'kernel':15}{'dtype':6}{'product':12}{'pairs':6}"
-        f"{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}  wgmma"
+        f"{'tile':>12}{'warps':>6}{'stages':>7}{'regs':>6}{'local':>7}{'shared':>8}  wgmma  tma"
     ]
     for r in results:
         lines.append(
             f"{r['target']:8}{r['kernel']:15}{r['dtype']:6}{'Grams' if r['grams'] else 'covariance':12}{r['pairs']:5} "
-            f"{r['warps']:6}{r['registers']:6}{r['local']:7}{r['shared']:8}  {'yes' if r['wgmma'] else 'no'}"
+            f"{r['tile']:>12}{r['warps']:6}{r['stages']:7}{r['registers']:6}{r['local']:7}{r['shared']:8}  "
+            f"{'yes' if r['wgmma'] else 'no':5}  {'yes' if r['tma'] else 'no'}"
         )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(measure, cases))), table)
+    of_case = measure_candidates if "--candidates" in sys.argv else measure
+    sys.argv = [argument for argument in sys.argv if argument != "--candidates"]
+    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(of_case, cases))), table)

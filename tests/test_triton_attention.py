@@ -246,12 +246,22 @@ def test_scores_of_large_deviation(divergence: str, keys: int, deviation: float)
 def test_near_converged(divergence: str, deviation: float):
     """Rounded scores are all that sets a limit: fp32 autograd, which has the same, is at most half as far off."""
     arguments = make(queries=37, keys=203, deviation=deviation, near=1e-3)
+    if divergence == "tvd":  # its slope jumps where p = q: rows where rounding picks the side of a key are left out
+        q, k, teacher_q, teacher_k, _, _, coefficient, mask, _, _, *scales = (
+            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+        )
+        log_q, log_p = (
+            log_probabilities(*qk, None, mask, False, 1, scale, coefficient != 0)
+            for *qk, scale in ((q, k, scales[0]), (teacher_q, teacher_k, scales[1]))
+        )
+        coefficient = coefficient.masked_fill(((log_p - log_q).abs() < 2e-6 * deviation).any(-1), 0)
+        assert (coefficient != 0).sum() > 8
+        arguments = *arguments[:6], coefficient, *arguments[7:]
     got, wanted = run(arguments, divergence), oracle(*arguments, divergence)
     plain = oracle(*arguments, divergence, dtype=torch.float32)
     assert distance(got[0], wanted[0]) <= 2 * distance(plain[0], wanted[0])
     for mine, torchs, true in zip(got[1], plain[1], wanted[1], strict=True):
-        # the slope of tvd jumps where p = q: which side rounding takes is chance
-        least = 1e-4 if divergence == "tvd" else 0
+        least = 1e-6 if divergence == "tvd" else 0  # its slope is a constant times q
         assert distance(mine, true) <= max(2 * distance(torchs, true), least)
 
 

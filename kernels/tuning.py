@@ -1,0 +1,253 @@
+"""How a kernel is launched: a table of tiles, warps and stages by GPU, and opt-in timing of what else there is.
+
+    with fastkd.kernels.tuning.autotune() as found:
+        loss.backward()  # the first call of a kind times every candidate, the next ones take the fastest
+    print(found.lines())  # lines for TABLE
+
+Outside of `autotune` the table alone decides, so that results do not depend on how busy a GPU was. All configurations
+compute the same up to rounding.
+
+The table was found by compiling: nothing spills on sm_80, sm_90 and sm_100 (tests/test_compile_gpu.py). Candidates may.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from .common import INTERPRETED
+
+__all__ = ["Config", "Tuner", "autotune", "launch"]
+
+T = TypeVar("T")
+
+
+class Config(NamedTuple):
+    tile: tuple[int, ...]  # the sizes that TILE names
+    warps: int
+    stages: int
+    maxnreg: int | None = None  # registers of a thread, on NVIDIA
+
+
+_M_N, _SQUARE, _M_N_K = ("BLOCK_M", "BLOCK_N"), ("BLOCK", "BLOCK_K"), ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+TILE = {
+    "forward": _M_N,
+    "gradient": _M_N,
+    "mixture_gradient": _M_N,
+    "bias": _M_N,
+    "diagonals": ("BLOCK",),
+    "covariance": _SQUARE,
+    "gram": _SQUARE,
+    "cka_gradient": _M_N_K,
+    "gram_gradient": _M_N_K,
+}
+ANY = "any"
+# (kernel, bytes of a number, padded head width up to, GPU). Where a GPU has lines of its own, only they count.
+#
+# attention_kl. Hopper's wgmma wants 64 rows to four warps. Left to itself, ptxas spills a few constants to fit one more
+# block into a multiprocessor: hence 255 registers, and 128 where two blocks are to fit. Not so in most kernels that
+# multiply in fp32, which would use up what they are given, and spill for that. mixture_gradient is that of the
+# divergences from jsd on.
+TABLE = {
+    ("forward", 2, 128, ANY): Config((128, 32), 8, 3, 255),
+    ("forward", 2, 256, ANY): Config((64, 32), 8, 2, 255),
+    ("forward", 2, 256, "gfx942"): Config((64, 16), 4, 1),
+    ("gradient", 2, 64, ANY): Config((128, 32), 8, 2, 255),
+    ("gradient", 2, 128, ANY): Config((128, 16), 8, 2, 255),
+    ("gradient", 2, 256, ANY): Config((32, 32), 8, 2, 255),
+    ("gradient", 2, 64, "sm_80"): Config((128, 32), 8, 2, 255),
+    ("gradient", 2, 128, "sm_80"): Config((64, 32), 8, 2, 255),
+    ("gradient", 2, 256, "sm_80"): Config((32, 32), 8, 2, 255),
+    ("gradient", 2, 128, "gfx942"): Config((128, 16), 8, 2),
+    ("gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
+    ("mixture_gradient", 2, 128, ANY): Config((128, 16), 8, 2, 255),
+    ("mixture_gradient", 2, 256, ANY): Config((32, 32), 8, 2, 255),
+    ("mixture_gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
+    ("bias", 2, 128, ANY): Config((64, 32), 8, 2, 255),
+    ("bias", 2, 256, ANY): Config((32, 32), 8, 2, 255),
+    ("bias", 2, 256, "gfx942"): Config((32, 16), 4, 1),
+    ("diagonals", 2, 128, ANY): Config((64,), 8, 2, 255),
+    ("diagonals", 2, 256, ANY): Config((32,), 8, 2, 255),
+    ("diagonals", 2, 64, "gfx942"): Config((32,), 8, 2),
+    ("diagonals", 2, 256, "gfx942"): Config((16,), 4, 1),
+    ("forward", 4, 64, ANY): Config((64, 16), 8, 2),
+    ("forward", 4, 128, ANY): Config((64, 16), 8, 2, 128),
+    ("forward", 4, 256, ANY): Config((32, 16), 8, 1),
+    ("gradient", 4, 64, ANY): Config((32, 16), 8, 2, 255),
+    ("gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
+    ("mixture_gradient", 4, 64, ANY): Config((32, 16), 8, 2, 255),
+    ("mixture_gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
+    ("bias", 4, 32, ANY): Config((32, 16), 4, 1),
+    ("bias", 4, 128, ANY): Config((32, 16), 4, 2),
+    ("bias", 4, 256, ANY): Config((32, 16), 8, 1),
+    ("diagonals", 4, 128, ANY): Config((32,), 4, 2),
+    ("diagonals", 4, 256, ANY): Config((16,), 4, 1),
+    ("diagonals", 4, 256, "gfx942"): Config((16,), 4, 1),
+}
+for _kernel in ("forward", "gradient", "mixture_gradient", "bias"):
+    TABLE[_kernel, 8, 64, ANY], TABLE[_kernel, 8, 256, ANY] = Config((32, 32), 8, 1), Config((16, 16), 4, 1)
+TABLE["diagonals", 8, 64, ANY], TABLE["diagonals", 8, 256, ANY] = Config((32,), 8, 1), Config((16,), 4, 1)
+# cka_loss, whose widths are no constants.
+TABLE |= {
+    ("covariance", 2, 0, ANY): Config((128, 64), 8, 3),
+    ("gram", 2, 0, ANY): Config((128, 32), 8, 4),
+    ("cka_gradient", 2, 0, ANY): Config((128, 128, 32), 8, 3),
+    ("gram_gradient", 2, 0, ANY): Config((128, 128, 32), 8, 3),
+    ("covariance", 4, 0, ANY): Config((128, 16), 8, 3),
+    ("gram", 4, 0, ANY): Config((64, 16), 8, 2),
+    ("cka_gradient", 4, 0, ANY): Config((128, 128, 16), 8, 3),
+    ("gram_gradient", 4, 0, ANY): Config((64, 64, 16), 8, 3),
+    ("covariance", 8, 0, ANY): Config((32, 16), 8, 1),
+    ("gram", 8, 0, ANY): Config((32, 16), 8, 1),
+    ("cka_gradient", 8, 0, ANY): Config((32, 32, 16), 8, 1),
+    ("gram_gradient", 8, 0, ANY): Config((32, 32, 16), 8, 1),
+}
+
+
+@lru_cache
+def heuristic(kernel: str, size: int, width: int, gpu: str) -> Config:
+    """The line of the narrowest width that fits, or the widest."""
+    lines = [line for line in TABLE if line[:2] == (kernel, size) and line[3] in (gpu, ANY)]
+    return TABLE[min(lines, key=lambda line: (line[3] == ANY, line[2] < width, abs(line[2] - width)))]
+
+
+# ---- launch ----------------------------------------------------------------------------------------------------------
+
+
+def _gpu() -> str:
+    """The current device, as the table calls it: the most alike of those that kernels are compiled for."""
+    if INTERPRETED.value:
+        return ANY
+    target = driver.active.get_current_target()
+    if target.backend != "cuda":
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
+
+
+def launch(kernel: str, size: int, width: int, case: Hashable, run: Callable[[dict[str, Any]], T]) -> T:
+    """run(block sizes and launch options); `case` is all else that its speed depends on, numbers for sizes."""
+    line = kernel, size, width, _gpu()
+    config = heuristic(*line)
+    if _tuner is not None:
+        config = _tuner.fastest(line, case, config, run)
+    return run(_options(line, config))
+
+
+def _options(line: tuple, config: Config) -> dict[str, Any]:
+    kernel, _, _, gpu = line
+    options = dict(zip(TILE[kernel], config.tile, strict=True))
+    options |= {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    if config.maxnreg is not None and gpu != "gfx942":
+        options["maxnreg"] = config.maxnreg
+    return options
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+# What is timed besides the table's choice: (kernel, bytes of a number). Rows are a multiple of columns, as causal
+# gradients need.
+CANDIDATES = {
+    ("forward", 2): [
+        *(Config((128, 32), 8, stages, registers) for stages in (2, 3, 4) for registers in (80, 255)),
+        *(Config((128, 64), 8, stages, 255) for stages in (2, 3)),
+        *(Config((64, columns), 4, stages, 255) for columns in (32, 64) for stages in (2, 3)),
+    ],
+    ("gradient", 2): [
+        *(Config((128, 16), 8, stages, registers) for stages in (2, 3) for registers in (128, 255)),
+        *(Config((128, 32), 8, 3, registers) for registers in (128, 255)),
+        *(Config((64, columns), 4, stages, 255) for columns in (16, 32) for stages in (2, 3)),
+    ],
+    ("mixture_gradient", 2): [Config((64, 16), 4, 2, 255), Config((64, 16), 8, 2, 128)],
+    ("bias", 2): [Config((64, 64), 8, 2, 255), Config((128, 32), 8, 2, 255), Config((64, 32), 4, 2, 255)],
+    ("diagonals", 2): [Config((32,), 4, 2, 255), Config((64,), 4, 2, 255), Config((64,), 8, 3, 255)],
+    ("covariance", 2): [
+        *(Config((128, 64), 8, stages) for stages in (2, 4)),
+        *(Config((128, 32), 8, stages) for stages in (3, 4)),
+    ],
+    ("gram", 2): [Config((128, 32), 8, 3), Config((128, 64), 8, 2), Config((64, 64), 4, 3)],
+    ("cka_gradient", 2): [
+        *(Config((128, 128, 64), 8, stages) for stages in (2, 3)),
+        Config((128, 128, 32), 8, 4),
+    ],
+    ("gram_gradient", 2): [
+        *(Config((128, 128, 64), 8, stages) for stages in (2, 3)),
+        Config((128, 128, 32), 8, 4),
+    ],
+}
+
+
+def candidates(line: tuple) -> list[Config]:
+    """The table's choice comes first: of equals it is taken."""
+    return list(dict.fromkeys([heuristic(*line), *CANDIDATES.get(line[:2], [])]))
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    """A tenth of ten runs in a row, the median of five times."""
+    run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(5)]
+    for start, end in events:
+        torch.cuda._sleep(10_000_000)  # else it would be the host's launches that are timed
+        start.record()
+        for _ in range(10):
+            run()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[2] / 10
+
+
+class Tuner:
+    """What `autotune` has found: for every kind of call the milliseconds of its candidates."""
+
+    def __init__(self, timer: Callable[[Callable[[], object]], float]):
+        self.timer = timer
+        self.found: dict[tuple, dict[Config, float]] = {}
+
+    def fastest(self, line: tuple, case: Hashable, default: Config, run: Callable[[dict[str, Any]], object]) -> Config:
+        on_gpu = torch.cuda.is_available()
+        key = line, torch.cuda.current_device() if on_gpu else None, _bucket(case)
+        if key not in self.found:
+            if on_gpu and torch.cuda.is_current_stream_capturing():
+                return default  # nothing can be timed there
+            self.found[key] = {config: self._time(line, config, run) for config in candidates(line)}
+        times = self.found[key]
+        return min(times, key=times.__getitem__)
+
+    def _time(self, line: tuple, config: Config, run: Callable[[dict[str, Any]], object]) -> float:
+        try:
+            return self.timer(lambda: run(_options(line, config)))
+        except (OutOfResources, PTXASError):
+            return float("inf")
+
+    def lines(self) -> str:
+        """For TABLE, each with its time and that of the table's choice, and what was called."""
+        lines = []
+        for (line, _, case), times in self.found.items():
+            best = min(times, key=times.__getitem__)
+            time, by_table = f"{times[best]:.4f} ms", f"{times[heuristic(*line)]:.4f} by the table"
+            lines.append(f"{line}: Config{tuple(best)},  # {time}, {by_table}: {case}")
+        return "\n".join(lines)
+
+
+def _bucket(case: Hashable) -> Hashable:
+    """Sizes up to the next power of two."""
+    if isinstance(case, tuple):
+        return tuple(_bucket(x) for x in case)
+    return triton.next_power_of_2(case) if type(case) is int and case > 0 else case
+
+
+_tuner: Tuner | None = None
+
+
+@contextmanager
+def autotune(timer: Callable[[Callable[[], object]], float] = _milliseconds) -> Iterator[Tuner]:
+    """Within, kernels run in the fastest configuration: launches repeat, and results may change in their last bits."""
+    global _tuner
+    before, _tuner = _tuner, Tuner(timer)
+    try:
+        yield _tuner
+    finally:
+        _tuner = before

@@ -1,0 +1,191 @@
+"""The table of launch configurations, and that timing chooses among what computes the same."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from fastkd import reference
+from fastkd.divergence import divergence_code
+
+from .cases import distance, running_on
+
+pytest.importorskip("triton", reason="Triton is not installed")
+tuning = importlib.import_module("fastkd.kernels.tuning")  # ours: a failure to import it is a failure
+attention = importlib.import_module("fastkd.kernels.attention_kl")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = {"covariance": (2, 4, 8), "gram": (2, 4, 8), "cka_gradient": (2, 4, 8), "gram_gradient": (2, 4, 8)}
+Config = tuning.Config
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+
+class Timer:
+    """Runs what it is given, and calls the one that comes at `fastest` the fastest."""
+
+    def __init__(self, fastest: int):
+        self.fastest, self.calls = fastest, 0
+
+    def __call__(self, run) -> float:
+        run()
+        self.calls += 1
+        return 1.0 if self.calls - 1 == self.fastest else 2.0
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The configurations that kernels are launched with, in turn."""
+    found, options = [], tuning._options
+
+    def recorded(line, config):
+        found.append((line[0], config))
+        return options(line, config)
+
+    monkeypatch.setattr(tuning, "_options", recorded)
+    return found
+
+
+# ---- table -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "gfx942", tuning.ANY])
+def test_every_kernel_has_a_line(gpu: str):
+    for kernel, names in tuning.TILE.items():
+        for size in (2, 4, 8):
+            for width in (0,) if kernel in SIZES else (16, 32, 64, 128, 256, 512):
+                config = tuning.heuristic(kernel, size, width, gpu)
+                assert len(config.tile) == len(names)
+                options = tuning._options((kernel, size, width, gpu), config)
+                assert set(names) <= set(options)
+                assert gpu != "gfx942" or "maxnreg" not in options
+
+
+def test_the_narrowest_line_that_fits(monkeypatch: pytest.MonkeyPatch):
+    a, b, c, d = (Config((n, n), 4, 1) for n in range(4))
+    lines = {("f", 2, 64, "any"): a, ("f", 2, 128, "any"): b, ("f", 2, 32, "x"): c, ("f", 4, 64, "any"): d}
+    monkeypatch.setattr(tuning, "TABLE", lines)
+    wanted = {(16, "y"): a, (64, "y"): a, (65, "y"): b, (512, "y"): b, (16, "x"): c, (64, "x"): c}
+    for (width, gpu), config in wanted.items():
+        assert tuning.heuristic.__wrapped__("f", 2, width, gpu) == config
+    assert tuning.heuristic.__wrapped__("f", 4, 16, "x") == d
+
+
+def test_causal_gradients_can_run_every_configuration():
+    """They split keys where a block of queries starts: rows are a multiple of columns."""
+    every = [(line[:2], config) for line, config in tuning.TABLE.items()]
+    every += [(line, config) for line, configs in tuning.CANDIDATES.items() for config in configs]
+    for (kernel, _), config in every:
+        if tuning.TILE[kernel] == ("BLOCK_M", "BLOCK_N"):
+            assert config.tile[0] % config.tile[1] == 0, (kernel, config)
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def attend(causal: bool = True, queries: int = 70, divergence: str = "forward_kl", bias: str = "diagonals"):
+    torch.manual_seed(0)
+    x, y = (torch.randn(1, queries, 2 * width, device=DEVICE).bfloat16() for width in (12, 24))
+    coefficient = torch.rand(1, 2, queries, device=DEVICE).double()
+    shape = (2, 9) if bias == "diagonals" else (1, 2, queries, queries)
+    biases = torch.randn(shape, device=DEVICE), None
+    wanted = [True, True, True]
+    arguments = coefficient, None, causal, 2, 0.5, 0.4, wanted, divergence_code(divergence), 0.5
+    return attention.attention_kl(x, x, y, y, *biases, *arguments)
+
+
+@pytest.mark.parametrize("kernel, bias, divergence", [
+    ("forward", "diagonals", "forward_kl"),
+    ("gradient", "diagonals", "reverse_kl"),
+    ("mixture_gradient", "dense", "jsd"),
+    ("bias", "dense", "forward_kl"),
+    ("diagonals", "diagonals", "forward_kl"),
+])  # fmt: skip
+def test_candidates_of_attention_agree(monkeypatch: pytest.MonkeyPatch, kernel: str, bias: str, divergence: str):
+    """Every one of them, put in the place of the table's."""
+    plain = attend(bias=bias, divergence=divergence)
+    tiles = {config.tile: config for config in tuning.CANDIDATES[kernel, 2]}
+    heuristic = tuning.heuristic
+    for config in tiles.values():
+        monkeypatch.setattr(tuning, "heuristic", lambda *line, c=config: c if line[0] == kernel else heuristic(*line))
+        for mine, other in zip(attend(bias=bias, divergence=divergence), plain, strict=True):
+            assert distance(mine, other) <= (1e-6 if other.dtype == torch.float64 else 4e-3), config
+
+
+@pytest.mark.parametrize("tokens", [20, 150])
+def test_candidates_of_cka_agree(monkeypatch: pytest.MonkeyPatch, tokens: int):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(tokens, width, device=DEVICE).bfloat16() for width in (24, 40))
+    op = torch.ops.fastkd
+
+    def run():
+        with running_on("triton"):
+            loss, mean, factor = op.cka_loss([student], [teacher], [None], [True], 1e-8, False)
+            (gradient,) = op.cka_loss_backward([student], [teacher], [None], mean, factor, [True], loss)
+        return loss, gradient
+
+    plain = run()
+    (true,) = reference.cka_loss([student.double()], [teacher.double()], mask=[None], eps=1e-8, squared=False)
+    assert abs(plain[0].item() - true.item()) <= 1e-3
+    heuristic = tuning.heuristic
+    for kernel in ("gram", "gram_gradient") if tokens == 20 else ("covariance", "cka_gradient"):
+        for config in {c.tile: c for c in tuning.CANDIDATES[kernel, 2]}.values():
+            monkeypatch.setattr(
+                tuning, "heuristic", lambda *line, k=kernel, c=config: c if line[0] == k else heuristic(*line)
+            )
+            loss, gradient = run()
+            assert abs(loss - plain[0]) <= 1e-6 and distance(gradient, plain[1]) <= 4e-3, config
+
+
+def test_the_fastest_is_used(monkeypatch: pytest.MonkeyPatch, used: list):
+    """Timed by the first call of a kind, remembered for the next, and forgotten outside."""
+    monkeypatch.setattr(tuning, "CANDIDATES", {("forward", 2): [Config((64, 16), 4, 1), Config((32, 32), 4, 2)]})
+    plain = attend(queries=33)
+    monkeypatch.setattr(tuning, "_milliseconds", None)  # no other timer than ours
+    timer = Timer(fastest=2)
+    with tuning.autotune(timer) as found:
+        tuned = attend(queries=33)
+        assert timer.calls == 3 + 3  # those of forward; the one there is for queries, keys and bias each
+        del used[:]
+        again = attend(queries=40)
+    assert timer.calls == 6 and [kernel for kernel, _ in used] == ["forward", "gradient", "gradient", "diagonals"]
+    assert used[0][1] == Config((32, 32), 4, 2)
+    assert all(config == tuning.heuristic(kernel, 2, 32, tuning._gpu()) for kernel, config in used[1:])
+    for mine, other in zip(tuned, plain, strict=True):
+        assert distance(mine, other) <= (1e-6 if other.dtype == torch.float64 else 4e-3)
+    assert again[0].shape == (1, 2, 40)
+    lines = found.lines().splitlines()
+    assert len(lines) == 4
+    table = eval("{" + lines[0].split("#")[0] + "}", {"Config": Config})
+    assert table == {("forward", 2, 32, tuning._gpu()): Config((32, 32), 4, 2)}
+    assert "1.0000 ms, 2.0000 by the table" in lines[0]
+    del used[:]
+    assert all(torch.equal(mine, other) for mine, other in zip(attend(queries=33), plain, strict=True))
+    assert used[0][1] == tuning.heuristic("forward", 2, 32, tuning._gpu()) and timer.calls == 6
+
+
+def test_what_is_timed_apart():
+    """Causality and sizes beyond the next power of two; of equals the table's choice is taken."""
+    with tuning.autotune(lambda run: 1.0) as found:
+        for causal, queries, kinds in [(True, 33, 4), (False, 33, 8), (False, 40, 8), (False, 17, 12)]:
+            attend(causal, queries)
+            assert len(found.found) == kinds
+    for (line, _, _), times in found.found.items():
+        assert min(times, key=times.__getitem__) == tuning.heuristic(*line)
+        assert set(tuning.CANDIDATES[line[:2]]) <= set(times)
+
+
+def test_a_configuration_that_does_not_fit_is_not_taken():
+    def timer(run):
+        if not timer.refused:
+            timer.refused = True
+            raise tuning.OutOfResources(1, 0, "shared memory")
+        return 1.0
+
+    timer.refused = False
+    with tuning.autotune(timer) as found:
+        attend(queries=17)
+    times = next(iter(found.found.values()))
+    assert float("inf") == next(iter(times.values())) and min(times.values()) == 1.0
