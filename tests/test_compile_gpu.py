@@ -7,6 +7,8 @@ not compiled here. Of those left out, some fp64 kernels are known to spill on gf
 
 Triton, attention: what tests/compile_attention.py chooses; all of it by `python -m tests.compile_attention --all`.
 
+Triton, linear: what tests/compile_linear.py chooses; all of it by `python -m tests.compile_linear --all`.
+
 Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.compile_cka --all`.
 
 nvcc: all of csrc/cuda, for sm_80 and sm_90.
@@ -126,6 +128,36 @@ def test_cka_multiplies_by_warp_group(cka: list):
     hopper = [kernel for kernel in cka if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
     hopper = [kernel for kernel in hopper if kernel["kernel"] in gemms]
     assert {kernel["kernel"] for kernel in hopper} == set(gemms)
+    assert all(kernel["wgmma"] for kernel in hopper), hopper
+
+
+@pytest.fixture(scope="module")
+def linear() -> list:
+    return _compiled("compile_linear")
+
+
+def test_no_linear_kernel_spills(linear: list):
+    from .compile_linear import table
+
+    print("\n" + table(linear))
+    spilling = [kernel for kernel in linear if kernel["local"] != 0]
+    assert not spilling, "\n" + table(spilling)
+    assert {kernel["target"] for kernel in linear} == {"sm_80", "sm_90", "sm_100"}
+
+
+def test_shared_memory_and_registers_of_linear_fit(linear: list):
+    from .compile_common import SHARED_LIMIT
+
+    for kernel in linear:
+        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
+        assert 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
+
+
+def test_linear_multiplies_by_warp_group(linear: list):
+    """wgmma is Hopper's way to the full rate of its tensor cores."""
+    hopper = [kernel for kernel in linear if kernel["target"] == "sm_90" and kernel["dtype"] in ("bf16", "fp16")]
+    hopper = [kernel for kernel in hopper if kernel["kernel"] in ("statistics", "values", "gradient")]
+    assert {kernel["kernel"] for kernel in hopper} == {"statistics", "values", "gradient"}
     assert all(kernel["wgmma"] for kernel in hopper), hopper
 
 

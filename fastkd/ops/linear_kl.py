@@ -8,31 +8,41 @@ weight. The [T, V] logits never exist, and nothing is computed twice: 2 T V (Ht 
 A scalar loss fixes every token's coefficient before the pass, so the gradients are made in the forward pass and scaled
 by the upstream gradient in the backward pass. Per-token losses do not know theirs: their backward runs the op again.
 
+On a GPU there are two ways. By rows, as above, the scores of a chunk go through memory; by tiles (kernels/linear_kl.py)
+they never leave the multiprocessor, at the price of multiplying twice where gradients are wanted. `_by_tiles` chooses.
+
 T tokens, V vocabulary, Hs and Ht hidden widths.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..backend import use_fused
+from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite
+from ..divergence import divergence_code
 from .chunks import token_chunks
-from .divergence_rows import _OBJECTIVE, STATS, divergence_rows_, divergence_stats
+from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_rows_, divergence_stats
 from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
-# For the two score buffers of a chunk: enough rows in flight for the GEMMs to run at full speed.
+# For the two score buffers of a chunk: enough rows in flight for the GEMMs to run at full speed. On a GPU, in bf16, T
+# 8192, V 128256, Hs 4096 take 788 MB for scores of 768 tokens, 134 MB for the hidden states' gradient and a copy of
+# them without dropped tokens, and 2.1 GB for the gradients of all scores, which is what accumulating the weight's
+# gradient in fp32 would take. At T 1024 the last are 263 MB, and the scores are those of 512 tokens.
 WORKSPACE_MB = {"cpu": 128, "cuda": 768}
 # Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
 WIDENED_ROWS = 4096
+# A GPU's GEMM has tiles of so many rows.
+GEMM_ROWS = 128
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
@@ -60,7 +70,16 @@ def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, lab
     return _outputs(student_hidden, student_weight, student_bias, coefficient, gradients)
 
 
-# ---- forward, with the gradients ------------------------------------------------------------------------------------
+class _Head(NamedTuple):
+    """One model's vocabulary projection and what goes into it."""
+
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+
+
+# ---- forward, with the gradients: on a CPU --------------------------------------------------------------------------
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -71,40 +90,24 @@ def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor
         yield rows, weight[rows].to(dtype)
 
 
-def _scores_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+def _scores_(out: Tensor, hidden: Tensor, head: _Head, vocabulary: int) -> None:
     """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
-    if hidden.is_cuda and hidden.itemsize == 2 and out.dtype == torch.float32:
-        # tensor cores multiply 16-bit operands, accumulate in fp32 and write that
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-        if scale != 1:
-            out.mul_(scale)
-        if bias is not None:
-            out.add_(bias)
-        return
     hidden = hidden.to(out.dtype)
-    for columns, block in _widened(weight, out.dtype):
+    for columns, block in _widened(head.weight[:vocabulary], out.dtype):
         target = out[:, columns]
-        if bias is None:
-            torch.addmm(target, hidden, block.t(), beta=0, alpha=scale, out=target)
+        if head.bias is None:
+            torch.addmm(target, hidden, block.t(), beta=0, alpha=head.scale, out=target)
         else:
-            torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), alpha=scale, out=target)
-
-
-def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float, first: bool) -> None:
-    """out = scale * a @ b, plus what out holds unless this is the first time; in out's dtype."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b.to(out.dtype), beta=0 if first else 1, alpha=scale)
-    else:
-        product = torch.mm(a, b, out_dtype=out.dtype)
-        out.copy_(product.mul_(scale)) if first else out.add_(product, alpha=scale)
+            bias = head.bias[:vocabulary][columns].to(out.dtype)
+            torch.addmm(bias, hidden, block.t(), alpha=head.scale, out=target)
 
 
 class _Gradients:
     """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype, wanted):
-        self.weight, self.scale = weight, scale
-        self.dtype = weight.dtype if weight.is_cuda else dtype  # of the GEMM operands
+    def __init__(self, student: _Head, dtype: torch.dtype, wanted: list[bool]):
+        hidden, weight, bias, self.scale = student
+        self.weight, self.dtype = weight, dtype
         self.written = 0  # rows of weight_grad
         want_hidden, want_weight, want_bias = wanted
         self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=gradient_dtype(weight)) if want_hidden else None
@@ -116,7 +119,6 @@ class _Gradients:
         vocabulary = scores_grad.shape[1]
         if self.bias_grad is not None:
             self.bias_grad[:vocabulary] += scores_grad.sum(0)
-        scores_grad = scores_grad.to(self.dtype)
         if self.hidden_grad is not None:
             grad = scores_grad.new_zeros(hidden.shape)
             for columns, block in _widened(self.weight[:vocabulary], self.dtype):
@@ -124,7 +126,7 @@ class _Gradients:
             self.hidden_grad[rows] = grad.to(self.hidden_grad.dtype)
         if self.weight_grad is not None:
             target = self.weight_grad[:vocabulary]
-            _accumulate_(target, scores_grad.t(), hidden, self.scale, first=self.written == 0)
+            target.addmm_(scores_grad.t(), hidden.to(self.dtype), beta=0 if self.written == 0 else 1, alpha=self.scale)
             self.written = vocabulary
 
     def results(self) -> tuple[Tensor, ...]:
@@ -134,6 +136,323 @@ class _Gradients:
         gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
         dtype = gradient_dtype(self.weight)
         return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
+
+
+def _on_cpu(
+    student: _Head,
+    teacher: _Head | None,
+    vocabulary: int,
+    coefficient: Tensor,  # [T] float64
+    labels: Tensor | None,  # [T] int64
+    workspace_bytes: int,
+    gradients: list[bool],
+    *objective: float,
+) -> tuple[Tensor, ...]:
+    dtype = score_dtype(student.hidden)
+    buffers = 1 if teacher is None else 2
+    rows_at_once = max(1, workspace_bytes // (buffers * vocabulary * dtype.itemsize))
+    rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
+    workspace = student.hidden.new_empty(buffers, rows_at_once, vocabulary, dtype=dtype)
+    loss = torch.zeros_like(coefficient)
+    total = _Gradients(student, dtype, gradients)
+    for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
+        weights = coefficient[rows]
+        scores, teacher_scores = workspace[0, : len(weights)], None
+        hidden = student.hidden[rows]
+        _scores_(scores, hidden, student, vocabulary)
+        if teacher is not None:
+            teacher_scores = workspace[1, : len(weights)]
+            _scores_(teacher_scores, teacher.hidden[rows], teacher, vocabulary)
+        row_labels = None if labels is None else labels[rows]
+        row_loss = torch.empty_like(weights)
+        if any(gradients):
+            divergence_rows_(scores, teacher_scores, weights, row_labels, row_loss, *objective)
+            total.add(rows, hidden, scores)
+        else:
+            stats = weights.new_empty(len(weights), STATS)
+            divergence_stats(scores, teacher_scores, weights, row_labels, row_loss, stats, *objective)
+        loss[rows] = row_loss
+    return loss, *total.results()
+
+
+# ---- forward, with the gradients: on a GPU --------------------------------------------------------------------------
+
+
+def _multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
+    """out = scale * a @ b, plus what out holds if `add`: summed up in fp32 or better, of operands as they are."""
+    beta = 1 if add else 0
+    if not out.is_cuda:  # Triton's interpreter, in tests
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        out.copy_(torch.addmm(out.to(dtype), a.to(dtype), b.to(dtype), beta=beta, alpha=scale))
+    elif a.dtype == b.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=scale, out=out)
+    elif a.dtype == b.dtype and a.itemsize == 2 and out.dtype == torch.float32:
+        # tensor cores multiply 16-bit operands, accumulate in fp32 and write that
+        if add and out.shape[0] == 1:  # torch takes one row for a bias then, and leaves it out
+            out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=scale)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=scale, out=out)
+
+
+def _lift(coefficient: Tensor, divergence: int, kd_scale: float, ce_weight: float) -> Tensor:
+    """A power of two that brings fp16 gradients of scores into the range of fp16 where they are matrix operands.
+
+    Coefficients are about one over the number of tokens, and probabilities about one over the vocabulary: together they
+    would be flushed to zero. The largest of the former times this is about 2^12, which leaves room for a dD/ds of 16;
+    reverse_kl's is up to a difference of scores, and has room for 1024.
+    """
+    _, exponent = torch.frexp(coefficient.abs().amax() * (abs(kd_scale) + abs(ce_weight)))
+    room = 6 if divergence == divergence_code("reverse_kl") else 12
+    return torch.ldexp(coefficient.new_ones(()), (room - exponent).clamp(-100, 100))
+
+
+class _GpuGradients:
+    """Multiplies gradients of scores into those of hidden states, weight and bias, block by block.
+
+    A block is some tokens by some of the vocabulary. Blocks of all columns write their tokens' gradients once and add
+    up the weight's; blocks of all tokens the other way round. What is added up is fp32, what is written once is not.
+    """
+
+    def __init__(
+        self,
+        student: _Head,
+        coefficient: Tensor,  # [T]
+        vocabulary: int,
+        lift: Tensor | None,  # what gradients of scores have been multiplied by
+        all_tokens: bool,
+        all_columns: bool,
+        wanted: list[bool],  # of hidden states, weight, bias
+    ):
+        self.student, self.lift, self.narrow = student, lift, gradient_dtype(student.weight)
+        self.hidden_grad: Tensor | None = None
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
+        wide = score_dtype(student.hidden)
+        if wanted[0]:
+            self.hidden_grad = torch.empty_like(
+                student.hidden, dtype=self.narrow if all_columns else wide, memory_format=torch.contiguous_format
+            )
+        if wanted[1]:
+            self.weight_grad = torch.empty_like(
+                student.weight, dtype=self.narrow if all_tokens else wide, memory_format=torch.contiguous_format
+            )
+            self.weight_grad[vocabulary:] = 0
+            # what dropped tokens hold may not reach the weight's gradient, as 0 * NaN
+            self.student = student._replace(hidden=student.hidden.masked_fill((coefficient == 0).unsqueeze(1), 0))
+        if wanted[2] and student.bias is not None:
+            self.bias_grad = student.bias.new_zeros(student.bias.shape, dtype=wide)
+
+    def add(self, rows: slice, columns: slice, scores_grad: Tensor) -> None:
+        """A block's gradient of scores [rows, columns], in the dtype of the operands."""
+        hidden, weight, _, scale = self.student
+        if self.bias_grad is not None:
+            self.bias_grad[columns] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
+        if self.hidden_grad is not None:
+            _multiply_(self.hidden_grad[rows], scores_grad, weight[columns], scale, add=columns.start > 0)
+        if self.weight_grad is not None:
+            _multiply_(self.weight_grad[columns], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
+
+    def results(self) -> Iterator[Tensor]:
+        """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
+        for grad in (self.hidden_grad, self.weight_grad, self.bias_grad):
+            if grad is None:
+                yield self.student.weight.new_empty(0, dtype=self.narrow)
+            else:
+                yield (grad if self.lift is None else grad.div_(self.lift)).to(self.narrow)
+
+
+def _parts(count: int, at_most: int) -> Iterator[slice]:
+    """A range in nearly equal parts of whole tiles of a GEMM."""
+    parts = -(-count // at_most)
+    step = min(at_most, -(-count // (parts * GEMM_ROWS)) * GEMM_ROWS)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _whole_tiles(count: int) -> int:
+    return max(1, count if count < GEMM_ROWS else count - count % GEMM_ROWS)
+
+
+def _rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, workspace: int) -> tuple[int, int]:
+    """How many tokens' scores, and how many tokens' gradients of scores, are held at a time: of so many bytes each.
+
+    Gradients are held for more tokens than scores are. Each block of them reads the weight once, and reads and writes
+    its fp32 gradient, 10 bytes a number in all, where a block of scores reads two weights, 4 bytes: sizes in a
+    proportion of three make the sum about least. Those of all tokens need no accumulator, and may take its place.
+    """
+    if tokens * gradient_row <= instead:
+        return _whole_tiles(workspace // score_row), tokens
+    score_rows = _whole_tiles(workspace // (score_row + 3 * gradient_row))
+    gradient_rows = (workspace - score_rows * score_row) // max(1, gradient_row)
+    return score_rows, max(score_rows, _whole_tiles(gradient_rows))
+
+
+def _rows(
+    student: _Head,
+    teacher: _Head | None,
+    vocabulary: int,
+    coefficient: Tensor,  # [T] float64
+    labels: Tensor | None,  # [T] int64
+    workspace_bytes: int,
+    gradients: list[bool],
+    lift: Tensor | None,
+    *objective: float,
+) -> tuple[Tensor, ...]:
+    """By rows: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
+
+    An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again
+    and 2 to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be
+    narrowed. Gradients of wider operands stay where they are.
+    """
+    hidden, weight = student.hidden, student.weight
+    tokens, dtype = coefficient.shape[0], score_dtype(hidden)
+    buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
+    gradient_row = 0 if in_place or not wanted else vocabulary * weight.itemsize
+    score_row = buffers * vocabulary * dtype.itemsize
+    instead = weight.numel() * dtype.itemsize if gradients[1] and gradient_row else -1
+    score_rows, gradient_rows = _rows_at_once(tokens, score_row, gradient_row, instead, workspace_bytes)
+    if gradient_row == 0:
+        gradient_rows = score_rows
+    score_rows, gradient_rows = min(score_rows, tokens), min(gradient_rows, tokens)
+
+    scores = hidden.new_empty(buffers, score_rows, vocabulary, dtype=dtype)
+    narrow = hidden.new_empty(gradient_rows if gradient_row else 0, vocabulary)
+    loss = torch.empty_like(coefficient)
+    lifted = coefficient if lift is None else coefficient * lift
+    total = _GpuGradients(student, coefficient, vocabulary, lift, gradient_rows >= tokens, True, gradients)
+    for block in _parts(tokens, gradient_rows):
+        for part in _parts(block.stop - block.start, score_rows):
+            rows = slice(block.start + part.start, block.start + part.stop)
+            both = [scores[i, : part.stop - part.start] for i in range(buffers)]
+            for target, head in zip(both, (student, teacher), strict=False):
+                assert head is not None
+                _multiply_(target, head.hidden[rows], head.weight[:vocabulary].t(), head.scale)
+                if head.bias is not None:
+                    target += head.bias[:vocabulary]
+            arguments = both[0], None if teacher is None else both[1]
+            row_labels = None if labels is None else labels[rows]
+            if wanted and in_place:
+                divergence_rows_(*arguments, coefficient[rows], row_labels, loss[rows], *objective)
+            else:
+                stats = coefficient.new_empty(part.stop - part.start, STATS)
+                divergence_stats(*arguments, coefficient[rows], row_labels, loss[rows], stats, *objective)
+                if wanted:
+                    divergence_gradient(*arguments, stats, lifted[rows], row_labels, narrow[part], *objective)
+        if wanted:
+            grad = both[0] if in_place else narrow[: block.stop - block.start]
+            total.add(block, slice(0, vocabulary), grad)
+    return loss, *total.results()
+
+
+def _tiles(
+    student: _Head,
+    teacher: _Head | None,
+    vocabulary: int,
+    coefficient: Tensor,  # [T] float64
+    labels: Tensor | None,  # [T] int64
+    workspace_bytes: int,
+    gradients: list[bool],
+    lift: Tensor | None,
+    *objective: float,
+) -> tuple[Tensor, ...]:
+    """By tiles: statistics of all tokens at once, and gradients of all tokens for some of the vocabulary at a time.
+
+    No score is written, 2 bytes an element of gradients of 16-bit operands are, and nothing accumulates the weight's.
+    """
+    from ..kernels import linear_kl as kernels
+
+    tokens, weight = coefficient.shape[0], student.weight
+    columns_at_once = min(vocabulary, _whole_tiles(workspace_bytes // (tokens * weight.itemsize)))
+    loss = torch.empty_like(coefficient)
+    lifted = coefficient if lift is None else coefficient * lift
+    stats = kernels.statistics(student, teacher, vocabulary, coefficient, labels, loss, *objective)
+    total = _GpuGradients(student, coefficient, vocabulary, lift, True, columns_at_once >= vocabulary, gradients)
+    if any(gradients):
+        buffer = student.hidden.new_empty(tokens * columns_at_once)
+        for columns in _parts(vocabulary, columns_at_once):
+            grad = buffer[: tokens * (columns.stop - columns.start)].view(tokens, -1)
+            kernels.gradient(student, teacher, vocabulary, lifted, labels, *stats, columns.start, grad, *objective)
+            total.add(slice(0, tokens), columns, grad)
+    return loss, *total.results()
+
+
+# ---- the way that a GPU takes ----------------------------------------------------------------------------------------
+# Counted, and not measured on any GPU. By rows an element of the scores costs memory traffic; by tiles slower FLOPs,
+# and more of them for every look beyond the first (JSD and those after it take two, gradients one more):
+#
+#                                     | by rows                     | by tiles
+#   FLOPs, no gradients               | 2 (Ht + Hs)                 | 2 (Ht + Hs) x looks
+#   FLOPs, gradients                  | 2 (Ht + 3 Hs)               | 2 (Ht + Hs) x (looks + 1) + 4 Hs
+#   bytes of scores, forward KL       | 16, with gradients 24       | 0
+#   bytes of scores, JSD              | 24, with gradients 32       | 0
+#
+# So, of 16-bit operands and with a teacher (without one half the bytes are those of a single model):
+#
+#   shape                             | forward KL, reverse KL      | JSD and those after it
+#   no gradients                      | tiles to Ht + Hs = 988      | tiles to Ht + Hs = 329
+#   gradients                         | tiles to Ht + Hs = 570      | tiles to Ht + Hs = 299
+#   768 -> 512, 4096 -> 4096          | rows                        | rows
+#   768 -> 192                        | tiles, with gradients rows  | rows
+#   256 -> 256                        | tiles                       | rows
+#
+# fp32 and fp64 operands go by rows: in full precision no tensor core multiplies them. What a wider tile would change is
+# in kernels/linear_kl.py.
+
+# What the FLOPs of a byte's time are: an H200's datasheet has 990 TFLOP/s of dense bf16 and 4.8 TB/s.
+FLOPS_PER_BYTE = 206
+# The rate of products by tiles over that of a library's GEMM, for divergences with a closed form and for others: in
+# proportion to the FLOPs made of a byte from the second-level cache, 32 in tiles of 64 x 64, 21 in those of 64 x 32,
+# and 85 in a library's 128 x 256.
+TILE_RATE = {True: 0.375, False: 0.25}
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def _going_by(way: str) -> Iterator[None]:
+    """Makes all calls on a GPU go by "rows" or by "tiles", for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _by_tiles(student: _Head, teacher: _Head | None, gradients: bool, divergence: int) -> bool:
+    """Whether a call goes by tiles: where the counts above say that it takes less time."""
+    heads = [student] if teacher is None else [student, teacher]
+    if _forced is not None:
+        return _forced == "tiles"
+    if not student.hidden.is_cuda or any(head.hidden.itemsize != 2 for head in heads):
+        return False
+    closed = divergence < divergence_code("jsd")
+    looks = 2 if teacher is not None and not closed else 1
+    flops = sum(2 * head.hidden.shape[1] for head in heads)
+    by_rows = flops + FLOPS_PER_BYTE * 4 * len(heads) * (1 + looks + gradients)
+    return flops * (looks + gradients) / TILE_RATE[closed] < by_rows
+
+
+def _on_gpu(
+    student: _Head,
+    teacher: _Head | None,
+    vocabulary: int,
+    coefficient: Tensor,  # [T] float64
+    labels: Tensor | None,  # [T] int64
+    workspace_bytes: int,
+    gradients: list[bool],
+    *objective: float,
+) -> tuple[Tensor, ...]:
+    divergence, _, temperature, kd_weight, ce_weight = objective
+    lift = None
+    if student.weight.dtype == torch.float16 and any(gradients):
+        lift = _lift(coefficient, int(divergence), kd_weight * temperature, ce_weight)
+    way = _tiles if _by_tiles(student, teacher, any(gradients), int(divergence)) else _rows
+    return way(student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, lift, *objective)
+
+
+# ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
 def _linear_kl(
@@ -151,43 +470,28 @@ def _linear_kl(
     gradients: list[bool],  # of student_hidden, student_weight, student_bias
     *objective: float,
 ) -> tuple[Tensor, ...]:
-    kd_weight = objective[3]
-    dtype = score_dtype(student_hidden)
+    kd_weight, ce_weight = objective[3:]
     vocabulary = student_weight.shape[0]
     if teacher_weight is not None:
         vocabulary = min(vocabulary, teacher_weight.shape[0])
-    buffers = 1 if teacher_weight is None or kd_weight == 0 else 2
-    rows_at_once = max(1, workspace_bytes // (buffers * vocabulary * dtype.itemsize))
-    rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
-    workspace = student_hidden.new_empty(buffers, rows_at_once, vocabulary, dtype=dtype)
-
-    def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:vocabulary]
-
-    loss = torch.zeros_like(coefficient)
-    total = _Gradients(student_hidden, student_weight, student_bias, student_scale, dtype, gradients)
-    for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
-        hidden, weights = student_hidden[rows], coefficient[rows]
-        if hidden.device.type != "cpu":
-            # dropped tokens take part here; what they hold may not reach the weight's gradient, as 0 * NaN
-            hidden = hidden.masked_fill((weights == 0).unsqueeze(1), 0)
-        count = weights.shape[0]
-        student, teacher = workspace[0, :count], None
-        _scores_(student, hidden, student_weight[:vocabulary], cut(student_bias), student_scale)
-        if buffers == 2:
-            assert teacher_hidden is not None and teacher_weight is not None
-            teacher = workspace[1, :count]
-            _scores_(teacher, teacher_hidden[rows], teacher_weight[:vocabulary], cut(teacher_bias), teacher_scale)
-        row_labels = None if labels is None else labels[rows]
-        row_loss = torch.empty_like(weights)
-        if any(gradients):
-            divergence_rows_(student, teacher, weights, row_labels, row_loss, *objective)
-            total.add(rows, hidden, student)
-        else:
-            stats = weights.new_empty(count, STATS)
-            divergence_stats(student, teacher, weights, row_labels, row_loss, stats, *objective)
-        loss[rows] = row_loss
-    return loss, *total.results()
+    student, teacher = _Head(student_hidden, student_weight, student_bias, student_scale), None
+    if teacher_weight is not None and kd_weight != 0:
+        assert teacher_hidden is not None
+        teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+    arguments = (
+        student,
+        teacher,
+        vocabulary,
+        coefficient,
+        labels if ce_weight != 0 else None,
+        workspace_bytes,
+        gradients,
+    )
+    if backend_for(student_hidden.device)[0] == "cpp":
+        return _on_cpu(*arguments, *objective)
+    if coefficient.shape[0] == 0:
+        return tuple(x.zero_() for x in _outputs(student_hidden, student_weight, student_bias, coefficient, gradients))
+    return _on_gpu(*arguments, *objective)
 
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
@@ -309,11 +613,13 @@ def linear_kl(
         student_bias, teacher_bias: [Vs] and [Vt]. The student's receives a gradient.
         student_scale, teacher_scale: multiply the hidden states; T5 v1.0 has ``d_model ** -0.5``.
         workspace_mb: memory for the logits of the tokens in flight, in units of 2**20 bytes; default 128 on CPU, 768 on
-            a GPU. At least one token is taken at a time.
+            a GPU. At least one token is taken at a time. On a GPU the gradients of 16-bit logits are held for all
+            tokens, beside it, where that takes no more than summing up the weight's gradient in float32 would.
 
     The other arguments, the result and the errors are those of :func:`fastkd.logit_kl`. Under ``torch.autocast`` the
     inputs are cast as ``F.linear`` casts them. With ``reduction="mean"`` or ``"sum"`` the gradients are computed in the
-    forward pass and kept until the backward pass; with ``"none"`` the backward pass computes the logits again.
+    forward pass and kept until the backward pass; with ``"none"`` the backward pass computes the logits again. On a GPU
+    float32 inputs are multiplied as torch is set to: in TF32 only where ``torch.backends.cuda.matmul`` allows it.
     """
     objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
     tokens = TokenArguments(weight, labels, ignore_index, reduction, normalizer)
