@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRETED, _choose, _dot, _double, _load_valid
+from .common import _choose, _dot, _double, _load_valid, _rounded
 from .tuning import launch
 
 __all__ = ["cka_loss", "cka_loss_backward"]
@@ -112,16 +112,6 @@ def _load_rows(matrix, start, valid, column_start, BLOCK: tl.constexpr):
 def _load_mean(matrix, column_start, BLOCK: tl.constexpr):
     column = column_start + tl.arange(0, BLOCK)
     return tl.load(matrix[3] + column, mask=column < matrix[2], other=0)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """x in a dtype, rounded to the nearest. Triton's interpreter would cut bf16 off."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + (bits >> 16) % 2) // 0x10000 * 0x10000
-        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
 
 
 @triton.jit

@@ -61,6 +61,16 @@ def _log_1p(x):
 
 
 @triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """x in a dtype, rounded to the nearest. Triton's interpreter would cut bf16 off."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + (bits >> 16) % 2) // 0x10000 * 0x10000
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def _double(x):
     """A number given by the host, in fp64."""
     return tl.full((), x, tl.float64)

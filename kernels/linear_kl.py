@@ -23,6 +23,9 @@ in fp32; others in full, which no tensor core does.
 T tokens, V vocabulary, Hs and Ht hidden widths. The widths are constants of the kernels, tokens and vocabulary not.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -30,23 +33,24 @@ from torch import Tensor
 
 from .common import (
     FORWARD_KL,
+    INTERPRETED,
     JSD,
     REVERSE_KL,
     _beta_constants,
     _coslope,
     _double,
     _excess,
+    _rounded,
     _slope,
     _unmasked,
     _value,
     _with_infinity,
 )
 from .rows import LOWEST, NEARLY_EQUAL, _finite, _gradient_of, _pair, _rescale, _row_constants, _running_constants
+from .tuning import launch
 
 __all__ = ["gradient", "statistics"]
 
-# Triton's interpreter would multiply the bits of bf16 operands, and cut fp32 off where a GPU rounds it to bf16.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # How far a row's maximum may pass the reference of its exponentials, in units of score over temperature: e^4 costs
 # their arguments two bits.
 SLACK = tl.constexpr(4.0)
@@ -422,16 +426,6 @@ def combine_values_kernel(
 # ---- gradient --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """x in a dtype, rounded to the nearest. Triton's interpreter would cut bf16 off."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + (bits >> 16) % 2) // 0x10000 * 0x10000
-        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
-
-
 @triton.jit(do_not_specialize=["tokens", "columns", "row_blocks", "items", "stretch", "offset"])
 def gradient_kernel(
     student,
@@ -505,23 +499,13 @@ def gradient_kernel(
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by bytes of a number and whether the divergence has a closed form, found by
-# compiling for sm_80, sm_90 and sm_100 without spills (tests/test_triton_linear.py): of 128 x 64, both models' scores
-# and what is made of them do not fit the registers of any.
-TILES = {
-    (2, True): (64, 64, 32, 8, 3),
-    (2, False): (64, 32, 32, 8, 4),
-    (4, True): (32, 32, 32, 8, 2),
-    (4, False): (32, 32, 32, 8, 2),
-    (8, True): (32, 32, 16, 8, 1),
-    (8, False): (32, 32, 16, 8, 1),
-}
 # Rows that a program of the combining kernels takes.
 COMBINED = 64
 # Stretches that the vocabulary is cut into at most.
 STRETCHES = 64
 
 
+T = TypeVar("T")
 # One model's head and what goes into it: hidden [T, H], weight [V, H], bias [V] or None, scale.
 Model = tuple[Tensor, Tensor, Tensor | None, float]
 
@@ -549,28 +533,27 @@ def _stretches(row_blocks: int, tiles: int, processors: int) -> int:
     return next(n for n, time in busy.items() if time <= 1.05 * least)
 
 
-def _work(student: Model, teacher: Model | None, columns: int, divergence: int) -> tuple[int, dict, dict]:
-    """(programs, how the work on `columns` columns is divided, constants and launch options)"""
+def _by_table(student: Model, teacher: Model | None, columns: int, divergence: int, run: Callable[[dict], T]) -> T:
+    """run(tile and launch options)"""
     dtypes = [model[0].dtype for model in (student, teacher) if model is not None]
-    block_m, block_n, block_k, warps, stages = TILES[max(dtype.itemsize for dtype in dtypes), divergence < JSD.value]
-    row_blocks, tiles = triton.cdiv(student[0].shape[0], block_m), triton.cdiv(columns, block_n)
+    kernel = "scores" if divergence < JSD.value else "mixture_scores"
+    shapes = [tuple(x.shape) for model in (student, teacher) if model is not None for x in model[:2]]
+    return launch(kernel, max(dtype.itemsize for dtype in dtypes), 0, (*dtypes, *shapes, columns), run)
+
+
+def _work(student: Model, teacher: Model | None, columns: int, options: dict) -> tuple[int, dict, dict]:
+    """(programs, how the work on `columns` columns is divided, constants and launch options)"""
+    row_blocks = triton.cdiv(student[0].shape[0], options["BLOCK_M"])
+    tiles = triton.cdiv(columns, options["BLOCK_N"])
     processors = _processors(student[0])
     stretch = triton.cdiv(tiles, _stretches(row_blocks, tiles, processors))
     items = row_blocks * triton.cdiv(tiles, stretch)
     divided = {"row_blocks": row_blocks, "items": items, "stretch": stretch}
-    constants = {
+    constants = options | {
         "WIDTH_S": student[0].shape[1],
         "WIDTH_T": 0 if teacher is None else teacher[0].shape[1],
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
         "F": tl.float64 if student[0].dtype == torch.float64 else tl.float32,
-        "num_warps": warps,
-        "num_stages": stages,
-        "enable_fp_fusion": True,
     }
-    if torch.version.hip is None:
-        constants["maxnreg"] = 255  # left to itself, ptxas spills to fit one block more into a multiprocessor
     return min(items, processors), divided, constants
 
 
@@ -591,22 +574,16 @@ def statistics(
     tokens = coefficient.shape[0]
     stats = coefficient.new_empty(tokens, STATS.value)
     label_scores = None if labels is None else torch.empty_like(coefficient)
-    programs, divided, constants = _work(student, teacher, columns, divergence)
-    stretches = divided["items"] // divided["row_blocks"]
-    partials = coefficient.new_empty(stretches, PARTIAL.value, tokens)
     models = _arguments(student), _arguments(teacher)
     common = {"tokens": tokens, "columns": columns, "tau": float(temperature), "DIVERGENCE": divergence}
     combined = (triton.cdiv(tokens, COMBINED),)
-    with torch.cuda.device_of(coefficient):
+
+    def run(options: dict) -> None:
+        programs, divided, constants = _work(student, teacher, columns, options)
+        stretches = divided["items"] // divided["row_blocks"]
+        partials = coefficient.new_empty(stretches, PARTIAL.value, tokens)
         statistics_kernel[(programs,)](
-            *models,
-            coefficient,
-            labels,
-            partials,
-            SEPARATE=temperature != 1,
-            **common,
-            **divided,
-            **constants,
+            *models, coefficient, labels, partials, SEPARATE=temperature != 1, **common, **divided, **constants
         )
         combine_kernel[combined](
             partials,
@@ -628,17 +605,13 @@ def statistics(
             values_kernel[(programs,)](
                 *models, coefficient, stats, partials, beta=float(beta), **common, **divided, **constants
             )
+            factor = float(kd_weight * temperature**2)
             combine_values_kernel[combined](
-                partials,
-                coefficient,
-                loss,
-                stats,
-                tokens,
-                stretches,
-                float(kd_weight * temperature**2),
-                BLOCK=COMBINED,
-                num_warps=2,
+                partials, coefficient, loss, stats, tokens, stretches, factor, BLOCK=COMBINED, num_warps=2
             )
+
+    with torch.cuda.device_of(coefficient):
+        _by_table(student, teacher, columns, divergence, run)
     return stats, label_scores
 
 
@@ -660,11 +633,12 @@ def gradient(
 ) -> None:
     """Writes coefficient * d loss / d score of the columns from `offset` on, in the dtype of `out`."""
     tokens, count = out.shape
-    programs, divided, constants = _work(student, teacher, count, divergence)
-    with torch.cuda.device_of(out):
+    models = _arguments(student), _arguments(teacher)
+
+    def run(options: dict) -> None:
+        programs, divided, constants = _work(student, teacher, count, options)
         gradient_kernel[(programs,)](
-            _arguments(student),
-            _arguments(teacher),
+            *models,
             stats,
             coefficient,
             labels,
@@ -683,3 +657,6 @@ def gradient(
             **divided,
             **constants,
         )
+
+    with torch.cuda.device_of(out):
+        _by_table(student, teacher, count, divergence, run)

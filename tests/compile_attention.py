@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from fastkd.divergence import divergence_code
+from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.kernels import attention_kl as kernels
 from fastkd.kernels import tuning
 
@@ -79,14 +79,15 @@ def chosen() -> list[tuple]:
         cases.append((target, "relation", "forward_kl", "fp32", 64, 32, False))
         cases.append((target, "attention", "forward_kl", "fp32", 128, 128, False))
     cases += [(target, "relation", "reverse_kl", "bf16", 128, 128, True) for target in ("sm_80", "sm_100")]
-    cases += [("sm_90", "relation", divergence, "bf16", 64, 64, False) for divergence in ("jsd", "skew_reverse_kl")]
+    cases += [("sm_90", "relation", divergence, "bf16", 64, 64, False) for divergence in tuple(DIVERGENCES)[2:]]
+    cases += [("gfx942", "relation", divergence, "bf16", 64, 32, False) for divergence in ("forward_kl", "jsd")]
     return cases
 
 
 def everything() -> list[tuple]:
     ops = ("relation", "attention", "dense", "diagonals")
     widths = [(12, 12), (12, 24), (24, 24), (64, 32), (64, 64), (128, 128)]
-    cases = itertools.product(TARGETS, ops, ("forward_kl", "reverse_kl"), ("bf16", "fp32"), widths, (False, True))
+    cases = itertools.product(TARGETS, ops, DIVERGENCES, ("bf16", "fp32"), widths, (False, True))
     return [(*case, *pair, causal) for *case, pair, causal in cases]
 
 

@@ -1,6 +1,6 @@
 """Compiles kernels/linear_kl.py for GPUs that need not be here, and tells what each binary uses of them.
 
-    python -m tests.compile_linear                     # the table of what test_triton_linear.py checks
+    python -m tests.compile_linear                     # the table of what test_compile_gpu.py checks
     python -m tests.compile_linear --all               # every divergence, dtype and target
     python -m tests.compile_linear --all --target sm_80
 
@@ -51,9 +51,11 @@ def measure(case: tuple) -> list[dict]:
 
 def chosen() -> list[tuple]:
     """What the tests compile: on sm_90 the variety, elsewhere what is most likely to spill."""
-    cases = [("sm_90", "bf16", name, "labels") for name in ("forward_kl", "reverse_kl", "jsd", "skew_reverse_kl")]
+    cases = [("sm_90", "bf16", name, "labels") for name in DIVERGENCES]
     cases += [("sm_90", "fp16", "forward_kl", "plain"), ("sm_90", "bf16", "forward_kl", "labels alone")]
-    cases += [(target, "bf16", name, "labels") for target in ("sm_80", "sm_100") for name in ("forward_kl", "jsd")]
+    cases += [
+        (target, "bf16", name, "labels") for target in ("sm_80", "sm_100", "gfx942") for name in ("forward_kl", "jsd")
+    ]
     return [*cases, ("sm_90", "fp32", "forward_kl", "plain")]
 
 

@@ -137,12 +137,13 @@ def linear() -> list:
 
 
 def test_no_linear_kernel_spills(linear: list):
+    """On NVIDIA's. AMD's compiler puts scalars aside."""
     from .compile_linear import table
 
     print("\n" + table(linear))
-    spilling = [kernel for kernel in linear if kernel["local"] != 0]
+    spilling = [kernel for kernel in linear if kernel["target"].startswith("sm_") and kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
-    assert {kernel["target"] for kernel in linear} == {"sm_80", "sm_90", "sm_100"}
+    assert {kernel["target"] for kernel in linear} == {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
 def test_shared_memory_and_registers_of_linear_fit(linear: list):
@@ -150,7 +151,8 @@ def test_shared_memory_and_registers_of_linear_fit(linear: list):
 
     for kernel in linear:
         assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
-        assert 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
+        if kernel["target"].startswith("sm_"):
+            assert 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
 
 
 def test_linear_multiplies_by_warp_group(linear: list):

@@ -2,7 +2,7 @@
 
 tests/test_contract.py runs the way that a call chooses, which in the interpreter is by rows. Here ways are forced, with
 tiles so small that every shape has several, at and off their edges; and what is particular to them is checked: parts
-of the vocabulary, blocks of tokens and columns, what is written and what may be read, what compilers make of kernels.
+of the vocabulary, blocks of tokens and columns, what is written and what may be read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .cases import LINEAR_KL, REGIMES, UNRELATED, Regime, distance, oracle, runn
 pytest.importorskip("triton", reason="Triton is not installed")
 kernels = importlib.import_module("fastkd.kernels.linear_kl")  # ours: a failure to import it is a failure
 rows = importlib.import_module("fastkd.kernels.rows")
+tuning = importlib.import_module("fastkd.kernels.tuning")
 
 T, V = 20, 103
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +42,7 @@ over_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that T tokens are two blocks, and V columns four tiles, in up to three stretches."""
     torch.manual_seed(0)
-    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, (16, 32, 16, 4, 1)))
+    monkeypatch.setattr(tuning, "heuristic", lambda *line: tuning.Config((16, 32, 16), 4, 1))
     monkeypatch.setattr(kernels, "STRETCHES", 3)
 
 

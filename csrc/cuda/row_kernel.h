@@ -238,6 +238,7 @@ struct RowKernel {
       label_exists = a.labels[row] >= 0 && a.labels[row] < a.columns;
       label = label_exists ? static_cast<int>(a.labels[row]) : 0;
       label_score = static_cast<float>(student[label]);
+      block_barrier();  // every thread has read it before one overwrites it with its gradient
     }
   }
 
