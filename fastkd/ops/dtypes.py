@@ -20,10 +20,15 @@ def gradient_dtype(student: Tensor) -> torch.dtype:
     return torch.float32 if student.dtype == torch.float16 else student.dtype
 
 
+@torch.compiler.assume_constant_result  # the compiler of torch 2.11 cannot look into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_like_linear(*tensors: Any) -> list[Any]:
     """The casts that torch.autocast applies to the inputs of F.linear; what is no tensor passes."""
     device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
 
