@@ -22,7 +22,7 @@ MODES = ("auto", "none", "cpu", "cuda")
 CXX_FLAGS = ["-O2", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 # Machine code for A100 and for H100/H200, whose blocks form clusters; from the latter's PTX, drivers make the rest.
 ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-NVCC_FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "--threads=2", *ARCHITECTURES]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "--threads=2", "--split-compile=0", *ARCHITECTURES]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 PYTHON_ABI = "cp310"
 
@@ -43,7 +43,7 @@ def dry_run_of_nvcc() -> str:
 
 
 def cuda_problem(torch) -> str | None:
-    """Why the CUDA kernels cannot be built, or None. Points torch to the toolkit: nvcc may be a script outside of it."""
+    """Why the CUDA kernels cannot be built, or None. Tells torch where the toolkit is: nvcc may be a link to it."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA"
     said = dry_run_of_nvcc()

@@ -225,7 +225,7 @@ def measure(problem: Problem, budget_s: float) -> dict:
             run = factories[name]()
             run()  # warm-up
             outputs, peak = peak_memory(run, device)
-        except (Unavailable, ImportError, RuntimeError) as problem_found:
+        except Exception as problem_found:  # a compiler's, perhaps: one row's, not the others'
             row["note"] = (str(problem_found) or type(problem_found).__name__).splitlines()[0]
         else:
             runs[name] = run

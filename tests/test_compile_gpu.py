@@ -12,6 +12,8 @@ Triton, linear: what tests/compile_linear.py chooses; all of it by `python -m te
 Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.compile_cka --all`.
 
 nvcc: all of csrc/cuda, for sm_80 and sm_90.
+
+The tables are left in build/compiled; .ci/run prints them.
 """
 
 from __future__ import annotations
@@ -40,6 +42,14 @@ def _compiled(module: str):
     return json.loads(run.stdout)
 
 
+def _show(name: str, table: str) -> None:
+    """Prints a table, and leaves it for who wants to read it after a run that passed."""
+    print("\n" + table)
+    folder = ROOT / "build" / "compiled"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.txt").write_text(table + "\n")
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     return _compiled("compile_rows")
@@ -53,7 +63,7 @@ def attention() -> list:
 def test_nothing_spills(compiled: dict):
     from .compile_rows import table
 
-    print("\n" + table(compiled["kernels"]))
+    _show("rows", table(compiled["kernels"]))
     spilling = [kernel for kernel in compiled["kernels"] if kernel["local"] != 0]
     assert not spilling, table(spilling)
 
@@ -83,7 +93,7 @@ def test_two_sum_survives(compiled: dict):
 def test_no_attention_kernel_spills(attention: list):
     from .compile_attention import table
 
-    print("\n" + table(attention))
+    _show("attention", table(attention))
     spilling = [kernel for kernel in attention if kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
 
@@ -110,7 +120,7 @@ def test_no_cka_kernel_spills(cka: list):
     """On NVIDIA's. AMD's compiler puts scalars aside that tell the pairs of a launch apart."""
     from .compile_cka import table
 
-    print("\n" + table(cka))
+    _show("cka", table(cka))
     spilling = [kernel for kernel in cka if kernel["target"].startswith("sm_") and kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
     assert {kernel["target"] for kernel in cka} == {"sm_80", "sm_90", "sm_100", "gfx942"}
@@ -140,7 +150,7 @@ def test_no_linear_kernel_spills(linear: list):
     """On NVIDIA's. AMD's compiler puts scalars aside."""
     from .compile_linear import table
 
-    print("\n" + table(linear))
+    _show("linear", table(linear))
     spilling = [kernel for kernel in linear if kernel["target"].startswith("sm_") and kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
     assert {kernel["target"] for kernel in linear} == {"sm_80", "sm_90", "sm_100", "gfx942"}
@@ -176,7 +186,7 @@ def cuda() -> list:
 def test_no_cuda_kernel_spills(cuda: list):
     from .compile_cuda import table
 
-    print("\n" + table(cuda))
+    _show("cuda", table(cuda))
     assert len(cuda) == 2 * 7 * 3  # targets, divergences and the cross-entropy alone, dtypes
     spilling = [kernel for kernel in cuda if kernel["stack"] or kernel["spilled"]]
     assert not spilling, "\n" + table(spilling)

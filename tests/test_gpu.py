@@ -233,7 +233,8 @@ def test_a_graph_replays_it(place: Place, op: Op, way: str, dtype: torch.dtype):
         assert same(replay(), got)
     assert wanted[0].abs() > 0
     for x, y in zip(got, wanted, strict=True):
-        assert distance(x, y) <= 1e-6  # a library may choose other GEMMs in a graph
+        # a library may choose other GEMMs in a graph
+        assert distance(x, y) <= (1e-6 if dtype == torch.float32 else 2 * ROUNDING[dtype])
 
 
 @over(OPS)
@@ -421,7 +422,7 @@ def test_linear_kl_beyond_2_to_the_31(place: Place, op: Op, way: str, at_once: b
     vocabulary, width = place.size(128256, 67), place.size(64, 8)
     tokens = place.size(2**31 // vocabulary + 9, 9)
     scores = tokens * vocabulary
-    place.needs((14 if at_once else 4) * scores)
+    place.needs((18 if at_once else 4) * scores)
 
     def normal(*size: int, deviation: float = 1.0) -> Tensor:
         return torch.randn(*size, device=place.device, dtype=torch.float32).mul_(deviation).bfloat16()
@@ -432,7 +433,8 @@ def test_linear_kl_beyond_2_to_the_31(place: Place, op: Op, way: str, at_once: b
         "teacher_hidden": normal(tokens, width),
         "teacher_weight": normal(vocabulary, width, deviation=3 * width**-0.5),
     }
-    workspace_mb = (10 * scores + 2**22) / 2**20 if at_once else None
+    # room for the scores of all tokens beside their gradients, as fastkd.ops.linear_kl shares a workspace out
+    workspace_mb = 14 * (tokens + 128) * vocabulary / 2**20 if at_once else None
     with ways(op)[way]():
         loss, *got = value_and_gradients(op, inputs, reduction="sum", workspace_mb=workspace_mb)
     wanted_loss, *wanted = exact_linear_kl(inputs)
@@ -546,8 +548,10 @@ def test_attention_losses_at_full_size(
     function = functools.partial(fastkd.attention_kl if op is ATTENTION_KL else fastkd.relation_kl, num_heads=heads)
     called = Op(op.name, function, op.make, ("student_q", "student_k") if op is ATTENTION_KL else ("student",))
     mask = torch.arange(length, device=place.device) < torch.tensor([[length], [length // 2]], device=place.device)
+    # each is a kernel to compile: all of them for the most usual shape
+    every = heads == 12 and dtype == torch.bfloat16
     for causal in place.some((True, False)):
-        for divergence in place.some(list(DIVERGENCES)):
+        for divergence in place.some(list(DIVERGENCES) if every else ["forward_kl", "jsd"]):
             options = {"key_mask": mask, "causal": causal, "divergence": divergence}
             check_values(called, inputs, f"{divergence}, causal: {causal}", 1e-5, 2, **options)
 
@@ -571,7 +575,8 @@ def test_cka_at_full_size(place: Place, dtype: torch.dtype, tokens: int, widths:
 
 
 def test_everything_can_be_called(place: Place, capsys: pytest.CaptureFixture[str]):
-    done = call_everything(place.size([], ["--divergences", "forward_kl", "--dtypes", "float32"]))
+    few = ["--divergences", "forward_kl", "jsd", "--dtypes", "bfloat16"]  # kernels to compile one after the other
+    done = call_everything(place.size(few, ["--divergences", "forward_kl", "--dtypes", "float32"]))
     assert done >= 11
     assert f"{done} calls, all finite" in capsys.readouterr().out
 

@@ -264,8 +264,9 @@ def test_strides_and_mixed_dtypes(divergence: str):
 def test_one_step_and_two_give_the_same_bits(divergence: str):
     student, teacher = 3 * torch.randn(2, 523), 3 * torch.randn(2, 523)
     arguments = student, teacher, ones(2), torch.tensor([1, 2]), *objective(divergence, ce_weight=0.5)
+    one_binary = DEVICE.type == "cpu" or kernels is CudaRows  # two binaries may fuse products and sums differently
     for one, two in zip(fused(*arguments), in_two_steps(*arguments), strict=True):
-        assert torch.equal(one, two)
+        assert torch.equal(one, two) if one_binary else distance(one, two) <= 1e-6
 
 
 def test_only_the_row_is_written():

@@ -302,7 +302,9 @@ def test_strides(tokens: int):
         lambda x: x.t().contiguous().t(),
     ):
         found = run([[layout(x) for x in pair]], [mask])
-        assert torch.equal(found.loss, plain.loss) and torch.equal(found.gradients[0], plain.gradients[0])
+        for x, y in ((found.loss, plain.loss), (found.gradients[0], plain.gradients[0])):
+            # on a GPU another binary, which may fuse products and sums differently
+            assert distance(x, y) <= 1e-6 if x.is_cuda else torch.equal(x, y)
     student = pair[0][:1].expand(tokens, -1)
     assert run([[student, pair[1]]]).loss[0] == 1
 

@@ -322,7 +322,8 @@ def test_strides(layout: str):
     inputs = {name: x.to(DEVICE) for name, x in inputs_of().items()}
     loss, gradients = run("tiles", inputs)
     got, got_gradients = run("tiles", {name: view(x) if x.dim() == 2 else x for name, x in inputs.items()})
-    assert torch.equal(got, loss)
+    # on a GPU another binary, which may fuse products and sums differently
+    assert distance(got, loss) <= 1e-6 if loss.is_cuda else torch.equal(got, loss)
     for name, gradient in gradients.items():
         assert distance(got_gradients[name], gradient) <= 1e-6, name
 

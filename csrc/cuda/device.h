@@ -21,6 +21,7 @@ struct Launch {
   int threads;
   int cluster;  // blocks that share a row; divides `blocks`
   int shared_bytes;
+  int most_shared;  // that a block of the device can have
 };
 
 }  // namespace cuda
@@ -53,11 +54,12 @@ __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
 // A thread's copies from device to shared memory: started, counted in groups, and waited for, all but the latest groups.
+// Written out, for CUDA's own functions let a compiler move reads before the wait: no barrier follows it here.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
-__device__ __forceinline__ void commit_copies() { __pipeline_commit(); }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLatest>
 __device__ __forceinline__ void wait_for_all_but() {
-  __pipeline_wait_prior(kLatest);
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
 }
 
 __device__ __forceinline__ double from_lane_xor(double x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -96,7 +98,8 @@ inline Device device_of(const Tensor& x) {
 template <class... Arguments>
 void configure(void (*kernel)(Arguments...), const Launch& launch, cudaStream_t stream, cudaLaunchConfig_t& config,
                cudaLaunchAttribute& attribute) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes),
+  // not what this launch needs: another thread's launch may be between here and its start
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.most_shared),
         "shared memory of a kernel");
   if (launch.cluster > 8) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size of a kernel");

@@ -86,10 +86,11 @@ int chunks_of_block(int columns, int blocks) {
 }
 
 template <class T>
-Launch launch_of(const Arguments& a, int64_t rows, Sharing sharing) {
+Launch launch_of(const Arguments& a, int64_t rows, Sharing sharing, const Device& device) {
   const int models = a.teacher == nullptr ? 1 : 2;
   const int chunks = sharing.kept ? chunks_of_block<T>(a.columns, sharing.blocks) : kRing * kThreads;
-  return {rows * sharing.blocks, kThreads, sharing.blocks, static_cast<int>(sizeof(Exchange)) + models * chunks * 16};
+  const int shared_bytes = static_cast<int>(sizeof(Exchange)) + models * chunks * 16;
+  return {rows * sharing.blocks, kThreads, sharing.blocks, shared_bytes, device.shared_memory};
 }
 
 // The fewest blocks that keep a row and leave room for others beside them, as many as rows_kernel is compiled for or else
@@ -100,7 +101,7 @@ Sharing share_out(const Arguments& a, const Device& device, int blocks_asked_for
   if (blocks_asked_for >= 0) return {std::max(1, blocks_asked_for), blocks_asked_for > 0};
   const int most = device.major >= 9 ? kMostBlocks : 1;
   const auto room = [&](int blocks, int beside) {
-    const Launch launch = launch_of<T>(a, 1, {blocks, true});
+    const Launch launch = launch_of<T>(a, 1, {blocks, true}, device);
     if (launch.shared_bytes > (device.shared_memory + kReserved) / beside - kReserved) return false;
     return blocks <= kPortableBlocks || fits(rows_kernel<D, T>, launch);
   };
@@ -117,10 +118,11 @@ void launch(Arguments a, const Tensor& student, int64_t blocks) {
   const int64_t rows = student.size(0);
   if (rows == 0) return;
   const DeviceGuard guard(student.get_device_index());
-  const Sharing sharing = share_out<D, T>(a, device_of(student), static_cast<int>(blocks));
+  const Device device = device_of(student);
+  const Sharing sharing = share_out<D, T>(a, device, static_cast<int>(blocks));
   a.kept = sharing.kept;
   a.chunks = chunks_of_block<T>(a.columns, sharing.blocks);
-  run(rows_kernel<D, T>, launch_of<T>(a, rows, sharing), student, a);
+  run(rows_kernel<D, T>, launch_of<T>(a, rows, sharing, device), student, a);
 }
 
 template <class D>

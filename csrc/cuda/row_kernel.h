@@ -234,6 +234,9 @@ struct RowKernel {
     first = cluster_rank() * a.chunks;
     const int left = (head + a.columns + kColumns - 1) / kColumns - first;
     chunks = left < a.chunks ? left : a.chunks;
+  }
+
+  __device__ __forceinline__ void read_label() {
     if (a.labels != nullptr) {
       label_exists = a.labels[row] >= 0 && a.labels[row] < a.columns;
       label = label_exists ? static_cast<int>(a.labels[row]) : 0;
@@ -462,7 +465,7 @@ struct RowKernel {
 
 template <class D, class T>
 __global__ void __launch_bounds__(kThreads, kBeside<T>) rows_kernel(const Arguments a) {
-  const RowKernel<D, T> kernel(a);
+  RowKernel<D, T> kernel(a);
   const double coefficient = a.coefficient[kernel.row];
   const bool wanted = a.gradient_type != GradientType::kNone;
   const bool reports = thread_index() == 0 && cluster_rank() == 0;
@@ -472,6 +475,7 @@ __global__ void __launch_bounds__(kThreads, kBeside<T>) rows_kernel(const Argume
     if (reports && a.loss != nullptr && a.stats != nullptr) a.stats[kernel.row] = {};
     return;
   }
+  kernel.read_label();
   RowStats stats;
   if (a.loss != nullptr) {
     const double loss = coefficient * kernel.loss(stats);
