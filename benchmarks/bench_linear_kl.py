@@ -12,13 +12,12 @@ T tokens, V vocabulary, Ht and Hs hidden widths.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from harness import MIB, Problem, Run, Target, Unavailable, fastest, held_to, not_importable, noted, row_kernels
+from harness import MIB, Problem, Run, Target, Unavailable, fastest, held_to, not_importable, noted
 from report import main
 from torch import Tensor
 
@@ -33,15 +32,8 @@ TARGETS = (Target(LIMIT, 1.10), Target("torch.compile", 1.0), Target("Liger", 1.
 
 
 def ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """By rows with each row kernel, and by tiles: contexts in which a call on a GPU goes this way, by name."""
-
-    @contextlib.contextmanager
-    def by_rows(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-        with op._going_by("rows"), kernel():
-            yield
-
-    rows = {f"fastkd, rows, {name}": functools.partial(by_rows, kernel) for name, kernel in row_kernels().items()}
-    return rows | {"fastkd, tiles": functools.partial(op._going_by, "tiles")}
+    """Contexts in which a call on a GPU goes one way, by the name of its row."""
+    return {f"fastkd, {name.replace('-', ', ')}": context for name, context in op._gpu_ways().items()}
 
 
 @dataclass(frozen=True)

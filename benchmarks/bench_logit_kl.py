@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import Problem, Run, Target, Unavailable, held_to, not_importable, row_kernels
+from harness import Problem, Run, Target, Unavailable, held_to, not_importable
 from report import main
 from torch import Tensor
 
 import fastkd
+from fastkd.ops.divergence_rows import gpu_row_kernels
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
 LIMIT = "copy"
@@ -105,7 +106,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return (gradient,) if shape.backward else (total,)
 
     rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled, liger), strict=True))
-    for name, context in row_kernels().items():
+    for name, context in gpu_row_kernels().items():
         rows[f"fastkd, {name}"] = lambda context=context: held_to(context, fused())
     return {**rows, LIMIT: copy}, oracle
 
@@ -113,7 +114,9 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
     logits_bytes = shape.tokens * shape.vocabulary * shape.dtype.itemsize
     work = (5 if shape.backward else 2) * logits_bytes
-    kernels = [f"fastkd, {name}" for name in row_kernels()] if device.type == "cuda" and len(row_kernels()) > 1 else []
+    kernels = [f"fastkd, {name}" for name in gpu_row_kernels()]
+    if device.type != "cuda" or len(kernels) == 1:  # no choice
+        kernels = []
     return Problem(
         title=str(shape),
         unit="GB/s",

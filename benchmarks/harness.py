@@ -32,8 +32,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastkd.ops import divergence_rows
-
 MIB = 2**20
 OURS = "fastkd"
 
@@ -78,12 +76,6 @@ class Problem:
     # function that computes what they should return in fp64.
     prepare: Callable[[], tuple[dict[str, Callable[[], Run]], Run]]
     counts: tuple[float, float] | None = None  # FLOPs and the fewest bytes through memory, for roofline.py
-
-
-def row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """The kernels of the row primitive on a GPU, by name: contexts in which a call uses this one."""
-    names = ["triton"] if divergence_rows.cuda_rows_problem() else ["triton", "cuda"]
-    return {name: functools.partial(divergence_rows.gpu_rows, name) for name in names}
 
 
 def held_to(context: Callable[[], contextlib.AbstractContextManager], run: Run) -> Run:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.dtypes import gradient_dtype
+from ..ops.dtypes import fp16_lift, gradient_dtype
 from .common import (
     FORWARD_KL,
     JSD,
@@ -814,6 +814,8 @@ def _entry(student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, di
     stats = coefficient.new_empty(
         (batch, heads, STATS.value, queries), dtype=torch.float64 if double else torch.float32
     )
+    lifted = grad and student_q.dtype == torch.float16
+    lift = fp16_lift(coefficient.abs().amax(), divergence).float() if lifted else None
     matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, student_k, teacher_q, teacher_k)]
     return _Entry(
         *matrices,
@@ -821,20 +823,8 @@ def _entry(student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, di
         None if key_mask is None else key_mask.contiguous(),
         torch.empty_like(coefficient, memory_format=torch.contiguous_format),
         stats if grad else None,
-        _lift(coefficient, divergence) if grad and student_q.dtype == torch.float16 else None,
+        lift,
     )
-
-
-def _lift(coefficient: Tensor, divergence: int) -> Tensor:
-    """A power of two that brings fp16 gradients of scores into the range of fp16 where they are matrix operands.
-
-    Coefficients are about one over the number of rows, and probabilities about one over the number of keys: together
-    they would be flushed to zero. The largest coefficient times this is 2^12, which leaves room for a dD/ds of 16;
-    reverse_kl's is up to a difference of scores, and has room for 1024.
-    """
-    _, exponent = torch.frexp(coefficient.abs().amax())
-    room = 6 if divergence == REVERSE_KL.value else 12
-    return torch.ldexp(coefficient.new_ones(()), (room - exponent).clamp(-100, 100)).float()
 
 
 def _matrices(xs: list[Tensor]) -> tuple:

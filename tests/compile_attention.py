@@ -20,7 +20,7 @@ from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.kernels import attention_kl as kernels
 from fastkd.kernels import tuning
 
-from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, resources, uses_wgmma
+from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
 
 BATCH, HEADS, LENGTH = 2, 4, 512
 
@@ -54,10 +54,7 @@ def measure(case: tuple) -> list[dict]:
     for kernel, binary, options in found:
         if kernel == "gradient":
             kernel += " of q" * options["AS_QUERY"] + " of k" * options["AS_KEY"]
-        tile = "x".join(str(options[name]) for name in ("BLOCK", "BLOCK_M", "BLOCK_N") if name in options)
-        launched = {"tile": tile, "warps": options["num_warps"], "stages": options["num_stages"]}
-        engines = {"wgmma": uses_wgmma(binary), "tma": "cp.async.bulk.tensor" in binary.asm.get("ptx", "")}
-        results.append({**named, "kernel": kernel, **launched, **engines, **resources(target, binary)})
+        results.append({**named, "kernel": kernel, **of_launch(target, binary, options)})
     return results
 
 

@@ -18,7 +18,7 @@ import torch
 from fastkd.backend import interpret_triton
 from fastkd.kernels import tuning
 
-from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, resources, uses_wgmma
+from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
 
 WIDTHS = 512, 768
 
@@ -40,14 +40,7 @@ def measure(case: tuple) -> list[dict]:
     with launches(target) as found:
         call(DTYPES[dtype], *rest)
     named = dict(zip(("target", "dtype", "grams", "pairs"), case, strict=True))
-    results = []
-    for kernel, binary, options in found:
-        names = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K")
-        tile = "x".join(str(options[name]) for name in names if name in options)
-        launched = {"tile": tile, "warps": binary.metadata.num_warps, "stages": binary.metadata.num_stages}
-        engines = {"wgmma": uses_wgmma(binary), "tma": "cp.async.bulk.tensor" in binary.asm.get("ptx", "")}
-        results.append({**named, "kernel": kernel, **launched, **engines, **resources(target, binary)})
-    return results
+    return [{**named, "kernel": kernel, **of_launch(target, binary, options)} for kernel, binary, options in found]
 
 
 def measure_candidates(case: tuple) -> list[dict]:

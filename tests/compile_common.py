@@ -90,6 +90,15 @@ def resources(target: str, compiled) -> dict[str, int]:
     return {"registers": found["REG"], "local": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
 
 
+def of_launch(target: str, compiled, options: dict) -> dict[str, object]:
+    """A launch's tile, warps and stages, whether it uses Hopper's warp groups and copy engine, and its resources."""
+    names = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K")
+    tile = "x".join(str(options[name]) for name in names if name in options)
+    launched = {"tile": tile, "warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
+    engines = {"wgmma": uses_wgmma(compiled), "tma": "cp.async.bulk.tensor" in compiled.asm.get("ptx", "")}
+    return {**launched, **engines, **resources(target, compiled)}
+
+
 def in_parallel(measure: Callable[[tuple], object], cases: list[tuple]) -> list:
     """measure(case) of every case. Triton keeps its binaries, so a second run takes seconds."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

@@ -17,7 +17,7 @@ from fastkd.backend import interpret_triton
 from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.ops.linear_kl import _going_by
 
-from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, resources, uses_wgmma
+from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
 
 TOKENS, VOCABULARY, WIDTHS = 256, 32128, (512, 768)
 
@@ -42,11 +42,7 @@ def measure(case: tuple) -> list[dict]:
     with launches(target) as found:
         call(DTYPES[dtype], *rest)
     named = dict(zip(("target", "dtype", "divergence", "options"), case, strict=True))
-    results = []
-    for kernel, binary, _ in found:
-        measured = {"warps": binary.metadata.num_warps, "wgmma": uses_wgmma(binary), **resources(target, binary)}
-        results.append({**named, "kernel": kernel, **measured})
-    return results
+    return [{**named, "kernel": kernel, **of_launch(target, binary, options)} for kernel, binary, options in found]
 
 
 def chosen() -> list[tuple]:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from fastkd.divergence import DIVERGENCES
-from fastkd.ops import divergence_rows
 from fastkd.ops import linear_kl as linear_op
+from fastkd.ops.divergence_rows import gpu_row_kernels
 
 from . import conftest  # noqa: F401  # Triton's interpreter, which must be chosen before Triton is imported
 from .cases import (
@@ -38,26 +37,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LONG_ROWS = (9000, 40000, 140000)  # for kernels that keep a row in one or several multiprocessors
 
 
-def row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """The kernels of the row primitive on a GPU, by name: contexts in which a call uses this one."""
-    names = ["triton"] if divergence_rows.cuda_rows_problem() else ["triton", "cuda"]
-    return {name: functools.partial(divergence_rows.gpu_rows, name) for name in names}
-
-
 def ways(op: Op) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """The ways in which a GPU computes an op, by name: contexts in which a call goes this way."""
     if op is LOGIT_KL:
-        return row_kernels()
+        return gpu_row_kernels()
     if op is not LINEAR_KL:
         return {"": contextlib.nullcontext}
-
-    @contextlib.contextmanager
-    def by_rows(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-        with linear_op._going_by("rows"), kernel():
-            yield
-
-    rows = {f"rows-{name}": functools.partial(by_rows, kernel) for name, kernel in row_kernels().items()}
-    return rows | {"tiles": functools.partial(linear_op._going_by, "tiles")}
+    return linear_op._gpu_ways()
 
 
 def calls(

@@ -68,13 +68,6 @@ def test_nothing_spills(compiled: dict):
     assert not spilling, table(spilling)
 
 
-def test_shared_memory_fits(compiled: dict):
-    from .compile_common import SHARED_LIMIT
-
-    for kernel in compiled["kernels"]:
-        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
-
-
 def test_two_blocks_fit_a_multiprocessor(compiled: dict):
     """65536 registers. With one block alone nothing would hide the waits inside its reductions."""
     for kernel in compiled["kernels"]:
@@ -98,13 +91,6 @@ def test_no_attention_kernel_spills(attention: list):
     assert not spilling, "\n" + table(spilling)
 
 
-def test_shared_memory_of_attention_fits(attention: list):
-    from .compile_common import SHARED_LIMIT
-
-    for kernel in attention:
-        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
-
-
 def test_attention_multiplies_by_warp_group(attention: list):
     """wgmma is Hopper's way to the full rate of its tensor cores."""
     hopper = [kernel for kernel in attention if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
@@ -124,13 +110,6 @@ def test_no_cka_kernel_spills(cka: list):
     spilling = [kernel for kernel in cka if kernel["target"].startswith("sm_") and kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
     assert {kernel["target"] for kernel in cka} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-
-
-def test_shared_memory_of_cka_fits(cka: list):
-    from .compile_common import SHARED_LIMIT
-
-    for kernel in cka:
-        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
 
 
 def test_cka_multiplies_by_warp_group(cka: list):
@@ -156,11 +135,8 @@ def test_no_linear_kernel_spills(linear: list):
     assert {kernel["target"] for kernel in linear} == {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
-def test_shared_memory_and_registers_of_linear_fit(linear: list):
-    from .compile_common import SHARED_LIMIT
-
+def test_registers_of_linear_fit(linear: list):
     for kernel in linear:
-        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
         if kernel["target"].startswith("sm_"):
             assert 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
 
@@ -171,6 +147,17 @@ def test_linear_multiplies_by_warp_group(linear: list):
     hopper = [kernel for kernel in hopper if kernel["kernel"] in ("statistics", "values", "gradient")]
     assert {kernel["kernel"] for kernel in hopper} == {"statistics", "values", "gradient"}
     assert all(kernel["wgmma"] for kernel in hopper), hopper
+
+
+@pytest.mark.parametrize("op", ["compiled", "attention", "cka", "linear"])
+def test_shared_memory_fits(op: str, request: pytest.FixtureRequest):
+    from .compile_common import SHARED_LIMIT
+
+    found = request.getfixturevalue(op)
+    kernels = found["kernels"] if op == "compiled" else found
+    assert kernels
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
 
 
 # ---- nvcc ------------------------------------------------------------------------------------------------------------

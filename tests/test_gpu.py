@@ -21,6 +21,7 @@ from torch import Tensor
 import fastkd
 from fastkd import backend, checks
 from fastkd.divergence import DIVERGENCES
+from fastkd.ops.divergence_rows import gpu_row_kernels
 
 from .cases import (
     ATTENTION_KL,
@@ -40,7 +41,7 @@ from .cases import (
     to,
 )
 from .sanitize import main as call_everything
-from .sanitize import row_kernels, ways
+from .sanitize import ways
 from .test_contract import ROUNDING, SMALLEST
 
 NEAR = Regime("near", 5.0, 0.01)
@@ -363,7 +364,7 @@ def test_attention_needs_memory_in_proportion_to_the_length(place: Place, op: Op
 @pytest.mark.parametrize("way", ways(LOGIT_KL))
 def test_logit_kl_holds_nothing_but_the_gradient(place: Place, way: str):
     inputs, options = arguments(LOGIT_KL, place)
-    with row_kernels()[way]():
+    with gpu_row_kernels()[way]():
         peak = place.peak(lambda: value_and_gradients(LOGIT_KL, inputs, **options))
     assert peak <= 2**16  # 64 tokens of 32100 pieces are 8 MB
 
@@ -389,7 +390,7 @@ def test_logits_beyond_2_to_the_31(place: Place, way: str, dtype: torch.dtype, o
     student, teacher = (torch.randn(tokens, vocabulary, device=place.device, dtype=dtype).mul_(3) for _ in range(2))
     labels = torch.full((tokens,), vocabulary - 1, device=place.device)
     options: dict[str, Any] = {"ce_weight": 0.5, "reduction": "none"}
-    with row_kernels()[way]():
+    with gpu_row_kernels()[way]():
         loss, gradient = value_and_gradients(
             LOGIT_KL, {"student_logits": student, "teacher_logits": teacher}, labels=labels, **options
         )
@@ -583,7 +584,7 @@ def test_everything_can_be_called(place: Place, capsys: pytest.CaptureFixture[st
 
 def test_kernels_of_rows_can_be_chosen(place: Place):
     """A test that a way does not exist would pass for the wrong reason."""
-    assert "triton" in row_kernels()
+    assert "triton" in gpu_row_kernels()
     assert {*ways(LINEAR_KL)} >= {"rows-triton", "tiles"}
     assert backend.backend_for(place.device)[0] == "triton"
     assert RELATION_KL in OPS

@@ -15,7 +15,8 @@ loss [R] float64; stats [R, 7] float64, what the gradient needs of a row, privat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "divergence_gradient",
     "divergence_rows_",
     "divergence_stats",
+    "gpu_row_kernels",
     "gpu_rows",
 ]
 
@@ -135,6 +137,12 @@ def gpu_rows(name: str) -> Iterator[None]:
         yield
     finally:
         _preferred = before
+
+
+def gpu_row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """The kernels that there are for rows on a GPU, by name: contexts in which calls take this one."""
+    names = ["triton"] if cuda_rows_problem() else ["triton", "cuda"]
+    return {name: functools.partial(gpu_rows, name) for name in names}
 
 
 def _on_gpu(name: str):

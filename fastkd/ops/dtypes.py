@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_like_linear", "gradient_dtype", "score_dtype"]
+from ..divergence import divergence_code
+
+__all__ = ["autocast_like_linear", "fp16_lift", "gradient_dtype", "score_dtype"]
 
 
 def score_dtype(student: Tensor) -> torch.dtype:
@@ -18,6 +20,19 @@ def score_dtype(student: Tensor) -> torch.dtype:
 def gradient_dtype(student: Tensor) -> torch.dtype:
     """Gradients leave an op in the inputs' dtype; fp16 ones in fp32, since the loss scale is yet to come."""
     return torch.float32 if student.dtype == torch.float16 else student.dtype
+
+
+def fp16_lift(largest: Tensor, divergence: int) -> Tensor:
+    """A power of two that brings fp16 gradients of scores into the range of fp16 where they are matrix operands.
+
+    largest: 0-d, the largest coefficient of a row. Coefficients are about one over the number of rows, and
+    probabilities about one over the number of columns: together they would be flushed to zero. The largest of the
+    former times this is about 2^12, which leaves room for a dD/ds of 16; reverse_kl's is up to a difference of scores,
+    and has room for 1024.
+    """
+    _, exponent = torch.frexp(largest)
+    room = 6 if divergence == divergence_code("reverse_kl") else 12
+    return torch.ldexp(largest.new_ones(()), (room - exponent).clamp(-100, 100))
 
 
 @torch.compiler.assume_constant_result  # the compiler of torch 2.11 cannot look into it

@@ -17,7 +17,8 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite
 from ..divergence import divergence_code
 from .chunks import token_chunks
-from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_rows_, divergence_stats
-from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
+from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_rows_, divergence_stats, gpu_row_kernels
+from .dtypes import autocast_like_linear, fp16_lift, gradient_dtype, score_dtype
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
@@ -77,6 +78,18 @@ class _Head(NamedTuple):
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     scale: float
+
+
+class _Call(NamedTuple):
+    """What every way of computing the op is given, but for the objective."""
+
+    student: _Head
+    teacher: _Head | None  # None: cross-entropy alone
+    vocabulary: int  # that both models share
+    coefficient: Tensor  # [T] float64
+    labels: Tensor | None  # [T] int64
+    workspace_bytes: int
+    gradients: list[bool]  # of hidden states, weight, bias
 
 
 # ---- forward, with the gradients: on a CPU --------------------------------------------------------------------------
@@ -138,16 +151,8 @@ class _Gradients:
         return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
-def _on_cpu(
-    student: _Head,
-    teacher: _Head | None,
-    vocabulary: int,
-    coefficient: Tensor,  # [T] float64
-    labels: Tensor | None,  # [T] int64
-    workspace_bytes: int,
-    gradients: list[bool],
-    *objective: float,
-) -> tuple[Tensor, ...]:
+def _on_cpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
+    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients = call
     dtype = score_dtype(student.hidden)
     buffers = 1 if teacher is None else 2
     rows_at_once = max(1, workspace_bytes // (buffers * vocabulary * dtype.itemsize))
@@ -194,18 +199,6 @@ def _multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = Fals
             torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
     else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=scale, out=out)
-
-
-def _lift(coefficient: Tensor, divergence: int, kd_scale: float, ce_weight: float) -> Tensor:
-    """A power of two that brings fp16 gradients of scores into the range of fp16 where they are matrix operands.
-
-    Coefficients are about one over the number of tokens, and probabilities about one over the vocabulary: together they
-    would be flushed to zero. The largest of the former times this is about 2^12, which leaves room for a dD/ds of 16;
-    reverse_kl's is up to a difference of scores, and has room for 1024.
-    """
-    _, exponent = torch.frexp(coefficient.abs().amax() * (abs(kd_scale) + abs(ce_weight)))
-    room = 6 if divergence == divergence_code("reverse_kl") else 12
-    return torch.ldexp(coefficient.new_ones(()), (room - exponent).clamp(-100, 100))
 
 
 class _GpuGradients:
@@ -288,23 +281,14 @@ def _rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, 
     return score_rows, max(score_rows, _whole_tiles(gradient_rows))
 
 
-def _rows(
-    student: _Head,
-    teacher: _Head | None,
-    vocabulary: int,
-    coefficient: Tensor,  # [T] float64
-    labels: Tensor | None,  # [T] int64
-    workspace_bytes: int,
-    gradients: list[bool],
-    lift: Tensor | None,
-    *objective: float,
-) -> tuple[Tensor, ...]:
+def _rows(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
     """By rows: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
 
     An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again
     and 2 to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be
     narrowed. Gradients of wider operands stay where they are.
     """
+    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients = call
     hidden, weight = student.hidden, student.weight
     tokens, dtype = coefficient.shape[0], score_dtype(hidden)
     buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
@@ -345,23 +329,14 @@ def _rows(
     return loss, *total.results()
 
 
-def _tiles(
-    student: _Head,
-    teacher: _Head | None,
-    vocabulary: int,
-    coefficient: Tensor,  # [T] float64
-    labels: Tensor | None,  # [T] int64
-    workspace_bytes: int,
-    gradients: list[bool],
-    lift: Tensor | None,
-    *objective: float,
-) -> tuple[Tensor, ...]:
+def _tiles(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
     """By tiles: statistics of all tokens at once, and gradients of all tokens for some of the vocabulary at a time.
 
     No score is written, 2 bytes an element of gradients of 16-bit operands are, and nothing accumulates the weight's.
     """
     from ..kernels import linear_kl as kernels
 
+    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients = call
     tokens, weight = coefficient.shape[0], student.weight
     columns_at_once = min(vocabulary, _whole_tiles(workspace_bytes // (tokens * weight.itemsize)))
     loss = torch.empty_like(coefficient)
@@ -420,6 +395,20 @@ def _going_by(way: str) -> Iterator[None]:
         _forced = before
 
 
+def _gpu_ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """By rows with each row kernel that there is, and by tiles: contexts in which a call goes this way, by name."""
+
+    @contextlib.contextmanager
+    def by_rows(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+        with _going_by("rows"), kernel():
+            yield
+
+    ways: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+        f"rows-{name}": functools.partial(by_rows, kernel) for name, kernel in gpu_row_kernels().items()
+    }
+    return ways | {"tiles": functools.partial(_going_by, "tiles")}
+
+
 def _by_tiles(student: _Head, teacher: _Head | None, gradients: bool, divergence: int) -> bool:
     """Whether a call goes by tiles: where the counts above say that it takes less time."""
     heads = [student] if teacher is None else [student, teacher]
@@ -434,22 +423,14 @@ def _by_tiles(student: _Head, teacher: _Head | None, gradients: bool, divergence
     return flops * (looks + gradients) / TILE_RATE[closed] < by_rows
 
 
-def _on_gpu(
-    student: _Head,
-    teacher: _Head | None,
-    vocabulary: int,
-    coefficient: Tensor,  # [T] float64
-    labels: Tensor | None,  # [T] int64
-    workspace_bytes: int,
-    gradients: list[bool],
-    *objective: float,
-) -> tuple[Tensor, ...]:
+def _on_gpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
     divergence, _, temperature, kd_weight, ce_weight = objective
     lift = None
-    if student.weight.dtype == torch.float16 and any(gradients):
-        lift = _lift(coefficient, int(divergence), kd_weight * temperature, ce_weight)
-    way = _tiles if _by_tiles(student, teacher, any(gradients), int(divergence)) else _rows
-    return way(student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, lift, *objective)
+    if call.student.weight.dtype == torch.float16 and any(call.gradients):
+        largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
+        lift = fp16_lift(largest, int(divergence))
+    way = _tiles if _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence)) else _rows
+    return way(call, lift, *objective)
 
 
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
@@ -478,20 +459,13 @@ def _linear_kl(
     if teacher_weight is not None and kd_weight != 0:
         assert teacher_hidden is not None
         teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
-    arguments = (
-        student,
-        teacher,
-        vocabulary,
-        coefficient,
-        labels if ce_weight != 0 else None,
-        workspace_bytes,
-        gradients,
-    )
+    labels = labels if ce_weight != 0 else None
+    call = _Call(student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients)
     if backend_for(student_hidden.device)[0] == "cpp":
-        return _on_cpu(*arguments, *objective)
+        return _on_cpu(call, *objective)
     if coefficient.shape[0] == 0:
         return tuple(x.zero_() for x in _outputs(student_hidden, student_weight, student_bias, coefficient, gradients))
-    return _on_gpu(*arguments, *objective)
+    return _on_gpu(call, *objective)
 
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
