@@ -18,6 +18,7 @@ ROWS = {  # what each op's tables list below fastkd, its limit last
     "linear_kl": ("reference", "torch.compile", "Liger", "bare GEMMs"),
     "logit_kl": ("reference", "torch.compile", "Liger", "copy"),
     "relation_kl": ("reference", "torch.compile", "GEMMs"),
+    "prune": ("eager", "copy"),
     "train_step": ("eager", "both models"),
 }
 on_linux = pytest.mark.skipif(

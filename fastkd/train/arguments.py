@@ -19,6 +19,7 @@ import fastkd
 from . import config
 from .errors import InputError
 from .objectives import METHODS, MIXUP_DISTANCES, STUDENT_INITS, Method
+from .schedule import GRID, parse_grid
 from .tasks import TASKS, figure_names
 
 # Our defaults for transformers' flags. They are the demo's: a small student on two CPU cores.
@@ -46,6 +47,8 @@ FINE_TUNING_RATE = 3e-4  # for a student that starts from the weights of a model
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
 EMBEDDED_TASKS = ("span_corruption", "text2text", "summarization", "classification")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+ARCHITECTURES = ("t5", "enct5")
+IMPORTANCE_DATA = ("train", "dev")
 
 _EXAMPLES = """\
 examples:
@@ -60,6 +63,9 @@ examples:
       fine-tune a student that exists, by GLUE's SST-2 in the folder glue/SST-2
   fastkd-train --demo --task classification --method mixkd
       the demo in another mode; also text2text and summarization
+  fastkd-train --config minidisc --teacher ./fine-tuned --task glue/mrpc --train_file glue --target_sparsity 0.95 \\
+               --output_dir runs/d
+      prune a teacher that was fine-tuned for a task, let one round pick its assistant, and distil what is left
   fastkd-train --method mlmkd --interpolated --teacher ./t5-3b --train_file 'texts/*.txt' --output_dir runs/small
       teacher to assistant to student in one command
   fastkd-train --method miniend-d --divergence jsd --weights logit_kl=0.5 --output_dir runs/jsd
@@ -129,8 +135,13 @@ class ModelArguments:
         "width; heads are 32 wide and feed-forward layers 4 times as wide, or for a slice as in the teacher", 64
     )
     student_init: str | None = _help(
-        f"{' or '.join(STUDENT_INITS)}: the top-left part of every matrix of the teacher, whose variant of T5 it then "
-        "shares, or random weights; without it, the method's own",
+        f"{', '.join(STUDENT_INITS)}: the top-left part of every matrix of the teacher, whose variant of T5 it then "
+        "shares; random weights; or the teacher pruned (see below); without it, the method's own",
+        None,
+    )
+    architecture: str | None = _help(
+        f"{' or '.join(ARCHITECTURES)}: text to text, or T5's encoder with one decoder layer and a head for the "
+        "classes of a task, which a --student that is a T5 becomes; without it, that of the models given, else t5",
         None,
     )
     assistant_layers: int | None = _help("of --interpolated; without it, halfway between teacher and student", None)
@@ -194,7 +205,36 @@ class DataArguments:
 
 
 @dataclass
-class FastkdArguments(ObjectiveArguments, ModelArguments, DataArguments):
+class PruningArguments:
+    """How the teacher becomes the student, for methods that prune it (MiniDisc, Zhang et al., 2024)."""
+
+    _argument_group_name = "pruning (--method minidisc, maxidisc, prune-kd, prune-pkd, or --student_init prune)"
+
+    target_sparsity: float = _help("share of the teacher's heads, and of its neurons, that the student lacks", 0.9)
+    sparsity_grid: str | None = _help(
+        f"sparsities of possible assistants, and the target, as NUMBER,...; without it {','.join(map(str, GRID))}", None
+    )
+    truncation: float = _help("minidisc's candidates are at least as sparse", 0.5)
+    tradeoff_lambda: float = _help("minidisc picks the candidate with the largest metric + lambda * sparsity", 0.2)
+    assistants: int = _help("that minidisc picks one after the other; 0 distils the student from the teacher", 1)
+    sandwich_size: int = _help(
+        "candidates that learn in a step: the least and the most sparse, and others drawn anew; 0 for all", 0
+    )
+    assistant_sparsity: float | None = _help("of one fixed assistant, in place of one that is picked", None)
+    patience: int = _help("evaluations without a better candidate after which a round ends", 5)
+    selection_metric: str | None = _help(
+        "held-out figure by which candidates are compared; without it the mean of the task's, or token_accuracy", None
+    )
+    importance_on: str = _help(
+        f"{' or '.join(IMPORTANCE_DATA)}: what is measured to rank heads and neurons, a part of the training data that "
+        "nothing is then trained on, or all held-out data, as in the paper's code",
+        "train",
+    )
+    importance_examples: int = _help("of --importance_on train, at most a fifth of the training data", 512)
+
+
+@dataclass
+class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, DataArguments):
     """What fastkd-train adds to transformers' arguments. transformers_flags: those of transformers, as given."""
 
     transformers_flags: dict[str, Any] = field(default_factory=dict)
@@ -210,8 +250,13 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, DataArguments):
     @property
     def continues_given_model(self) -> bool:
         """Whether the student starts from the weights of a model that the user gave."""
-        sliced = bool(self.teacher) and chosen_method(self).student_init == "slice"
-        return self.student is not None or sliced
+        init = chosen_method(self).student_init
+        return self.student is not None or (self.teacher is not None and init == "slice") or init == "prune"
+
+    @property
+    def grid(self) -> list[float]:
+        """The sparsities of `--sparsity_grid` in rising order; raises ValueError if it is not numbers from 0 to 1."""
+        return list(GRID) if self.sparsity_grid is None else parse_grid(self.sparsity_grid)
 
     @property
     def has_own_data(self) -> bool:
@@ -230,7 +275,7 @@ class TransformersArguments(Seq2SeqTrainingArguments):
     _argument_group_name = "transformers.Seq2SeqTrainingArguments"
 
 
-_GROUPS: Any = [ObjectiveArguments, ModelArguments, DataArguments, TransformersArguments]
+_GROUPS: Any = [ObjectiveArguments, ModelArguments, PruningArguments, DataArguments, TransformersArguments]
 
 
 class _Parser(HfArgumentParser):
@@ -282,6 +327,7 @@ def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
         raise InputError(f"unknown {kind} {unknown[0]!r}" + closest(unknown[0].split("=")[0], flags))
     ours = FastkdArguments(**{name: value for part in parts for name, value in vars(part).items()})
     given = _names(words)
+    ours.task = ours.task.removeprefix("glue/")
     _check_names(ours)
     _settle(ours, args, given)
     _check(ours, args)
@@ -385,6 +431,8 @@ _CHOICES: dict[str, Sequence[str]] = {
     "student_init": STUDENT_INITS,
     "mixup_distance": MIXUP_DISTANCES,
     "teacher_dtype": TEACHER_DTYPES,
+    "architecture": ARCHITECTURES,
+    "importance_on": IMPORTANCE_DATA,
 }
 _POSITIVE = (
     "student_layers", "student_d_model", "assistant_layers", "assistant_d_model", "teacher_layers", "teacher_d_model",
@@ -393,7 +441,8 @@ _POSITIVE = (
 )  # fmt: skip
 _LEAST = {
     "sequence_length": 8, "vocabulary_size": 512, "report_examples": 0, "shuffle_buffer": 0, "max_source_length": 2,
-    "max_target_length": 2,
+    "max_target_length": 2, "tradeoff_lambda": 0, "assistants": 0, "patience": 1, "importance_examples": 1,
+    "sandwich_size": 0,
 }  # fmt: skip
 _LEAST_OF_TRANSFORMERS = {
     "seed": 0, "data_seed": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
@@ -461,6 +510,7 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
     if flags.divergence_beta is not None and not 0 < flags.divergence_beta < 1:
         raise InputError(f"--divergence_beta must be between 0 and 1, got {flags.divergence_beta}")
     method = chosen_method(flags)
+    _check_pruning(flags, args, method)
     if flags.demo and not method.needs_teacher:
         raise InputError("--demo compares a distillation method with scratch: choose another --method")
     if method.student_init == "slice" and not method.needs_teacher:
@@ -476,7 +526,11 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(
             f"--task {flags.task} needs --train_file or --dataset_name: the embedded corpus has no such data"
         )
-    known = ["loss", "token_accuracy", *(figure_names(TASKS[flags.task]) if args.predict_with_generate else [])]
+    figures = figure_names(TASKS[flags.task])
+    if flags.selection_metric not in (None, "token_accuracy", *figures):
+        names = ", ".join(["token_accuracy", *figures])
+        raise InputError(f"--selection_metric: expected one of {names}, got {flags.selection_metric!r}")
+    known = ["loss", "token_accuracy", *(figures if args.predict_with_generate else [])]
     best = args.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in known:
         raise InputError(
@@ -489,3 +543,51 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(f"--streaming is read by 0 or 1 --dataloader_num_workers, got {args.dataloader_num_workers}")
     if flags.streaming and not flags.teacher and not flags.student:
         raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
+
+
+def _check_pruning(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
+    given = [f.name for f in dataclasses.fields(PruningArguments) if getattr(flags, f.name) != f.default]
+    if method.student_init != "prune":
+        if given:
+            raise InputError(
+                f"--{given[0]} has no effect with --method {flags.method}, which does not prune its teacher"
+            )
+        return
+    try:
+        grid = flags.grid
+    except ValueError as error:
+        raise InputError(f"--sparsity_grid: {error}") from error
+    sparsities = ", ".join(f"{s:g}" for s in grid)
+    if flags.target_sparsity not in grid or flags.target_sparsity == 0:
+        raise InputError(
+            f"--target_sparsity: expected one of the grid's above 0 ({sparsities}; --sparsity_grid takes others), got "
+            f"{flags.target_sparsity:g}"
+        )
+    assistants = ", ".join(f"{s:g}" for s in grid if 0 < s < flags.target_sparsity)
+    if flags.assistant_sparsity is not None and not 0 < flags.assistant_sparsity < flags.target_sparsity:
+        raise InputError(
+            f"--assistant_sparsity: expected one between 0 and the target's ({assistants}), got "
+            f"{flags.assistant_sparsity:g}"
+        )
+    if not 0 <= flags.truncation <= 1:
+        raise InputError(f"--truncation: expected 0 to 1, got {flags.truncation:g}")
+    candidates = [s for s in grid if flags.truncation <= s <= flags.target_sparsity]
+    if method.schedule == "minidisc" and flags.assistant_sparsity is None and flags.assistants >= len(candidates):
+        raise InputError(
+            f"--assistants {flags.assistants}: the grid has {max(len(candidates) - 1, 0)} between --truncation "
+            f"{flags.truncation:g} and the target {flags.target_sparsity:g} ({sparsities})"
+        )
+    if flags.sandwich_size == 1:
+        raise InputError("--sandwich_size: expected 0 for all, or at least 2, the least and the most sparse, got 1")
+    if flags.student or flags.demo or flags.interpolated:
+        other = "student" if flags.student else "demo" if flags.demo else "interpolated"
+        raise InputError(f"--{other} does not go with --method {flags.method}, whose student is its teacher pruned")
+    if flags.streaming or args.torch_compile or args.load_best_model_at_end:
+        other, why = (
+            ("streaming", "importance and rounds need data that is read again")
+            if flags.streaming
+            else ("torch_compile", "widths change in every step")
+            if args.torch_compile
+            else ("load_best_model_at_end", "rounds keep the best candidate already")
+        )
+        raise InputError(f"--{other} is not supported with --method {flags.method}: {why}")

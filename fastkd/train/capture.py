@@ -25,6 +25,11 @@ class Place:
     causal: bool
 
 
+def is_enct5(config: Any) -> bool:
+    """Return whether a config is that of `models.EncT5ForSequenceClassification`, whose decoder reads no text."""
+    return bool(config.model_type == "fastkd_enct5")
+
+
 PLACES: dict[str, Place] = {
     "decoder_self": Place("decoder", 0, "SelfAttention", ("decoder", "decoder", "decoder"), True),
     "decoder_cross": Place("decoder", 1, "EncDecAttention", ("decoder", "encoder", "encoder"), False),

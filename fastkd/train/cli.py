@@ -61,6 +61,8 @@ def _run(argv: Sequence[str]) -> None:
         print(f"{report.compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
     elif flags.interpolated:
         runs.interpolated(flags, args)
+    elif arguments.chosen_method(flags).student_init == "prune":
+        runs.pruned(flags, args)
     elif flags.demo:
         runs.demo(flags, args)
     else:

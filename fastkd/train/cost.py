@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .capture import is_enct5
+
 TOKENS = 128  # on both sides, as MiniEnD counts
 MIB = 2**20
 
@@ -39,17 +41,25 @@ def parameters(model: Any) -> int:
 def gflops(model: Any, tokens: int = TOKENS) -> float:
     """Return the billions of multiply-accumulates in a model's linear layers for `tokens` tokens on both sides.
 
-    Counted as in MiniEnD (Zhang et al., 2024): every weight of an `nn.Linear` once per token, encoder and decoder
-    alike, so 25.4 for T5-base; a layer that stands in several places counts in each. Embeddings, the head, attention
-    scores and what is not saved with the model are left out. Nothing is computed: the model may be on the meta device.
+    Counted as in MiniEnD (Zhang et al., 2024), so 25.4 for T5-base: see `multiply_accumulates`. The head is left out.
+    The decoder of an EncT5 reads one token.
     """
-    head, unsaved = model.get_output_embeddings(), _unsaved(model)
-    weights = sum(
-        module.weight.numel()
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, torch.nn.Linear) and module is not head and f"{name}.weight" not in unsaved
-    )
-    return weights * tokens / 1e9
+    return multiply_accumulates(model, tokens, 1 if is_enct5(model.config) else tokens) / 1e9
+
+
+def multiply_accumulates(model: Any, encoder_tokens: int, decoder_tokens: int, *, head: bool = False) -> int:
+    """Return the multiply-accumulates of a forward pass in a T5's linear layers, and in its head if asked.
+
+    Every weight of an `nn.Linear` counts once per token that it is applied to; a layer that stands in several places
+    counts in each. Embeddings, attention scores and what is not saved with the model are left out. Nothing is computed:
+    the model may be on the meta device.
+    """
+    output, unsaved, total = model.get_output_embeddings(), _unsaved(model), 0
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.nn.Linear) and (head or module is not output) and f"{name}.weight" not in unsaved:
+            reads_encoder = name.startswith("encoder.") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+            total += module.weight.numel() * (encoder_tokens if reads_encoder else decoder_tokens)
+    return total
 
 
 def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:

@@ -7,7 +7,8 @@ a resume, on any number of data workers or processes, and for every method compa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
@@ -21,7 +22,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from .errors import InputError
 
@@ -170,6 +171,12 @@ class SpanCorruption(Dataset):
         tokens = self.chunks[chunk] if isinstance(self.chunks, np.ndarray) else self.chunks[chunk]["input_ids"]
         return self.corrupt(np.asarray(tokens, dtype=np.int64), (self.seed, epoch, chunk))
 
+    def select(self, indices: Sequence[int]) -> SpanCorruption:
+        """Return the chunks with these numbers; they are corrupted otherwise than here."""
+        some = copy.copy(self)
+        some.chunks = self.chunks[indices] if isinstance(self.chunks, np.ndarray) else self.chunks.select(indices)
+        return some
+
 
 @dataclass
 class Counts:
@@ -238,23 +245,65 @@ class Pairs(Dataset):
     """Tokenised pairs as examples: "input_ids", "attention_mask" and "labels" (int64), not padded; see `pad`."""
 
     def __init__(self, rows: datasets.Dataset):
-        self.rows = rows.select_columns(["input_ids", "labels"])
+        self.rows = rows
+        self.ids = rows.select_columns(["input_ids", "labels"])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> Item:
-        return _pair_item(**self.rows[index])
+        return _pair_item(**self.ids[index])
+
+    def select(self, indices: Sequence[int]) -> Pairs:
+        """Return the examples with these numbers."""
+        return Pairs(self.rows.select(indices))
+
+
+class Classes(Dataset):
+    """Tokenised pairs as examples of an EncT5: "labels" [1] is the number of the target among the classes.
+
+    It is -100, which no loss counts, for a target that is none of them. Otherwise as Pairs.
+    """
+
+    def __init__(self, rows: datasets.Dataset, classes: Sequence[str]):
+        numbers = {name: i for i, name in enumerate(classes)}
+        self.rows, self.classes = rows, list(classes)
+        self.sources = rows.select_columns(["input_ids"])
+        self.labels = [numbers.get(target, IGNORED) for target in rows["target"]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return _pair_item(self.sources[index]["input_ids"], [self.labels[index]])
+
+    def select(self, indices: Sequence[int]) -> Classes:
+        """Return the examples with these numbers."""
+        return Classes(self.rows.select(indices), self.classes)
 
 
 class _Padding(DataCollatorForSeq2Seq):
     def __call__(self, features: list[Item], return_tensors: Any = None) -> Any:
-        # Of tensors it would make arrays, one by one.
-        return super().__call__([{name: ids.tolist() for name, ids in item.items()} for item in features])
+        return super().__call__(_lists(features))
 
 
-def pad(tokenizer: Any) -> DataCollatorForSeq2Seq:
-    """Return the collator of pairs: padded to the longest, rounded up to a multiple of 8, labels by -100."""
+class _SourcePadding(DataCollatorWithPadding):
+    def __call__(self, features: list[Item]) -> Any:
+        return super().__call__(_lists(features))
+
+
+def _lists(features: list[Item]) -> list[dict[str, Any]]:
+    """Return items of lists: of tensors a collator would make arrays, one by one."""
+    return [{name: ids.tolist() for name, ids in item.items()} for item in features]
+
+
+def pad(tokenizer: Any, one_label: bool = False) -> Callable[..., Any]:
+    """Return the collator of pairs: padded to the longest, rounded up to a multiple of 8, labels by -100.
+
+    one_label: that of Classes, whose labels are as long as each other already.
+    """
+    if one_label:
+        return _SourcePadding(tokenizer, pad_to_multiple_of=8)
     return _Padding(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=8)
 
 

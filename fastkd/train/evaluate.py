@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,18 @@ def held_out_metrics(prediction: tuple[np.ndarray, np.ndarray]) -> dict[str, flo
 
 
 @torch.no_grad()
+def classify(
+    model: Any, tokenizer: Any, sources: Sequence[Sequence[int]], *, batch_size: int, title: str | None = None
+) -> list[str]:
+    """Return the class that an EncT5 gives each source, token ids without padding; title: see `generate`."""
+
+    def answers(inputs: dict[str, torch.Tensor]) -> list[str]:
+        return [model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()]
+
+    return _in_batches(answers, model, tokenizer, sources, batch_size, title)
+
+
+@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -58,10 +70,30 @@ def generate(
     Sources of like length share a batch. keep_sentinels: show special tokens, but for padding and the end. title: of
     the progress bar, which is not shown without one. num_beams: by default the model's own.
     """
+    options = {} if num_beams is None else {"num_beams": num_beams}
+
+    def texts(inputs: dict[str, torch.Tensor]) -> list[str]:
+        written = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+        texts = tokenizer.batch_decode(written, skip_special_tokens=not keep_sentinels)
+        for token in (tokenizer.pad_token, tokenizer.eos_token) if keep_sentinels else ():
+            texts = [text.replace(token, "") for text in texts]
+        return [text.strip() for text in texts]
+
+    return _in_batches(texts, model, tokenizer, sources, batch_size, title)
+
+
+def _in_batches(
+    answer: Callable[[dict[str, torch.Tensor]], list[str]],
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str | None,
+) -> list[str]:
+    """Return `answer(input_ids and attention_mask of a batch)` for all sources, those of like length together."""
     device, mode = next(model.parameters()).device, model.training
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
     outputs = [""] * len(sources)
-    options = {} if num_beams is None else {"num_beams": num_beams}
     model.eval()
     bar = tqdm(total=len(sources), desc=title, unit="text", disable=title is None)
     try:
@@ -69,13 +101,8 @@ def generate(
             batch = order[start : start + batch_size]
             inputs = tokenizer.pad({"input_ids": [list(sources[i]) for i in batch]}, return_tensors="pt").to(device)
             ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            written = model.generate(**ids, max_new_tokens=max_new_tokens, **options)
-            for i, text in zip(
-                batch, tokenizer.batch_decode(written, skip_special_tokens=not keep_sentinels), strict=True
-            ):
-                for token in (tokenizer.pad_token, tokenizer.eos_token) if keep_sentinels else ():
-                    text = text.replace(token, "")
-                outputs[i] = text.strip()
+            for i, text in zip(batch, answer(ids), strict=True):
+                outputs[i] = text
             bar.update(len(batch))
     finally:
         bar.close()

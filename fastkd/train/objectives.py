@@ -8,18 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
-from .capture import PLACES, matched_layer
+from .capture import PLACES, is_enct5, matched_layer
 from .mixup import Mixup
 
 VOCABULARY_TERMS = ("ce", "logit_kl")
-HIDDEN_TERMS = ("hidden_cka", "hidden_linear")
+HIDDEN_TERMS = ("hidden_cka", "hidden_linear", "hidden_mse", "hidden_pkd")
+SAME_SHAPE_TERMS = ("hidden_mse", "hidden_pkd")  # between states of one width, layer by layer
 MIXUP_TERMS = ("mixup_ce", "mixup_kd")
 MIXUP_DISTANCES = ("mse", "divergence")
-STUDENT_INITS = ("slice", "random")
+STUDENT_INITS = ("slice", "random", "prune")
+SCHEDULES = ("minidisc", "maxidisc")
+MSE_STATES = 7  # that "hidden_mse" compares, evenly spaced
 TEACHER_LAYERS = {24: 21}  # of a teacher's depth: MiniLMv2's choice for BERT-large; for T5 it is an assumption
 
 
@@ -29,8 +33,9 @@ class Method:
 
     terms: "ce", cross-entropy with the target tokens; "logit_kl", temperature^2 * divergence of the teacher's and the
     student's softmaxes at that temperature; the relation terms (see `relation_loss`), named after their place:
-    "decoder_self", "decoder_cross", "encoder_self"; one of the hidden-state terms (see `hidden_loss`), "hidden_cka" or
-    "hidden_linear"; and the terms on mixed examples (see `mixup_loss`), "mixup_ce" and "mixup_kd".
+    "decoder_self", "decoder_cross", "encoder_self"; one of the hidden-state terms (see `hidden_loss`), "hidden_cka",
+    "hidden_linear", "hidden_mse" or "hidden_pkd"; and the terms on mixed examples (see `mixup_loss`), "mixup_ce" and
+    "mixup_kd".
     divergence, divergence_beta: of the logit term and the relation terms, a name of `fastkd.DIVERGENCES`.
     relation_heads: MiniLMv2's A_r, into which queries, keys and values are split whatever their own heads; 32 as in
     the code of MiniEnD's authors.
@@ -38,7 +43,10 @@ class Method:
     last. The student's is always its last.
     match_first_position: whether the hidden-state term compares the first decoder position too, which reads the start
     token.
-    student_init: where a student made for this method starts, "random" or "slice" (see `student.slice_teacher`).
+    student_init: where a student made for this method starts, "random", "slice" (see `student.slice_teacher`) or
+    "prune" (see `prune`).
+    schedule: what comes between teacher and a pruned student, a name in SCHEDULES (see `minidisc`), or "" for nothing
+    unless the flags say so.
     mixup_alpha: examples are mixed in shares lam and 1 - lam, with lam of Beta(mixup_alpha, mixup_alpha).
     mixup_distance: what "mixup_kd" measures between the logits of teacher and student, "mse" or, by "divergence", the
     method's own.
@@ -53,6 +61,7 @@ class Method:
     teacher_layer: int | None = None
     match_first_position: bool = False
     student_init: str = "random"
+    schedule: str = ""
     mixup_alpha: float = 0.4
     mixup_distance: str = "mse"
 
@@ -104,15 +113,24 @@ class Method:
     def matched_states(self, student: Any, teacher: Any) -> dict[str, list[tuple[int, int]]]:
         """Return (student's, teacher's) numbers of the hidden states that each stack compares, of two `T5Config`s.
 
-        All of the student's, embeddings included, as HSM does; {} without a hidden-state term.
+        All of the student's, embeddings included, as HSM does; but for "hidden_mse" 7 that are evenly spaced, and for
+        "hidden_pkd" the last. Of an EncT5 only those of the encoder. {} without a hidden-state term.
         """
         if not self.hidden_terms:
             return {}
-        depths = {stack: (_depth(student, stack), _depth(teacher, stack)) for stack in ("encoder", "decoder")}
+        stacks = ("encoder",) if is_enct5(student) else ("encoder", "decoder")
+        depths = {stack: (_depth(student, stack), _depth(teacher, stack)) for stack in stacks}
+        if self.hidden_terms[0] in SAME_SHAPE_TERMS:
+            return {stack: [(i, i) for i in self._same_layers(depth)] for stack, (depth, _) in depths.items()}
         return {
             stack: [(layer, matched_layer(layer, mine, its)) for layer in range(mine + 1)]
             for stack, (mine, its) in depths.items()
         }
+
+    def _same_layers(self, depth: int) -> list[int]:
+        if self.hidden_terms == ["hidden_pkd"]:
+            return [depth]
+        return sorted({round(i * depth / (MSE_STATES - 1)) for i in range(MSE_STATES)})
 
     def check_fits(self, student: Any, teacher: Any) -> None:
         """Raise ValueError if the terms do not go together, or not between models of these two `T5Config`s."""
@@ -120,10 +138,27 @@ class Method:
             raise ValueError(f"terms: expected at most one of {', '.join(HIDDEN_TERMS)}, got {', '.join(self.terms)}")
         if self.mixup_terms and (self.places or self.hidden_terms):
             raise ValueError(f"terms: expected mixup beside vocabulary terms only, got {', '.join(self.terms)}")
+        if self.mixup_terms and is_enct5(student):
+            raise ValueError(f"terms: an EncT5 has no mixed examples, as its decoder reads no text, got {self.formula}")
+        shapes = [(config.d_model, config.num_layers, config.num_decoder_layers) for config in (student, teacher)]
+        for term in self.hidden_terms:
+            if term in SAME_SHAPE_TERMS and shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"terms: {term} expects a student as wide and as deep as its teacher, as pruning leaves it, got "
+                    "(width, encoder layers, decoder layers) {} and {}".format(*shapes)
+                )
         if not self.places:
             return
-        self.teacher_layers(teacher)
-        widths = [config.num_heads * config.d_kv for config in (student, teacher)]
+        for place, layer in self.teacher_layers(teacher).items():
+            self._check_heads(place, student, teacher, layer)
+
+    def _check_heads(self, place: str, student: Any, teacher: Any, teacher_layer: int) -> None:
+        widths = [
+            _query_width(config, place, layer)
+            for config, layer in ((student, self.student_layers(student)[place]), (teacher, teacher_layer))
+        ]
+        if not all(widths):
+            raise ValueError(f"terms: {place} compares queries in a layer that pruning left without heads")
         common = math.gcd(*widths)
         if self.relation_heads < 1 or common % self.relation_heads:
             valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -133,12 +168,27 @@ class Method:
             )
 
 
+def _query_width(config: Any, place: str, layer: int) -> int:
+    """Return the width of the queries at a place in a layer, counted from 1, which in a pruned model is its own."""
+    where = PLACES[place]
+    name = f"{where.stack}.block.{layer - 1}.layer.{where.sublayer}.{where.module}"
+    heads = (getattr(config, "widths", None) or {}).get(name, config.num_heads)
+    return int(heads) * int(config.d_kv)
+
+
 def _depth(config: Any, stack: str) -> int:
     return config.num_layers if stack == "encoder" else config.num_decoder_layers
 
 
 _IMPLICIT = {"logit_kl": 1.0, "decoder_self": 1.0}
 _CE_AND_KL = {"ce": 1.0, "logit_kl": 1.0}
+# A soft cross-entropy with the teacher is its KL plus the teacher's entropy, which no gradient sees. That decoders are
+# compared too, and their first position, is an assumption: the paper's models are encoders.
+_MINIDISC: Any = {
+    "terms": {"hidden_mse": 0.5, "logit_kl": 0.5},
+    "match_first_position": True,
+    "student_init": "prune",
+}
 
 # MiniEnD's sums are unweighted. Its logit term at temperature 1 without cross-entropy is an assumption.
 METHODS: dict[str, Method] = {
@@ -183,6 +233,28 @@ METHODS: dict[str, Method] = {
     ),
     "mixkd-tmkd": Method("MixKD without the labels of mixed examples (TMKD alone)", {"ce": 1.0, "mixup_kd": 1.0}),
     "mixkd-sm": Method("MixKD without a teacher: mixup of the student alone (SM)", {"ce": 1.0, "mixup_ce": 1.0}),
+    # They differ in what comes between the teacher and the pruned student.
+    "minidisc": Method(
+        "MiniDisc: prune the teacher, pick its assistant in one round, distil the student (Zhang et al., 2024)",
+        **_MINIDISC,
+        schedule="minidisc",
+    ),
+    "maxidisc": Method(
+        "the baseline of minidisc that tries every assistant and keeps the best student",
+        **_MINIDISC,
+        schedule="maxidisc",
+    ),
+    "prune-kd": Method(
+        "a baseline of minidisc: prune, then cross-entropy + logit KL",
+        {"ce": 0.5, "logit_kl": 0.5},
+        student_init="prune",
+    ),
+    "prune-pkd": Method(
+        "a baseline of minidisc: prune, then PKD, which compares the last hidden states too (Sun et al., 2019)",
+        {"hidden_pkd": 1 / 3, "ce": 1 / 3, "logit_kl": 1 / 3},
+        match_first_position=True,
+        student_init="prune",
+    ),
 }
 
 
@@ -272,20 +344,26 @@ def hidden_masks(masks: Mapping[str, torch.Tensor], match_first_position: bool) 
 def hidden_loss(
     method: Method, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return the scalar loss of a method's hidden-state term, summed over the pairs (Dasgupta and Cohn, ICLR 2025).
+    """Return the scalar loss of a method's hidden-state term.
 
-    "hidden_cka": `fastkd.cka_loss`, over the valid positions of the whole batch at once. "hidden_linear": the squared
-    error, averaged over the teacher's width and the valid positions; the student's states are projected already.
-    student, teacher: [B, L, H], of widths of their own but for "hidden_linear". masks: [B, L] booleans, one per pair.
+    "hidden_cka": `fastkd.cka_loss`, over the valid positions of the whole batch at once, summed over the pairs (HSM,
+    Dasgupta and Cohn, ICLR 2025). "hidden_linear": the squared error, averaged over the teacher's width and the valid
+    positions, summed over the pairs; the student's states are projected already. "hidden_mse": likewise, without a
+    projection, but averaged over the pairs (MiniDisc, Zhang et al., 2024). "hidden_pkd": that of the states divided by
+    their L2 norms (PKD, Sun et al., 2019, arXiv 1908.09355).
+    student, teacher: [B, L, H], of widths of their own only for "hidden_cka". masks: [B, L] booleans, one per pair.
     """
     (term,) = method.hidden_terms
     if term == "hidden_cka":
         return method.terms[term] * fastkd.cka_loss(list(student), list(teacher), mask=list(masks))
+    if term == "hidden_pkd":
+        student, teacher = ([normalize(state.float(), dim=-1) for state in side] for side in (student, teacher))
     losses = [
         (s.float() - t.float()).square().mean(-1).masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
         for s, t, mask in zip(student, teacher, masks, strict=True)
     ]
-    return method.terms[term] * torch.stack(losses).sum()
+    total = torch.stack(losses).sum()
+    return method.terms[term] * (total / len(losses) if term in SAME_SHAPE_TERMS else total)
 
 
 def mixup_loss(

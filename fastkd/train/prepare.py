@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, default_data_collator
 from . import corpus
 from .arguments import EMBEDDED_TASKS, FastkdArguments
 from .cache import cached
-from .data import Pairs, SpanCorruption, StreamedPairs, StreamedSpans, pack_to_arrow, pad, tokenize_pairs
+from .data import Classes, Pairs, SpanCorruption, StreamedPairs, StreamedSpans, pack_to_arrow, pad, tokenize_pairs
 from .errors import InputError
 from .sources import content_digest, data_files, is_saved, read_hub, read_rows
 from .tasks import TASKS, Columns, Task, read_glue, to_pairs, to_texts
@@ -29,6 +29,7 @@ HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --se
 VERSION = 3  # raise it when a stage changes what it makes, so that older artefacts are not reused
 MODEL_LENGTH = 512  # tokens that a T5 takes where its tokenizer does not tell
 EMBEDDED_LENGTH = 128
+MOST_CLASSES = 1000  # different targets; more are hardly classes
 
 Sides = tuple[Any, datasets.Dataset]  # rows to learn from (streamed or not) and held-out ones
 
@@ -40,6 +41,7 @@ class Data:
     train: a torch data set, or a stream. held_out: one with a length. held_out_rows: what the held-out pairs were made
     of, with columns "input_ids", "source", "target" and "task"; for texts, corrupted chunks. target_tokens: of the
     longest held-out target. digest: of the rows, the tokenizer and the lengths. facts: what a report says about them.
+    classes: the targets that an EncT5 tells apart, none for other models.
     """
 
     task: Task
@@ -51,6 +53,7 @@ class Data:
     collate: Callable[..., Any]
     digest: str
     facts: dict[str, Any]
+    classes: Sequence[str] = ()
 
     def with_seed(self, seed: int) -> Data:
         """Return the same data with other corruptions."""
@@ -137,6 +140,34 @@ def _is_glue(task: Task) -> bool:
 def _glue_digest(folder: str) -> str:
     files = sorted(Path(folder).rglob("*.tsv"))
     return hashlib.sha256("".join(content_digest(str(file)) for file in files).encode()).hexdigest()
+
+
+def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
+    """Return the data with the number of each target for a label, as an EncT5 learns it.
+
+    known: the classes, by default the different targets of the training data. Raises InputError if the data is no
+    pairs in memory, or if its targets are not among the known, or too many.
+    """
+    if not isinstance(data.train, Pairs):
+        raise InputError(
+            f"--architecture enct5 gives a class to each source: expected pairs in memory, got {data.task.name}"
+        )
+    found = sorted(set(data.train.rows["target"]))
+    unknown = [target for target in found if target not in known]
+    if known and unknown:
+        raise InputError(
+            f"the EncT5 has no head for {data.task.name}: its classes are {', '.join(known)}, the data's "
+            f"{', '.join(found[:9])}"
+        )
+    if len(found) > MOST_CLASSES:
+        raise InputError(f"--architecture enct5: expected at most {MOST_CLASSES} different targets, got {len(found)}")
+    classes = list(known) or found
+    digest = hashlib.sha256(json.dumps([data.digest, classes]).encode()).hexdigest()[:16]
+    train, held_out = (Classes(side.rows, classes) for side in (data.train, data.held_out))
+    collate = pad(data.tokenizer, one_label=True)
+    return dataclasses.replace(
+        data, train=train, held_out=held_out, collate=collate, digest=digest, target_tokens=1, classes=classes
+    )
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import jinja2
 from . import plots
 from .cost import Cost
 from .errors import InputError
+from .schedule import Round, Schedule, Trial
 
 FORMAT = 2  # of metrics.json; raise it when an older file cannot be compared any more
 SHOWN = 600  # characters of a text in report.md; report.html and metrics.json hold all of it
@@ -221,10 +222,20 @@ class _Picture:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """A table below its title. rows: the header first. sentences: below it. numbers: whether its cells are figures."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    sentences: Sequence[str] = ()
+    numbers: bool = False
+
+
+@dataclass(frozen=True)
 class _Page:
     """What a report or a comparison shows, as Markdown and as HTML alike.
 
-    sentences: below the table. differences: rows of a table, its header first and shown only with others.
+    sentences: below the table of outcomes. tables: other ones.
     """
 
     title: str
@@ -232,7 +243,7 @@ class _Page:
     sentences: Sequence[str]
     pictures: Sequence[_Picture]
     examples: Sequence[Example] = ()
-    differences: Sequence[Sequence[str]] = ()
+    tables: Sequence[_Table] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
 
@@ -266,8 +277,8 @@ def _write(path: Path, text: str) -> None:
 def _markdown(page: _Page) -> str:
     blocks = [f"# {page.title}", table(page.outcomes), *page.sentences]
     blocks += ["\n".join(f"- {title}: {note}" for title, note in page.legend)]
-    if len(page.differences) > 1:
-        blocks += ["## What differs", _markdown_table(page.differences)]
+    for extra in page.tables:
+        blocks += [f"## {extra.title}", _markdown_table(extra.rows), *extra.sentences]
     for picture in page.pictures:
         blocks += [f"## {picture.title}", f"![{picture.title}]({picture.file})"]
         blocks += [picture.note] if picture.note else []
@@ -308,11 +319,13 @@ def write(
     *,
     examples: Sequence[Example] = (),
     config: str = "",
+    schedule: Schedule | None = None,
 ) -> None:
     """Write report.md, report.html, the pictures and metrics.json into `folder`, replacing older ones.
 
     outcomes: the student's last. facts: listed at the end. notes: sentences below the table. examples: what the
-    outcomes' outputs were generated for. config: the exact configuration as YAML.
+    outcomes' outputs were generated for. config: the exact configuration as YAML. schedule: the distillations
+    that led to the student, of a method that has one.
     report.html holds its pictures and needs no other file; metrics.json holds everything but the pictures.
     """
     metrics = {
@@ -322,6 +335,7 @@ def write(
         "notes": list(notes),
         "examples": [{"source": source, "target": target} for source, target in examples],
         "config": config,
+        **({"schedule": _plain(schedule.to_json())} if schedule else {}),
     }
     text = json.dumps(metrics, indent=2, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
@@ -330,12 +344,108 @@ def write(
         title="fastkd-train report",
         outcomes=outcomes,
         sentences=[*([verdict(outcomes)] if compared else []), *notes],
-        pictures=_curves(outcomes),
+        pictures=[*(_choices(schedule) if schedule else []), *_curves(outcomes)],
         examples=examples,
+        tables=[_schedule_table(schedule)] if schedule else [],
         facts=facts,
         config=config,
     )
     page.save(folder, "report")
+
+
+# Units of training's work and time, the largest first, and what each is in billions of operations and in seconds.
+_GFLOPS = {"EFLOP": 1e9, "PFLOP": 1e6, "TFLOP": 1e3, "GFLOP": 1.0, "MFLOP": 1e-3}
+_SECONDS = {"minutes": 60.0, "seconds": 1.0}
+
+
+def _unit(total: float, units: Mapping[str, float]) -> tuple[str, float]:
+    """Return the name and size of the largest unit that `total` is at least one of, or of the smallest."""
+    return next(((name, size) for name, size in units.items() if total >= size), list(units.items())[-1])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}"
+
+
+def _schedule_table(schedule: Schedule) -> _Table:
+    """Return the rounds of a schedule, their sums, and why its student came about as it did."""
+    work, gflops = _unit(schedule.gflops, _GFLOPS)
+    time, seconds = _unit(schedule.seconds, _SECONDS)
+    metric = f"{schedule.metric.replace('_', ' ')} (%)"
+    header = ["round", "teacher", "trained at (%)", "chosen (%)", metric, "steps", f"training {work}", time]
+
+    def sums(of: Round | Schedule) -> list[str]:
+        return [str(of.steps), f"{of.gflops / gflops:.3f}", f"{of.seconds / seconds:.2f}"]
+
+    rows = [
+        [
+            entry.name,
+            "teacher" if entry.teacher is None else f"{_percent(entry.teacher)} %",
+            ", ".join(_percent(candidate.sparsity) for candidate in entry.candidates),
+            _percent(entry.chosen),
+            f"{100 * entry.best.metric:.2f}",
+            *sums(entry),
+        ]
+        for entry in schedule.rounds
+    ]
+    meaning = (
+        "Sub-networks go by their sparsity, the share of heads and of neurons that is pruned. Training's "
+        "floating-point operations are those of linear layers, two for each multiply-accumulate, forward and "
+        "backward, the teacher's included; times leave evaluations out."
+    )
+    return _Table(
+        "Schedule",
+        [header, *rows, ["sum", "", "", "", "", *sums(schedule)]],
+        [_why(schedule), meaning],
+        numbers=True,
+    )
+
+
+def _why(schedule: Schedule) -> str:
+    """Return which assistant, or which trial, was chosen and why."""
+    trial = schedule.chosen
+    if len(schedule.trials) > 1:
+        metric, score = schedule.metric.replace("_", " "), 100 * trial.student.metric
+        return (
+            f"Of {len(schedule.trials)} trials the one with {_assistants(trial)} made the best student: "
+            f"{metric} {score:.2f} %."
+        )
+    choices = [_choice(schedule, entry) for entry in trial.rounds if len(entry.candidates) > 1]
+    return " ".join(choices) or f"The student was distilled with {_assistants(trial)}: nothing was left to choose."
+
+
+def _assistants(trial: Trial) -> str:
+    places = " and ".join(f"{_percent(sparsity)} %" for sparsity in trial.assistants)
+    return f"the assistant{'s' * (len(trial.assistants) > 1)} at {places}" if places else "no assistant"
+
+
+def _choice(schedule: Schedule, entry: Round) -> str:
+    what = "the student itself" if entry is schedule.chosen.rounds[-1] else "the assistant"
+    return (
+        f"Of {len(entry.candidates)} candidates {what} at {_percent(entry.chosen)} % has the largest tradeoff, "
+        f"metric + lambda * sparsity = {entry.best.metric:.4f} + {schedule.tradeoff_lambda:g} * {entry.chosen:g} "
+        f"= {entry.best.tradeoff:.4f}."
+    )
+
+
+def _choices(schedule: Schedule) -> list[_Picture]:
+    """Return the picture of what a schedule chose from; none if it had no choice."""
+    png = plots.tradeoff(schedule)
+    if png is None:
+        return []
+    notes = []
+    if any(len(entry.candidates) > 1 for entry in schedule.rounds):
+        notes.append(
+            "Sub-networks that were trained together, each at its best evaluation; the ring is the student. "
+            "The tradeoff is the metric plus lambda times the sparsity: it rises where pruning more costs less of the "
+            "metric than that. The star is its largest value; that sub-network went on."
+        )
+    if len(schedule.trials) > 1:
+        notes.append(
+            "Each trial's student over the sparsity of the assistant that it was distilled from; the star is the best "
+            "one, which was kept. A dashed line is a trial without an assistant."
+        )
+    return [_Picture("tradeoff_curve.png", png, "Choices of the schedule", " ".join(notes))]
 
 
 def _curves(outcomes: Sequence[Outcome]) -> list[_Picture]:
@@ -379,13 +489,14 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     ]
     outcomes += [dataclasses.replace(models[-1], name=name) for name, (_, models) in zip(names, runs, strict=True)]
     differences = _differences([facts for facts, _ in runs])
+    rows = [["", *names], *([fact.replace("_", " "), *values] for fact, values in differences.items())]
     other_data = "These runs were not evaluated on the same data, so their scores do not compare."
     page = _Page(
         title="fastkd-train comparison",
         outcomes=outcomes,
         sentences=[other_data] if differences.keys() & DATA_FACTS else [],
         pictures=[_Picture("comparison.png", plots.losses(outcomes), "Loss curves")],
-        differences=[["", *names], *([fact.replace("_", " "), *values] for fact, values in differences.items())],
+        tables=[_Table("What differs", rows)] if differences else [],
     )
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: expected a folder for the comparison, or a name for a new one")

@@ -17,7 +17,7 @@ import transformers
 
 import fastkd
 
-from . import report
+from . import minidisc, report
 from .arguments import FastkdArguments, TransformersArguments, chosen_method
 from .cache import copy_folder, replace_folder
 from .card import write_card
@@ -25,13 +25,18 @@ from .checkpoints import checkpoints, fault, last_checkpoint, recover
 from .errors import InputError
 from .metrics import signatures
 from .objectives import METHODS, Method
-from .prepare import Data, get_data, heading
+from .prepare import Data, heading
+from .prune import order_of
 from .report import Outcome
+from .schedule import Schedule
 from .stages import (
     RECIPE,
+    check_knows_task,
     check_objective,
     check_optimizer,
+    get_run_data,
     get_teacher,
+    judge_saved,
     load_given,
     planned_config,
     train_student,
@@ -49,18 +54,12 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     started, method = time.perf_counter(), chosen_method(flags)
     out, cache = _output_folder(args), _cache(flags, args)
     checkpoint = _checkpoint(args.resume_from_checkpoint, out)
-    is_used = checkpoint is None and out.is_dir() and any(out.iterdir())
-    if is_used and not flags.overwrite_output_dir:
-        raise InputError(
-            f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
-        )
-    if is_used and not (out / "run.json").is_file():
-        raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
+    is_used = _check_unused(flags, out, checkpoint is not None)
     _check_outside(out, flags, cache)
     check_optimizer(args)
     given = load_given(flags)
     check_objective(flags, method, given)
-    data = get_data(flags, cache, _data_seed(args), given.tokenizer)
+    data = get_run_data(flags, args, cache, given)
     identity = _identity(flags, args) | {"data": data.digest}
     if checkpoint is not None:
         _check_same_run(checkpoint.parent / "run.json", identity)
@@ -72,11 +71,80 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     _write_json(out / "run.json", identity)
     trainer, outcome = train_student(flags, args, data, flags.method, method, teacher, given, checkpoint)
     outcomes = [teacher.outcome, outcome] if teacher else [outcome]
-    facts, config = _facts(flags, args, data, trainer, flags.method, started), flags.config_text(args)
+    facts, config = _trainers_facts(flags, args, data, trainer, flags.method, started), flags.config_text(args)
     trainer.save_model(str(out))
     _describe(out, flags, method, facts, outcomes, config)
     _report(out, flags, data, outcomes, facts, config, _notes(method))
     print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student, report.html and report.md in {out}"]))
+
+
+def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
+    """Prune the teacher and distil what is left by the flags' schedule into `args.output_dir`; see `minidisc`.
+
+    The folder holds the student, its report, and the folder `assistant` if one came between. Rounds that are done are
+    kept in the cache, from which `--resume_from_checkpoint last` and other runs take them.
+    Raises InputError as `train` does, and for a teacher that does not know the task, or a target that leaves nothing.
+    """
+    started, method, resuming = time.perf_counter(), chosen_method(flags), args.resume_from_checkpoint is not None
+    out, cache = _output_folder(args), _cache(flags, args)
+    if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
+        raise InputError(f"--method {flags.method} resumes with --resume_from_checkpoint last: it finds what is done")
+    if resuming and not (out / "run.json").is_file():
+        raise InputError(f"nothing to resume from: {out} holds no run")
+    is_used = _check_unused(flags, out, resuming)
+    _check_outside(out, flags, cache)
+    check_optimizer(args)
+    given = load_given(flags)
+    check_objective(flags, method, given)
+    data = get_run_data(flags, args, cache, given)
+    identity = _identity(flags, args) | {"data": data.digest}
+    if resuming:
+        _check_same_run(out / "run.json", identity)
+    teacher = get_teacher(flags, args, cache, data, given)
+    if given.teacher is not None:
+        check_knows_task(flags, data, teacher)
+    data, examples = minidisc.held_out_for_importance(
+        flags, args.seed if args.data_seed is None else args.data_seed, data
+    )
+    heading("Importance of heads and neurons")
+    key = minidisc.digest(teacher.model)
+    scores, ranking = minidisc.rank(args, cache, data, examples, teacher.model, key)
+    minidisc.check_reachable(scores, flags.grid, flags.target_sparsity)
+
+    if is_used:
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "run.json", identity)
+    distiller = minidisc.Distiller(flags, args, method, data, scores, cache, out / "rounds", resuming)
+    first = minidisc.Parent(teacher.model, None, order_of(scores), f"{key} by {ranking}")
+    schedule, results = minidisc.run_schedule(distiller, first)
+
+    names = [f"assistant {100 * result.round.chosen:g} %" for result in results[:-1]] + [flags.method]
+    judged = [judge_saved(flags, args, data, name, result) for name, result in zip(names, results, strict=True)]
+    trainer, outcomes = judged[-1][0], [teacher.outcome, *(outcome for _, outcome in judged)]
+    student: Any = trainer.model
+    facts = _facts(flags, args, data, method, student.config, teacher.model.config, flags.method, started)
+    facts |= {"pruned": f"{100 * schedule.target:g} %", "schedule_gflops": round(schedule.gflops, 1)}
+    config = flags.config_text(args)
+    for result in results[:-1]:
+        copy_folder(result.folder, out / "assistant")
+    trainer.save_model(str(out))
+    _describe(out, flags, method, facts, outcomes, config)
+    _report(out, flags, data, outcomes, facts, config, _notes(method), schedule)
+    shutil.rmtree(out / "rounds", ignore_errors=True)
+    print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student, report.html and report.md in {out}"]))
+
+
+def _check_unused(flags: FastkdArguments, out: Path, resuming: bool) -> bool:
+    """Return whether the folder holds a run that is to be replaced; raise InputError if nobody asked for that."""
+    is_used = not resuming and out.is_dir() and any(out.iterdir())
+    if is_used and not flags.overwrite_output_dir:
+        raise InputError(
+            f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
+        )
+    if is_used and not (out / "run.json").is_file():
+        raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
+    return is_used
 
 
 def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -138,7 +206,7 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     check_optimizer(args)
     given = load_given(flags)
     check_objective(flags, method, given)
-    data = get_data(flags, cache, _data_seed(args), given.tokenizer)
+    data = get_run_data(flags, args, cache, given)
     teacher = get_teacher(flags, args, cache, data, given)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +217,7 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     for name, folder, objective in (("scratch", "scratch", METHODS["scratch"]), (flags.method, "student", method)):
         trainer, outcome = train_student(flags, args, data, name, objective, teacher, given)
         outcomes.append(outcome)
-        facts = _facts(flags, args, data, trainer, name, started)
+        facts = _trainers_facts(flags, args, data, trainer, name, started)
         compared = outcomes if objective.needs_teacher else [outcome]
         replace_folder(out / folder, _saver(trainer, flags, objective, facts, compared, config))
     _report(out, flags, data, outcomes, facts, config, _notes(method))
@@ -206,14 +274,11 @@ def _report(
     facts: dict[str, Any],
     config: str,
     notes: list[str],
+    schedule: Schedule | None = None,
 ) -> None:
     shown = data.held_out_rows.take(min(flags.report_examples, len(data.held_out_rows)))
     examples = list(zip(shown["source"], shown["target"], strict=True))
-    report.write(out, outcomes, facts, notes, examples=examples, config=config)
-
-
-def _data_seed(args: TransformersArguments) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
+    report.write(out, outcomes, facts, notes, examples=examples, config=config, schedule=schedule)
 
 
 def _output_folder(args: TransformersArguments) -> Path:
@@ -304,6 +369,8 @@ def _notes(method: Method) -> list[str]:
             "This method has no vocabulary term, so its student was not trained to predict tokens: held-out loss and "
             "token accuracy say little before it is fine-tuned."
         )
+    if method.student_init == "prune":
+        notes.append("Assistants and student started from the teacher's weights, without its pruned heads and neurons.")
     if method.student_init == "slice":
         notes.append(
             "The distilled student started from a slice of its teacher; a student from scratch starts at random."
@@ -317,19 +384,34 @@ def _source_prefix(data: Data) -> str:
     return f"{words.pop()}: " if len(words) == 1 else ""
 
 
-def _facts(
+def _trainers_facts(
     flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, name: str, started: float
 ) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run of the student `name` that `trainer` trained."""
-    method = trainer.method
+    student: Any = trainer.model
+    teacher = None if trainer.teacher is None else trainer.teacher.config
+    return _facts(flags, args, data, trainer.method, student.config, teacher, name, started)
+
+
+def _facts(
+    flags: FastkdArguments,
+    args: TransformersArguments,
+    data: Data,
+    method: Method,
+    student: Any,
+    teacher: Any,
+    name: str,
+    started: float,
+) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the run of a student. student, teacher: their configs."""
+    layers = method.teacher_layers(teacher) if method.places else {}
     relations = {
         "relation_heads": method.relation_heads,
-        "teacher_layers": ", ".join(f"{layer} ({place})" for place, layer in trainer.teacher_layers.items()),
+        "teacher_layers": ", ".join(f"{layer} ({place})" for place, layer in layers.items()),
     }
     matched = {
         "matched_states": "; ".join(
             f"{stack} " + ", ".join(f"{mine} to {its}" for mine, its in pairs)
-            for stack, pairs in trainer.matched_states.items()
+            for stack, pairs in (method.matched_states(student, teacher) if method.hidden_terms else {}).items()
         ),
         "match_first_position": method.match_first_position,
     }

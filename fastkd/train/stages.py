@@ -16,11 +16,13 @@ from transformers import Trainer, get_scheduler
 from . import cost
 from .arguments import EMBEDDING_FACTOR, FastkdArguments, TransformersArguments, chosen_method
 from .cache import cached
+from .capture import is_enct5
 from .errors import InputError
-from .evaluate import generate
+from .evaluate import classify, generate
 from .metrics import score_rows
+from .models import enct5_config, enct5_from
 from .objectives import METHODS, Method
-from .prepare import VERSION, Data, heading
+from .prepare import VERSION, Data, get_data, heading, with_classes
 from .report import Outcome
 from .student import is_tied, load_model, new_model, slice_teacher, smaller_config, t5_config
 from .tokenizer import fingerprint, padded_size
@@ -45,15 +47,25 @@ class Teacher:
 
 @dataclass
 class Given:
-    """The models that the user gave, and the tokenizer that they share; None for what is made here."""
+    """The models that the user gave, and the tokenizer that they share; None for what is made here.
+
+    architecture: what is trained, one of ARCHITECTURES.
+    """
 
     teacher: Any = None
     student: Any = None
     tokenizer: Any = None
+    architecture: str = "t5"
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes of an EncT5 that was given."""
+        configs = [model.config for model in (self.teacher, self.student) if model and is_enct5(model.config)]
+        return [configs[0].id2label[i] for i in range(len(configs[0].id2label))] if configs else []
 
 
 def load_given(flags: FastkdArguments) -> Given:
-    """Load `--teacher` and `--student`. Raises InputError if one cannot be loaded, or their tokenizers differ."""
+    """Load `--teacher` and `--student`. Raises InputError if one cannot be loaded, or if they do not go together."""
     given = Given()
     if flags.teacher:
         given.teacher, given.tokenizer = load_model(flags.teacher, "teacher", getattr(torch, flags.teacher_dtype))
@@ -65,7 +77,32 @@ def load_given(flags: FastkdArguments) -> Given:
                 f"({len(tokenizer)} pieces) have different tokenizers: expected the same, token for token"
             )
         given.tokenizer = tokenizer
+    given.architecture = _architecture(flags, given)
     return given
+
+
+def _architecture(flags: FastkdArguments, given: Given) -> str:
+    """Return the flag's, or else that of the models; a student that is to become an EncT5 may be a T5."""
+    kinds = {
+        role: "enct5" if is_enct5(model.config) else "t5"
+        for role, model in (("teacher", given.teacher), ("student", given.student))
+        if model is not None
+    }
+    chosen = flags.architecture or next(iter(kinds.values()), "t5")
+    for role, kind in kinds.items():
+        if kind != chosen and (role, kind) != ("student", "t5"):
+            name = getattr(flags, role)
+            hint = f"; fastkd-train --method scratch --architecture enct5 --student {name} makes one of it"
+            raise InputError(
+                f"--architecture {chosen}: the {role} {name} is of another, {kind}" + (hint if kind == "t5" else "")
+            )
+    return chosen
+
+
+def get_run_data(flags: FastkdArguments, args: TransformersArguments, cache: Path, given: Given) -> Data:
+    """Return the data of a run, with classes for an EncT5."""
+    data = get_data(flags, cache, args.seed if args.data_seed is None else args.data_seed, given.tokenizer)
+    return with_classes(data, given.classes) if given.architecture == "enct5" else data
 
 
 def planned_config(method: Method, teacher: Any, d_model: int, layers: int) -> Any:
@@ -73,7 +110,12 @@ def planned_config(method: Method, teacher: Any, d_model: int, layers: int) -> A
 
     Raises ValueError if it cannot be sliced from the teacher.
     """
-    return smaller_config(teacher, d_model, layers) if method.student_init == "slice" else t5_config(1, d_model, layers)
+    if method.student_init == "prune":
+        return teacher
+    if method.student_init == "slice":
+        return smaller_config(teacher, d_model, layers)
+    plain = t5_config(1, d_model, layers)
+    return enct5_config(plain, ["?"]) if is_enct5(teacher) else plain
 
 
 def check_objective(flags: FastkdArguments, method: Method, given: Given) -> None:
@@ -82,12 +124,15 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
     Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
     of no use.
     """
-    teacher = (
-        t5_config(1, flags.teacher_d_model, flags.teacher_layers) if given.teacher is None else given.teacher.config
-    )
+    own = t5_config(1, flags.teacher_d_model, flags.teacher_layers)
+    if given.architecture == "enct5":
+        own = enct5_config(own, ["?"])
+    teacher = own if given.teacher is None else given.teacher.config
     try:
         if given.student is None:
             student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
+        elif given.architecture == "enct5" and not is_enct5(given.student.config):
+            student = enct5_config(given.student.config, ["?"])
         else:
             student = given.student.config
         method.check_fits(student, teacher)
@@ -139,13 +184,15 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
 
     def make(folder: Path) -> None:
         config = t5_config(padded_size(data.tokenizer), flags.teacher_d_model, flags.teacher_layers)
+        if data.classes:
+            config = enct5_config(config, data.classes)
         trainer = make_trainer(
             own_flags, own_args, own_data, new_model(config, seed), "teacher", method=METHODS["scratch"]
         )
         trainer.train()
         trainer.save_model(str(folder))
         trained = {"steps": trainer.state.global_step, "seconds_per_step": trainer.seconds_per_step}
-        (folder / "training.json").write_text(json.dumps({**trained, "history": _history(trainer)}), encoding="utf-8")
+        (folder / "training.json").write_text(json.dumps({**trained, "history": trainer.history}), encoding="utf-8")
 
     folder, reused = cached(cache, "teacher", settings, make)
     if reused:
@@ -154,6 +201,27 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     trainer = make_trainer(own_flags, own_args, data, model, "teacher", method=METHODS["scratch"])
     trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return Teacher(model, str(folder), dataclasses.replace(judge(flags, args, data, trainer, "teacher"), **trained))
+
+
+def check_knows_task(flags: FastkdArguments, data: Data, teacher: Teacher) -> None:
+    """Raise InputError if all figures of the task are 0 for a teacher, which was then not fine-tuned for it."""
+    figures = teacher.outcome.metrics
+    if figures and not any(figure > 0 for figure in figures.values()):
+        raise InputError(
+            f"--teacher {flags.teacher} does not know {data.task.name} ({', '.join(figures)}: 0): expected one that is "
+            f"fine-tuned, as by fastkd-train --method scratch --student {flags.teacher} --task {data.task.name}"
+        )
+
+
+def judge_saved(
+    flags: FastkdArguments, args: TransformersArguments, data: Data, name: str, result: Any
+) -> tuple[DistillTrainer, Outcome]:
+    """Return (a trainer of its model, how it did) for a round of `minidisc` that is done."""
+    model, _ = load_model(result.folder, "student")
+    trainer = make_trainer(flags, args, data, model, name, method=METHODS["scratch"])
+    outcome = judge(flags, args, data, trainer, name)
+    trained = {"steps": result.round.steps, "seconds_per_step": result.seconds_per_step, "history": result.history}
+    return trainer, dataclasses.replace(outcome, **trained)
 
 
 def train_student(
@@ -172,6 +240,8 @@ def train_student(
     """
     heading(f"Student: {name} ({method.summary})")
     student = copy.deepcopy(given.student)  # another student of the same run starts from it too
+    if student is not None and data.classes and not is_enct5(student.config):
+        student = enct5_from(student, data.classes)
     if student is None:
         student = new_student(flags, data, teacher.model if teacher else None, args.seed)
         if teacher and method.student_init == "slice":
@@ -187,15 +257,29 @@ def new_student(flags: FastkdArguments, data: Data, teacher: Any, seed: int) -> 
     if chosen_method(flags).student_init == "slice":
         return new_model(smaller_config(teacher.config, width, layers), seed, tied=is_tied(teacher))
     rows = teacher.config.vocab_size if teacher else padded_size(tokenizer)
-    return new_model(t5_config(rows, width, layers, tokenizer.pad_token_id, tokenizer.eos_token_id), seed)
+    config = t5_config(rows, width, layers, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return new_model(enct5_config(config, data.classes) if data.classes else config, seed)
 
 
 def make_trainer(
-    flags: FastkdArguments, args: TransformersArguments, data: Data, model: Any, title: str, **objective: Any
+    flags: FastkdArguments,
+    args: TransformersArguments,
+    data: Data,
+    model: Any,
+    title: str,
+    *,
+    kind: type[DistillTrainer] = DistillTrainer,
+    scores: bool | None = None,
+    **objective: Any,
 ) -> DistillTrainer:
-    """Return a trainer of `model` on the run's data. objective: `method` and what goes with it (see DistillTrainer)."""
+    """Return a trainer of `model` on the run's data.
+
+    scores: whether evaluations give the task's figures too; by default if the flags ask for it. objective: `method` and
+    what goes with it (see `kind`).
+    """
+    scores = args.predict_with_generate if scores is None else scores
     try:
-        trainer = DistillTrainer(
+        trainer = kind(
             model=model,
             args=args,
             train_dataset=data.train,
@@ -205,7 +289,7 @@ def make_trainer(
             workspace_mb=flags.workspace_mb,
             embedding_learning_rate=flags.embedding_learning_rate,
             projection_learning_rate=flags.projection_learning_rate,
-            score=_scorer(args, data) if args.predict_with_generate and data.task.metrics else None,
+            score=_scorer(args, data) if scores and data.task.metrics else None,
             **objective,
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what transformers says of its own flags
@@ -222,16 +306,19 @@ def score(model: Any, args: TransformersArguments, data: Data, title: str | None
     """Return (the task's figures, outputs) of what a model writes for all held-out examples; no figures for texts."""
     rows = data.held_out_rows
     is_text = data.task.name == "span_corruption"
-    outputs = generate(
-        model,
-        data.tokenizer,
-        rows["input_ids"],
-        batch_size=args.per_device_eval_batch_size,
-        max_new_tokens=args.generation_max_length or data.target_tokens,
-        num_beams=args.generation_num_beams,
-        keep_sentinels=is_text,
-        title=title,
-    )
+    common: Any = {"batch_size": args.per_device_eval_batch_size, "title": title}
+    if data.classes:
+        outputs = classify(model, data.tokenizer, rows["input_ids"], **common)
+    else:
+        outputs = generate(
+            model,
+            data.tokenizer,
+            rows["input_ids"],
+            max_new_tokens=args.generation_max_length or data.target_tokens,
+            num_beams=args.generation_num_beams,
+            keep_sentinels=is_text,
+            **common,
+        )
     return {} if is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
 
 
@@ -252,14 +339,8 @@ def judge(
         seconds_per_step=trainer.seconds_per_step,
         loss=final["eval_loss"],
         token_accuracy=final["eval_token_accuracy"],
-        history=_history(trainer) if state.global_step else [],
+        history=trainer.history if state.global_step else [],
         metrics=metrics,
         outputs=outputs[: flags.report_examples],
         cost=cost.measure(model),
     )
-
-
-def _history(trainer: DistillTrainer) -> list[dict[str, float]]:
-    """Return of the log what a report draws."""
-    kept = ("step", "loss", "eval_", "grad_norm")
-    return [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in trainer.state.log_history]

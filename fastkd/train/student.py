@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from .capture import matched_layer
+from .capture import is_enct5, matched_layer
 from .errors import InputError
 
 HEAD_WIDTH = 32
-FAMILY = ("t5", "mt5")  # T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"
+# T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
+FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -50,10 +51,14 @@ def new_model(config: Any, seed: int, tied: bool = True) -> Any:
 
     tied: whether the head is the embedding.
     """
-    from transformers import AutoModelForSeq2SeqLM, set_seed
+    from transformers import set_seed
+
+    from .models import auto_class
 
     set_seed(seed)
-    model = AutoModelForSeq2SeqLM.from_config(config)
+    model = auto_class(config).from_config(config)
+    if is_enct5(config):
+        return model  # nothing to tie, and nothing to generate
     if not tied:  # some versions of transformers tie every T5 made from a config, others start the head far too large
         head = torch.randn_like(model.shared.weight) * config.d_model**-0.5
         model.lm_head.weight = torch.nn.Parameter(head)
@@ -73,7 +78,10 @@ def smaller_config(config: Any, d_model: int, layers: int) -> Any:
     stays, the width of a head included, but for the dropout, which is 0 as in `t5_config`.
     Raises ValueError, calling the sizes by their flags, if one is larger than the teacher's.
     """
-    depth = min(config.num_layers, config.num_decoder_layers)
+    if getattr(config, "widths", None) is not None:
+        raise ValueError("student_init: a pruned teacher, whose layers differ in width, cannot be sliced, give random")
+    decoder_layers = config.num_decoder_layers if is_enct5(config) else layers
+    depth = config.num_layers if is_enct5(config) else min(config.num_layers, config.num_decoder_layers)
     for name, given, largest in (("d_model", d_model, config.d_model), ("layers", layers, depth)):
         if given > largest:
             raise ValueError(
@@ -83,7 +91,7 @@ def smaller_config(config: Any, d_model: int, layers: int) -> Any:
     smaller = copy.deepcopy(config)
     smaller.num_heads = max(config.num_heads * d_model // config.d_model, 1)
     smaller.d_ff = max(config.d_ff * d_model // config.d_model, 1)
-    smaller.d_model, smaller.num_layers, smaller.num_decoder_layers = d_model, layers, layers
+    smaller.d_model, smaller.num_layers, smaller.num_decoder_layers = d_model, layers, decoder_layers
     smaller.dropout_rate = 0.0
     return smaller
 
@@ -134,6 +142,8 @@ def load_config(name: str | Path, role: str) -> Any:
     """Return the `T5Config` of a `save_pretrained` folder, or of a model on the hub; see `load_model`."""
     from transformers import AutoConfig
 
+    from . import models  # noqa: F401 (registers its kinds of T5)
+
     with _loading(name, role) as options:
         config = AutoConfig.from_pretrained(name, **options)
     if config.model_type not in FAMILY:
@@ -147,11 +157,14 @@ def load_model(name: str | Path, role: str, dtype: torch.dtype = torch.float32) 
     role: "teacher" or "student", for messages. Weights come from safetensors, and no code of the repository is run.
     Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
     """
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    rows = load_config(name, role).vocab_size
+    from .models import auto_class
+
+    config = load_config(name, role)
+    rows = config.vocab_size
     with _loading(name, role) as options:
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        model = auto_class(config).from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if len(tokenizer) > rows:
         raise InputError(f"{role} {name}: its tokenizer has {len(tokenizer)} pieces, its embedding only {rows}")

@@ -254,7 +254,8 @@ class DistillTrainer(CheckpointingTrainer):
                 # Here, and not in the loss, for DDP to see that the projection is used.
                 states = [self.projection(state) for state in states]
             names = ["hidden"] * hidden + ["mixed"] * (mixup is not None)
-            heads_inputs = zip(names, output.logits.chunk(max(len(names), 1)), strict=False)
+            heads_input = output.logits if output.logits.dim() == 3 else output.logits[:, None]  # of EncT5's one step
+            heads_inputs = zip(names, heads_input.chunk(max(len(names), 1)), strict=False)
             return {**captured, "states": states, **dict(heads_inputs)}
 
         with (
@@ -323,21 +324,11 @@ class DistillTrainer(CheckpointingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the method's loss on one (micro-)batch; num_items_in_batch counts the whole batch's target tokens."""
-        method, teacher, mixup = self.method, {}, None
+        method, mixup = self.method, None
         if method.mixup_terms:
             mixup = Mixup.draw(len(inputs["labels"]), method.mixup_alpha, inputs["labels"].device)
         with self.accelerator.autocast():
-            if self.teacher is not None:
-                # Not inference_mode: backward passes keep some of these tensors, which it would forbid.
-                with torch.no_grad():
-                    teacher = self._states(
-                        self.teacher,
-                        inputs,
-                        self.teacher_layers,
-                        self.teacher_states,
-                        hidden="logit_kl" in method.terms,
-                        mixup=mixup if "mixup_kd" in method.terms else None,
-                    )
+            teacher = {} if self.teacher is None else self._teachers(inputs, mixup)
             hidden = bool(method.vocabulary_terms)
             student = self._states(model, inputs, self.student_layers, self.student_states, hidden=hidden, mixup=mixup)
             terms = self._terms(student, teacher, inputs, num_items_in_batch, mixup)
@@ -349,11 +340,24 @@ class DistillTrainer(CheckpointingTrainer):
         loss = sum(terms.values())
         return (loss, student) if return_outputs else loss
 
+    # Not inference_mode: backward passes keep some of these tensors, which it would forbid.
+    @torch.no_grad()
+    def _teachers(self, inputs: dict[str, Any], mixup: Mixup | None) -> dict[str, Any]:
+        """Return what the loss needs of the teacher; see `_states`."""
+        terms = self.method.terms
+        mixed = mixup if "mixup_kd" in terms else None
+        layers, stacks = self.teacher_layers, self.teacher_states
+        return self._states(self.teacher, inputs, layers, stacks, hidden="logit_kl" in terms, mixup=mixed)
+
+    def _backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        """Compute the loss of a (micro-)batch and its gradients; return the loss."""
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Measure the gradients when they are complete: after the last accumulated batch, before they are clipped."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._backward(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             norms = gradient_norms(self.accelerator.unwrap_model(model), self.accelerator.scaler)
             self._watch_gradients({name.removeprefix("grad_norm_"): norm for name, norm in norms.items()})
@@ -401,6 +405,12 @@ class DistillTrainer(CheckpointingTrainer):
     def seconds_per_step(self) -> float | None:
         """Seconds per optimiser step of the last `train()`, data included and held-out evaluations not."""
         return self._timer.seconds_per_step
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Of the log what a report draws."""
+        kept = ("step", "loss", "eval_", "grad_norm")
+        return [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in self.state.log_history]
 
     def show_progress(self, title: str) -> None:
         """Show one bar with the latest losses, or without bars a line of text per log entry."""

@@ -162,7 +162,7 @@ def tool() -> Callable[..., int]:
 
     def run(*flags: Any) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            for picture in ("losses", "terms"):
+            for picture in ("losses", "terms", "tradeoff"):
                 patch.setattr(plots, picture, lambda outcomes: b"")
             return cli.main([*SMALL, *map(str, flags)])
 

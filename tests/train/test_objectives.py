@@ -34,7 +34,12 @@ EXPECTED: dict[str, tuple[str, int]] = {
     "mixkd": ("ce sm tmkd", 1),
     "mixkd-tmkd": ("ce tmkd", 1),
     "mixkd-sm": ("ce sm", 1),
+    "minidisc": ("mse kl", 1),
+    "maxidisc": ("mse kl", 1),
+    "prune-kd": ("ce kl", 1),
+    "prune-pkd": ("pkd ce kl", 1),
 }
+WEIGHTS = {"minidisc": 1 / 2, "maxidisc": 1 / 2, "prune-kd": 1 / 2, "prune-pkd": 1 / 3}  # of each term, elsewhere 1
 SEED = 11  # of what mixkd draws
 
 
@@ -145,7 +150,18 @@ def eager_terms(
         terms["linear"] = torch.stack(errors).sum()
     if "sm" in names or "tmkd" in names:
         terms |= eager_mixup(student, teacher, batch)
-    return {name: terms[name] for name in names.split()}
+    if "mse" in names or "pkd" in names:
+        read_or_first = torch.cat([keep[:, :1], read[:, 1:]], 1)
+        all_states = []
+        for stack, mask in (("encoder", padding), ("decoder", read_or_first)):
+            sides = (output[f"{stack}_hidden_states"] for output in (student_output, teacher_output))
+            all_states.append([[state[mask].double() for state in side] for side in sides])
+        terms["mse"] = torch.stack(
+            [F.mse_loss(*pair) for sides in all_states for pair in zip(*sides, strict=True)]
+        ).mean()
+        last = [[side[-1] / side[-1].norm(dim=-1, keepdim=True) for side in sides] for sides in all_states]
+        terms["pkd"] = torch.stack([F.mse_loss(*pair) for pair in last]).mean()
+    return {name: WEIGHTS.get(method, 1) * terms[name] for name in names.split()}
 
 
 def test_the_table_is_complete() -> None:
@@ -157,10 +173,11 @@ def test_loss_and_gradients(
     method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
     batch = make_batch()
-    student, teacher = tiny(32, 1, layers=2), tiny(64, 2, layers=3)
+    width, depth = (32, 2) if method in WEIGHTS else (64, 3)  # a pruned student has its teacher's
+    student, teacher = tiny(32, 1, layers=2), tiny(width, 2, layers=depth)
     trainer = make_trainer(student, method, teacher=teacher)
     reference = copy.deepcopy(student)
-    expected = torch.stack(list(eager_terms(method, reference, teacher, batch, teacher_layer=3).values())).sum()
+    expected = torch.stack(list(eager_terms(method, reference, teacher, batch, teacher_layer=depth).values())).sum()
     expected.backward()
     expected_gradients = {name: p.grad for name, p in reference.named_parameters()}
 
@@ -294,7 +311,8 @@ class LogitsDetector(TorchDispatchMode):
 def test_a_training_step_materialises_no_logits(
     method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
-    student, teacher, batch = tiny(32, 1), tiny(64, 2), make_batch(16)
+    width = 32 if METHODS[method].student_init == "prune" else 64
+    student, teacher, batch = tiny(32, 1), tiny(width, 2), make_batch(16)
     tokens, vocabulary = batch["labels"].numel(), student.config.vocab_size
     widths: list[int] = []
     for model in (student, teacher):
@@ -309,7 +327,7 @@ def test_a_training_step_materialises_no_logits(
     with LogitsDetector(tokens, vocabulary) as detector:
         trainer.training_step(student, batch, (batch["labels"] != -100).sum())
     assert not detector.found
-    assert widths == ([64, 32] if METHODS[method].needs_teacher else [32])
+    assert widths == ([width, 32] if METHODS[method].needs_teacher else [32])
     assert student.shared.weight.grad.abs().sum() > 0
 
 

@@ -7,6 +7,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,12 +20,16 @@ import matplotlib.image
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 
 from fastkd.train import plots, report
 from fastkd.train.card import write_card
 from fastkd.train.cost import Cost
 from fastkd.train.errors import InputError
+from fastkd.train.models import enct5_from, parts
+from fastkd.train.prune import sliced
 from fastkd.train.report import Outcome
+from fastkd.train.schedule import Candidate, Round, Schedule, Trial
 
 NASTY = "<script>alert('x')</script> & \"q\" ```` | \u2028 \x00 \ud800 %}{{ 7*7 }}\nreference: forged"
 ADDRESS = "data:image/png;base64,"
@@ -365,6 +371,225 @@ def test_names_that_matplotlib_would_read_as_something_else() -> None:
     assert min(legends[:2]) > legends[2]  # the name is there, in black
 
 
+# Schedules
+
+
+def candidates(**metrics: float) -> list[Candidate]:
+    """candidates(at_50=0.9): that metric at a sparsity of 50 %, with a lambda of 0.2."""
+    shares = {int(name.removeprefix("at_")) / 100: metric for name, metric in metrics.items()}
+    return [Candidate(share, 1000, metric, metric + 0.2 * share, 10) for share, metric in shares.items()]
+
+
+def schedule_of(*trials: Sequence[Round], metric: str = "accuracy") -> Schedule:
+    return Schedule(metric, 0.2, 0.95, [Trial(list(rounds)) for rounds in trials])
+
+
+SANDWICH = Round("sandwich", None, candidates(at_50=0.9, at_85=0.875, at_95=0.7), 0.85, 900, 1234.5, 4.1e6)
+LAST = Round("student", 0.85, candidates(at_95=0.75), 0.95, 300, 400.5, 0.9e6)
+MINIDISC = schedule_of([SANDWICH, LAST])
+
+
+def one_trial(assistant: float, metric: float) -> list[Round]:
+    """The rounds of a trial with an assistant at that sparsity, 0 for none, whose student has that metric."""
+    student = Round("student", assistant or None, candidates(at_95=metric), 0.95, 10, 2.0, 1.0)
+    first = Round(
+        "assistant", None, [Candidate(assistant, 1000, 0.9, 0.9 + 0.2 * assistant, 5)], assistant, 10, 4.0, 3.0
+    )
+    return [first, student] if assistant else [student]
+
+
+# The best in the middle, of two equal ones the first, and the sparsities out of order.
+MAXIDISC = schedule_of(*(one_trial(*of) for of in ((0, 0.7), (0.9, 0.68), (0.6, 0.725), (0.7, 0.725), (0.5, 0.71))))
+FIXED = schedule_of(one_trial(0.6, 0.72))
+
+
+def report_of(folder: Path, schedule: Schedule) -> tuple[str, list[list[str]], list[str]]:
+    """A report with that schedule: its section in report.md, and the table's cells and the sentences of report.html."""
+    report.write(folder, [teacher(history=[]), student(history=[])], {}, schedule=schedule)
+    page = Page(folder / "report.html")
+    rows = [[text for text, _ in row] for row in page.rows]
+    start = next(i for i, row in enumerate(rows) if row[0] == "round")
+    return (folder / "report.md").read_text(encoding="utf-8").split("## Schedule\n")[1], rows[start:], page.said_in("p")
+
+
+def test_a_schedule_is_reported(tmp_path: Path) -> None:
+    markdown, rows, sentences = report_of(tmp_path, MINIDISC)
+    assert rows == [
+        ["round", "teacher", "trained at (%)", "chosen (%)", "accuracy (%)", "steps", "training PFLOP", "minutes"],
+        ["sandwich", "teacher", "50, 85, 95", "85", "87.50", "900", "4.100", "20.57"],
+        ["student", "85 %", "95", "95", "75.00", "300", "0.900", "6.67"],
+        ["sum", "", "", "", "", "1200", "5.000", "27.25"],
+    ]
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == rows
+    why = (
+        "Of 3 candidates the assistant at 85 % has the largest tradeoff, metric + lambda * sparsity = 0.8750 + 0.2 * "
+        "0.85 = 1.0450."
+    )
+    assert sentences[0] == why and why in markdown and all(sentence in markdown for sentence in sentences)
+    assert re.findall("^## (.*)", markdown, re.MULTILINE) == Page(tmp_path / "report.html").said_in("h2")[1:]
+    assert "](tradeoff_curve.png)" in markdown
+    pictures = [attributes["src"] or "" for tag, attributes in Page(tmp_path / "report.html").tags if tag == "img"]
+    png = (tmp_path / "tradeoff_curve.png").read_bytes()
+    assert [base64.b64decode(uri.removeprefix(ADDRESS)) for uri in pictures] == [png] and png[:4] == b"\x89PNG"
+    assert Schedule.from_json(strict(tmp_path / "metrics.json")["schedule"]) == MINIDISC
+
+
+def test_without_a_schedule(tmp_path: Path) -> None:
+    report.write(tmp_path, [teacher(history=[]), student(history=[])], {})
+    assert "schedule" not in strict(tmp_path / "metrics.json")
+    assert not Page(tmp_path / "report.html").said_in("h2") and "##" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("gflops", "seconds", "expected"),
+    [
+        (2.5e9, 90.0, ["training EFLOP", "minutes", "2.500", "1.50"]),
+        (1e6, 60.0, ["training PFLOP", "minutes", "1.000", "1.00"]),
+        (999_999.0, 59.9, ["training TFLOP", "seconds", "999.999", "59.90"]),
+        (2.0, 1.0, ["training GFLOP", "seconds", "2.000", "1.00"]),
+        (0.0125, 0.25, ["training MFLOP", "seconds", "12.500", "0.25"]),
+        (0.0, 0.0, ["training MFLOP", "seconds", "0.000", "0.00"]),
+    ],
+)
+def test_units_that_read_well(gflops: float, seconds: float, expected: list[str], tmp_path: Path) -> None:
+    _, rows, _ = report_of(tmp_path, schedule_of([replace(LAST, gflops=gflops, seconds=seconds)]))
+    assert [*rows[0][-2:], *rows[-1][-2:]] == expected
+
+
+TARGET = replace(SANDWICH, chosen=0.95)
+SECOND = replace(SANDWICH, teacher=0.85, candidates=candidates(at_90=0.85, at_95=0.7), chosen=0.9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (MAXIDISC, "Of 5 trials the one with the assistant at 60 % made the best student: accuracy 72.50 %."),
+        (
+            schedule_of(one_trial(0.5, 0.7), one_trial(0, 0.8), metric="exact_match"),
+            "Of 2 trials the one with no assistant made the best student: exact match 80.00 %.",
+        ),
+        (FIXED, "The student was distilled with the assistant at 60 %: nothing was left to choose."),
+        (
+            schedule_of([one_trial(0.5, 0.7)[0], *one_trial(0.925, 0.7)]),
+            "The student was distilled with the assistants at 50 % and 92.5 %: nothing was left to choose.",
+        ),
+        (
+            schedule_of(one_trial(0, 0.7)),
+            "The student was distilled with no assistant: nothing was left to choose.",
+        ),
+        (
+            schedule_of([TARGET]),
+            "Of 3 candidates the student itself at 95 % has the largest tradeoff, metric + lambda * sparsity = "
+            "0.7000 + 0.2 * 0.95 = 0.8900.",
+        ),
+        (
+            schedule_of([SANDWICH, SECOND, LAST]),
+            "Of 3 candidates the assistant at 85 % has the largest tradeoff, metric + lambda * sparsity = 0.8750 + "
+            "0.2 * 0.85 = 1.0450. Of 2 candidates the assistant at 90 % has the largest tradeoff, metric + lambda * "
+            "sparsity = 0.8500 + 0.2 * 0.9 = 1.0300.",
+        ),
+    ],
+)
+def test_why_a_student_came_about(
+    schedule: Schedule, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "tradeoff", lambda schedule: None)
+    markdown, rows, sentences = report_of(tmp_path, schedule)
+    assert sentences[0] == expected and f"\n\n{expected}\n\n" in markdown
+    assert len(rows) == 2 + len(schedule.rounds) and rows[-1][5] == str(schedule.steps)
+
+
+@pytest.fixture
+def panels_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Schedule], list[Any]]:
+    """panels_of(schedule): the panels of its picture, which is not painted."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+
+    def panels(schedule: Schedule) -> list[Any]:
+        assert plots.tradeoff(schedule) == b""
+        return figures[-1].axes
+
+    return panels
+
+
+def points(line: Any) -> list[tuple[float, float]]:
+    return [(round(x, 9), round(y, 9)) for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_the_tradeoff_is_drawn(panels_of: Callable[[Schedule], list[Any]]) -> None:
+    held_out, tradeoff = panels_of(MINIDISC)
+    assert held_out.get_xlabel() == tradeoff.get_xlabel() == "sparsity (%)"
+    assert held_out.get_ylabel() == "held-out accuracy (%)"
+    assert tradeoff.get_ylabel() == "tradeoff: metric + 0.2 * sparsity"
+    curve, ring = held_out.lines
+    assert points(curve) == [(50, 90), (85, 87.5), (95, 70)] and points(ring) == [(95, 75)]
+    assert [text.get_text() for text in held_out.get_legend().get_texts()] == ["sandwich", "student"]
+    curve, star = tradeoff.lines
+    assert points(curve) == [(50, 1.0), (85, 1.045), (95, 0.89)]
+    assert points(star) == [(85, 1.045)] and star.get_marker() == "*"
+    assert [(text.get_text(), text.xy) for text in tradeoff.texts] == [("85 %", (85, 1.045))]
+
+
+def test_each_round_has_its_own_marker(panels_of: Callable[[Schedule], list[Any]]) -> None:
+    rounds = [replace(SANDWICH, name=f"_${i}") for i in range(9)]
+    held_out, tradeoff = panels_of(schedule_of([*rounds, LAST]))
+    assert len({line.get_marker() for line in held_out.lines[:7]}) == 7 and len(held_out.lines) == 10
+    assert len(held_out.get_legend().get_texts()) == 10 and len(tradeoff.texts) == 9
+
+
+def test_trials_are_drawn(panels_of: Callable[[Schedule], list[Any]]) -> None:
+    (axes,) = panels_of(MAXIDISC)
+    assert axes.get_xlabel() == "assistant's sparsity (%)"
+    assert axes.get_ylabel() == "held-out accuracy of the student (%)"
+    curve, without, star = axes.lines
+    assert points(curve) == [(50, 71), (60, 72.5), (70, 72.5), (90, 68)]
+    assert without.get_label() == "no assistant" and without.get_linestyle() == "--"
+    assert [y for _, y in points(without)] == [70, 70]
+    assert points(star) == [(60, 72.5)] and [text.get_text() for text in axes.texts] == ["60 %"]
+
+    (axes,) = panels_of(schedule_of(one_trial(0.5, 0.7), one_trial(0, 0.8)))
+    assert [line.get_label() for line in axes.lines] == ["student", "no assistant (best)"] and not axes.texts
+    (axes,) = panels_of(schedule_of(one_trial(0.5, 0.7), one_trial(0, math.nan)))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["student"]  # no line for what is lost
+    assert len(panels_of(schedule_of(one_trial(0.5, 0.7), [SANDWICH, LAST]))) == 3
+
+
+def test_long_names_of_metrics_fit(panels_of: Callable[[Schedule], list[Any]]) -> None:
+    name = "mean of rouge1 and rouge2 and rougeL and rougeLsum"
+    (axes,) = panels_of(schedule_of(one_trial(0.5, 0.7), one_trial(0, 0.8), metric=name))
+    label = axes.yaxis.label
+    assert label.get_text().split() == f"held-out {name} of the student (%)".split()
+    assert label.get_window_extent().height < axes.figure.bbox.height
+
+
+def test_no_picture_without_a_choice(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    markdown, _, _ = report_of(tmp_path / "run", FIXED)
+    assert not list((tmp_path / "run").glob("*.png")) and "![" not in markdown
+    assert plots.tradeoff(schedule_of(one_trial(0, 0.7))) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_metrics_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    """A sandwich whose chosen candidate, and students whose metric, is lost."""
+    lost = replace(SANDWICH, candidates=candidates(at_50=0.9, at_85=value, at_95=0.7))
+    last = replace(LAST, candidates=candidates(at_95=value))
+    schedule = schedule_of([lost, last], one_trial(0, value), one_trial(0.5, 0.7))
+    _, rows, _ = report_of(tmp_path, schedule)
+    assert [row[4] for row in rows[1:3]] == [f"{value:.2f}"] * 2
+    assert (tmp_path / "tradeoff_curve.png").read_bytes()[:4] == b"\x89PNG"
+    rounds = strict(tmp_path / "metrics.json")["schedule"]["trials"][0]["rounds"]
+    assert [candidate["metric"] for candidate in rounds[0]["candidates"]] == [0.9, None, 0.7]
+
+
+def test_nasty_rounds(tmp_path: Path) -> None:
+    markdown, rows, _ = report_of(tmp_path, schedule_of([replace(SANDWICH, name=NASTY), LAST]))
+    assert rows[1][0] == NASTY.replace("\ud800", "\\ud800")
+    assert "script" not in {tag for tag, _ in Page(tmp_path / "report.html").tags}
+    assert len([line for line in markdown.splitlines() if line.startswith("|")]) == 5
+
+
 # Comparisons
 
 
@@ -402,6 +627,21 @@ def test_a_teacher_that_all_share_is_shown_once(make_run: Callable[..., Path], t
     assert "What differs" not in (tmp_path / "out" / "comparison.md").read_text()
     table = report.compare([tmp_path / "a", make_run("teacher", [lost])], tmp_path / "out")
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["teacher of a", "a", "teacher"]
+
+
+def test_runs_with_a_schedule_are_compared(tmp_path: Path) -> None:
+    outcomes = [teacher(history=[]), student(history=[])]
+    for name, schedule in {"minidisc": MINIDISC, "kd": None}.items():
+        (tmp_path / name).mkdir()
+        report.write(tmp_path / name, outcomes, {"method": name}, schedule=schedule)
+    table = report.compare([tmp_path / "minidisc", tmp_path / "kd"], tmp_path / "out")
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["teacher", "minidisc", "kd"]
+    page = Page(tmp_path / "out" / "comparison.html")
+    assert [[text for text, _ in row] for row in page.rows[4:]] == [
+        ["", "minidisc", "kd"],
+        ["method", "minidisc", "kd"],
+    ]
+    assert page.said_in("h2") == ["What differs", "Loss curves"]
 
 
 def test_different_data_is_pointed_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -531,3 +771,40 @@ def test_the_snippet_runs(
     source = tokenizer.decode(scope["inputs"]["input_ids"][0])
     assert ("<extra_id_0>" in source) == (task == "span_corruption") and scope["model"].config.d_model == 32
     assert capsys.readouterr().out
+
+
+def test_the_snippet_loads_every_kind_of_t5(tmp_path: Path, tiny: Callable[..., Any], tokenizer: Any) -> None:
+    """In processes that know no kind of T5 but transformers' own, with the model's own answer."""
+    classes, snippets, expected = ["no", "maybe", "yes"], [], []
+    kinds: dict[str, Any] = {"t5": tiny(), "pruned": tiny(), "enct5": enct5_from(tiny(), classes)}
+    kinds["pruned"] = sliced(kinds["pruned"], {name: part.units // 2 for name, part in parts(tiny()).items()})
+    for kind, model in kinds.items():
+        model.eval().save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        text = make_card(tmp_path / kind, task="classification" if kind == "enct5" else "span_corruption").text
+        code = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)[0]
+        assert ("fastkd" in code) == (kind != "t5")  # whoever has a plain T5 needs nothing of fastkd
+        snippets.append(code.replace("path/to/this/folder", str(tmp_path / kind)))
+        if kind == "enct5":
+            answer = int(model(**tokenizer("summarize: your text", return_tensors="pt")).logits.argmax())
+            expected.append(classes[answer])
+        else:
+            inputs = tokenizer("The capital of <extra_id_0> is Paris.", return_tensors="pt")
+            expected.append(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+
+    # Each snippet in a fork of a process that has imported what takes seconds, and registers nothing.
+    code = f"""
+import os, sys
+import fastkd
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+assert "fastkd.train.models" not in sys.modules
+for snippet in {snippets!r}:
+    child = os.fork()
+    if not child:
+        exec(snippet, {{}})
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == expected and all(expected)

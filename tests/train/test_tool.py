@@ -359,8 +359,10 @@ def test_flags_files_and_nulls(tmp_path: Path) -> None:
 def test_a_configuration_ships_for_every_method(name: str) -> None:
     assert config.shipped().keys() == METHODS.keys()
     flags, args = parse(["--config", name, "--teacher", "x", "--train_file", "y"])
-    assert (flags.method, flags.teacher, flags.student_layers, flags.student_d_model) == (name, "x", 6, 384)
-    assert args.learning_rate == 3e-4 and (args.max_steps > 0) != (args.num_train_epochs > 0)
+    prunes = METHODS[name].student_init == "prune"  # the teacher's layers and width
+    sizes = (flags.student_layers, flags.student_d_model)
+    assert (flags.method, flags.teacher) == (name, "x") and (sizes == (6, 384)) != prunes
+    assert args.learning_rate == (1e-4 if prunes else 3e-4) and (args.max_steps > 0) != (args.num_train_epochs > 0)
 
 
 # ---- Streams ----

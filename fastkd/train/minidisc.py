@@ -1,0 +1,475 @@
+"""MiniDisc (Zhang et al., EACL 2024 Findings, arXiv 2205.14570): prune a teacher, pick its assistant, distil the rest.
+
+A schedule is made of rounds. In a round, sub-networks of one pruned model, the candidates, learn from a teacher, all of
+them in every step and sharing their weights ("sandwich training"). The best by the lambda-tradeoff, held-out metric +
+lambda * sparsity, goes on: it is the teacher, and the first weights, of the next round. MaxiDisc, the baseline, makes
+rounds of one candidate only: an assistant and its student for every sparsity of the grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from . import cost
+from .arguments import FastkdArguments, TransformersArguments
+from .cache import cached
+from .checkpoints import last_checkpoint
+from .errors import InputError
+from .objectives import Method
+from .prepare import Data, heading
+from .prune import Widths, importance, narrowed, normalised, of_kind, parts, skeleton, sliced, widths_at
+from .schedule import Candidate, Round, Schedule, Trial, round_from_json
+from .stages import RECIPE, make_trainer
+from .student import load_model
+from .tasks import figure_names
+from .trainer import DistillTrainer
+
+VERSION = 1  # raise it when a round changes what it makes, so that older ones are not reused
+ROUND_FILE = "round.json"
+_PROGRESS_FILE = "candidates.pt"  # in a checkpoint
+
+
+class CandidateTrainer(DistillTrainer):
+    """DistillTrainer of several sub-networks at once, which share the model's weights, and keeper of the best.
+
+    candidates: widths by sparsity. Each step takes the mean of their losses; the teacher runs once. sandwich_size: how
+    many learn in a step, the least and the most sparse and others that are drawn anew, as in the sandwich rule (Yu and
+    Huang, 2019, arXiv 1903.05134); 0 for all of them, as in MiniDisc. Each evaluation is of all of them: the entries
+    "eval_candidate_<percent>" of the log hold their metrics, and what is logged as of the student is of the sparsest.
+    metric: of evaluation's figures the one that compares candidates, 0 to 1. patience: evaluations without a better
+    figure of any candidate, after which training stops.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        candidates: Mapping[float, Widths],
+        metric: Callable[[Mapping[str, float]], float],
+        tradeoff_lambda: float,
+        patience: int,
+        sandwich_size: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.candidates = dict(sorted(candidates.items()))
+        self.metric = metric
+        self.tradeoff_lambda = tradeoff_lambda
+        self.patience = patience
+        self.sandwich_size = sandwich_size or len(candidates)
+        self.kept: dict[str, Any] = {}  # "sparsity", "tradeoff" and "weights" of the best candidate so far
+        self._tokens = {who: [0, 0] for who in (None, *self.candidates)}  # read in training by each; None: the teacher
+        self._seconds = 0.0  # of training before this process
+        self._start = 0  # the step at which this process began
+        self._learning: list[float] = []  # the candidates that learn in this step
+        self._taught: dict[str, Any] | None = None
+
+    # ---- Training ----
+
+    def _backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        self._learning, self._taught, losses = self._drawn(), None, []
+        for who in (None, *self._learning):
+            for side, name in enumerate(("input_ids", "labels")):
+                self._tokens[who][side] += inputs[name].numel()
+        for sparsity in self._learning:
+            with narrowed(self.accelerator.unwrap_model(model), self.candidates[sparsity]):
+                losses.append(super()._backward(model, inputs, num_items_in_batch))
+        self._taught = None
+        return torch.stack(losses).sum()
+
+    def _drawn(self) -> list[float]:
+        """Return the candidates of this step, the same after a resume and in all processes."""
+        everyone = list(self.candidates)
+        if self.sandwich_size >= len(everyone):
+            return everyone
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}")
+        between = draw.sample(everyone[1:-1], self.sandwich_size - 2)
+        return sorted({everyone[0], everyone[-1], *between})
+
+    def _teachers(self, *args: Any) -> dict[str, Any]:
+        if self._taught is None:
+            self._taught = super()._teachers(*args)
+        return self._taught
+
+    def _terms(self, *args: Any) -> dict[str, torch.Tensor]:
+        return {name: loss / len(self._learning) for name, loss in super()._terms(*args).items()}
+
+    # ---- Selection ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> dict[str, float]:
+        """Evaluate every candidate, keep the best one's weights, and stop training when patience has run out."""
+        bare = self.accelerator.unwrap_model(self.model)
+        everything: dict[str, float] = {}
+        figures: dict[str, float] = {}
+        for sparsity, widths in self.candidates.items():
+            is_sparsest = sparsity == max(self.candidates)
+            prefix = metric_key_prefix if is_sparsest else f"{metric_key_prefix}_{100 * sparsity:g}"
+            with narrowed(bare, widths):
+                found = super().evaluate(eval_dataset, ignore_keys, prefix, **kwargs)
+            everything |= found
+            figures[_log_key(sparsity)] = self.metric({k.removeprefix(f"{prefix}_"): v for k, v in found.items()})
+        self.log(figures)
+        for sparsity, widths in self.candidates.items():
+            tradeoff = figures[_log_key(sparsity)] + self.tradeoff_lambda * sparsity
+            if not self.kept or tradeoff > self.kept["tradeoff"]:
+                weights = {name: tensor.cpu() for name, tensor in sliced(bare, widths).state_dict().items()}
+                self.kept = {"sparsity": sparsity, "tradeoff": tradeoff, "weights": weights}
+        if self._is_out_of_patience():
+            self.control.should_training_stop = True
+        return everything
+
+    def _best(self) -> dict[float, tuple[float, int]]:
+        """Return each candidate's best metric so far, and the first step at which it had it."""
+        best: dict[float, tuple[float, int]] = {}
+        for entry in self.state.log_history:
+            for sparsity in self.candidates:
+                metric = entry.get(_log_key(sparsity))
+                if metric is not None and (sparsity not in best or metric > best[sparsity][0]):
+                    best[sparsity] = metric, int(entry["step"])
+        return best
+
+    def _evaluated_steps(self) -> set[int]:
+        key = _log_key(max(self.candidates))
+        return {int(entry["step"]) for entry in self.state.log_history if key in entry}
+
+    def _is_out_of_patience(self) -> bool:
+        last = max((step for _, step in self._best().values()), default=0)
+        return sum(step > last for step in self._evaluated_steps()) >= self.patience
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_out_of_patience():  # resumed where training had stopped
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- Checkpoints ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as DistillTrainer does; in the end, all candidates have been evaluated."""
+        result = super().train(*args, **kwargs)
+        if self.state.global_step not in self._evaluated_steps():
+            self.evaluate()
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model with all units, and beside it, in a checkpoint, what is known of its candidates."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            progress = {"kept": self.kept, "tokens": self._tokens, "seconds": self.seconds}
+            torch.save(progress, Path(str(output_dir)) / _PROGRESS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint = Path(resume_from_checkpoint)
+        progress = torch.load(checkpoint / _PROGRESS_FILE, map_location="cpu", weights_only=True)
+        self.kept, self._tokens, self._seconds = progress["kept"], progress["tokens"], progress["seconds"]
+        self._start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+    # ---- What came of it ----
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, data included and evaluations not."""
+        return self._seconds + (self.seconds_per_step or 0.0) * (self.state.global_step - self._start)
+
+    @property
+    def gflops(self) -> float:
+        """Billions of floating-point operations of training so far; see `schedule.Round`."""
+        total = cost.multiply_accumulates(self.teacher, *self._tokens[None], head=True)
+        for sparsity, widths in self.candidates.items():
+            student = skeleton(self.model, widths)  # whose backward pass costs as much as two forward ones
+            total += 3 * cost.multiply_accumulates(student, *self._tokens[sparsity], head=True)
+        return 2e-9 * total
+
+    def best_model(self) -> Any:
+        """Return the best candidate as a dense model with the weights that it had at its best."""
+        made = sliced(self.model, self.candidates[self.kept["sparsity"]])
+        made.load_state_dict(self.kept["weights"])
+        return made
+
+    def summary(self, name: str, teacher: float | None) -> Round:
+        """Return what came of the round; name, teacher: see `schedule.Round`."""
+        best = self._best()
+        candidates = [
+            Candidate(
+                sparsity,
+                cost.parameters(skeleton(self.model, widths)),
+                metric,
+                metric + self.tradeoff_lambda * sparsity,
+                step,
+            )
+            for sparsity, widths in self.candidates.items()
+            for metric, step in [best[sparsity]]
+        ]
+        steps = self.state.global_step
+        return Round(name, teacher, candidates, self.kept["sparsity"], steps, self.seconds, self.gflops)
+
+
+def _log_key(sparsity: float) -> str:
+    return f"eval_candidate_{100 * sparsity:g}"
+
+
+# ---- Ranking --------------------------------------------------------------------------------------------------------
+
+
+def digest(model: Any) -> str:
+    """Return a fingerprint of a model's configuration and weights."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def held_out_for_importance(flags: FastkdArguments, seed: int, data: Data) -> tuple[Data, Any]:
+    """Return (the data to train on, the examples that importance is measured on)."""
+    if flags.importance_on == "dev":
+        return data, data.held_out
+    size = len(data.train)
+    count = min(flags.importance_examples, size // 5)
+    if count < 1:
+        raise InputError(f"--importance_on train: {size} training examples are too few to hold any out; give dev")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    kept, measured = sorted(order[count:]), sorted(order[:count])
+    known = hashlib.sha256(json.dumps([data.digest, seed, count]).encode()).hexdigest()[:16]
+    facts = {**data.facts, "importance_examples": count}
+    return dataclasses.replace(data, train=data.train.select(kept), digest=known, facts=facts), data.train.select(
+        measured
+    )
+
+
+def rank(
+    args: TransformersArguments, cache: Path, data: Data, examples: Any, teacher: Any, teacher_digest: str
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Return (the normalised importance of the teacher's units, the name of its folder in the cache).
+
+    It is measured on the examples, or taken from the cache if it was measured before.
+    """
+    settings = {
+        "version": VERSION,
+        "teacher": teacher_digest,
+        "data": data.digest,
+        "examples": len(examples),
+        "batch": args.per_device_train_batch_size,
+    }
+
+    def make(folder: Path) -> None:
+        batches = DataLoader(examples, args.per_device_train_batch_size, collate_fn=data.collate)
+        scores = importance(teacher, tqdm(batches, desc="measuring importance", unit="batch"))
+        save_file({name: score.cpu() for name, score in scores.items()}, folder / "importance.safetensors")
+
+    folder, reused = cached(cache, "importance", settings, make)
+    if reused:
+        print(f"reusing {folder}")
+    scores = load_file(folder / "importance.safetensors")
+    return normalised({name: scores[name] for name in parts(teacher)}), folder.name
+
+
+def check_reachable(scores: Mapping[str, torch.Tensor], grid: Sequence[float], target: float) -> None:
+    """Raise InputError if no head, or no neuron, is left at the target."""
+
+    def leaves_both(sparsity: float) -> bool:
+        left = widths_at(scores, sparsity)
+        return all(any(left[name] for name in names) for names in of_kind(scores).values())
+
+    if not leaves_both(target):
+        reachable = ", ".join(f"{s:g}" for s in grid if s > 0 and leaves_both(s)) or "none"
+        raise InputError(
+            f"--target_sparsity {target:g} would leave no head, or no neuron, of this teacher (reachable: {reachable})"
+        )
+
+
+# ---- Rounds ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The teacher of a round, whose weights the round starts from. sparsity: None for the one that was not pruned.
+
+    order: see `prune.sliced`. key: what tells it from others.
+    """
+
+    model: Any
+    sparsity: float | None
+    order: Mapping[str, torch.Tensor] | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A round that is done: what came of it, the folder of its model, and its log."""
+
+    round: Round
+    folder: Path
+    history: list[dict[str, float]]
+    seconds_per_step: float | None
+
+
+@dataclass
+class Distiller:
+    """Trains rounds; each is a folder in the cache, so that the runs that share it train it once.
+
+    scores: normalised importance of the teacher's units. work: where a round's checkpoints are while it lasts.
+    resuming: whether such are continued from.
+    """
+
+    flags: FastkdArguments
+    args: TransformersArguments
+    method: Method
+    data: Data
+    scores: Mapping[str, torch.Tensor]
+    cache: Path
+    work: Path
+    resuming: bool
+
+    @property
+    def metric_name(self) -> str:
+        """What compares the candidates, in words."""
+        names = figure_names(self.data.task)
+        return self.flags.selection_metric or (
+            "mean of " + " and ".join(names) if names[1:] else [*names, "token_accuracy"][0]
+        )
+
+    def _metric(self, figures: Mapping[str, float]) -> float:
+        names = figure_names(self.data.task) if self.flags.selection_metric is None else [self.flags.selection_metric]
+        if not names or names == ["token_accuracy"]:
+            return figures["token_accuracy"]
+        return sum(figures[name] for name in names) / len(names) / 100
+
+    def round(self, name: str, parent: Parent, sparsities: Sequence[float]) -> Result:
+        """Train candidates at the sparsities with the parent as teacher, or take them from the cache."""
+        widths = {sparsity: widths_at(self.scores, sparsity) for sparsity in sparsities}
+        folder, reused = cached(
+            self.cache, "round", self._settings(parent, widths), lambda made: self._train(made, name, parent, widths)
+        )
+        record = json.loads((folder / ROUND_FILE).read_text(encoding="utf-8"))
+        done = dataclasses.replace(round_from_json(record["round"]), name=name)
+        result = Result(done, folder, record["history"], record["seconds_per_step"])
+        if reused:
+            print(f"{name}: reusing {folder}")
+        best = result.round.best
+        print(f"{name}: {100 * best.sparsity:g} % pruned, {100 * best.metric:.2f} % {self.metric_name}", flush=True)
+        return result
+
+    def parent(self, result: Result) -> Parent:
+        """Return a round's model as the teacher of the next."""
+        model, _ = load_model(result.folder, "assistant")
+        return Parent(model, result.round.chosen, None, result.folder.name)
+
+    def _settings(self, parent: Parent, widths: Mapping[float, Widths]) -> dict[str, Any]:
+        flags, args, method = self.flags, self.args, dataclasses.asdict(self.method)
+        recipe = (*RECIPE, "num_train_epochs", "max_steps", "eval_strategy", "eval_steps", "eval_delay")
+        return {
+            "version": VERSION,
+            "data": self.data.digest,
+            "parent": parent.key,
+            "widths": {str(sparsity): dict(kept) for sparsity, kept in widths.items()},
+            "method": {name: value for name, value in method.items() if name not in ("summary", "schedule")},
+            "metric": flags.selection_metric,
+            # A single candidate is chosen whatever lambda is.
+            "tradeoff_lambda": flags.tradeoff_lambda if len(widths) > 1 else 0,
+            "sandwich_size": flags.sandwich_size if len(widths) > 1 else 0,
+            "patience": flags.patience,
+            "embedding_learning_rate": flags.embedding_learning_rate,
+            "teacher_dtype": flags.teacher_dtype,
+            **{name: getattr(args, name) for name in recipe},
+            "processes": args.world_size,
+        }
+
+    def _train(self, made: Path, name: str, parent: Parent, widths: Mapping[float, Widths]) -> None:
+        flags = self.flags
+        work = self.work / f"{name.replace(' ', '-').replace('-%', '')}"
+        args = dataclasses.replace(self.args, output_dir=str(work), resume_from_checkpoint=None)
+        heading(f"Round: {name} ({', '.join(f'{100 * s:g} %' for s in widths)} pruned)")
+        student = sliced(parent.model, widths[min(widths)], parent.order).float()
+        trainer = make_trainer(
+            flags,
+            args,
+            self.data,
+            student,
+            name,
+            kind=CandidateTrainer,
+            method=self.method,
+            teacher=parent.model.to(getattr(torch, flags.teacher_dtype)),
+            candidates=widths,
+            metric=self._metric,
+            tradeoff_lambda=flags.tradeoff_lambda,
+            patience=flags.patience,
+            sandwich_size=flags.sandwich_size,
+            scores=flags.selection_metric != "token_accuracy",
+        )
+        assert isinstance(trainer, CandidateTrainer)
+        last = last_checkpoint(work) if self.resuming else None
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.best_model().save_pretrained(made)
+        self.data.tokenizer.save_pretrained(made)
+        record = {
+            "round": dataclasses.asdict(trainer.summary(name, parent.sparsity)),
+            "history": trainer.history,
+            "seconds_per_step": trainer.seconds_per_step,
+        }
+        (made / ROUND_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(work, ignore_errors=True)
+
+
+# ---- Schedules ------------------------------------------------------------------------------------------------------
+
+
+def run_schedule(distiller: Distiller, teacher: Parent) -> tuple[Schedule, list[Result]]:
+    """Run the schedule of the flags; return it, and the rounds of its best trial, the student's last."""
+    flags, target = distiller.flags, distiller.flags.target_sparsity
+    if flags.assistant_sparsity is not None:
+        trials = [_by_assistant(distiller, teacher, flags.assistant_sparsity)]
+    elif distiller.method.schedule == "minidisc":
+        trials = [_by_tradeoff(distiller, teacher)]
+    elif distiller.method.schedule == "maxidisc":
+        trials = [_by_assistant(distiller, teacher, sparsity) for sparsity in flags.grid if sparsity < target]
+    else:
+        trials = [_by_assistant(distiller, teacher, 0.0)]
+    schedule = Schedule(
+        distiller.metric_name,
+        flags.tradeoff_lambda,
+        target,
+        [Trial([result.round for result in trial]) for trial in trials],
+    )
+    best = next(trial for trial in trials if [r.round for r in trial] == schedule.chosen.rounds)
+    return schedule, best
+
+
+def _by_assistant(distiller: Distiller, teacher: Parent, sparsity: float) -> list[Result]:
+    """Distil an assistant from the teacher, and the student from it; at sparsity 0 the assistant is the teacher."""
+    student = f"student of {100 * sparsity:g} %" if sparsity else "student of the teacher"
+    if sparsity == 0:
+        return [distiller.round(student, teacher, [distiller.flags.target_sparsity])]
+    assistant = distiller.round(f"assistant of {100 * sparsity:g} %", teacher, [sparsity])
+    return [assistant, distiller.round(student, distiller.parent(assistant), [distiller.flags.target_sparsity])]
+
+
+def _by_tradeoff(distiller: Distiller, teacher: Parent) -> list[Result]:
+    """Pick assistants by the lambda-tradeoff, one after the other, until they are enough or the target is picked."""
+    flags, results, parent = distiller.flags, [], teacher
+    candidates = [s for s in flags.grid if flags.truncation <= s <= flags.target_sparsity]
+    for i in range(flags.assistants):
+        results.append(distiller.round(f"round {i + 1}", parent, candidates))
+        chosen = results[-1].round.chosen
+        if chosen == flags.target_sparsity:
+            return results
+        candidates = [sparsity for sparsity in candidates if sparsity > chosen]
+        parent = distiller.parent(results[-1])
+    results.append(distiller.round("student", parent, [flags.target_sparsity]))
+    return results
