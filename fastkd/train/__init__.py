@@ -2,7 +2,8 @@
 
 Reading order: cli -> arguments -> runs. A run is prepare, which makes data of the flags (sources, tasks, corpus,
 tokenizer, data), then stages, which make teacher and student (student, trainer on top of checkpoints; objectives,
-capture, mixup) and judge them (evaluate, metrics, cost), and at last what is left to read (report, plots, card).
+capture, mixup) and judge them (evaluate, metrics, cost), and at last what is left to read (report, plots, card). A
+teacher is pruned, and distilled in rounds, by minidisc (prune, models, schedule).
 Needs the packages of `pip install 'fastkd[train]'`; importing this module loads none of them.
 """
 
@@ -13,12 +14,16 @@ from typing import Any
 
 _HOMES = {
     "DistillTrainer": "trainer",
+    "EncT5ForSequenceClassification": "models",
     "METHODS": "objectives",
     "Method": "objectives",
+    "PrunedT5ForConditionalGeneration": "models",
     "SpanCorruption": "data",
     "capture_qkv": "capture",
     "embedded_corpus": "corpus",
+    "importance": "prune",
     "slice_teacher": "student",
+    "sliced": "prune",
     "train_tokenizer": "tokenizer",
 }
 __all__ = list(_HOMES)

@@ -130,7 +130,7 @@ class ModelArguments:
     )
     teacher_dtype: str = _help(f"in which the teacher runs: {', '.join(TEACHER_DTYPES)}", "float32")
     student: str | None = _help("folder or hub name of a T5 to start from, in place of a new student", None)
-    student_layers: int = _help("encoder layers, and as many decoder layers", 2)
+    student_layers: int = _help("encoder layers, and as many decoder layers, of a student that is not pruned", 2)
     student_d_model: int = _help(
         "width; heads are 32 wide and feed-forward layers 4 times as wide, or for a slice as in the teacher", 64
     )
@@ -165,7 +165,9 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    task: str = _help("; ".join(f"{name}: {t.summary}" for name, t in TASKS.items()), "span_corruption")
+    task: str = _help(
+        "; ".join(f"{name}: {t.summary}" for name, t in TASKS.items()) + "; GLUE's also as glue/NAME", "span_corruption"
+    )
     train_file: str | None = _help(
         "to learn from: a file, folder or glob of text (paragraphs separated by blank lines), JSONL, CSV, TSV or "
         "Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder with its TSV files; without it, the "
@@ -547,47 +549,53 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
 
 def _check_pruning(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
     given = [f.name for f in dataclasses.fields(PruningArguments) if getattr(flags, f.name) != f.default]
-    if method.student_init != "prune":
-        if given:
-            raise InputError(
-                f"--{given[0]} has no effect with --method {flags.method}, which does not prune its teacher"
-            )
-        return
+    if method.student_init == "prune":
+        _check_sparsities(flags, method)
+        _check_beside_pruning(flags, args)
+    elif given:
+        raise InputError(f"--{given[0]} has no effect with --method {flags.method}, which does not prune its teacher")
+
+
+def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
     try:
         grid = flags.grid
     except ValueError as error:
         raise InputError(f"--sparsity_grid: {error}") from error
-    sparsities = ", ".join(f"{s:g}" for s in grid)
-    if flags.target_sparsity not in grid or flags.target_sparsity == 0:
+    target, sparsities = flags.target_sparsity, ", ".join(f"{sparsity:g}" for sparsity in grid)
+    if target not in grid or target == 0:
         raise InputError(
             f"--target_sparsity: expected one of the grid's above 0 ({sparsities}; --sparsity_grid takes others), got "
-            f"{flags.target_sparsity:g}"
+            f"{target:g}"
         )
-    assistants = ", ".join(f"{s:g}" for s in grid if 0 < s < flags.target_sparsity)
-    if flags.assistant_sparsity is not None and not 0 < flags.assistant_sparsity < flags.target_sparsity:
+    if flags.assistant_sparsity is not None and not 0 < flags.assistant_sparsity < target:
         raise InputError(
-            f"--assistant_sparsity: expected one between 0 and the target's ({assistants}), got "
+            f"--assistant_sparsity: expected one above 0 and below the target's, {target:g}, got "
             f"{flags.assistant_sparsity:g}"
         )
     if not 0 <= flags.truncation <= 1:
         raise InputError(f"--truncation: expected 0 to 1, got {flags.truncation:g}")
-    candidates = [s for s in grid if flags.truncation <= s <= flags.target_sparsity]
-    if method.schedule == "minidisc" and flags.assistant_sparsity is None and flags.assistants >= len(candidates):
+    between = [sparsity for sparsity in grid if flags.truncation <= sparsity < target]
+    picks = method.schedule == "minidisc" and flags.assistant_sparsity is None
+    if picks and flags.assistants > len(between):
         raise InputError(
-            f"--assistants {flags.assistants}: the grid has {max(len(candidates) - 1, 0)} between --truncation "
-            f"{flags.truncation:g} and the target {flags.target_sparsity:g} ({sparsities})"
+            f"--assistants {flags.assistants}: the grid has {len(between)} from --truncation {flags.truncation:g} to "
+            f"below the target {target:g} ({sparsities})"
         )
     if flags.sandwich_size == 1:
         raise InputError("--sandwich_size: expected 0 for all, or at least 2, the least and the most sparse, got 1")
-    if flags.student or flags.demo or flags.interpolated:
-        other = "student" if flags.student else "demo" if flags.demo else "interpolated"
-        raise InputError(f"--{other} does not go with --method {flags.method}, whose student is its teacher pruned")
-    if flags.streaming or args.torch_compile or args.load_best_model_at_end:
-        other, why = (
-            ("streaming", "importance and rounds need data that is read again")
-            if flags.streaming
-            else ("torch_compile", "widths change in every step")
-            if args.torch_compile
-            else ("load_best_model_at_end", "rounds keep the best candidate already")
-        )
-        raise InputError(f"--{other} is not supported with --method {flags.method}: {why}")
+
+
+_NOT_WITH_PRUNING = {
+    "student": "the student is the teacher pruned",
+    "demo": "without --demo it makes all it needs, too",
+    "interpolated": "--assistants is like it",
+    "streaming": "importance and rounds need data that is read again",
+    "torch_compile": "widths change in every step",
+    "load_best_model_at_end": "rounds keep the best candidate already",
+}
+
+
+def _check_beside_pruning(flags: FastkdArguments, args: TransformersArguments) -> None:
+    for name, why in _NOT_WITH_PRUNING.items():
+        if getattr(flags, name, None) or getattr(args, name, None):
+            raise InputError(f"--{name} is not supported with --method {flags.method}: {why}")

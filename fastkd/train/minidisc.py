@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +127,7 @@ class CandidateTrainer(DistillTrainer):
         for sparsity, widths in self.candidates.items():
             tradeoff = figures[_log_key(sparsity)] + self.tradeoff_lambda * sparsity
             if not self.kept or tradeoff > self.kept["tradeoff"]:
-                weights = {name: tensor.cpu() for name, tensor in sliced(bare, widths).state_dict().items()}
+                weights = sliced(bare, widths).cpu().state_dict()
                 self.kept = {"sparsity": sparsity, "tradeoff": tradeoff, "weights": weights}
         if self._is_out_of_patience():
             self.control.should_training_stop = True
@@ -254,15 +255,15 @@ def held_out_for_importance(flags: FastkdArguments, seed: int, data: Data) -> tu
 
 
 def rank(
-    args: TransformersArguments, cache: Path, data: Data, examples: Any, teacher: Any, teacher_digest: str
+    args: TransformersArguments, cache: Path, data: Data, examples: Any, teacher: Any
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Return (the normalised importance of the teacher's units, the name of its folder in the cache).
+    """Return (the normalised importance of the teacher's units, what tells it and the teacher from others).
 
     It is measured on the examples, or taken from the cache if it was measured before.
     """
     settings = {
         "version": VERSION,
-        "teacher": teacher_digest,
+        "teacher": digest(teacher),
         "data": data.digest,
         "examples": len(examples),
         "batch": args.per_device_train_batch_size,
@@ -346,10 +347,11 @@ class Distiller:
         )
 
     def _metric(self, figures: Mapping[str, float]) -> float:
+        """Return the figures' mean, 0 to 1; one that is undefined, as the correlation of a constant is, counts as 0."""
         names = figure_names(self.data.task) if self.flags.selection_metric is None else [self.flags.selection_metric]
         if not names or names == ["token_accuracy"]:
             return figures["token_accuracy"]
-        return sum(figures[name] for name in names) / len(names) / 100
+        return sum(0.0 if math.isnan(figures[name]) else figures[name] for name in names) / len(names) / 100
 
     def round(self, name: str, parent: Parent, sparsities: Sequence[float]) -> Result:
         """Train candidates at the sparsities with the parent as teacher, or take them from the cache."""

@@ -68,7 +68,7 @@ class Method:
     @property
     def formula(self) -> str:
         """The weighted sum in words."""
-        return " + ".join(f"{weight:g} {term}" for term, weight in self.terms.items())
+        return " + ".join(f"{weight:.3g} {term}" for term, weight in self.terms.items())
 
     @property
     def needs_teacher(self) -> bool:

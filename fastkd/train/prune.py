@@ -165,6 +165,7 @@ def skeleton(model: Any, widths: Widths) -> Any:
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
     config = kind.config_class.from_dict(settings)
     config.widths = {name: int(width) for name, width in widths.items()}
+    config.scale_decoder_outputs = getattr(model.config, "scale_decoder_outputs", False)  # mT5 never does
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         made = kind(config)

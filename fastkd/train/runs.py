@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .report import Outcome
 from .schedule import Schedule
 from .stages import (
     RECIPE,
+    Teacher,
     check_knows_task,
     check_objective,
     check_optimizer,
@@ -86,7 +87,11 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     Raises InputError as `train` does, and for a teacher that does not know the task, or a target that leaves nothing.
     """
     started, method, resuming = time.perf_counter(), chosen_method(flags), args.resume_from_checkpoint is not None
-    out, cache = _output_folder(args), _cache(flags, args)
+    out, cache, seed = (
+        _output_folder(args),
+        _cache(flags, args),
+        args.seed if args.data_seed is None else args.data_seed,
+    )
     if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         raise InputError(f"--method {flags.method} resumes with --resume_from_checkpoint last: it finds what is done")
     if resuming and not (out / "run.json").is_file():
@@ -103,12 +108,9 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     teacher = get_teacher(flags, args, cache, data, given)
     if given.teacher is not None:
         check_knows_task(flags, data, teacher)
-    data, examples = minidisc.held_out_for_importance(
-        flags, args.seed if args.data_seed is None else args.data_seed, data
-    )
     heading("Importance of heads and neurons")
-    key = minidisc.digest(teacher.model)
-    scores, ranking = minidisc.rank(args, cache, data, examples, teacher.model, key)
+    data, examples = minidisc.held_out_for_importance(flags, seed, data)
+    scores, key = minidisc.rank(args, cache, data, examples, teacher.model)
     minidisc.check_reachable(scores, flags.grid, flags.target_sparsity)
 
     if is_used:
@@ -116,9 +118,22 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "run.json", identity)
     distiller = minidisc.Distiller(flags, args, method, data, scores, cache, out / "rounds", resuming)
-    first = minidisc.Parent(teacher.model, None, order_of(scores), f"{key} by {ranking}")
-    schedule, results = minidisc.run_schedule(distiller, first)
+    schedule, results = minidisc.run_schedule(distiller, minidisc.Parent(teacher.model, None, order_of(scores), key))
+    _leave_pruned(flags, args, out, data, method, teacher, schedule, results, started)
 
+
+def _leave_pruned(
+    flags: FastkdArguments,
+    args: TransformersArguments,
+    out: Path,
+    data: Data,
+    method: Method,
+    teacher: Teacher,
+    schedule: Schedule,
+    results: Sequence[minidisc.Result],
+    started: float,
+) -> None:
+    """Judge the models of the schedule's best trial; write the student, its last assistant, and the report."""
     names = [f"assistant {100 * result.round.chosen:g} %" for result in results[:-1]] + [flags.method]
     judged = [judge_saved(flags, args, data, name, result) for name, result in zip(names, results, strict=True)]
     trainer, outcomes = judged[-1][0], [teacher.outcome, *(outcome for _, outcome in judged)]
@@ -126,8 +141,8 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     facts = _facts(flags, args, data, method, student.config, teacher.model.config, flags.method, started)
     facts |= {"pruned": f"{100 * schedule.target:g} %", "schedule_gflops": round(schedule.gflops, 1)}
     config = flags.config_text(args)
-    for result in results[:-1]:
-        copy_folder(result.folder, out / "assistant")
+    if len(results) > 1:
+        copy_folder(results[-2].folder, out / "assistant")
     trainer.save_model(str(out))
     _describe(out, flags, method, facts, outcomes, config)
     _report(out, flags, data, outcomes, facts, config, _notes(method), schedule)

@@ -16,7 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, T5Config
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+)
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from fastkd.train.capture import PLACES, capture_hidden, capture_qkv
@@ -563,3 +570,19 @@ def test_a_head_stays_tied_or_untied(tied: bool, tmp_path: Path) -> None:
         assert torch.equal(network.lm_head.weight, model.lm_head.weight)
     assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in loaded.parameters())
     torch.testing.assert_close(loaded(**batch).logits, small(**batch).logits, **EXACT)
+
+
+@pytest.mark.parametrize("path", ["memory", "disk"])
+def test_mt5(path: str, tmp_path: Path) -> None:
+    # Its config is not T5's, and its decoder's output is never scaled.
+    config = MT5Config(vocab_size=64, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2, dropout_rate=0.0)
+    torch.manual_seed(0)
+    model = MT5ForConditionalGeneration(config).double().eval()
+    ids = torch.randint(3, 64, (2, 9))
+    scores = {name: torch.rand(part.units) for name, part in parts(model).items()}
+    made = sliced(model, {name: part.units for name, part in parts(model).items()}, order_of(scores))
+    if path == "disk":
+        made.save_pretrained(tmp_path)
+        made = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float64)
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(made(input_ids=ids, decoder_input_ids=ids).logits, expected, rtol=1e-12, atol=1e-12)
