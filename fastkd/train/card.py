@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .models import EncT5Config, PrunedT5Config
 from .report import Outcome, fenced, listed, table
 
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
@@ -28,7 +30,7 @@ def write_card(
     prefix: str = "",
     notes: Sequence[str] = (),
 ) -> None:
-    """Write README.md into a student's `save_pretrained` folder.
+    """Write README.md into a student's `save_pretrained` folder, whose config.json says how it is loaded and asked.
 
     method, summary: a name in METHODS and what it does. teacher: the folder or hub name that was given, or None if
     there was none or the run trained it; only a hub name is published, as the card's base model. outcomes: the
@@ -47,7 +49,7 @@ def write_card(
         data,
         template_path=str(_TEMPLATE),
         origin=_origin(method, summary, hub_name, bool(teacher) or any(o.name == "teacher" for o in outcomes)),
-        snippet=fenced(_snippet(task, prefix), "python"),
+        snippet=fenced(_snippet(_model_type(folder), task, prefix), "python"),
         table=table(outcomes),
         limits="\n".join(f"- {limit}" for limit in [*_limits(facts, task), *notes]),
         facts=listed(facts),
@@ -74,19 +76,33 @@ def _origin(method: str, summary: str, hub_name: str | None, has_teacher: bool) 
     return f"It was distilled from {teacher} by fastkd's method `{method}`: {summary}."
 
 
-def _snippet(task: str, prefix: str) -> str:
+def _model_type(folder: Path) -> str:
+    """Return that of the saved model; a T5's where none is saved yet."""
+    path = folder / "config.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["model_type"]) if path.is_file() else "t5"
+
+
+def _snippet(model_type: str, task: str, prefix: str) -> str:
     """Return code that loads the student and lets it do its task."""
-    source = "The capital of <extra_id_0> is Paris." if task == "span_corruption" else f"{prefix}your text"
-    special = "False" if task == "span_corruption" else "True"  # the answer is made of sentinels
+    is_text = task == "span_corruption"  # its answer is made of sentinels
+    source = "The capital of <extra_id_0> is Paris." if is_text else f"{prefix}your text"
+    if model_type == EncT5Config.model_type:
+        auto = "AutoModelForSequenceClassification"
+        answer = "number = model(**inputs).logits.argmax().item()\nprint(model.config.id2label[number])"
+    else:
+        auto = "AutoModelForSeq2SeqLM"
+        answer = "output = model.generate(**inputs, max_new_tokens=64)[0]\n"
+        answer += f"print(tokenizer.decode(output, skip_special_tokens={not is_text}))"
+    is_ours = model_type in (EncT5Config.model_type, PrunedT5Config.model_type)
+    registration = "import fastkd.train.models  # tells transformers of this kind of T5\n" if is_ours else ""
     return f"""\
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+{registration}from transformers import {auto}, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
 inputs = tokenizer({source!r}, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64)[0]
-print(tokenizer.decode(output, skip_special_tokens={special}))"""
+{answer}"""
 
 
 def _limits(facts: Mapping[str, Any], task: str) -> list[str]:

@@ -149,9 +149,8 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
     pairs in memory, or if its targets are not among the known, or too many.
     """
     if not isinstance(data.train, Pairs):
-        raise InputError(
-            f"--architecture enct5 gives a class to each source: expected pairs in memory, got {data.task.name}"
-        )
+        given = "--streaming" if isinstance(data.train, StreamedPairs) else data.task.name
+        raise InputError(f"--architecture enct5 gives a class to each source: expected pairs in memory, got {given}")
     found = sorted(set(data.train.rows["target"]))
     unknown = [target for target in found if target not in known]
     if known and unknown:
@@ -162,6 +161,12 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
     if len(found) > MOST_CLASSES:
         raise InputError(f"--architecture enct5: expected at most {MOST_CLASSES} different targets, got {len(found)}")
     classes = list(known) or found
+    asked = sorted(set(data.held_out.rows["target"]))
+    if not set(asked) & set(classes):
+        raise InputError(
+            f"held-out data: expected targets among the classes {', '.join(classes[:9])}, got only "
+            f"{', '.join(asked[:9])}"
+        )
     digest = hashlib.sha256(json.dumps([data.digest, classes]).encode()).hexdigest()[:16]
     train, held_out = (Classes(side.rows, classes) for side in (data.train, data.held_out))
     collate = pad(data.tokenizer, one_label=True)

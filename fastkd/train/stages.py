@@ -78,6 +78,13 @@ def load_given(flags: FastkdArguments) -> Given:
             )
         given.tokenizer = tokenizer
     given.architecture = _architecture(flags, given)
+    models = [model for model in (given.teacher, given.student) if model and is_enct5(model.config)]
+    if len(models) == 2 and models[0].config.id2label != models[1].config.id2label:
+        its, mine = (", ".join(model.config.id2label.values()) for model in models)
+        raise InputError(
+            f"teacher {flags.teacher} ({its}) and student {flags.student} ({mine}) have different classes: expected "
+            "the same, in the same order"
+        )
     return given
 
 

@@ -795,14 +795,16 @@ def test_the_snippet_loads_every_kind_of_t5(tmp_path: Path, tiny: Callable[..., 
     # Each snippet in a fork of a process that has imported what takes seconds, and registers nothing.
     code = f"""
 import os, sys
-import fastkd
+import fastkd, torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
+torch.set_num_threads(1)
 assert "fastkd.train.models" not in sys.modules
 for snippet in {snippets!r}:
     child = os.fork()
     if not child:
         exec(snippet, {{}})
-        sys.exit()
+        sys.stdout.flush()
+        os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
