@@ -22,7 +22,7 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.test
 	-$(BIN)/python -m fastkd.doctor
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 25
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py

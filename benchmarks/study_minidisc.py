@@ -72,13 +72,10 @@ def correlation(minidisc: Schedule, maxidisc: Schedule) -> tuple[float, float] |
     """Return Pearson's correlations of the candidates' (tradeoffs, metrics) with the scores of MaxiDisc's students."""
     students = {trial.assistants[0]: trial.student.metric for trial in maxidisc.trials if trial.assistants}
     shared = [c for c in minidisc.rounds[0].candidates if c.sparsity in students]
-    scores = [students[c.sparsity] for c in shared]
-    if len(shared) < 3 or len(set(scores)) < 2:
-        return None
-    return (
-        statistics.correlation([c.tradeoff for c in shared], scores),
-        statistics.correlation([c.metric for c in shared], scores),
-    )
+    columns = [[c.tradeoff for c in shared], [c.metric for c in shared], [students[c.sparsity] for c in shared]]
+    if len(shared) < 3 or any(len(set(column)) < 2 for column in columns):
+        return None  # a constant has no correlation
+    return statistics.correlation(columns[0], columns[2]), statistics.correlation(columns[1], columns[2])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where runs and their cache stay; without it, nowhere")
     parser.add_argument("--out", type=Path, help="JSON file of what was measured")
     args = parser.parse_args(argv)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -329,7 +329,9 @@ def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
         raise InputError(f"unknown {kind} {unknown[0]!r}" + closest(unknown[0].split("=")[0], flags))
     ours = FastkdArguments(**{name: value for part in parts for name, value in vars(part).items()})
     given = _names(words)
-    ours.task = ours.task.removeprefix("glue/")
+    part = ours.task.removeprefix("glue/")
+    if part in TASKS and TASKS[part].splits:
+        ours.task = part
     _check_names(ours)
     _settle(ours, args, given)
     _check(ours, args)
@@ -574,6 +576,7 @@ def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
         )
     if not 0 <= flags.truncation <= 1:
         raise InputError(f"--truncation: expected 0 to 1, got {flags.truncation:g}")
+    _check_selection(flags, method)
     between = [sparsity for sparsity in grid if flags.truncation <= sparsity < target]
     picks = method.schedule == "minidisc" and flags.assistant_sparsity is None
     if picks and flags.assistants > len(between):
@@ -583,6 +586,24 @@ def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
         )
     if flags.sandwich_size == 1:
         raise InputError("--sandwich_size: expected 0 for all, or at least 2, the least and the most sparse, got 1")
+
+
+_OF_SELECTION = ("assistants", "truncation", "tradeoff_lambda", "sandwich_size")
+
+
+def _check_selection(flags: FastkdArguments, method: Method) -> None:
+    """Raise InputError for flags that would have no effect."""
+    defaults = {f.name: f.default for f in dataclasses.fields(PruningArguments)}
+    given = {name for name, default in defaults.items() if getattr(flags, name) != default}
+    for name in _OF_SELECTION:
+        if name in given and method.schedule != "minidisc":
+            raise InputError(f"--{name} has no effect with --method {flags.method}, which picks no assistant")
+        if name in given and flags.assistant_sparsity is not None:
+            raise InputError(f"--{name} has no effect with --assistant_sparsity, which picks the assistant")
+    if method.schedule == "maxidisc" and flags.assistant_sparsity is not None:
+        raise InputError("--assistant_sparsity has no effect with --method maxidisc, which tries all of the grid")
+    if flags.importance_on == "dev" and "importance_examples" in given:
+        raise InputError("--importance_examples has no effect with --importance_on dev, which takes all held-out data")
 
 
 _NOT_WITH_PRUNING = {

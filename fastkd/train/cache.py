@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 
+def _written(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, indent=2)
+
+
+def key(settings: Mapping[str, Any]) -> str:
+    """Return the key of settings, twelve letters and digits that others do not have."""
+    return hashlib.sha256(_written(settings).encode()).hexdigest()[:12]
+
+
 def cached(cache: Path, kind: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
     """Return (folder `cache/kind-<key of settings>`, whether it was there already), filled by `make(folder)` if not.
 
     settings: everything the result depends on (JSON values); other settings give another folder, so none is silently
     ignored. They are kept beside the result in made_by.json. The folder appears under its name only when complete.
     """
-    text = json.dumps(settings, sort_keys=True, indent=2)
-    folder = cache / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    text = _written(settings)
+    folder = cache / f"{kind}-{key(settings)}"
     if folder.is_dir():
         return folder, True
     cache.mkdir(parents=True, exist_ok=True)

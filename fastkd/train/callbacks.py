@@ -32,11 +32,11 @@ class StepTimer(TrainerCallback):
         now = time.perf_counter()
         self.steps, self.seconds, self._mark = self.steps + 1, self.seconds + now - self._mark, now
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the evaluation out; it runs right after a step's end."""
+    def leave_out(self, *_: Any, **kwargs: Any) -> None:
+        """Leave out what was done since the last step's end: an evaluation, or a checkpoint."""
         self._mark = time.perf_counter()
 
-    on_save = on_evaluate
+    on_save = leave_out
 
 
 class WindowedValues(TrainerCallback):

@@ -8,7 +8,9 @@ rounds of one candidate only: an assistant and its student for every sparsity of
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -26,8 +28,8 @@ from tqdm.auto import tqdm
 
 from . import cost
 from .arguments import FastkdArguments, TransformersArguments
-from .cache import cached
-from .checkpoints import last_checkpoint
+from .cache import cached, key
+from .checkpoints import last_checkpoint, recover
 from .errors import InputError
 from .objectives import Method
 from .prepare import Data, heading
@@ -73,7 +75,6 @@ class CandidateTrainer(DistillTrainer):
         self.kept: dict[str, Any] = {}  # "sparsity", "tradeoff" and "weights" of the best candidate so far
         self._tokens = {who: [0, 0] for who in (None, *self.candidates)}  # read in training by each; None: the teacher
         self._seconds = 0.0  # of training before this process
-        self._start = 0  # the step at which this process began
         self._learning: list[float] = []  # the candidates that learn in this step
         self._taught: dict[str, Any] | None = None
 
@@ -131,6 +132,7 @@ class CandidateTrainer(DistillTrainer):
                 self.kept = {"sparsity": sparsity, "tradeoff": tradeoff, "weights": weights}
         if self._is_out_of_patience():
             self.control.should_training_stop = True
+        self._timer.leave_out()
         return everything
 
     def _best(self) -> dict[float, tuple[float, int]]:
@@ -175,22 +177,25 @@ class CandidateTrainer(DistillTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        checkpoint = Path(resume_from_checkpoint)
-        progress = torch.load(checkpoint / _PROGRESS_FILE, map_location="cpu", weights_only=True)
+        progress = torch.load(Path(resume_from_checkpoint) / _PROGRESS_FILE, map_location="cpu", weights_only=True)
         self.kept, self._tokens, self._seconds = progress["kept"], progress["tokens"], progress["seconds"]
-        self._start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
     # ---- What came of it ----
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far, data included and evaluations not."""
-        return self._seconds + (self.seconds_per_step or 0.0) * (self.state.global_step - self._start)
+        return self._seconds + self._timer.seconds
 
     @property
     def gflops(self) -> float:
-        """Billions of floating-point operations of training so far; see `schedule.Round`."""
-        total = cost.multiply_accumulates(self.teacher, *self._tokens[None], head=True)
+        """Billions of floating-point operations of training so far, in this process; see `schedule.Round`.
+
+        What activation checkpointing computes again is not counted.
+        """
+        total = 0
+        if self.teacher is not None:
+            total = cost.multiply_accumulates(self.teacher, *self._tokens[None], head=True)
         for sparsity, widths in self.candidates.items():
             student = skeleton(self.model, widths)  # whose backward pass costs as much as two forward ones
             total += 3 * cost.multiply_accumulates(student, *self._tokens[sparsity], head=True)
@@ -247,8 +252,9 @@ def held_out_for_importance(flags: FastkdArguments, seed: int, data: Data) -> tu
         raise InputError(f"--importance_on train: {size} training examples are too few to hold any out; give dev")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     kept, measured = sorted(order[count:]), sorted(order[:count])
+    unit = "training_chunks" if "training_chunks" in data.facts else "training_examples"
     known = hashlib.sha256(json.dumps([data.digest, seed, count]).encode()).hexdigest()[:16]
-    facts = {**data.facts, "importance_examples": count}
+    facts = {**data.facts, unit: size - count, "importance_examples": count}
     return dataclasses.replace(data, train=data.train.select(kept), digest=known, facts=facts), data.train.select(
         measured
     )
@@ -281,8 +287,15 @@ def rank(
     return normalised({name: scores[name] for name in parts(teacher)}), folder.name
 
 
-def check_reachable(scores: Mapping[str, torch.Tensor], grid: Sequence[float], target: float) -> None:
-    """Raise InputError if no head, or no neuron, is left at the target."""
+def check_schedule(
+    flags: FastkdArguments, method: Method, data: Data, scores: Mapping[str, torch.Tensor], config: Any
+) -> None:
+    """Raise InputError if the schedule cannot be run to its end, before any of it is.
+
+    That is if no head, or no neuron, is left at the target, if the method does not fit a candidate, or if the selection
+    metric is none of the data's. config: the teacher's.
+    """
+    target, grid = flags.target_sparsity, flags.grid
 
     def leaves_both(sparsity: float) -> bool:
         left = widths_at(scores, sparsity)
@@ -293,6 +306,21 @@ def check_reachable(scores: Mapping[str, torch.Tensor], grid: Sequence[float], t
         raise InputError(
             f"--target_sparsity {target:g} would leave no head, or no neuron, of this teacher (reachable: {reachable})"
         )
+    for sparsity in trained_sparsities(flags, method):
+        narrower = copy.deepcopy(config)
+        narrower.widths = widths_at(scores, sparsity)
+        try:
+            method.check_fits(narrower, config)
+        except ValueError as error:
+            raise InputError(f"--{error} (at sparsity {sparsity:g})") from error
+    names = ["token_accuracy", *_figures(data)]
+    if flags.selection_metric not in (None, *names):
+        raise InputError(f"--selection_metric: expected one of {', '.join(names)}, got {flags.selection_metric!r}")
+
+
+def _figures(data: Data) -> list[str]:
+    """Return the names of the task's figures on the held-out data."""
+    return figure_names(data.task, set(data.held_out_rows["task"]))
 
 
 # ---- Rounds ---------------------------------------------------------------------------------------------------------
@@ -302,10 +330,12 @@ def check_reachable(scores: Mapping[str, torch.Tensor], grid: Sequence[float], t
 class Parent:
     """The teacher of a round, whose weights the round starts from. sparsity: None for the one that was not pruned.
 
-    order: see `prune.sliced`. key: what tells it from others.
+    model: in fp32. source: the folder, or the name, that it is loaded from. order: see `prune.sliced`. key: what tells
+    it from others.
     """
 
     model: Any
+    source: str
     sparsity: float | None
     order: Mapping[str, torch.Tensor] | None
     key: str
@@ -325,8 +355,8 @@ class Result:
 class Distiller:
     """Trains rounds; each is a folder in the cache, so that the runs that share it train it once.
 
-    scores: normalised importance of the teacher's units. work: where a round's checkpoints are while it lasts.
-    resuming: whether such are continued from.
+    scores: normalised importance of the teacher's units. work: where the folders are in which rounds keep checkpoints
+    while they last. resuming: whether such are continued from.
     """
 
     flags: FastkdArguments
@@ -338,26 +368,35 @@ class Distiller:
     work: Path
     resuming: bool
 
+    @functools.cached_property
+    def _compared(self) -> list[str]:
+        """The figures whose mean compares the candidates."""
+        names = _figures(self.data)
+        if self.flags.selection_metric is not None:
+            return [self.flags.selection_metric]
+        return ["glue_mean"] if "glue_mean" in names else names or ["token_accuracy"]
+
     @property
     def metric_name(self) -> str:
         """What compares the candidates, in words."""
-        names = figure_names(self.data.task)
-        return self.flags.selection_metric or (
-            "mean of " + " and ".join(names) if names[1:] else [*names, "token_accuracy"][0]
-        )
+        return ("mean of " if len(self._compared) > 1 else "") + " and ".join(self._compared)
 
     def _metric(self, figures: Mapping[str, float]) -> float:
         """Return the figures' mean, 0 to 1; one that is undefined, as the correlation of a constant is, counts as 0."""
-        names = figure_names(self.data.task) if self.flags.selection_metric is None else [self.flags.selection_metric]
-        if not names or names == ["token_accuracy"]:
+        if self._compared == ["token_accuracy"]:
             return figures["token_accuracy"]
-        return sum(0.0 if math.isnan(figures[name]) else figures[name] for name in names) / len(names) / 100
+        values = [figures[name] for name in self._compared]
+        return sum(0.0 if math.isnan(value) else value for value in values) / len(values) / 100
 
     def round(self, name: str, parent: Parent, sparsities: Sequence[float]) -> Result:
         """Train candidates at the sparsities with the parent as teacher, or take them from the cache."""
         widths = {sparsity: widths_at(self.scores, sparsity) for sparsity in sparsities}
+        settings = self._settings(parent, widths)
+        work = (
+            self.work / f"round-{key(settings)}"
+        )  # not by its name: other settings must not go on from its checkpoints
         folder, reused = cached(
-            self.cache, "round", self._settings(parent, widths), lambda made: self._train(made, name, parent, widths)
+            self.cache, "round", settings, lambda made: self._train(made, work, name, parent, widths)
         )
         record = json.loads((folder / ROUND_FILE).read_text(encoding="utf-8"))
         done = dataclasses.replace(round_from_json(record["round"]), name=name)
@@ -371,11 +410,14 @@ class Distiller:
     def parent(self, result: Result) -> Parent:
         """Return a round's model as the teacher of the next."""
         model, _ = load_model(result.folder, "assistant")
-        return Parent(model, result.round.chosen, None, result.folder.name)
+        return Parent(model, str(result.folder), result.round.chosen, None, result.folder.name)
 
     def _settings(self, parent: Parent, widths: Mapping[float, Widths]) -> dict[str, Any]:
         flags, args, method = self.flags, self.args, dataclasses.asdict(self.method)
-        recipe = (*RECIPE, "num_train_epochs", "max_steps", "eval_strategy", "eval_steps", "eval_delay")
+        recipe = (
+            *RECIPE, "num_train_epochs", "max_steps", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+            "dataloader_drop_last", "generation_max_length", "generation_num_beams",
+        )  # fmt: skip
         return {
             "version": VERSION,
             "data": self.data.digest,
@@ -388,17 +430,17 @@ class Distiller:
             "sandwich_size": flags.sandwich_size if len(widths) > 1 else 0,
             "patience": flags.patience,
             "embedding_learning_rate": flags.embedding_learning_rate,
+            "projection_learning_rate": flags.projection_learning_rate,
             "teacher_dtype": flags.teacher_dtype,
             **{name: getattr(args, name) for name in recipe},
             "processes": args.world_size,
         }
 
-    def _train(self, made: Path, name: str, parent: Parent, widths: Mapping[float, Widths]) -> None:
+    def _train(self, made: Path, work: Path, name: str, parent: Parent, widths: Mapping[float, Widths]) -> None:
         flags = self.flags
-        work = self.work / f"{name.replace(' ', '-').replace('-%', '')}"
         args = dataclasses.replace(self.args, output_dir=str(work), resume_from_checkpoint=None)
         heading(f"Round: {name} ({', '.join(f'{100 * s:g} %' for s in widths)} pruned)")
-        student = sliced(parent.model, widths[min(widths)], parent.order).float()
+        student = sliced(parent.model, widths[min(widths)], parent.order)
         trainer = make_trainer(
             flags,
             args,
@@ -407,7 +449,7 @@ class Distiller:
             name,
             kind=CandidateTrainer,
             method=self.method,
-            teacher=parent.model.to(getattr(torch, flags.teacher_dtype)),
+            teacher=self._teacher(parent),
             candidates=widths,
             metric=self._metric,
             tradeoff_lambda=flags.tradeoff_lambda,
@@ -416,6 +458,7 @@ class Distiller:
             scores=flags.selection_metric != "token_accuracy",
         )
         assert isinstance(trainer, CandidateTrainer)
+        recover(work)
         last = last_checkpoint(work) if self.resuming else None
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         trainer.best_model().save_pretrained(made)
@@ -428,8 +471,25 @@ class Distiller:
         (made / ROUND_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)
 
+    def _teacher(self, parent: Parent) -> Any:
+        """Return the parent as it teaches: in a dtype of its own, while students start from its weights in fp32."""
+        if self.flags.teacher_dtype == "float32":
+            return parent.model
+        return load_model(parent.source, "teacher", getattr(torch, self.flags.teacher_dtype))[0]
+
 
 # ---- Schedules ------------------------------------------------------------------------------------------------------
+
+
+def trained_sparsities(flags: FastkdArguments, method: Method) -> list[float]:
+    """Return the sparsities of all that the schedule may train."""
+    target = flags.target_sparsity
+    if flags.assistant_sparsity is not None:
+        return [flags.assistant_sparsity, target]
+    if method.schedule == "maxidisc":
+        return [sparsity for sparsity in flags.grid if 0 < sparsity <= target]
+    least = flags.truncation if method.schedule == "minidisc" and flags.assistants else target
+    return [sparsity for sparsity in flags.grid if least <= sparsity <= target]
 
 
 def run_schedule(distiller: Distiller, teacher: Parent) -> tuple[Schedule, list[Result]]:
@@ -440,7 +500,8 @@ def run_schedule(distiller: Distiller, teacher: Parent) -> tuple[Schedule, list[
     elif distiller.method.schedule == "minidisc":
         trials = [_by_tradeoff(distiller, teacher)]
     elif distiller.method.schedule == "maxidisc":
-        trials = [_by_assistant(distiller, teacher, sparsity) for sparsity in flags.grid if sparsity < target]
+        assistants = [sparsity for sparsity in flags.grid if sparsity < target]
+        trials = [_by_assistant(distiller, teacher, sparsity) for sparsity in assistants]
     else:
         trials = [_by_assistant(distiller, teacher, 0.0)]
     schedule = Schedule(
@@ -465,7 +526,7 @@ def _by_assistant(distiller: Distiller, teacher: Parent, sparsity: float) -> lis
 def _by_tradeoff(distiller: Distiller, teacher: Parent) -> list[Result]:
     """Pick assistants by the lambda-tradeoff, one after the other, until they are enough or the target is picked."""
     flags, results, parent = distiller.flags, [], teacher
-    candidates = [s for s in flags.grid if flags.truncation <= s <= flags.target_sparsity]
+    candidates = trained_sparsities(flags, distiller.method)
     for i in range(flags.assistants):
         results.append(distiller.round(f"round {i + 1}", parent, candidates))
         chosen = results[-1].round.chosen

@@ -236,8 +236,11 @@ def auto_class(config: Any) -> Any:
 def enct5_config(config: Any, classes: Sequence[str]) -> EncT5Config:
     """Return the config of an EncT5 that has a T5's encoder, and tells apart the classes."""
     settings = config.to_dict()
+    widths = settings.get("widths")  # of a pruned T5
     for name in ("model_type", "architectures", "widths", "id2label", "label2id"):
         settings.pop(name, None)
+    if widths is not None:
+        settings["widths"] = {k: v for k, v in widths.items() if k.startswith(("encoder.", "decoder.block.0."))}
     settings |= {"num_decoder_layers": 1, "id2label": dict(enumerate(classes))}
     return EncT5Config(**settings, label2id={name: i for i, name in enumerate(classes)})
 
@@ -250,7 +253,7 @@ def enct5_from(model: Any, classes: Sequence[str]) -> EncT5ForSequenceClassifica
     """
     made = EncT5ForSequenceClassification(enct5_config(model.config, classes)).to(model.device, model.dtype)
     sources = dict(model.named_parameters(remove_duplicate=False))
-    start = model.config.decoder_start_token_id or 0
+    start = getattr(model.config, "decoder_start_token_id", None) or 0
     for name, parameter in made.named_parameters():
         if name == "encoder.embed_tokens.weight":
             parameter.copy_(model.get_input_embeddings().weight)

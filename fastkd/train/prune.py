@@ -56,7 +56,8 @@ def importance(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str,
         for batch in batches:
             with torch.enable_grad(), masked(model, masks):
                 loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-            gradients = torch.autograd.grad(loss, list(masks.values()))
+            # A part without units, as a model that was pruned before may have, leaves its mask unused.
+            gradients = torch.autograd.grad(loss, list(masks.values()), allow_unused=True, materialize_grads=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient.abs()
     finally:

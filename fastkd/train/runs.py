@@ -99,26 +99,28 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     is_used = _check_unused(flags, out, resuming)
     _check_outside(out, flags, cache)
     check_optimizer(args)
-    given = load_given(flags)
+    exact = replace(flags, teacher_dtype="float32")  # it is pruned as it is, and teaches in its own dtype
+    given = load_given(exact)
     check_objective(flags, method, given)
     data = get_run_data(flags, args, cache, given)
     identity = _identity(flags, args) | {"data": data.digest}
     if resuming:
         _check_same_run(out / "run.json", identity)
-    teacher = get_teacher(flags, args, cache, data, given)
+    teacher = get_teacher(exact, args, cache, data, given)
     if given.teacher is not None:
         check_knows_task(flags, data, teacher)
     heading("Importance of heads and neurons")
     data, examples = minidisc.held_out_for_importance(flags, seed, data)
     scores, key = minidisc.rank(args, cache, data, examples, teacher.model)
-    minidisc.check_reachable(scores, flags.grid, flags.target_sparsity)
+    minidisc.check_schedule(flags, method, data, scores, teacher.model.config)
 
     if is_used:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "run.json", identity)
     distiller = minidisc.Distiller(flags, args, method, data, scores, cache, out / "rounds", resuming)
-    schedule, results = minidisc.run_schedule(distiller, minidisc.Parent(teacher.model, None, order_of(scores), key))
+    first = minidisc.Parent(teacher.model, teacher.source, None, order_of(scores), key)
+    schedule, results = minidisc.run_schedule(distiller, first)
     _leave_pruned(flags, args, out, data, method, teacher, schedule, results, started)
 
 

@@ -7,7 +7,7 @@ their texts, and labels as words.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,14 +270,18 @@ TASKS: dict[str, Task] = {
 }
 
 
-def figure_names(task: Task) -> list[str]:
-    """Return the names of the figures that `metrics.score_rows` gives for a task, none for span corruption."""
+def figure_names(task: Task, present: Collection[str] | None = None) -> list[str]:
+    """Return the names of the figures that `metrics.score_rows` gives for a task, none for span corruption.
+
+    present: the metric columns that there are rows of, by default all.
+    """
     parts = [TASKS[name] for name in task.parts] or [task]
-    columns = [(column, part.metrics) for part in parts for column, _ in part.splits]
+    every = [(column, part.metrics) for part in parts for column, _ in part.splits]
+    columns = [(column, metrics) for column, metrics in every if present is None or column in present]
     if len(columns) < 2:
-        return list(task.metrics)
+        return list(columns[0][1] if columns else task.metrics)
     names = [f"{column}_{metric}" for column, metrics in columns for metric in metrics]
-    return [*names, *task.metrics] if task.parts else names
+    return [*names, *task.metrics] if task.parts and columns == every else names
 
 
 def _described(rows: Rows) -> tuple[Features | None, list[str]]:

@@ -388,6 +388,7 @@ class DistillTrainer(CheckpointingTrainer):
             scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score(bare).items()}
             self.log(scores)
             metrics |= scores
+        self._timer.leave_out()
         return metrics
 
     @torch.no_grad()

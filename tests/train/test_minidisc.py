@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastkd.train.minidisc import CandidateTrainer
 from fastkd.train.objectives import METHODS
 from fastkd.train.prune import narrowed, normalised, order_of, parts, sliced, widths_at
 from fastkd.train.schedule import GRID, Candidate, Round, Schedule, Trial, parse_grid
+from fastkd.train.tasks import TASKS, figure_names
 
 WORDS = {"fruit": "apple pear plum fig", "metal": "iron gold zinc tin", "tree": "oak elm ash yew"}
 
@@ -43,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 # 2 heads of 32 in each of 2 + 2 * 1 attentions of an EncT5, and 256 neurons in each of 3 feed-forward layers.
 TEACHER = ["--teacher_d_model", "64", "--teacher_layers", "2", "--teacher_steps", "60", "--architecture", "enct5"]
-ROUNDS = ["--max_steps", "6", "--eval_steps", "2", "--importance_examples", "16", "--max_source_length", "24"]
+ROUNDS = ["--max_steps", "6", "--eval_steps", "2", "--max_source_length", "24"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tool: Callable[..., int], data: list[Any], cache: Path) -> Callable[..., int]:
     """run(folder, flag, value, ...): a pruning run that shares its cache, and so its teacher, with the others."""
     return lambda out, *flags: tool(*data, *TEACHER, *ROUNDS, "--cache_dir", cache, "--output_dir", out, *flags)
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+_FULL = {
+    "encoder.block.0.layer.0.SelfAttention": 2,
+    "encoder.block.0.layer.1.DenseReluDense": 32,
+    "decoder.block.0.layer.0.SelfAttention": 2,
+    "decoder.block.0.layer.1.EncDecAttention": 2,
+    "decoder.block.0.layer.2.DenseReluDense": 32,
+}
+_NARROW = {"encoder.block.0.layer.0.SelfAttention": 1, "decoder.block.0.layer.2.DenseReluDense": 8}
 
 
 def schedule_of(folder: Path) -> Schedule:
@@ -334,8 +350,11 @@ def test_any_t5_and_any_method_can_be_pruned(run: Callable[..., int], data: list
     assert [entry.chosen for entry in schedule_of(tmp_path / "cka").rounds] == [0.5]
 
 
+_METRIC_ALONE = ["--tradeoff_lambda", "0"]
+
+
 @pytest.mark.parametrize(
-    ("step", "more"), [(3, []), (6, []), (9, ["--assistant_sparsity", "0.5"])]
+    ("step", "more"), [(3, _METRIC_ALONE), (6, _METRIC_ALONE), (9, ["--assistant_sparsity", "0.5"])]
 )  # in the first round, at its last checkpoint, and in the student's
 def test_a_schedule_resumes_from_any_interruption(
     step: int,
@@ -346,7 +365,7 @@ def test_a_schedule_resumes_from_any_interruption(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = ["--method", "minidisc", "--target_sparsity", "0.8", "--tradeoff_lambda", "0", "--save_strategy", "steps"]
+    flags = ["--method", "minidisc", "--target_sparsity", "0.8", "--save_strategy", "steps"]
     flags += ["--save_steps", "2", "--seed", str(step), *more]
     create = CandidateTrainer.__init__
     taken = [0]
@@ -373,7 +392,7 @@ def test_a_schedule_resumes_from_any_interruption(
     trainers.clear()
     assert run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "last") == 0
     rounds = [t for t in trainers if isinstance(t, CandidateTrainer)]
-    assert rounds[0]._start == (step % 6 or 6)
+    assert rounds[0]._timer.steps == 6 - (step % 6 or 6)
     assert len(rounds) == len(schedule_of(tmp_path / "cut").rounds) - (step > 6)
 
     for folder in cache.glob("round-*"):  # and the same without an interruption
@@ -383,6 +402,90 @@ def test_a_schedule_resumes_from_any_interruption(
     cut, whole = schedule_of(tmp_path / "cut"), schedule_of(tmp_path / "whole")
     assert [e.candidates for e in cut.rounds] == [e.candidates for e in whole.rounds]
     assert [e.gflops for e in cut.rounds] == [e.gflops for e in whole.rounds]
+
+
+def test_other_settings_go_on_from_no_checkpoint(run: Callable[..., int], tmp_path: Path) -> None:
+    flags = ["--method", "prune-kd", "--target_sparsity", "0.5", "--save_strategy", "steps", "--save_steps", "2"]
+    create = CandidateTrainer.__init__
+
+    def interrupted(self: CandidateTrainer, *args: Any, **kwargs: Any) -> None:
+        create(self, *args, **kwargs)
+        self.add_callback(_Stop())
+
+    class _Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CandidateTrainer, "__init__", interrupted)
+        assert run(tmp_path / "cut", *flags, "--max_steps", "9") == 143
+    assert run(tmp_path / "cut", *flags, "--max_steps", "5", "--resume_from_checkpoint", "last") == 0
+    assert schedule_of(tmp_path / "cut").steps == 5
+    assert run(tmp_path / "clean", *flags, "--max_steps", "5", "--cache_dir", tmp_path / "cache") == 0
+    assert weights(tmp_path / "cut") == weights(tmp_path / "clean")
+
+
+def test_rounds_are_reused_only_by_what_makes_the_same(
+    run: Callable[..., int], trainers: list[Any], tmp_path: Path
+) -> None:
+    flags = ["--method", "prune-kd", "--architecture", "t5", "--target_sparsity", "0.5"]
+    rounds = []
+    for i, more in enumerate(
+        ([], ["--report_examples", "1"], ["--generation_max_length", "3"], ["--patience", "2"], ["--eval_on_start"])
+    ):
+        trainers.clear()
+        assert run(tmp_path / str(i), *flags, *more) == 0
+        rounds.append(sum(isinstance(trainer, CandidateTrainer) for trainer in trainers))
+    assert rounds == [1, 0, 1, 1, 1]
+
+
+def test_times_leave_scoring_out(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    from fastkd.train import stages
+
+    classify = stages.classify
+
+    def slow(*args: Any, **kwargs: Any) -> list[str]:
+        time.sleep(1)
+        return classify(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "classify", slow)
+    assert run(tmp_path / "out", "--method", "prune-kd", "--target_sparsity", "0.5", "--seed", "77") == 0
+    assert schedule_of(tmp_path / "out").seconds < 2  # three evaluations took 3
+
+
+def test_pruning_a_student_again_and_pruning_without_a_teachers_word(
+    finished: Path, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = AutoModelForSequenceClassification.from_pretrained(finished)
+    assert 0 in student.config.widths.values()  # it lacks whole layers
+    assert run(tmp_path / "again", "--teacher", finished, "--method", "prune-kd", "--target_sparsity", "0.5") == 0
+    smaller = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert all(smaller.config.widths[name] <= width for name, width in student.config.widths.items())
+    flags = ["--method", "scratch", "--student_init", "prune", "--target_sparsity", "0.5"]
+    if run(tmp_path / "tuned", *flags) == 0:  # prune, then fine-tune
+        assert schedule_of(tmp_path / "tuned").gflops > 0
+    else:
+        assert "--student_init" in capsys.readouterr().err
+    t5 = models.PrunedT5ForConditionalGeneration(models.PrunedT5Config(**_SIZES, widths=_NARROW))
+    made = models.enct5_from(t5, ["a", "b"])
+    assert {n: part.units for n, part in parts(made).items()} == {n: _NARROW.get(n, w) for n, w in _FULL.items()}
+    for name, parameter in made.encoder.block.named_parameters():
+        assert torch.equal(parameter, t5.encoder.block.get_parameter(name)), name
+
+
+def test_what_a_method_cannot_compare_is_found_before_anything_is_replaced(
+    finished: Path, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(out, "--method", "prune-kd", "--target_sparsity", "0.5") == 0
+    before = weights(out)
+    flags = ["--method", "miniend-e", "--student_init", "prune", "--target_sparsity", "0.85", "--overwrite_output_dir"]
+    assert run(out, *flags, "--relation_heads", "8") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "(at sparsity 0.85)" in error and weights(out) == before
 
 
 # ---- Importance ------------------------------------------------------------------------------------------------------
@@ -401,7 +504,7 @@ def test_importance_is_measured_on_what_nothing_is_trained_on(
     flags = ["--method", "minidisc", "--assistants", "0", "--target_sparsity", "0.6"]
     assert run(tmp_path / "train", *flags) == 0
     trainer = next(t for t in trainers if isinstance(t, CandidateTrainer))
-    assert len(measured[0]) == 16 and len(trainer.train_dataset) == 104
+    assert len(measured[0]) == 24 and len(trainer.train_dataset) == 96
     assert not ids(measured[0]) & ids(trainer.train_dataset) and not ids(measured[0]) & ids(trainer.eval_dataset)
 
     trainers.clear()
@@ -442,6 +545,18 @@ def test_importance_is_measured_on_what_nothing_is_trained_on(
         (["--torch_compile"], "--torch_compile is not supported with --method minidisc: widths change"),
         (["--load_best_model_at_end", "--save_steps", "0.2"], "--load_best_model_at_end is not supported"),
         (["--method", "kd", "--truncation", "0.4"], "--truncation has no effect with --method kd"),
+        (
+            ["--method", "maxidisc", "--tradeoff_lambda", "0.1"],
+            "--tradeoff_lambda has no effect with --method maxidisc",
+        ),
+        (["--method", "prune-kd", "--assistants", "2"], "--assistants has no effect with --method prune-kd"),
+        (
+            ["--assistant_sparsity", "0.5", "--truncation", "0.4"],
+            "--truncation has no effect with --assistant_sparsity",
+        ),
+        (["--method", "maxidisc", "--assistant_sparsity", "0.5"], "which tries all of the grid"),
+        (["--importance_on", "dev", "--importance_examples", "9"], "--importance_examples has no effect"),
+        (["--task", "glue/classification"], "unknown 'glue/classification'"),
     ],
 )
 def test_flags_that_make_no_sense(flags: list[str], message: str) -> None:
@@ -479,6 +594,15 @@ def test_a_teacher_that_does_not_know_the_task(
     assert run(tmp_path / "out", "--method", "minidisc", "--teacher", untrained) == 2
     assert "makes one of it" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_figures_of_what_there_is() -> None:
+    mnli, glue = TASKS["mnli"], TASKS["glue"]
+    assert figure_names(mnli) == ["mnli_matched_accuracy", "mnli_mismatched_accuracy"]
+    assert figure_names(mnli, {"mnli_matched"}) == ["accuracy"]
+    assert figure_names(glue)[-1] == "glue_mean"
+    assert figure_names(glue, {"sst2", "rte"}) == ["sst2_accuracy", "rte_accuracy"]
+    assert figure_names(TASKS["classification"], {"classification"}) == ["accuracy", "f1"]
 
 
 # ---- The record ------------------------------------------------------------------------------------------------------
