@@ -107,8 +107,13 @@ class ObjectiveArguments:
     teacher_layer: int | None = _help(
         "whose queries, keys and values relation terms take, from 1; without it the last, but 21 of 24", None
     )
-    match_first_position: bool = _help(
-        "hsm methods compare the first decoder position too, which reads the start token", False
+    match_first_position: bool | None = _help(
+        "compare hidden states of the first decoder position too, which reads the start token; without it, the "
+        "method's own: hsm methods do not",
+        None,
+    )
+    mse_states: int | None = _help(
+        "hidden states of each stack that minidisc compares, evenly spaced; without it, 7", None
     )
     projection_learning_rate: float = _help("of the matrix by which hsm-linear projects hidden states", 1e-4)
     mixup_alpha: float | None = _help("mixkd mixes examples in shares of Beta(alpha, alpha); without it, 0.4", None)
@@ -301,6 +306,9 @@ def make_parser() -> HfArgumentParser:
         allow_abbrev=False,
     )
     parser.set_defaults(**DEFAULTS)
+    for action in parser._actions:
+        if action.dest == "match_first_position":  # transformers lets only booleans with a default go without a value
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -380,7 +388,7 @@ def chosen_method(flags: FastkdArguments) -> Method:
     """
     method = METHODS[flags.method]
     names = ["temperature", "divergence", "divergence_beta", "relation_heads", "teacher_layer"]
-    names += ["match_first_position", "student_init", "mixup_alpha", "mixup_distance"]
+    names += ["match_first_position", "student_init", "mse_states", "mixup_alpha", "mixup_distance"]
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     terms = {**method.terms}
     if flags.weights is not None:
@@ -446,7 +454,7 @@ _POSITIVE = (
 _LEAST = {
     "sequence_length": 8, "vocabulary_size": 512, "report_examples": 0, "shuffle_buffer": 0, "max_source_length": 2,
     "max_target_length": 2, "tradeoff_lambda": 0, "assistants": 0, "patience": 1, "importance_examples": 1,
-    "sandwich_size": 0,
+    "sandwich_size": 0, "mse_states": 2,
 }  # fmt: skip
 _LEAST_OF_TRANSFORMERS = {
     "seed": 0, "data_seed": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,

@@ -392,9 +392,7 @@ class Distiller:
         """Train candidates at the sparsities with the parent as teacher, or take them from the cache."""
         widths = {sparsity: widths_at(self.scores, sparsity) for sparsity in sparsities}
         settings = self._settings(parent, widths)
-        work = (
-            self.work / f"round-{key(settings)}"
-        )  # not by its name: other settings must not go on from its checkpoints
+        work = self.work / f"round-{key(settings)}"  # other settings must not go on from its checkpoints
         folder, reused = cached(
             self.cache, "round", settings, lambda made: self._train(made, work, name, parent, widths)
         )

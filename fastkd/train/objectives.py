@@ -23,7 +23,6 @@ MIXUP_TERMS = ("mixup_ce", "mixup_kd")
 MIXUP_DISTANCES = ("mse", "divergence")
 STUDENT_INITS = ("slice", "random", "prune")
 SCHEDULES = ("minidisc", "maxidisc")
-MSE_STATES = 7  # that "hidden_mse" compares, evenly spaced
 TEACHER_LAYERS = {24: 21}  # of a teacher's depth: MiniLMv2's choice for BERT-large; for T5 it is an assumption
 
 
@@ -47,6 +46,7 @@ class Method:
     "prune" (see `prune`).
     schedule: what comes between teacher and a pruned student, a name in SCHEDULES (see `minidisc`), or "" for nothing
     unless the flags say so.
+    mse_states: how many hidden states of a stack "hidden_mse" compares, evenly spaced from the embeddings to the last.
     mixup_alpha: examples are mixed in shares lam and 1 - lam, with lam of Beta(mixup_alpha, mixup_alpha).
     mixup_distance: what "mixup_kd" measures between the logits of teacher and student, "mse" or, by "divergence", the
     method's own.
@@ -62,6 +62,7 @@ class Method:
     match_first_position: bool = False
     student_init: str = "random"
     schedule: str = ""
+    mse_states: int = 7
     mixup_alpha: float = 0.4
     mixup_distance: str = "mse"
 
@@ -113,8 +114,8 @@ class Method:
     def matched_states(self, student: Any, teacher: Any) -> dict[str, list[tuple[int, int]]]:
         """Return (student's, teacher's) numbers of the hidden states that each stack compares, of two `T5Config`s.
 
-        All of the student's, embeddings included, as HSM does; but for "hidden_mse" 7 that are evenly spaced, and for
-        "hidden_pkd" the last. Of an EncT5 only those of the encoder. {} without a hidden-state term.
+        All of the student's, embeddings included, as HSM does; but for "hidden_mse" some that are evenly spaced, and
+        for "hidden_pkd" the last. Of an EncT5 only those of the encoder. {} without a hidden-state term.
         """
         if not self.hidden_terms:
             return {}
@@ -130,7 +131,7 @@ class Method:
     def _same_layers(self, depth: int) -> list[int]:
         if self.hidden_terms == ["hidden_pkd"]:
             return [depth]
-        return sorted({round(i * depth / (MSE_STATES - 1)) for i in range(MSE_STATES)})
+        return sorted({round(i * depth / (self.mse_states - 1)) for i in range(self.mse_states)})
 
     def check_fits(self, student: Any, teacher: Any) -> None:
         """Raise ValueError if the terms do not go together, or not between models of these two `T5Config`s."""

@@ -635,7 +635,7 @@ def test_sigint_while_data_is_prepared_is_a_keyboard_interrupt(
 ) -> None:
     from fastkd.train import runs
 
-    monkeypatch.setattr(runs, "get_data", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(runs, "get_run_data", lambda *_: signal.raise_signal(signal.SIGINT))
     assert cli.main([*SMALL, "--output_dir", str(tmp_path / "out")]) == 130
     assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -685,9 +685,9 @@ def test_an_error_of_the_system_is_one_line(
     def refuse(error: OSError) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "get_data", lambda *_: refuse(OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")))
+    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")))
     assert cli.main([*SMALL, "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == f"fastkd-train: [Errno {errno.EDQUOT}] Disk quota exceeded: 'some/file'\n"
-    monkeypatch.setattr(runs, "get_data", lambda *_: refuse(OSError("a library's own")))
+    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(OSError("a library's own")))
     with pytest.raises(OSError, match="a library's own"):
         cli.main([*SMALL, "--output_dir", str(tmp_path / "out")])

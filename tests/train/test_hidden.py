@@ -62,6 +62,12 @@ def test_states_are_matched_by_depth() -> None:
     assert pairs((6, 6), (12, 12)) == {"encoder": alternating, "decoder": alternating}
     assert pairs((2, 1), (3, 6)) == {"encoder": [(0, 0), (1, 2), (2, 3)], "decoder": [(0, 0), (1, 6)]}
     assert METHODS["hsm-kd"].matched_states(T5Config(), T5Config()) == {}
+    base = T5Config(num_layers=12, num_decoder_layers=6)
+    same = METHODS["minidisc"].matched_states(base, base)
+    assert same == {"encoder": [(i, i) for i in range(0, 13, 2)], "decoder": [(i, i) for i in range(7)]}
+    few = replace(METHODS["minidisc"], mse_states=2).matched_states(base, base)
+    assert few == {"encoder": [(0, 0), (12, 12)], "decoder": [(0, 0), (6, 6)]}
+    assert METHODS["prune-pkd"].matched_states(base, base) == {"encoder": [(12, 12)], "decoder": [(6, 6)]}
     both = replace(METHODS["hsm-cka"], terms={"hidden_cka": 1.0, "hidden_linear": 1.0})
     with pytest.raises(ValueError, match="at most one of hidden_cka, hidden_linear"):
         both.check_fits(T5Config(), T5Config())
