@@ -685,7 +685,8 @@ def test_an_error_of_the_system_is_one_line(
     def refuse(error: OSError) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")))
+    full = OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")
+    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(full))
     assert cli.main([*SMALL, "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == f"fastkd-train: [Errno {errno.EDQUOT}] Disk quota exceeded: 'some/file'\n"
     monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(OSError("a library's own")))
