@@ -225,7 +225,9 @@ class PruningArguments:
     tradeoff_lambda: float = _help("minidisc picks the candidate with the largest metric + lambda * sparsity", 0.2)
     assistants: int = _help("that minidisc picks one after the other; 0 distils the student from the teacher", 1)
     sandwich_size: int = _help(
-        "candidates that learn in a step: the least and the most sparse, and others drawn anew; 0 for all", 0
+        "candidates that learn in a step: the least and the most sparse, and others drawn anew; 0 for all, as in the "
+        "paper",
+        4,
     )
     assistant_sparsity: float | None = _help("of one fixed assistant, in place of one that is picked", None)
     patience: int = _help("evaluations without a better candidate after which a round ends", 5)
