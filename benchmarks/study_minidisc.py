@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from report import machine
 
 from fastkd.train import cli, corpus
 from fastkd.train.schedule import Schedule
@@ -104,11 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             arm: [run(arm, seed, args, [*data, "--overwrite_output_dir"], folder) for seed in range(args.seeds)]
             for arm in args.arms
         }
-    report(found, args)
+    tell(found, args)
     return 0
 
 
-def report(found: dict[str, list[Schedule]], args: argparse.Namespace) -> None:
+def tell(found: dict[str, list[Schedule]], args: argparse.Namespace) -> None:
     """Print what was found, and write it to the file that was asked for."""
     rows = {arm: _summary(schedules) for arm, schedules in found.items()}
     best = rows.get("maxidisc")
@@ -138,9 +137,7 @@ def report(found: dict[str, list[Schedule]], args: argparse.Namespace) -> None:
             print(f"\n{arm}: correlation of tradeoff (of metric alone) with maxidisc's students, by seed: {shown}")
     if args.out:
         record = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
+            "machine": machine(),
             "settings": {k: v for k, v in vars(args).items() if k not in ("out", "folder", "arms")},
             "methods": rows,
             "correlations": correlations,

@@ -242,8 +242,9 @@ def digest(model: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def held_out_for_importance(flags: FastkdArguments, seed: int, data: Data) -> tuple[Data, Any]:
+def held_out_for_importance(flags: FastkdArguments, args: TransformersArguments, data: Data) -> tuple[Data, Any]:
     """Return (the data to train on, the examples that importance is measured on)."""
+    seed = args.seed if args.data_seed is None else args.data_seed
     if flags.importance_on == "dev":
         return data, data.held_out
     size = len(data.train)
@@ -251,13 +252,11 @@ def held_out_for_importance(flags: FastkdArguments, seed: int, data: Data) -> tu
     if count < 1:
         raise InputError(f"--importance_on train: {size} training examples are too few to hold any out; give dev")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    kept, measured = sorted(order[count:]), sorted(order[:count])
+    examples, rest = (data.train.select(sorted(part)) for part in (order[:count], order[count:]))
     unit = "training_chunks" if "training_chunks" in data.facts else "training_examples"
     known = hashlib.sha256(json.dumps([data.digest, seed, count]).encode()).hexdigest()[:16]
     facts = {**data.facts, unit: size - count, "importance_examples": count}
-    return dataclasses.replace(data, train=data.train.select(kept), digest=known, facts=facts), data.train.select(
-        measured
-    )
+    return dataclasses.replace(data, train=rest, digest=known, facts=facts), examples
 
 
 def rank(

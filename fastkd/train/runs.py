@@ -87,11 +87,7 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     Raises InputError as `train` does, and for a teacher that does not know the task, or a target that leaves nothing.
     """
     started, method, resuming = time.perf_counter(), chosen_method(flags), args.resume_from_checkpoint is not None
-    out, cache, seed = (
-        _output_folder(args),
-        _cache(flags, args),
-        args.seed if args.data_seed is None else args.data_seed,
-    )
+    out, cache = _output_folder(args), _cache(flags, args)
     if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         raise InputError(f"--method {flags.method} resumes with --resume_from_checkpoint last: it finds what is done")
     if resuming and not (out / "run.json").is_file():
@@ -110,7 +106,7 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     if given.teacher is not None:
         check_knows_task(flags, data, teacher)
     heading("Importance of heads and neurons")
-    data, examples = minidisc.held_out_for_importance(flags, seed, data)
+    data, examples = minidisc.held_out_for_importance(flags, args, data)
     scores, key = minidisc.rank(args, cache, data, examples, teacher.model)
     minidisc.check_schedule(flags, method, data, scores, teacher.model.config)
 
