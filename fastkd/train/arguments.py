@@ -562,6 +562,7 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
 def _check_pruning(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
     given = [f.name for f in dataclasses.fields(PruningArguments) if getattr(flags, f.name) != f.default]
     if method.student_init == "prune":
+        _check_selection(flags, method, given)
         _check_sparsities(flags, method)
         _check_beside_pruning(flags, args)
     elif given:
@@ -586,7 +587,6 @@ def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
         )
     if not 0 <= flags.truncation <= 1:
         raise InputError(f"--truncation: expected 0 to 1, got {flags.truncation:g}")
-    _check_selection(flags, method)
     between = [sparsity for sparsity in grid if flags.truncation <= sparsity < target]
     picks = method.schedule == "minidisc" and flags.assistant_sparsity is None
     if picks and flags.assistants > len(between):
@@ -601,10 +601,8 @@ def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
 _OF_SELECTION = ("assistants", "truncation", "tradeoff_lambda", "sandwich_size")
 
 
-def _check_selection(flags: FastkdArguments, method: Method) -> None:
-    """Raise InputError for flags that would have no effect."""
-    defaults = {f.name: f.default for f in dataclasses.fields(PruningArguments)}
-    given = {name for name, default in defaults.items() if getattr(flags, name) != default}
+def _check_selection(flags: FastkdArguments, method: Method, given: Sequence[str]) -> None:
+    """Raise InputError for flags, among the given ones, that would have no effect."""
     for name in _OF_SELECTION:
         if name in given and method.schedule != "minidisc":
             raise InputError(f"--{name} has no effect with --method {flags.method}, which picks no assistant")

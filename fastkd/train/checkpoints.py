@@ -267,10 +267,14 @@ class CheckpointingTrainer(Seq2SeqTrainer):
             self._window.load_state_dict(state, self.args.device)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at the end: transformers would take another step
+        if self._is_at_end():  # and resumed there: transformers would take another step
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _is_at_end(self) -> bool:
+        """Return whether no step is left to take."""
+        return self.state.global_step >= self.state.max_steps
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         if skip_scheduler and self.state.global_step > 0:  # --eval_on_start: this run started long ago

@@ -1,9 +1,9 @@
 """MiniDisc (Zhang et al., EACL 2024 Findings, arXiv 2205.14570): prune a teacher, pick its assistant, distil the rest.
 
-A schedule is made of rounds. In a round, sub-networks of one pruned model, the candidates, learn from a teacher, all of
-them in every step and sharing their weights ("sandwich training"). The best by the lambda-tradeoff, held-out metric +
-lambda * sparsity, goes on: it is the teacher, and the first weights, of the next round. MaxiDisc, the baseline, makes
-rounds of one candidate only: an assistant and its student for every sparsity of the grid.
+A schedule is made of rounds. In a round, sub-networks of one pruned model, the candidates, learn from a teacher,
+several in every step and sharing their weights ("sandwich training"). The best by the lambda-tradeoff, held-out metric
++ lambda * sparsity, goes on: it is the teacher, and the first weights, of the next round. MaxiDisc, the baseline,
+makes rounds of one candidate only: an assistant and its student for every sparsity of the grid.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .objectives import Method
 from .prepare import Data, heading
 from .prune import Widths, importance, narrowed, normalised, of_kind, parts, skeleton, sliced, widths_at
 from .schedule import Candidate, Round, Schedule, Trial, round_from_json
-from .stages import RECIPE, make_trainer
+from .stages import RECIPE, data_seed, make_trainer
 from .student import load_model
 from .tasks import figure_names
 from .trainer import DistillTrainer
@@ -153,11 +153,8 @@ class CandidateTrainer(DistillTrainer):
         last = max((step for _, step in self._best().values()), default=0)
         return sum(step > last for step in self._evaluated_steps()) >= self.patience
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._is_out_of_patience():  # resumed where training had stopped
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def _is_at_end(self) -> bool:
+        return super()._is_at_end() or self._is_out_of_patience()
 
     # ---- Checkpoints ----
 
@@ -244,7 +241,7 @@ def digest(model: Any) -> str:
 
 def held_out_for_importance(flags: FastkdArguments, args: TransformersArguments, data: Data) -> tuple[Data, Any]:
     """Return (the data to train on, the examples that importance is measured on)."""
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = data_seed(args)
     if flags.importance_on == "dev":
         return data, data.held_out
     size = len(data.train)

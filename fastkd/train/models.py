@@ -27,8 +27,6 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
 from .capture import is_enct5
 
-ARCHITECTURES = ("t5", "enct5")
-
 
 class PrunedT5Config(T5Config):
     """T5's config and, as `widths`, the number of heads or neurons of each of the model's `parts`, by name."""

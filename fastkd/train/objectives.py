@@ -22,7 +22,6 @@ SAME_SHAPE_TERMS = ("hidden_mse", "hidden_pkd")  # between states of one width, 
 MIXUP_TERMS = ("mixup_ce", "mixup_kd")
 MIXUP_DISTANCES = ("mse", "divergence")
 STUDENT_INITS = ("slice", "random", "prune")
-SCHEDULES = ("minidisc", "maxidisc")
 TEACHER_LAYERS = {24: 21}  # of a teacher's depth: MiniLMv2's choice for BERT-large; for T5 it is an assumption
 
 
@@ -44,8 +43,8 @@ class Method:
     token.
     student_init: where a student made for this method starts, "random", "slice" (see `student.slice_teacher`) or
     "prune" (see `prune`).
-    schedule: what comes between teacher and a pruned student, a name in SCHEDULES (see `minidisc`), or "" for nothing
-    unless the flags say so.
+    schedule: what comes between teacher and a pruned student, "minidisc" or "maxidisc" (see `minidisc`), or "" for
+    nothing unless the flags say so.
     mse_states: how many hidden states of a stack "hidden_mse" compares, evenly spaced from the embeddings to the last.
     mixup_alpha: examples are mixed in shares lam and 1 - lam, with lam of Beta(mixup_alpha, mixup_alpha).
     mixup_distance: what "mixup_kd" measures between the logits of teacher and student, "mse" or, by "divergence", the

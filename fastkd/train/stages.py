@@ -106,9 +106,14 @@ def _architecture(flags: FastkdArguments, given: Given) -> str:
     return chosen
 
 
+def data_seed(args: TransformersArguments) -> int:
+    """Return the seed of orders and corruptions."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def get_run_data(flags: FastkdArguments, args: TransformersArguments, cache: Path, given: Given) -> Data:
     """Return the data of a run, with classes for an EncT5."""
-    data = get_data(flags, cache, args.seed if args.data_seed is None else args.data_seed, given.tokenizer)
+    data = get_data(flags, cache, data_seed(args), given.tokenizer)
     return with_classes(data, given.classes) if given.architecture == "enct5" else data
 
 

@@ -265,23 +265,30 @@ def test_the_reordered_model_computes_the_same(make: Callable[..., Any]) -> None
     assert not any(parameter.data_ptr() in theirs for parameter in nested.parameters())
 
 
-@each_model
-@pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.95])
-def test_slices_equal_the_masked_model(make: Callable[..., Any], sparsity: float) -> None:
-    model = make()
-    batch, (nested, widths) = batch_for(model), nested_and_widths(model, sparsity)
+def assert_is_the_masked(
+    small: Any, nested: Any, widths: dict[str, int], batch: Batch
+) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Compares a slice's logits and gradients with the masked model's; returns both outputs and its gradients."""
     with masked(nested, prefix_masks(nested, widths)):
         expected = nested(**batch)
         expected.loss.backward()
     exact = gradients(nested)
-
-    small = sliced(nested, widths)
-    assert full(small) == widths == small.config.widths
     output = small(**batch)
     output.loss.backward()
     torch.testing.assert_close(output.logits, expected.logits, **EXACT)
     for name, gradient in gradients(small).items():
         torch.testing.assert_close(gradient, prefix(exact[name], gradient), rtol=1e-6, atol=1e-9, msg=name)
+    return output, expected, exact
+
+
+@each_model
+@pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.95])
+def test_slices_equal_the_masked_model(make: Callable[..., Any], sparsity: float) -> None:
+    model = make()
+    batch, (nested, widths) = batch_for(model), nested_and_widths(model, sparsity)
+    small = sliced(nested, widths)
+    assert full(small) == widths == small.config.widths
+    _, expected, exact = assert_is_the_masked(small, nested, widths, batch)
 
     with narrowed(nested, widths):
         output = nested(**batch)
@@ -359,15 +366,7 @@ def test_layers_without_heads_or_neurons(make: Callable[..., Any], pattern: str,
     nested, _ = nested_and_widths(model, 0.0)
     small = sliced(nested, widths)
     assert 0 in widths.values()
-    with masked(nested, prefix_masks(nested, widths)):
-        expected = nested(**batch)
-        expected.loss.backward()
-    exact = gradients(nested)
-    small_output = small(**batch)
-    small_output.loss.backward()
-    torch.testing.assert_close(small_output.logits, expected.logits, **EXACT)
-    for name, gradient in gradients(small).items():
-        torch.testing.assert_close(gradient, prefix(exact[name], gradient), rtol=1e-6, atol=1e-9, msg=name)
+    small_output, expected, _ = assert_is_the_masked(small, nested, widths, batch)
     with narrowed(nested, widths):
         torch.testing.assert_close(nested(**batch).logits, expected.logits, **EXACT)
 
