@@ -71,8 +71,8 @@ class TokenArguments:
     reduction: str
     normalizer: float | Tensor | None
 
-    def check(self, objective: Objective, leading: torch.Size, vocabulary: int, device: torch.device) -> None:
-        """Raises unless the keywords fit scores of shape [*leading, vocabulary]."""
+    def check(self, objective: Objective, leading: torch.Size, vocabulary: int | None, device: torch.device) -> None:
+        """Raises unless the keywords fit scores of shape [*leading, vocabulary], or [*leading, any] for None."""
         check_choice("reduction", self.reduction, REDUCTIONS)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise TypeError(f"ignore_index: expected an int, got {type(self.ignore_index).__name__}")
@@ -85,15 +85,19 @@ class TokenArguments:
         if objective.ce_weight != 0 and self.labels is None:
             raise ValueError(f"labels: expected a tensor because ce_weight is {objective.ce_weight}, got None")
         if self.labels is not None:
-            self._check_labels(self.labels, leading, vocabulary, device)
+            self._check_labels(self.labels, leading, device)
+            if vocabulary is not None:
+                self.check_label_range(vocabulary)
 
-    def _check_labels(self, labels: Tensor, leading: torch.Size, vocabulary: int, device: torch.device) -> None:
+    def _check_labels(self, labels: Tensor, leading: torch.Size, device: torch.device) -> None:
         check_tensor("labels", labels, shape=leading)
         if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
         check_same_device("labels", labels, device)
-        if _values_are_at_hand(labels):
-            labels = labels.long()  # small dtypes would wrap around in comparisons
+
+    def check_label_range(self, vocabulary: int) -> None:
+        if self.labels is not None and _values_are_at_hand(self.labels):
+            labels = self.labels.long()  # small dtypes would wrap around in comparisons
             bad = ((labels < 0) | (labels >= vocabulary)) & (labels != self.ignore_index)
             if bad.any():
                 raise ValueError(

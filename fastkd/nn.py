@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .backend import IMPLS
 from .checks import REDUCTIONS, Objective, check_choice
+from .distributed import check_group
 from .ops.attention_kl import attention_kl, check_heads
 from .ops.cka_loss import check_constants, cka_loss
 from .ops.linear_kl import linear_kl
@@ -46,12 +47,15 @@ class _TokenLoss(_Loss):
         kd_weight: float = 1.0,
         ignore_index: int = -100,
         reduction: str = "mean",
+        vocab_group: ProcessGroup | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         # what is wrong with these fails here, not in training
         Objective(divergence, beta, temperature, kd_weight, ce_weight)
         check_choice("reduction", reduction, REDUCTIONS)
+        if vocab_group is not None:
+            check_group(vocab_group, "vocab_group")
         check_choice("impl", impl, IMPLS)
         self.options = {
             "divergence": divergence,
@@ -61,6 +65,7 @@ class _TokenLoss(_Loss):
             "kd_weight": kd_weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
+            "vocab_group": vocab_group,
             "impl": impl,
         }
 

@@ -9,12 +9,18 @@ T tokens (any leading shape), V vocabulary, H hidden; B batch, L length, A heads
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import GatheredColumns, ReplicatedInput
 from .divergence import DIVERGENCES
 from .relative_bias import RelativeBias
+
+if TYPE_CHECKING:
+    from .ops.vocabulary_shards import VocabularyShard
 
 __all__ = ["attention_kl", "cka_loss", "linear_kl", "logit_kl", "relation_kl"]
 
@@ -39,10 +45,15 @@ def logit_kl(
     ignore_index: int,
     reduction: str,
     normalizer: float | Tensor | None,
+    shard: VocabularyShard | None = None,  # whose columns the logits are
 ) -> Tensor:
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     with torch.autocast(student_logits.device.type, enabled=False):
         scores = student_logits.to(dtype)
+        if shard is not None:
+            scores = GatheredColumns.apply(scores, shard.student_columns, shard.group)
+            if teacher_logits is not None:
+                teacher_logits = GatheredColumns.apply(teacher_logits.detach(), shard.teacher_columns, shard.group)
         weight = _token_weights(scores, weight, labels, ignore_index)  # [T...]
         dropped = (weight == 0).unsqueeze(-1)
         scores = scores.masked_fill(dropped, 0)  # whatever a dropped token holds, NaN included, it counts for nothing
@@ -83,6 +94,7 @@ def linear_kl(
     teacher_bias: Tensor | None,  # [Vt]
     student_scale: float,
     teacher_scale: float,
+    shard: VocabularyShard | None = None,  # whose columns the heads make
     **options,
 ) -> Tensor:
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
@@ -96,12 +108,14 @@ def linear_kl(
             _token_weights(student_hidden.to(dtype), options["weight"], options["labels"], options["ignore_index"]) != 0
         )
         student_hidden = student_hidden.masked_fill(~kept.unsqueeze(-1), 0)
+        if shard is not None:
+            student_hidden = ReplicatedInput.apply(student_hidden.to(dtype), shard.group)
         student_logits = logits(student_hidden, student_weight, student_bias, student_scale)
         teacher_logits = None
         if teacher_hidden is not None and teacher_weight is not None:
             with torch.no_grad():
                 teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
-        return logit_kl(student_logits, teacher_logits, **options)
+        return logit_kl(student_logits, teacher_logits, shard=shard, **options)
 
 
 def _attention_scores(

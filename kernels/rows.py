@@ -14,6 +14,9 @@ things make the sums of the first pass good enough for rows of any kind (see `_s
 - there, too, a divergence's moment is summed up as p log(p / q) + q - p, which is small of second order like the
   divergence itself. The q - p in it cancels when the row is complete, and its rounding error with it.
 
+Rows may be shards of longer ones, whose other columns are on other GPUs: `shard_kernel` makes the statistics of a shard
+alone, fastkd/ops/vocabulary_shards.py those of the whole row from all of them, and `rows_kernel` the gradient.
+
 R rows, V columns. coefficient [R] float64, labels [R] int64, loss [R] float64, stats [R, 7] float64. Number of columns
 and strides are run-time arguments; the block size follows the vocabulary and the dtype. Nothing waits for the device.
 """
@@ -41,13 +44,21 @@ from .common import (
 from .common import _exp_nonpositive as _exp_nonpositive
 from .common import _log_1p as _log_1p
 
-__all__ = ["divergence_gradient", "divergence_rows_", "divergence_stats"]
+__all__ = [
+    "divergence_gradient",
+    "divergence_rows_",
+    "divergence_shard_stats",
+    "divergence_shard_sums",
+    "divergence_stats",
+]
 
 LOWEST = tl.constexpr(float("-inf"))
 # Models nearly agree in a block where the sums of their exponentials differ by less than this share of the teacher's.
 NEARLY_EQUAL = tl.constexpr(0.5)
 # Divergence over which the mean of log(q / p) is refined: one so large is summed up with its own last digit's error.
 FAR_APART = tl.constexpr(16.0)
+# The label of a row that is a shard of a longer one, in another shard of which the label lies.
+ELSEWHERE = tl.constexpr(-(2**63))
 
 
 @triton.jit
@@ -135,6 +146,17 @@ def _gradient_of(s, t, b, row, DIVERGENCE: tl.constexpr, SATURATED: tl.constexpr
 # ---- one row in passes -----------------------------------------------------------------------------------------------
 # A row of a matrix is (pointer, column stride). The teacher's may be None, and so may the label: (column, whether there
 # is such a column, the student's score in it).
+
+
+@triton.jit
+def _label(student, label, columns):
+    """A row's label; of one that is elsewhere column -1, in which no share of the sums and of the gradient is."""
+    pointer, stride = student
+    valid = (label >= 0) & (label < columns)
+    elsewhere = label == ELSEWHERE
+    column = tl.where(valid, label, 0)
+    score = tl.load(pointer + column * stride).to(tl.float64)
+    return tl.where(elsewhere, -1, column), valid, tl.where(elsewhere, LOWEST, score)
 
 
 @triton.jit
@@ -252,10 +274,10 @@ def _mean_residual(student, teacher, columns, stats, tau, F: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _mean_value(
+def _value_sums(
     student, teacher, columns, stats, beta, tau, DIVERGENCE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Pass 2, for divergences without a closed form: (D, what is subtracted from u, whether the row is saturated)."""
+    """Pass 2, for divergences without a closed form: (D, mean of u, mean of v)."""
     row, b = _row_constants(stats, tau, F), _beta_constants(beta, F)
     value, mean, comean = _double(0.0), _double(0.0), _double(0.0)
     for start in range(0, columns, BLOCK):
@@ -265,8 +287,17 @@ def _mean_value(
         value += _sum(_value(pair, b, DIVERGENCE))
         mean += _sum(_slope(pair, b, DIVERGENCE))
         comean += _sum(_coslope(pair, b, DIVERGENCE))
-    saturated = comean < mean
-    return value, tl.where(saturated, -comean, mean), saturated.to(tl.float64)
+    return value, mean, comean
+
+
+@triton.jit
+def _refined(divergence, student, teacher, columns, stats, tau, F: tl.constexpr, BLOCK: tl.constexpr):
+    """A reverse KL, with the digits that a large one lost."""
+    max_s, sum_s, max_t, sum_t, _, saturated, sum_1 = stats
+    if (divergence > FAR_APART) & (divergence < 1e20):
+        stats = (max_s, sum_s, max_t, sum_t, divergence, saturated, sum_1)
+        divergence += _mean_residual(student, teacher, columns, stats, tau, F, BLOCK)
+    return divergence
 
 
 @triton.jit
@@ -292,11 +323,12 @@ def _loss(
         # A row of nothing but -inf has no distribution: it counts as masked, with loss and gradient 0.
         empty = (sum_s == 0) | (sum_t == 0)
         if DIVERGENCE >= JSD:
-            divergence, mean, saturated = _mean_value(student, teacher, columns, stats, beta, tau, DIVERGENCE, F, BLOCK)
-        if DIVERGENCE == REVERSE_KL:  # noqa: SIM102 - decided when it compiles, the next when it runs
-            if (divergence > FAR_APART) & (divergence < 1e20):
-                divergence += _mean_residual(student, teacher, columns, stats, tau, F, BLOCK)
-                mean = divergence
+            divergence, slope, coslope = _value_sums(student, teacher, columns, stats, beta, tau, DIVERGENCE, F, BLOCK)
+            saturated = (coslope < slope).to(tl.float64)
+            mean = tl.where(coslope < slope, -coslope, slope)
+        if DIVERGENCE == REVERSE_KL:
+            divergence = _refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
+            mean = divergence
         mean = tl.where(empty, 0.0, mean)
         loss = tl.where(empty, 0.0, kd_weight * tau * tau * _with_infinity(divergence))
     if label is not None:
@@ -398,10 +430,7 @@ def rows_kernel(
     else:
         label = None
         if labels is not None:
-            column = tl.load(labels + index)
-            valid = (column >= 0) & (column < columns)
-            column = tl.where(valid, column, 0)
-            label = (column, valid, tl.load(student[0] + column * student_column).to(tl.float64))
+            label = _label(student, tl.load(labels + index), columns)
             tl.debug_barrier()  # every thread has read the score before one overwrites it with its gradient
         if loss is not None:
             row_loss, row_stats = _loss(
@@ -430,6 +459,63 @@ def rows_kernel(
                     student, teacher, label, gradient, columns, row_stats, weight, beta, tau, kd_weight, ce_weight,
                     DIVERGENCE, False, F, BLOCK,
                 )  # fmt: skip
+
+
+@triton.jit
+def shard_kernel(
+    student,
+    teacher,
+    coefficient,
+    labels,
+    stats,
+    sums,  # None: stats are written
+    columns,
+    student_row,  # strides
+    student_column,
+    teacher_row,
+    teacher_column,
+    beta: tl.float64,
+    tau: tl.float64,
+    DIVERGENCE: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One shard of a row: its statistics, as if it were all of the row, or by those of the row the sums of pass 2."""
+    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
+    beta, tau = _double(beta), _double(tau)
+    index = tl.program_id(0).to(tl.int64)
+    student = (student + index * student_row, student_column)
+    if teacher is not None:
+        teacher = (teacher + index * teacher_row, teacher_column)
+    stats += index * 7
+    kept = tl.load(coefficient + index) != 0  # of others the row is not read
+    if sums is None:
+        if kept:
+            label = None
+            if labels is not None:
+                label = _label(student, tl.load(labels + index), columns)
+            divergence, row_stats = _statistics(student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, F, BLOCK)
+            if teacher is not None and DIVERGENCE == REVERSE_KL:
+                divergence = _refined(divergence, student, teacher, columns, row_stats, tau, F, BLOCK)
+            max_s, sum_s, max_t, sum_t, _, saturated, sum_1 = row_stats
+            row_stats = (max_s, sum_s, max_t, sum_t, divergence, saturated, sum_1)
+            for i in tl.static_range(7):
+                tl.store(stats + i, row_stats[i])
+        else:
+            for i in tl.static_range(7):
+                tl.store(stats + i, _double(0.0))
+    else:
+        sums += index * 3
+        max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
+        if kept & (sum_s != 0) & (sum_t != 0):
+            zero = _double(0.0)
+            row_stats = (max_s, sum_s, max_t, sum_t, zero, zero, zero)
+            found = _value_sums(student, teacher, columns, row_stats, beta, tau, DIVERGENCE, F, BLOCK)
+            for i in tl.static_range(3):
+                tl.store(sums + i, found[i])
+        else:
+            for i in tl.static_range(3):
+                tl.store(sums + i, _double(0.0))
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
@@ -462,6 +548,15 @@ def _check_rows(name: str, x: Tensor, rows: int, dtype: torch.dtype, *trailing: 
         raise ValueError(f"{name}: expected contiguous {dtype} {[rows, *trailing]}, got {x.dtype} {list(x.shape)}")
 
 
+def _check_objective(teacher: Tensor | None, labels: Tensor | None, divergence: int, kd: float, ce: float) -> None:
+    if teacher is None and kd != 0:
+        raise ValueError("teacher: needed unless kd_weight is 0")
+    if labels is None and ce != 0:
+        raise ValueError("labels: needed unless ce_weight is 0")
+    if not 0 <= divergence <= TVD.value:
+        raise ValueError(f"divergence: expected 0 to {TVD.value}, got {divergence}")
+
+
 def _launch(
     student: Tensor,
     teacher: Tensor | None,
@@ -477,12 +572,7 @@ def _launch(
     ce_weight: float,
 ) -> None:
     rows, columns = student.shape
-    if teacher is None and kd_weight != 0:
-        raise ValueError("teacher: needed unless kd_weight is 0")
-    if labels is None and ce_weight != 0:
-        raise ValueError("labels: needed unless ce_weight is 0")
-    if not 0 <= divergence <= TVD.value:
-        raise ValueError(f"divergence: expected 0 to {TVD.value}, got {divergence}")
+    _check_objective(teacher, labels, divergence, kd_weight, ce_weight)
     teacher = teacher if kd_weight != 0 else None
     labels = labels if ce_weight != 0 else None
     for name, matrix in (("student", student), ("teacher", teacher), ("gradient", gradient)):
@@ -516,6 +606,55 @@ def _launch(
             float(temperature),
             float(kd_weight),
             float(ce_weight),
+            DIVERGENCE=divergence,
+            SEPARATE=labels is not None and temperature != 1,
+            BLOCK=block,
+            **options,
+        )
+
+
+def _launch_shard(
+    student: Tensor,
+    teacher: Tensor | None,
+    coefficient: Tensor,
+    labels: Tensor | None,
+    stats: Tensor,
+    sums: Tensor | None,
+    divergence: int,
+    beta: float,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+) -> None:
+    rows, columns = student.shape
+    _check_objective(teacher, labels, divergence, kd_weight, ce_weight)
+    teacher = teacher if kd_weight != 0 else None
+    labels = labels if ce_weight != 0 else None
+    for name, matrix in (("student", student), ("teacher", teacher)):
+        if matrix is not None:
+            _check_matrix(name, matrix, rows, columns)
+    _check_rows("coefficient", coefficient, rows, torch.float64)
+    if labels is not None:
+        _check_rows("labels", labels, rows, torch.int64)
+    _check_rows("stats", stats, rows, torch.float64, 7)
+    if sums is not None:
+        _check_rows("sums", sums, rows, torch.float64, 3)
+    if rows == 0:
+        return
+    block, options = block_and_options(columns, student.dtype, student.is_cuda and torch.version.hip is None)
+    with torch.cuda.device_of(student):
+        shard_kernel[(rows,)](
+            student,
+            teacher,
+            coefficient,
+            labels,
+            stats,
+            sums,
+            columns,
+            *student.stride(),
+            *(teacher.stride() if teacher is not None else (0, 0)),
+            float(beta),
+            float(temperature),
             DIVERGENCE=divergence,
             SEPARATE=labels is not None and temperature != 1,
             BLOCK=block,
@@ -559,3 +698,28 @@ def divergence_gradient(
 ) -> None:
     """Writes coefficient * d loss / d student into `gradient`, of any float dtype and stride."""
     _launch(student, teacher, coefficient, labels, None, stats, gradient, *objective)
+
+
+def divergence_shard_stats(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    stats: Tensor,  # [R, 7]
+    *objective: float,
+) -> None:
+    """Writes the statistics of shards of rows, each of its shard alone; in the mean's place its own D."""
+    _launch_shard(student, teacher, coefficient, labels, stats, None, *objective)
+
+
+def divergence_shard_sums(
+    student: Tensor,  # [R, V]
+    teacher: Tensor,  # [R, V]
+    stats: Tensor,  # [R, 7]
+    coefficient: Tensor,  # [R]
+    sums: Tensor,  # [R, 3]
+    *objective: float,
+) -> None:
+    """Writes what shards add to D, to the mean of u and to that of v, by the statistics of the whole rows."""
+    divergence, beta, temperature, kd_weight, _ = objective
+    _launch_shard(student, teacher, coefficient, None, stats, sums, int(divergence), beta, temperature, kd_weight, 0.0)

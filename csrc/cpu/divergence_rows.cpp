@@ -108,12 +108,45 @@ void divergence_gradient(Tensor student, std::optional<Tensor> teacher, Tensor s
   });
 }
 
+// The same statistics of rows that are shards of longer ones, each of its shard alone: RowKernel::shard_statistics.
+void divergence_shard_stats(Tensor student, std::optional<Tensor> teacher, Tensor coefficient,
+                            std::optional<Tensor> labels, Tensor stats, int64_t divergence, double beta,
+                            double temperature, double kd_weight, double ce_weight) {
+  const Arguments a(student, teacher, coefficient, labels,
+                    objective(divergence, beta, temperature, kd_weight, ce_weight));
+  RowStats* row_stats = a.row_statistics(stats);
+  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
+    row_stats[row] = {};
+    if (weight != 0) kernel.shard_statistics(row, row_stats[row]);
+  });
+}
+
+// sums [R, 3]: what a shard's columns add to the divergence, the mean of u and that of v, by the statistics of the whole row.
+void divergence_shard_sums(Tensor student, std::optional<Tensor> teacher, Tensor stats, Tensor coefficient, Tensor sums,
+                           int64_t divergence, double beta, double temperature, double kd_weight, double) {
+  const Arguments a(student, teacher, coefficient, std::nullopt, objective(divergence, beta, temperature, kd_weight, 0));
+  STD_TORCH_CHECK(teacher && kd_weight != 0, "fastkd: sums of a shard need a teacher");
+  check_matrix(sums, student.size(0), 3, "sums");
+  STD_TORCH_CHECK(sums.is_contiguous() && sums.scalar_type() == ScalarType::Double,
+                  "fastkd: sums must be contiguous float64");
+  const RowStats* row_stats = a.row_statistics(stats);
+  auto* row_sums = static_cast<BlockValue<double>*>(sums.data_ptr());
+  for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel, int64_t row, double weight) {
+    row_sums[row] = {0, 0, 0};
+    if constexpr (D::kMoment == Moment::kNone) {
+      if (weight != 0 && !row_stats[row].empty()) row_sums[row] = kernel.values(row, row_stats[row]);
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("divergence_rows_", TORCH_BOX(&divergence_rows_));
   m.impl("divergence_stats", TORCH_BOX(&divergence_stats));
   m.impl("divergence_gradient", TORCH_BOX(&divergence_gradient));
+  m.impl("divergence_shard_stats", TORCH_BOX(&divergence_shard_stats));
+  m.impl("divergence_shard_sums", TORCH_BOX(&divergence_shard_sums));
 }
 
 }  // namespace fastkd

@@ -31,6 +31,8 @@ constexpr int64_t kBlock = 1024;  // columns: student, teacher and gradient bloc
 constexpr double kNearlyEqual = 0.1;
 // Divergence over which the mean of log(q / p) is refined: one so large is summed up with an error of its own last digit.
 constexpr double kFarApart = 16;
+// The label of a row that is a shard of a longer one, in another shard of which the label lies.
+constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
 
 // ---- inner loops, one block each ------------------------------------------------------------------------------------
 
@@ -326,22 +328,35 @@ struct RowKernel {
     return divergence();  // of no meaning without a teacher, or where out.empty()
   }
 
-  // Pass 2, for divergences without a closed form: D, and the mean of u into `stats`.
-  double value(int64_t row, RowStats& stats) const {
+  // Pass 2, for divergences without a closed form: the sums that make D and the mean of u.
+  BlockValue<double> values(int64_t row, const RowStats& stats) const {
     F s_buffer[kBlock], t_buffer[kBlock];
     const RowConstants<F> constants(stats, objective.tau);
-    double value = 0, mean = 0, comean = 0;
+    BlockValue<double> sums{0, 0, 0};
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
       const F* s = student.read(row, start, n, s_buffer);
       const BlockValue<F> block = block_value<D, F>(s, teacher->read(row, start, n, t_buffer), n, constants, beta);
-      value += block.value;
-      mean += block.slope;
-      comean += block.coslope;
+      sums.value += block.value;
+      sums.slope += block.slope;
+      sums.coslope += block.coslope;
     }
-    stats.careful = comean < mean;
-    stats.mean = stats.careful ? -comean : mean;
-    return value;
+    return sums;
+  }
+
+  // D, and the mean of u into `stats`.
+  double value(int64_t row, RowStats& stats) const {
+    const BlockValue<double> sums = values(row, stats);
+    stats.careful = sums.coslope < sums.slope;
+    stats.mean = stats.careful ? -sums.coslope : sums.slope;
+    return sums.value;
+  }
+
+  // Pass 1 over a shard of a row's columns, as if it were all of them; `mean` is the shard's own D where the sums give it.
+  void shard_statistics(int64_t row, RowStats& stats) const {
+    const double divergence = statistics(row, stats, nullptr);
+    stats.mean = D::kMoment == Moment::kNone ? 0 : divergence;
+    if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
   }
 
   // Passes 1 and 2: the row's loss, before its coefficient.
@@ -414,7 +429,7 @@ struct RowKernel {
       }
       gradient.write(row, start, n, g);
     }
-    if (ce) {
+    if (ce && labels[row] != kElsewhere) {
       const int64_t column = label_in_range(row) ? labels[row] : 0;
       *gradient.target(row, column, g_buffer) = at_label;
       gradient.write(row, column, 1, &at_label);

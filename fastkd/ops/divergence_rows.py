@@ -8,6 +8,9 @@ For student scores s and teacher scores t, both [R, V], row by row:
 The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows.py in Triton, which takes anything, and
 csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once.
 
+A row may also be a shard of a longer one. Two more functions make what of its statistics takes one shard; what they are
+of the whole row is in vocabulary_shards.py.
+
 R rows, V columns. coefficient [R] float64, 0 skips the row (it is not read; loss and gradient are 0); labels [R] int64;
 loss [R] float64; stats [R, 7] float64, what the gradient needs of a row, private to each kernel.
 """
@@ -25,17 +28,23 @@ from torch import Tensor
 from ..backend import backend_for
 
 __all__ = [
+    "ELSEWHERE",
     "STATS",
     "CudaRows",
     "cuda_rows_problem",
     "divergence_gradient",
     "divergence_rows_",
+    "divergence_shard_gradient",
+    "divergence_shard_stats",
+    "divergence_shard_sums",
     "divergence_stats",
     "gpu_row_kernels",
     "gpu_rows",
 ]
 
 STATS = 7
+# The label of a shard of a row, in another shard of which the label lies.
+ELSEWHERE = -(2**63)
 
 _OBJECTIVE = "int divergence, float beta, float temperature, float kd_weight, float ce_weight"
 
@@ -54,7 +63,15 @@ _library.define(
     "divergence_gradient(Tensor student, Tensor? teacher, Tensor stats, Tensor coefficient, Tensor? labels, "
     f"Tensor(a!) gradient, {_OBJECTIVE}) -> ()"
 )
-# What all three are on a GPU, for rows that the kernel in CUDA C++ is made for.
+_library.define(
+    "divergence_shard_stats(Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!) stats, "
+    f"{_OBJECTIVE}) -> ()"
+)
+_library.define(
+    "divergence_shard_sums(Tensor student, Tensor? teacher, Tensor stats, Tensor coefficient, Tensor(a!) sums, "
+    f"{_OBJECTIVE}) -> ()"
+)
+# What the first three are on a GPU, for rows that the kernel in CUDA C++ is made for.
 _library.define(
     "divergence_rows_cuda(Tensor(a!) student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(b!)? loss, "
     f"Tensor(c!)? stats, Tensor(d!)? gradient, {_OBJECTIVE}, int blocks) -> ()"
@@ -64,10 +81,11 @@ _library.define(
 
 
 def _fake(*_: object) -> None:
-    """All three write into tensors they are given."""
+    """All of them write into tensors they are given."""
 
 
-for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient"):
+_SHARD_OPS = ("divergence_shard_stats", "divergence_shard_sums")
+for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient", *_SHARD_OPS):
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
 
 # ---- implementation: the extension registers its own for CPU tensors ------------------------------------------------
@@ -161,6 +179,26 @@ for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient"):
     _library.impl(_name, _on_gpu(_name), "CUDA")
 
 
+def _in_triton(name: str, *arguments: object) -> None:
+    from ..kernels import rows
+
+    getattr(rows, name)(*arguments)
+
+
+for _name in _SHARD_OPS:
+    _library.impl(_name, functools.partial(_in_triton, _name), "CUDA")
+
+
+def _call_shard(name: str, student: Tensor, *arguments: object) -> None:
+    """On a GPU in Triton, whatever is preferred: the kernel in CUDA C++ knows whole rows only."""
+    if student.shape[1] == 0:
+        return
+    if backend_for(student.device)[0] == "triton":
+        _in_triton(name, student, *arguments)
+    else:
+        getattr(torch.ops.fastkd, name)(student, *arguments)
+
+
 def _call(name: str, student: Tensor, *arguments: object) -> None:
     if backend_for(student.device)[0] == "triton":
         _on_gpu(name)(student, *arguments)
@@ -207,3 +245,44 @@ def divergence_gradient(
 ) -> None:
     """Writes coefficient * d loss / d student into `gradient`, of any float dtype and stride."""
     _call("divergence_gradient", student, teacher, stats, coefficient, labels, gradient, *objective)
+
+
+# ---- of rows that are shards of longer ones --------------------------------------------------------------------------
+# Labels count from a shard's first column, or are ELSEWHERE. Of shards without columns nothing is written.
+
+
+def divergence_shard_stats(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    stats: Tensor,  # [R, 7]
+    *objective: float,
+) -> None:
+    """Writes a shard's own statistics: (max_s, sum_s, max_t, sum_t, D, unspecified, sum_1), as if it were the row."""
+    _call_shard("divergence_shard_stats", student, teacher, coefficient, labels, stats, *objective)
+
+
+def divergence_shard_sums(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    stats: Tensor,  # [R, 7]
+    coefficient: Tensor,  # [R]
+    sums: Tensor,  # [R, 3]
+    *objective: float,
+) -> None:
+    """Writes what a shard adds to the row's D, mean of u and mean of v, by the row's statistics, for JSD and after."""
+    _call_shard("divergence_shard_sums", student, teacher, stats, coefficient, sums, *objective)
+
+
+def divergence_shard_gradient(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    stats: Tensor,  # [R, 7]
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    gradient: Tensor,  # [R, V]
+    *objective: float,
+) -> None:
+    """`divergence_gradient` by the statistics of the whole row; `gradient` may be `student`."""
+    _call_shard("divergence_gradient", student, teacher, stats, coefficient, labels, gradient, *objective)

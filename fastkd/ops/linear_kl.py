@@ -11,6 +11,9 @@ by the upstream gradient in the backward pass. Per-token losses do not know thei
 On a GPU there are two ways. By rows, as above, the scores of a chunk go through memory; by tiles (kernels/linear_kl.py)
 they never leave the multiprocessor, at the price of multiplying twice where gradients are wanted. `_by_tiles` chooses.
 
+A vocabulary may be spread over the ranks of a process group (vocabulary_shards.py). Each rank multiplies its shards of
+the heads, and a chunk's rows are completed by what the ranks gather of them. Such calls go by rows.
+
 T tokens, V vocabulary, Hs and Ht hidden widths.
 """
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +31,33 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite
+from ..distributed import sum_
 from ..divergence import divergence_code
 from .chunks import token_chunks
-from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_rows_, divergence_stats, gpu_row_kernels
+from .divergence_rows import (
+    _OBJECTIVE,
+    STATS,
+    divergence_gradient,
+    divergence_rows_,
+    divergence_shard_gradient,
+    divergence_stats,
+    gpu_row_kernels,
+)
 from .dtypes import autocast_like_linear, fp16_lift, gradient_dtype, score_dtype
+from .vocabulary_shards import (
+    SHARD_ARGUMENTS,
+    Facts,
+    RowBlock,
+    VocabularyShard,
+    agree,
+    group_by_name,
+    local_tensor,
+    vocabulary_group,
+    whole_row_stats,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
@@ -51,7 +77,7 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "linear_kl(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, Tensor coefficient, Tensor? labels, float student_scale, "
-    f"float teacher_scale, int workspace_bytes, bool[3] gradients, {_OBJECTIVE}) "
+    f"float teacher_scale, int workspace_bytes, bool[3] gradients, {_OBJECTIVE}, {SHARD_ARGUMENTS}) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 
@@ -67,7 +93,7 @@ def _outputs(student_hidden, student_weight, student_bias, coefficient, gradient
 
 
 @torch.library.register_fake("fastkd::linear_kl", lib=_library)
-def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, labels, ss, ts, ws, gradients, *objective):
+def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, labels, ss, ts, ws, gradients, *rest):
     return _outputs(student_hidden, student_weight, student_bias, coefficient, gradients)
 
 
@@ -85,11 +111,19 @@ class _Call(NamedTuple):
 
     student: _Head
     teacher: _Head | None  # None: cross-entropy alone
-    vocabulary: int  # that both models share
+    vocabulary: int  # that both models share; of a shard its columns
     coefficient: Tensor  # [T] float64
     labels: Tensor | None  # [T] int64
     workspace_bytes: int
     gradients: list[bool]  # of hidden states, weight, bias
+    group: ProcessGroup | None  # over whose ranks the vocabulary is spread
+    widest: int  # columns of the largest shard, or `vocabulary`: chunks have to be the same on all ranks
+
+
+def _sum_over(group: ProcessGroup | None, hidden_grad: Tensor | None) -> None:
+    """Makes a shard's gradient of the hidden states the whole vocabulary's."""
+    if group is not None and hidden_grad is not None:
+        sum_(hidden_grad, group)
 
 
 # ---- forward, with the gradients: on a CPU --------------------------------------------------------------------------
@@ -97,7 +131,7 @@ class _Call(NamedTuple):
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The weight [V, H] as blocks of rows in the scores' dtype; one block, uncopied, where it is in that dtype."""
-    step = weight.shape[0] if weight.dtype == dtype else WIDENED_ROWS
+    step = max(1, weight.shape[0]) if weight.dtype == dtype else WIDENED_ROWS
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
         yield rows, weight[rows].to(dtype)
@@ -118,12 +152,14 @@ def _scores_(out: Tensor, hidden: Tensor, head: _Head, vocabulary: int) -> None:
 class _Gradients:
     """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
 
-    def __init__(self, student: _Head, dtype: torch.dtype, wanted: list[bool]):
+    def __init__(self, student: _Head, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
         hidden, weight, bias, self.scale = student
-        self.weight, self.dtype = weight, dtype
+        self.weight, self.dtype, self.group = weight, dtype, group
         self.written = 0  # rows of weight_grad
         want_hidden, want_weight, want_bias = wanted
-        self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=gradient_dtype(weight)) if want_hidden else None
+        # written once, and rounded then, but for what ranks add up
+        hidden_dtype = gradient_dtype(weight) if group is None else dtype
+        self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want_hidden else None
         # fp32 even for 16-bit weights: chunks add up here
         self.weight_grad = weight.new_empty(weight.shape, dtype=dtype) if want_weight else None
         self.bias_grad = bias.new_zeros(bias.shape, dtype=dtype) if want_bias and bias is not None else None
@@ -146,20 +182,39 @@ class _Gradients:
         """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
         if self.weight_grad is not None:
             self.weight_grad[self.written :] = 0  # beyond the shared vocabulary; all, where every token was dropped
+        _sum_over(self.group, self.hidden_grad)
         gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
         dtype = gradient_dtype(self.weight)
         return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
+def _stats(
+    group: ProcessGroup | None,
+    student: Tensor,  # [n, V]
+    teacher: Tensor | None,  # [n, V]
+    coefficient: Tensor,  # [n]
+    labels: Tensor | None,  # [n]
+    loss: Tensor,  # [n]
+    stats: Tensor,  # [n, 7]
+    *objective: float,
+) -> None:
+    """`divergence_stats` of rows, or of the rows that the group's shards are of."""
+    if group is None:
+        divergence_stats(student, teacher, coefficient, labels, loss, stats, *objective)
+    else:
+        block = RowBlock(slice(0, len(loss)), student, teacher)
+        whole_row_stats([block], coefficient, labels, loss, stats, group, *objective)
+
+
 def _on_cpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
-    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients = call
+    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, group, widest = call
     dtype = score_dtype(student.hidden)
     buffers = 1 if teacher is None else 2
-    rows_at_once = max(1, workspace_bytes // (buffers * vocabulary * dtype.itemsize))
+    rows_at_once = max(1, workspace_bytes // (buffers * widest * dtype.itemsize))
     rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
     workspace = student.hidden.new_empty(buffers, rows_at_once, vocabulary, dtype=dtype)
     loss = torch.zeros_like(coefficient)
-    total = _Gradients(student, dtype, gradients)
+    total = _Gradients(student, dtype, group, gradients)
     for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
         weights = coefficient[rows]
         scores, teacher_scores = workspace[0, : len(weights)], None
@@ -170,12 +225,15 @@ def _on_cpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
             _scores_(teacher_scores, teacher.hidden[rows], teacher, vocabulary)
         row_labels = None if labels is None else labels[rows]
         row_loss = torch.empty_like(weights)
-        if any(gradients):
+        if any(gradients) and group is None:
             divergence_rows_(scores, teacher_scores, weights, row_labels, row_loss, *objective)
-            total.add(rows, hidden, scores)
         else:
             stats = weights.new_empty(len(weights), STATS)
-            divergence_stats(scores, teacher_scores, weights, row_labels, row_loss, stats, *objective)
+            _stats(group, scores, teacher_scores, weights, row_labels, row_loss, stats, *objective)
+            if any(gradients):
+                divergence_shard_gradient(scores, teacher_scores, stats, weights, row_labels, scores, *objective)
+        if any(gradients):
+            total.add(rows, hidden, scores)
         loss[rows] = row_loss
     return loss, *total.results()
 
@@ -186,7 +244,10 @@ def _on_cpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
 def _multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
     """out = scale * a @ b, plus what out holds if `add`: summed up in fp32 or better, of operands as they are."""
     beta = 1 if add else 0
-    if not out.is_cuda:  # Triton's interpreter, in tests
+    if a.shape[1] == 0:  # a shard without columns
+        if not add:
+            out.zero_()
+    elif not out.is_cuda:  # Triton's interpreter, in tests
         dtype = torch.promote_types(out.dtype, torch.float32)
         out.copy_(torch.addmm(out.to(dtype), a.to(dtype), b.to(dtype), beta=beta, alpha=scale))
     elif a.dtype == b.dtype == out.dtype:
@@ -214,18 +275,21 @@ class _GpuGradients:
         coefficient: Tensor,  # [T]
         vocabulary: int,
         lift: Tensor | None,  # what gradients of scores have been multiplied by
+        group: ProcessGroup | None,
         all_tokens: bool,
         all_columns: bool,
         wanted: list[bool],  # of hidden states, weight, bias
     ):
-        self.student, self.lift, self.narrow = student, lift, gradient_dtype(student.weight)
+        self.student, self.lift, self.group, self.narrow = student, lift, group, gradient_dtype(student.weight)
         self.hidden_grad: Tensor | None = None
         self.weight_grad: Tensor | None = None
         self.bias_grad: Tensor | None = None
         wide = score_dtype(student.hidden)
         if wanted[0]:
             self.hidden_grad = torch.empty_like(
-                student.hidden, dtype=self.narrow if all_columns else wide, memory_format=torch.contiguous_format
+                student.hidden,
+                dtype=self.narrow if all_columns and group is None else wide,
+                memory_format=torch.contiguous_format,
             )
         if wanted[1]:
             self.weight_grad = torch.empty_like(
@@ -249,6 +313,7 @@ class _GpuGradients:
 
     def results(self) -> Iterator[Tensor]:
         """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
+        _sum_over(self.group, self.hidden_grad)
         for grad in (self.hidden_grad, self.weight_grad, self.bias_grad):
             if grad is None:
                 yield self.student.weight.new_empty(0, dtype=self.narrow)
@@ -288,13 +353,14 @@ def _rows(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, 
     and 2 to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be
     narrowed. Gradients of wider operands stay where they are.
     """
-    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients = call
+    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, group, widest = call
     hidden, weight = student.hidden, student.weight
     tokens, dtype = coefficient.shape[0], score_dtype(hidden)
     buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
-    gradient_row = 0 if in_place or not wanted else vocabulary * weight.itemsize
-    score_row = buffers * vocabulary * dtype.itemsize
-    instead = weight.numel() * dtype.itemsize if gradients[1] and gradient_row else -1
+    gradient_row = 0 if in_place or not wanted else widest * weight.itemsize
+    score_row = buffers * widest * dtype.itemsize
+    weight_rows = weight.shape[0] if group is None else widest
+    instead = weight_rows * weight.shape[1] * dtype.itemsize if gradients[1] and gradient_row else -1
     score_rows, gradient_rows = _rows_at_once(tokens, score_row, gradient_row, instead, workspace_bytes)
     if gradient_row == 0:
         gradient_rows = score_rows
@@ -304,7 +370,7 @@ def _rows(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, 
     narrow = hidden.new_empty(gradient_rows if gradient_row else 0, vocabulary)
     loss = torch.empty_like(coefficient)
     lifted = coefficient if lift is None else coefficient * lift
-    total = _GpuGradients(student, coefficient, vocabulary, lift, gradient_rows >= tokens, True, gradients)
+    total = _GpuGradients(student, coefficient, vocabulary, lift, group, gradient_rows >= tokens, True, gradients)
     for block in _parts(tokens, gradient_rows):
         for part in _parts(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)
@@ -316,13 +382,15 @@ def _rows(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, 
                     target += head.bias[:vocabulary]
             arguments = both[0], None if teacher is None else both[1]
             row_labels = None if labels is None else labels[rows]
-            if wanted and in_place:
+            if wanted and in_place and group is None:
                 divergence_rows_(*arguments, coefficient[rows], row_labels, loss[rows], *objective)
             else:
                 stats = coefficient.new_empty(part.stop - part.start, STATS)
-                divergence_stats(*arguments, coefficient[rows], row_labels, loss[rows], stats, *objective)
+                _stats(group, *arguments, coefficient[rows], row_labels, loss[rows], stats, *objective)
                 if wanted:
-                    divergence_gradient(*arguments, stats, lifted[rows], row_labels, narrow[part], *objective)
+                    target = both[0] if in_place else narrow[part]
+                    row_gradient = divergence_gradient if group is None else divergence_shard_gradient
+                    row_gradient(*arguments, stats, lifted[rows], row_labels, target, *objective)
         if wanted:
             grad = both[0] if in_place else narrow[: block.stop - block.start]
             total.add(block, slice(0, vocabulary), grad)
@@ -336,13 +404,13 @@ def _tiles(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor,
     """
     from ..kernels import linear_kl as kernels
 
-    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients = call
+    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, *_ = call
     tokens, weight = coefficient.shape[0], student.weight
     columns_at_once = min(vocabulary, _whole_tiles(workspace_bytes // (tokens * weight.itemsize)))
     loss = torch.empty_like(coefficient)
     lifted = coefficient if lift is None else coefficient * lift
     stats = kernels.statistics(student, teacher, vocabulary, coefficient, labels, loss, *objective)
-    total = _GpuGradients(student, coefficient, vocabulary, lift, True, columns_at_once >= vocabulary, gradients)
+    total = _GpuGradients(student, coefficient, vocabulary, lift, None, True, columns_at_once >= vocabulary, gradients)
     if any(gradients):
         buffer = student.hidden.new_empty(tokens * columns_at_once)
         for columns in _parts(vocabulary, columns_at_once):
@@ -429,8 +497,8 @@ def _on_gpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
     if call.student.weight.dtype == torch.float16 and any(call.gradients):
         largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
         lift = fp16_lift(largest, int(divergence))
-    way = _tiles if _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence)) else _rows
-    return way(call, lift, *objective)
+    by_tiles = call.group is None and _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence))
+    return (_tiles if by_tiles else _rows)(call, lift, *objective)
 
 
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
@@ -449,9 +517,16 @@ def _linear_kl(
     teacher_scale: float,
     workspace_bytes: int,
     gradients: list[bool],  # of student_hidden, student_weight, student_bias
-    *objective: float,
+    divergence: int,
+    beta: float,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    vocab_group: str = "",
+    widest_shard: int = 0,
 ) -> tuple[Tensor, ...]:
-    kd_weight, ce_weight = objective[3:]
+    objective = (divergence, beta, temperature, kd_weight, ce_weight)
+    group = group_by_name(vocab_group)
     vocabulary = student_weight.shape[0]
     if teacher_weight is not None:
         vocabulary = min(vocabulary, teacher_weight.shape[0])
@@ -460,7 +535,8 @@ def _linear_kl(
         assert teacher_hidden is not None
         teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
     labels = labels if ce_weight != 0 else None
-    call = _Call(student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients)
+    widest = vocabulary if group is None else widest_shard
+    call = _Call(student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, group, widest)
     if backend_for(student_hidden.device)[0] == "cpp":
         return _on_cpu(call, *objective)
     if coefficient.shape[0] == 0:
@@ -532,14 +608,27 @@ class LinearKLPerToken(torch.autograd.Function):
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
-def _check_head(model: str, hidden: Any, weight: Any, bias: Any, leading: Any, device: torch.device) -> None:
-    """Checks one model's hidden [..., H], weight [V, H] and bias [V]."""
+class _Inputs(NamedTuple):
+    """The public function's tensors, checked, in the dtypes that autocast gives them, and of this rank alone."""
+
+    student_hidden: Tensor  # [..., Hs]
+    student_weight: Tensor  # [Vs, Hs]
+    student_bias: Tensor | None  # [Vs]
+    teacher_hidden: Tensor | None  # [..., Ht]
+    teacher_weight: Tensor | None  # [Vt, Ht]
+    teacher_bias: Tensor | None  # [Vt]
+
+
+def _check_head(
+    model: str, hidden: Any, weight: Any, bias: Any, leading: Any, device: torch.device, sharded: bool
+) -> None:
+    """Checks one model's hidden [..., H], weight [V, H] and bias [V]; a shard may be of no columns."""
     check_tensor(f"{model}_hidden", hidden, shape=None if leading is None else [*leading, None], floating=True)
     width = hidden.shape[-1] if hidden.dim() else 0
     if width == 0:
         raise ValueError(f"{model}_hidden: expected shape [..., H] with H > 0, got {list(hidden.shape)}")
     check_tensor(f"{model}_weight", weight, shape=[None, width], floating=True)
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not sharded:
         raise ValueError(f"{model}_weight: expected shape [V, {width}] with V > 0, got {list(weight.shape)}")
     named = [(f"{model}_hidden", hidden), (f"{model}_weight", weight)]
     if bias is not None:
@@ -549,6 +638,60 @@ def _check_head(model: str, hidden: Any, weight: Any, bias: Any, leading: Any, d
         check_same_device(name, tensor, device)
         if tensor.dtype != hidden.dtype:
             raise TypeError(f"{name}: expected dtype {hidden.dtype}, that of {model}_hidden, got {tensor.dtype}")
+
+
+def _check_inputs(inputs: _Inputs, objective: Objective, tokens: TokenArguments, sharded: bool) -> _Inputs:
+    """Checks the tensors and the keywords that go with them, and applies autocast."""
+    check_tensor("student_hidden", inputs.student_hidden, floating=True)
+    inputs = _Inputs(*autocast_like_linear(*inputs))
+    leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
+    _check_head("student", *inputs[:3], None, device, sharded)
+    vocabulary = inputs.student_weight.shape[0]
+    if inputs.teacher_hidden is not None or inputs.teacher_weight is not None:
+        _check_head("teacher", *inputs[3:], leading, device, sharded)
+        assert inputs.teacher_weight is not None
+        vocabulary = min(vocabulary, inputs.teacher_weight.shape[0])
+    elif objective.kd_weight != 0:
+        raise ValueError(f"teacher_hidden: expected a tensor because kd_weight is {objective.kd_weight}, got None")
+    tokens.check(objective, leading, None if sharded else vocabulary, device)
+    return inputs
+
+
+def _flat_teacher(inputs: _Inputs) -> list[Tensor | None]:
+    """The teacher's hidden states [T, Ht], weight and bias, as constants."""
+    hidden, *head = (None if x is None else x.detach() for x in inputs[3:])
+    return [None if hidden is None else hidden.reshape(-1, hidden.shape[-1]), *head]
+
+
+def _wanted_gradients(*tensors: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+
+
+def _facts(
+    inputs: _Inputs, objective: Objective, tokens: TokenArguments, fused: bool, keywords: dict[str, Any]
+) -> Facts:
+    """What this rank tells the others that hold a shard of the vocabulary."""
+    hidden, teacher = inputs.student_hidden, inputs.teacher_hidden
+    others = {
+        **keywords,
+        "reduction": tokens.reduction,
+        "fused": fused,
+        "dtype": hidden.dtype,
+        "width": hidden.shape[-1],
+        "device": hidden.device.type,
+        "gradients": _wanted_gradients(*inputs[:3]),
+        "teacher": teacher is not None,
+    }
+    return Facts(
+        objective,
+        others,
+        inputs.student_weight.shape[0],
+        None if inputs.teacher_weight is None else inputs.teacher_weight.shape[0],
+        tokens,
+        hidden.reshape(-1, hidden.shape[-1]),
+        None if teacher is None else teacher.reshape(-1, teacher.shape[-1]),
+        tokens.coefficients(hidden.shape[:-1], hidden.device) != 0,
+    )
 
 
 def linear_kl(
@@ -572,6 +715,7 @@ def linear_kl(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Distillation loss from hidden states and vocabulary heads, without ever holding the logits.
@@ -589,66 +733,86 @@ def linear_kl(
         workspace_mb: memory for the logits of the tokens in flight, in units of 2**20 bytes; default 128 on CPU, 768 on
             a GPU. At least one token is taken at a time. On a GPU the gradients of 16-bit logits are held for all
             tokens, beside it, where that takes no more than summing up the weight's gradient in float32 would.
+        vocab_group: a ``torch.distributed`` process group over whose ranks the vocabulary is spread, of which
+            ``student_weight``, ``teacher_weight`` and the biases are this rank's shards: contiguous, in the order of
+            ranks, of any size, 0 included, and the same columns of both models as far as both have them. All other
+            arguments are the same on all ranks, and labels count in the whole vocabulary. Every rank returns the loss
+            of the whole vocabulary and, for ``student_hidden``, its gradient, summed up over the ranks already; those
+            of ``student_weight`` and ``student_bias`` are of the shard. Heads that are DTensors, ``Shard(0)`` over a
+            one-dimensional mesh, need no ``vocab_group``, and get gradients that are DTensors; what else is a DTensor
+            has to be ``Replicate()``. Of a vocabulary that FSDP has sharded, over ranks of different data, gather the
+            heads with ``.full_tensor()`` instead.
+
+    With ``vocab_group`` every rank of the group has to make the call, and its backward pass, in the same grad mode. It
+    sends 56 bytes for every token that is not dropped, 24 more for divergences other than forward and reverse KL, and
+    ``4 * Hs`` for every token (``8 * Hs`` in float64) where ``student_hidden`` needs a gradient; with
+    ``reduction="none"`` the backward pass sends all that again. An error on one rank is an error on all, for which the
+    ranks exchange a hundred bytes first: on a GPU that waits for the device, so that such a call is no part of a CUDA
+    graph, and ``torch.compile`` breaks its graph there.
 
     The other arguments, the result and the errors are those of :func:`fastkd.logit_kl`. Under ``torch.autocast`` the
     inputs are cast as ``F.linear`` casts them. With ``reduction="mean"`` or ``"sum"`` the gradients are computed in the
     forward pass and kept until the backward pass; with ``"none"`` the backward pass computes the logits again. On a GPU
     float32 inputs are multiplied as torch is set to: in TF32 only where ``torch.backends.cuda.matmul`` allows it.
     """
-    objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
-    tokens = TokenArguments(weight, labels, ignore_index, reduction, normalizer)
-    check_number("student_scale", student_scale, "that is finite", is_finite)
-    check_number("teacher_scale", teacher_scale, "that is finite", is_finite)
-    if workspace_mb is not None:
-        check_number("workspace_mb", workspace_mb, "> 0", lambda x: 0 < x < float("inf"))
-    check_tensor("student_hidden", student_hidden, floating=True)
-    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = autocast_like_linear(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
-    )
-    leading, device = student_hidden.shape[:-1], student_hidden.device
-    _check_head("student", student_hidden, student_weight, student_bias, None, device)
-    vocabulary = student_weight.shape[0]
-    if teacher_hidden is not None or teacher_weight is not None:
-        _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, leading, device)
-        vocabulary = min(vocabulary, teacher_weight.shape[0])
-    elif kd_weight != 0:
-        raise ValueError(f"teacher_hidden: expected a tensor because kd_weight is {kd_weight}, got None")
-    tokens.check(objective, leading, vocabulary, device)
+    heads = {
+        "student_weight": student_weight,
+        "student_bias": student_bias,
+        "teacher_weight": teacher_weight,
+        "teacher_bias": teacher_bias,
+    }
+    group = vocabulary_group(vocab_group, heads, 0)
 
-    if not use_fused(impl, device):
+    def check() -> tuple[_Inputs, Objective, TokenArguments, bool]:
+        objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
+        token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
+        local = {name: local_tensor(name, x) for name, x in token_arguments.items()}
+        tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
+        check_number("student_scale", student_scale, "that is finite", is_finite)
+        check_number("teacher_scale", teacher_scale, "that is finite", is_finite)
+        if workspace_mb is not None:
+            check_number("workspace_mb", workspace_mb, "> 0", lambda x: 0 < x < float("inf"))
+        shards = {name: local_tensor(name, x, None if group is None else 0) for name, x in heads.items()}
+        hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
+        whole = {name: local_tensor(name, x) for name, x in hidden.items()}
+        inputs = _check_inputs(_Inputs(**whole, **shards), objective, tokens, group is not None)
+        return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device)
+
+    shard: VocabularyShard | None = None
+    if group is None:
+        inputs, objective, tokens, fused = check()
+    else:
+        keywords = {"student_scale": student_scale, "teacher_scale": teacher_scale, "workspace_mb": workspace_mb}
+        (inputs, objective, tokens, fused), shard = agree(group, check, lambda checked: _facts(*checked, keywords))
+
+    leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
+    if not fused:
         return reference.linear_kl(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
+            **inputs._asdict(),
             student_scale=student_scale,
             teacher_scale=teacher_scale,
+            shard=shard,
             **vars(objective),
             **vars(tokens),
         )
 
-    if workspace_mb is None:
-        workspace_mb = WORKSPACE_MB[device.type]
+    flat_labels = tokens.flat_labels()
     arguments = (
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        student_weight,
-        student_bias,
-        None if teacher_hidden is None else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        None if teacher_weight is None else teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
+        inputs.student_hidden.reshape(-1, inputs.student_hidden.shape[-1]),
+        inputs.student_weight,
+        inputs.student_bias,
+        *_flat_teacher(inputs),
         tokens.coefficients(leading, device),
-        tokens.flat_labels(),
+        flat_labels if shard is None else shard.local_labels(flat_labels),
         float(student_scale),
         float(teacher_scale),
-        int(workspace_mb * 2**20),
+        int((WORKSPACE_MB[device.type] if workspace_mb is None else workspace_mb) * 2**20),
     )
-    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3])
+    for_kernel = objective if shard is None else shard
     if reduction == "none":
-        loss = LinearKLPerToken.apply(*arguments, objective).reshape(leading)
-    elif differentiated:
-        loss = LinearKL.apply(*arguments, objective)
+        loss = LinearKLPerToken.apply(*arguments, for_kernel).reshape(leading)
+    elif any(_wanted_gradients(*inputs[:3])):
+        loss = LinearKL.apply(*arguments, for_kernel)
     else:
-        loss = torch.ops.fastkd.linear_kl(*arguments, [False] * 3, *objective.for_kernel())[0].sum()
-    return loss if student_hidden.dtype == torch.float64 else loss.float()
+        loss = torch.ops.fastkd.linear_kl(*arguments, [False] * 3, *for_kernel.for_kernel())[0].sum()
+    return loss if inputs.student_hidden.dtype == torch.float64 else loss.float()

@@ -1,7 +1,8 @@
 """logit_kl: divergence (and cross-entropy) between vocabulary logits that exist already.
 
 The forward pass reads both logits once and keeps seven numbers a row; the backward pass reads them again and writes the
-gradient. Nothing else of the logits' size is ever held.
+gradient. Nothing else of the logits' size is ever held. Where the vocabulary is spread over the ranks of a process
+group, these numbers are completed by what the ranks gather of them (vocabulary_shards.py).
 
 T tokens (any leading shape), V vocabulary.
 """
@@ -9,7 +10,7 @@ T tokens (any leading shape), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,21 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
-from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_stats
+from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_shard_gradient, divergence_stats
+from .vocabulary_shards import (
+    SHARD_ARGUMENTS,
+    Facts,
+    RowBlock,
+    VocabularyShard,
+    agree,
+    group_by_name,
+    local_tensor,
+    vocabulary_group,
+    whole_row_stats,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LogitKL", "logit_kl"]
 
@@ -27,23 +42,23 @@ __all__ = ["LogitKL", "logit_kl"]
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "logit_kl(Tensor student_logits, Tensor? teacher_logits, Tensor coefficient, Tensor? labels, "
-    f"{_OBJECTIVE}) -> (Tensor loss, Tensor stats)"
+    f"{_OBJECTIVE}, {SHARD_ARGUMENTS}) -> (Tensor loss, Tensor stats)"
 )
 _library.define(
     "logit_kl_backward(Tensor student_logits, Tensor? teacher_logits, Tensor stats, Tensor coefficient, "
-    f"Tensor? labels, {_OBJECTIVE}) -> Tensor"
+    f"Tensor? labels, {_OBJECTIVE}, {SHARD_ARGUMENTS}) -> Tensor"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("fastkd::logit_kl", lib=_library)
-def _(student_logits, teacher_logits, coefficient, labels, *objective):
+def _(student_logits, teacher_logits, coefficient, labels, *rest):
     return torch.empty_like(coefficient), coefficient.new_empty(coefficient.shape[0], STATS)
 
 
 @torch.library.register_fake("fastkd::logit_kl_backward", lib=_library)
-def _(student_logits, teacher_logits, stats, coefficient, labels, *objective):
+def _(student_logits, teacher_logits, stats, coefficient, labels, *rest):
     return student_logits.new_empty(student_logits.shape)
 
 
@@ -78,10 +93,21 @@ def _shared_vocabulary(student: Tensor, teacher: Tensor | None) -> tuple[Tensor,
     return student[..., :vocabulary], teacher[..., :vocabulary]
 
 
-def _forward(student_logits, teacher_logits, coefficient, labels, *objective):
+def _group_of(rest: tuple[Any, ...]) -> ProcessGroup | None:
+    """The process group in what follows an op's objective."""
+    return group_by_name(rest[0]) if rest else None
+
+
+def _forward(student_logits, teacher_logits, coefficient, labels, *arguments):
+    objective, group = arguments[:5], _group_of(arguments[5:])
     student, teacher = _shared_vocabulary(student_logits, teacher_logits)
     loss = torch.empty_like(coefficient)
     stats = coefficient.new_empty(coefficient.shape[0], STATS)
+    if group is not None:
+        if len(loss):
+            blocks = [RowBlock(rows, s, t) for rows, (s, t) in _row_blocks(student, teacher)]
+            whole_row_stats(blocks, coefficient, labels, loss, stats, group, *objective)
+        return loss, stats
     for rows, (s, t) in _row_blocks(student, teacher):
         row_labels = None if labels is None else labels[rows]
         divergence_stats(s, t, coefficient[rows], row_labels, loss[rows], stats[rows], *objective)
@@ -93,14 +119,16 @@ _library.impl("logit_kl", _forward, "CompositeExplicitAutograd")
 # ---- backward -------------------------------------------------------------------------------------------------------
 
 
-def _backward(student_logits, teacher_logits, stats, coefficient, labels, *objective):
+def _backward(student_logits, teacher_logits, stats, coefficient, labels, *arguments):
+    objective, group = arguments[:5], _group_of(arguments[5:])
+    row_gradient = divergence_gradient if group is None else divergence_shard_gradient
     gradient = student_logits.new_empty(student_logits.shape)
     student, teacher = _shared_vocabulary(student_logits, teacher_logits)
     gradient[..., student.shape[-1] :] = 0  # columns beyond the shared vocabulary
     target = gradient[..., : student.shape[-1]]
     for rows, (s, t, g) in _row_blocks(student, teacher, target):
         row_labels = None if labels is None else labels[rows]
-        divergence_gradient(s, t, stats[rows], coefficient[rows], row_labels, g, *objective)
+        row_gradient(s, t, stats[rows], coefficient[rows], row_labels, g, *objective)
     return gradient
 
 
@@ -141,6 +169,56 @@ class LogitKL(torch.autograd.Function):
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
+class _Checked(NamedTuple):
+    """The public function's arguments, checked, and of this rank alone."""
+
+    student: Tensor  # [..., Vs]
+    teacher: Tensor | None  # [..., Vt]
+    objective: Objective
+    tokens: TokenArguments
+    fused: bool
+
+
+def _check_logits(student: Any, teacher: Any, objective: Objective, tokens: TokenArguments, sharded: bool) -> None:
+    """Checks logits [..., V] and the keywords that go with them; a shard may be of no columns."""
+    check_tensor("student_logits", student, floating=True)
+    if student.dim() == 0 or (student.shape[-1] == 0 and not sharded):
+        raise ValueError(f"student_logits: expected shape [..., V] with V > 0, got {list(student.shape)}")
+    vocabulary, leading = student.shape[-1], student.shape[:-1]
+    if teacher is not None:
+        check_tensor("teacher_logits", teacher, shape=[*leading, None], floating=True)
+        check_same_device("teacher_logits", teacher, student.device)
+        vocabulary = min(vocabulary, teacher.shape[-1])
+        if vocabulary == 0 and not sharded:
+            raise ValueError(f"teacher_logits: expected shape [..., V] with V > 0, got {list(teacher.shape)}")
+    elif objective.kd_weight != 0:
+        raise ValueError(f"teacher_logits: expected a tensor because kd_weight is {objective.kd_weight}, got None")
+    tokens.check(objective, leading, None if sharded else vocabulary, student.device)
+
+
+def _facts(checked: _Checked) -> Facts:
+    """What this rank tells the others that hold a shard of the vocabulary."""
+    student, teacher, objective, tokens, fused = checked
+    others = {
+        "reduction": tokens.reduction,
+        "fused": fused,
+        "dtype": student.dtype,
+        "device": student.device.type,
+        "gradient": torch.is_grad_enabled() and student.requires_grad,
+        "teacher": teacher is not None,
+    }
+    return Facts(
+        objective,
+        others,
+        student.shape[-1],
+        None if teacher is None else teacher.shape[-1],
+        tokens,
+        None,
+        None,
+        tokens.coefficients(student.shape[:-1], student.device) != 0,
+    )
+
+
 def logit_kl(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -155,6 +233,7 @@ def logit_kl(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Distillation loss between vocabulary logits, with a cross-entropy beside it if asked for.
@@ -178,6 +257,12 @@ def logit_kl(
         reduction: ``"mean"`` divides by the sum of weights, ``"sum"`` does not, ``"none"`` returns [...].
         normalizer: with ``"mean"``, a number or 0-d tensor that replaces the sum of weights, such as
             ``num_items_in_batch`` under gradient accumulation.
+        vocab_group: a ``torch.distributed`` process group over whose ranks the vocabulary is spread, of which
+            ``student_logits`` and ``teacher_logits`` are this rank's columns: contiguous, in the order of ranks, of any
+            number, 0 included, and the same of both models as far as both have them. All other arguments are the same
+            on all ranks, and labels count in the whole vocabulary. Every rank returns the loss of the whole vocabulary,
+            and the gradient of its own columns. Logits that are DTensors, sharded along their last dimension over a
+            one-dimensional mesh, need no ``vocab_group``, and get gradients that are DTensors.
         impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`.
 
     Returns:
@@ -187,33 +272,41 @@ def logit_kl(
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any work.
         RuntimeError: ``impl="fused"`` where no kernel can run.
+
+    With ``vocab_group`` every rank of the group has to make the call, and sends 56 bytes for every token, 24 more for
+    divergences other than forward and reverse KL. An error on one rank is an error on all: a ValueError or TypeError
+    where it is, or where the ranks' arguments do not fit together, and a RuntimeError that names the rank elsewhere.
+    For that the ranks exchange a hundred bytes first, and on a GPU this waits for the device.
     """
-    objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
-    tokens = TokenArguments(weight, labels, ignore_index, reduction, normalizer)
-    check_tensor("student_logits", student_logits, floating=True)
-    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
-        raise ValueError(f"student_logits: expected shape [..., V] with V > 0, got {list(student_logits.shape)}")
-    vocabulary = student_logits.shape[-1]
-    if teacher_logits is not None:
-        check_tensor("teacher_logits", teacher_logits, shape=[*student_logits.shape[:-1], None], floating=True)
-        check_same_device("teacher_logits", teacher_logits, student_logits.device)
-        vocabulary = min(vocabulary, teacher_logits.shape[-1])
-        if vocabulary == 0:
-            raise ValueError(f"teacher_logits: expected shape [..., V] with V > 0, got {list(teacher_logits.shape)}")
-    elif kd_weight != 0:
-        raise ValueError(f"teacher_logits: expected a tensor because kd_weight is {kd_weight}, got None")
-    leading = student_logits.shape[:-1]
-    tokens.check(objective, leading, vocabulary, student_logits.device)
+    logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    group = vocabulary_group(vocab_group, logits, -1)
 
-    if not use_fused(impl, student_logits.device):
-        return reference.logit_kl(student_logits, teacher_logits, **vars(objective), **vars(tokens))
+    def check() -> _Checked:
+        objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
+        token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
+        local = {name: local_tensor(name, x) for name, x in token_arguments.items()}
+        tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
+        student, teacher = (local_tensor(name, x, None if group is None else -1) for name, x in logits.items())
+        _check_logits(student, teacher, objective, tokens, group is not None)
+        return _Checked(student, teacher, objective, tokens, use_fused(impl, student.device))
 
+    shard: VocabularyShard | None = None
+    if group is None:
+        checked = check()
+    else:
+        checked, shard = agree(group, check, _facts)
+    student, teacher, objective, tokens, fused = checked
+
+    if not fused:
+        return reference.logit_kl(student, teacher, shard=shard, **vars(objective), **vars(tokens))
+
+    leading, flat_labels = student.shape[:-1], tokens.flat_labels()
     loss = LogitKL.apply(
-        student_logits,
-        None if teacher_logits is None else teacher_logits.detach(),
-        tokens.coefficients(leading, student_logits.device),
-        tokens.flat_labels(),
-        objective,
+        student,
+        None if teacher is None else teacher.detach(),
+        tokens.coefficients(leading, student.device),
+        flat_labels if shard is None else shard.local_labels(flat_labels),
+        objective if shard is None else shard,
     )
     loss = loss.reshape(leading) if reduction == "none" else loss.sum()
-    return loss if student_logits.dtype == torch.float64 else loss.float()
+    return loss if student.dtype == torch.float64 else loss.float()
