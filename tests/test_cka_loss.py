@@ -300,7 +300,7 @@ def test_gradcheck(backend: str, squared: bool, reduction: str):
             )
 
         students = [pair["student"].requires_grad_() for pair in pairs]
-        assert torch.autograd.gradcheck(function, students)
+        assert torch.autograd.gradcheck(function, students, fast_mode=backend == "triton")  # the interpreter is slow
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=by_name)

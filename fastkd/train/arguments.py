@@ -20,6 +20,7 @@ from . import config
 from .errors import InputError
 from .objectives import METHODS, MIXUP_DISTANCES, STUDENT_INITS, Method
 from .schedule import GRID, parse_grid
+from .sharding import is_asked_for
 from .tasks import TASKS, figure_names
 
 # Our defaults for transformers' flags. They are the demo's: a small student on two CPU cores.
@@ -46,6 +47,7 @@ EPOCHS = 3.0  # transformers' default, for data of the user's own
 FINE_TUNING_RATE = 3e-4  # for a student that starts from the weights of a model that the user gave
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
 EMBEDDED_TASKS = ("span_corruption", "text2text", "summarization", "classification")
+SHARDINGS = ("full", "none")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 ARCHITECTURES = ("t5", "enct5")
 IMPORTANCE_DATA = ("train", "dev")
@@ -115,6 +117,11 @@ class ObjectiveArguments:
     mse_states: int | None = _help(
         "hidden states of each stack that minidisc compares, evenly spaced; without it, 7", None
     )
+    cka_over_processes: bool = _help(
+        "compute the CKA of hidden states over the batches of all processes at once, as one process would; without it, "
+        "each computes that of its own batch",
+        False,
+    )
     projection_learning_rate: float = _help("of the matrix by which hsm-linear projects hidden states", 1e-4)
     mixup_alpha: float | None = _help("mixkd mixes examples in shares of Beta(alpha, alpha); without it, 0.4", None)
     mixup_distance: str | None = _help(
@@ -134,6 +141,11 @@ class ModelArguments:
         "folder or hub name of a T5 with its tokenizer; without it, one is trained on the same texts", None
     )
     teacher_dtype: str = _help(f"in which the teacher runs: {', '.join(TEACHER_DTYPES)}", "float32")
+    teacher_sharding: str = _help(
+        f"{' or '.join(SHARDINGS)}: of the teacher over the processes of a run, each of which gathers a layer when it "
+        "computes, or all of it in each",
+        "full",
+    )
     student: str | None = _help("folder or hub name of a T5 to start from, in place of a new student", None)
     student_layers: int = _help("encoder layers, and as many decoder layers, of a student that is not pruned", 2)
     student_d_model: int = _help(
@@ -445,6 +457,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "student_init": STUDENT_INITS,
     "mixup_distance": MIXUP_DISTANCES,
     "teacher_dtype": TEACHER_DTYPES,
+    "teacher_sharding": SHARDINGS,
     "architecture": ARCHITECTURES,
     "importance_on": IMPORTANCE_DATA,
 }
@@ -525,6 +538,7 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(f"--divergence_beta must be between 0 and 1, got {flags.divergence_beta}")
     method = chosen_method(flags)
     _check_pruning(flags, args, method)
+    _check_processes(flags, args, method)
     if flags.demo and not method.needs_teacher:
         raise InputError("--demo compares a distillation method with scratch: choose another --method")
     if method.student_init == "slice" and not method.needs_teacher:
@@ -557,6 +571,27 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError(f"--streaming is read by 0 or 1 --dataloader_num_workers, got {args.dataloader_num_workers}")
     if flags.streaming and not flags.teacher and not flags.student:
         raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
+
+
+def _check_processes(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
+    """Raise InputError for what several processes cannot do together."""
+    if flags.cka_over_processes and "hidden_cka" not in method.terms:
+        raise InputError(f"--cka_over_processes has no effect with --method {flags.method}, which has no CKA")
+    if flags.cka_over_processes and not args.average_tokens_across_devices:
+        raise InputError("--cka_over_processes needs --average_tokens_across_devices, which is the default")
+    if args.world_size == 1:
+        return
+    if args.torch_compile and is_asked_for(args):
+        raise InputError("--torch_compile is not supported with FSDP, which gathers weights inside of what is compiled")
+    if method.student_init == "prune":
+        raise InputError(f"--method {flags.method} runs in one process, got {args.world_size}")
+    if flags.teacher and flags.teacher_dtype == "float16" and flags.teacher_sharding == "full":
+        raise InputError(
+            "--teacher_dtype float16 leaves some weights in float32, which cannot be sharded with the others: give "
+            "bfloat16, or --teacher_sharding none"
+        )
+    if flags.demo:
+        raise InputError(f"--demo runs in one process, got {args.world_size}")
 
 
 def _check_pruning(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:

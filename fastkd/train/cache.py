@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from .processes import agreed, by_first, is_first
 
 
 def _written(settings: Mapping[str, Any]) -> str:
@@ -20,28 +23,59 @@ def key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(_written(settings).encode()).hexdigest()[:12]
 
 
-def cached(cache: Path, kind: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
+def cached(
+    cache: Path,
+    kind: str,
+    settings: Mapping[str, Any],
+    make: Callable[[Path], None],
+    *,
+    by_all: bool = False,
+) -> tuple[Path, bool]:
     """Return (folder `cache/kind-<key of settings>`, whether it was there already), filled by `make(folder)` if not.
 
     settings: everything the result depends on (JSON values); other settings give another folder, so none is silently
     ignored. They are kept beside the result in made_by.json. The folder appears under its name only when complete.
+    by_all: `make` is work of all processes of a run, such as a training, of which the first writes the files;
+    otherwise the first process does it while the others wait.
     """
-    text = _written(settings)
     folder = cache / f"{kind}-{key(settings)}"
-    if folder.is_dir():
+    if agreed(folder.is_dir()):
         return folder, True
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".making-{kind}-") as scratch:
-        made = Path(scratch) / kind
-        made.mkdir()
-        make(made)
-        (made / "made_by.json").write_text(text + "\n", encoding="utf-8")
-        try:
-            made.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another run finished the same artefact first
-                raise
+    with _scratch(cache, kind) as made:
+        if by_all:
+            make(made)
+        else:
+            by_first(lambda: make(made))
+        by_first(lambda: _keep(made, folder, settings))
     return folder, False
+
+
+@contextlib.contextmanager
+def _scratch(cache: Path, kind: str) -> Iterator[Path]:
+    """Yield a new folder, the same to all processes, that is gone afterwards unless it was moved."""
+
+    def new() -> Path:
+        cache.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=cache, prefix=f".making-{kind}-")) / kind
+        made.mkdir()
+        return made
+
+    made = by_first(new)
+    try:
+        yield made
+    finally:
+        if is_first():
+            shutil.rmtree(made.parent, ignore_errors=True)
+
+
+def _keep(made: Path, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Give what was made its name, beside what it was made by."""
+    (made / "made_by.json").write_text(_written(settings) + "\n", encoding="utf-8")
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another run finished the same artefact first
+            raise
 
 
 def replace_folder(target: Path, make: Callable[[Path], object]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,15 @@ class WindowedValues(TrainerCallback):
         values = {name: total / self.steps for name, total in self.sums.items()} | self.peaks
         self._start()
         return values
+
+
+def mean_of_windows(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of what several processes' `WindowedValues.state_dict()` gave; they have the same names."""
+    means = {
+        key: {name: torch.stack([state[key][name] for state in states]).mean(0) for name in states[0][key]}
+        for key in ("sums", "peaks")
+    }
+    return {"steps": states[0]["steps"], **means}
 
 
 class EpochEnd(TrainerCallback):

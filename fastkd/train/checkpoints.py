@@ -23,8 +23,10 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
-from .callbacks import EpochEnd, LossBar, WindowedValues
+from .callbacks import EpochEnd, LossBar, WindowedValues, mean_of_windows
 from .errors import Interrupted, RunError
+from .processes import is_lost_process
+from .sharding import local, whole
 
 STAGING = "_saving"  # no checkpoint to transformers, and left out of uploads, as is every name with that first letter
 _PREFIX = "checkpoint-"
@@ -189,10 +191,13 @@ class CheckpointingTrainer(Seq2SeqTrainer):
                 self._stop_if_not_finite()
                 self._agree()
                 self._stop_if_interrupted()
-        except BaseException:
+        except BaseException as error:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LossBar):
                     callback.close()
+            if is_lost_process(error):
+                way_back = _way_back(Path(super()._get_output_dir(None)))
+                raise RunError(f"another process of this run has ended or does not answer; {way_back}") from error
             raise
         return result
 
@@ -241,7 +246,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         self._stop_if_not_finite()
         student: Any = self.model
         for name, parameter in student.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not bool(torch.isfinite(local(parameter)).all()):
                 raise self._bad_number(f"the weight {name} is not finite after step {self.state.global_step}")
         if _internal_call:  # a checkpoint, which is staged as a whole
             super().save_model(output_dir, _internal_call)
@@ -261,10 +266,13 @@ class CheckpointingTrainer(Seq2SeqTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        window = Path(str(checkpoint)) / _WINDOW.format(self.args.process_index)
-        if window.is_file():
-            state = torch.load(window, map_location="cpu", weights_only=True)
-            self._window.load_state_dict(state, self.args.device)
+        windows = sorted(Path(str(checkpoint)).glob(_WINDOW.format("*")))
+        own = Path(str(checkpoint)) / _WINDOW.format(self.args.process_index)
+        # The log is of their mean: as many processes as before go on with their own, others with that.
+        read = [own] if len(windows) == self.args.world_size else windows
+        states = [torch.load(window, map_location="cpu", weights_only=True) for window in read]
+        if states:
+            self._window.load_state_dict(mean_of_windows(states), self.args.device)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._is_at_end():  # and resumed there: transformers would take another step
@@ -331,7 +339,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # Encoder and decoder were watched before, so it is named only if both are finite.
-        total = torch.as_tensor(grad_norm, device=self.args.device)
+        total = whole(torch.as_tensor(grad_norm, device=self.args.device))
         self._watch_gradients({"embedding (or what else is outside encoder and decoder)": total})
         return grad_norm
 

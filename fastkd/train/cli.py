@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import InputError, RunError
+from .processes import is_lost_process, launched_rank, print_by_first_only
 
 _REQUIRED = (
     "torch", "numpy", "transformers", "accelerate", "sentencepiece", "datasets", "pyarrow", "yaml", "jinja2",
@@ -21,20 +22,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 if the run cannot go on (a full disk, a loss that is no number); 2 for bad input; 130 and 143 if SIGINT or
     SIGTERM stopped it.
     """
+    print_by_first_only()
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except (InputError, RunError) as error:
-        print(f"fastkd-train: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(error)
         return error.exit_code
     except OSError as error:
         if error.errno is None:
             raise  # not the system's: a library's own, and a mistake of ours
-        print(f"fastkd-train: {error}", file=sys.stderr)
+        _say(error)
+        return 1
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        _say("another process of this run has ended or does not answer")
         return 1
     except KeyboardInterrupt:
-        print("\nfastkd-train: interrupted; --resume_from_checkpoint last continues from a checkpoint", file=sys.stderr)
+        _say("interrupted; --resume_from_checkpoint last continues from a checkpoint")
         return 130
     return 0
+
+
+def _say(problem: object) -> None:
+    """Write one line on stderr, unless it is another process's to write."""
+    if not getattr(problem, "was_elsewhere", False):
+        rank = launched_rank()
+        who = f"fastkd-train, rank {rank}" if rank else "fastkd-train"
+        print(f"{who}: {' '.join(str(problem).split())}", file=sys.stderr)
 
 
 def _run(argv: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .capture import is_enct5
+from .sharding import is_sharded
 
 TOKENS = 128  # on both sides, as MiniEnD counts
 MIB = 2**20
@@ -70,8 +71,11 @@ def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:
     latency_ms: median of `passes` passes, after two to warm up. peak_memory_mb: the most that one more pass holds at a
     time beyond the weights and the token ids, its logits included; as the allocator counts on CUDA, whose peak
     statistics are reset, and as the sizes of all tensors alive on a CPU; None on other devices.
+    Neither is measured, both are None, where the model's weights are spread over processes.
     The model stays where it is, and all of its modules stay in the mode they were in.
     """
+    if is_sharded(model):
+        return Cost(parameters(model), gflops(model, tokens))
     ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size  # [1, tokens]
 
     def run() -> Any:

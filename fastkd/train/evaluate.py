@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .processes import is_first
+
 CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 
 
@@ -95,7 +97,7 @@ def _in_batches(
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
     outputs = [""] * len(sources)
     model.eval()
-    bar = tqdm(total=len(sources), desc=title, unit="text", disable=title is None)
+    bar = tqdm(total=len(sources), desc=title, unit="text", disable=title is None or not is_first())
     try:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]

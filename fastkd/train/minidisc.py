@@ -35,7 +35,7 @@ from .objectives import Method
 from .prepare import Data, heading
 from .prune import Widths, importance, narrowed, normalised, of_kind, parts, skeleton, sliced, widths_at
 from .schedule import Candidate, Round, Schedule, Trial, round_from_json
-from .stages import RECIPE, data_seed, make_trainer
+from .stages import data_seed, make_trainer, recipe
 from .student import load_model
 from .tasks import figure_names
 from .trainer import DistillTrainer
@@ -408,8 +408,8 @@ class Distiller:
 
     def _settings(self, parent: Parent, widths: Mapping[float, Widths]) -> dict[str, Any]:
         flags, args, method = self.flags, self.args, dataclasses.asdict(self.method)
-        recipe = (
-            *RECIPE, "num_train_epochs", "max_steps", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+        besides = (
+            "num_train_epochs", "max_steps", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
             "dataloader_drop_last", "generation_max_length", "generation_num_beams",
         )  # fmt: skip
         return {
@@ -426,8 +426,8 @@ class Distiller:
             "embedding_learning_rate": flags.embedding_learning_rate,
             "projection_learning_rate": flags.projection_learning_rate,
             "teacher_dtype": flags.teacher_dtype,
-            **{name: getattr(args, name) for name in recipe},
-            "processes": args.world_size,
+            **recipe(args),
+            **{name: getattr(args, name) for name in besides},
         }
 
     def _train(self, made: Path, work: Path, name: str, parent: Parent, widths: Mapping[float, Widths]) -> None:

@@ -342,7 +342,11 @@ def hidden_masks(masks: Mapping[str, torch.Tensor], match_first_position: bool) 
 
 
 def hidden_loss(
-    method: Method, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+    method: Method,
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Return the scalar loss of a method's hidden-state term.
 
@@ -352,10 +356,11 @@ def hidden_loss(
     projection, but averaged over the pairs (MiniDisc, Zhang et al., 2024). "hidden_pkd": that of the states divided by
     their L2 norms (PKD, Sun et al., 2019, arXiv 1908.09355).
     student, teacher: [B, L, H], of widths of their own only for "hidden_cka". masks: [B, L] booleans, one per pair.
+    group: processes over whose batches the CKA is computed at once; see `fastkd.cka_loss` for the gradients then.
     """
     (term,) = method.hidden_terms
     if term == "hidden_cka":
-        return method.terms[term] * fastkd.cka_loss(list(student), list(teacher), mask=list(masks))
+        return method.terms[term] * fastkd.cka_loss(list(student), list(teacher), mask=list(masks), group=group)
     if term == "hidden_pkd":
         student, teacher = ([normalize(state.float(), dim=-1) for state in side] for side in (student, teacher))
     losses = [

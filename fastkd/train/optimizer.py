@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .sharding import whole
+
 
 def set_embedding_rate(optimizer: torch.optim.Optimizer, model: Any, learning_rate: float) -> None:
     """Give the embedding `model.get_input_embeddings()` a learning rate of its own (see `set_own_rate`).
@@ -42,6 +44,6 @@ def gradient_norms(model: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
     norms = {}
     for name in ("encoder", "decoder"):
         parameters = [p for p in getattr(model, name).parameters() if p is not shared and p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).to(shared.device)
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters])).to(shared.device)
         norms[f"grad_norm_{name}"] = norm.float() / scale
     return norms

@@ -26,11 +26,12 @@ from .errors import InputError
 from .metrics import signatures
 from .objectives import METHODS, Method
 from .prepare import Data, heading
+from .processes import by_first
 from .prune import order_of
 from .report import Outcome
 from .schedule import Schedule
+from .sharding import is_asked_for
 from .stages import (
-    RECIPE,
     Teacher,
     check_knows_task,
     check_objective,
@@ -40,6 +41,7 @@ from .stages import (
     judge_saved,
     load_given,
     planned_config,
+    recipe,
     train_student,
 )
 from .student import load_config
@@ -53,30 +55,36 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     overwriting was asked for, or if the run cannot be resumed.
     """
     started, method = time.perf_counter(), chosen_method(flags)
-    out, cache = _output_folder(args), _cache(flags, args)
-    checkpoint = _checkpoint(args.resume_from_checkpoint, out)
-    is_used = _check_unused(flags, out, checkpoint is not None)
+    cache = _cache(flags, args)
+    out = by_first(lambda: _output_folder(args))
+    checkpoint = by_first(lambda: _checkpoint(args.resume_from_checkpoint, out))
+    is_used = by_first(lambda: _check_unused(flags, out, checkpoint is not None))
     _check_outside(out, flags, cache)
     check_optimizer(args)
-    given = load_given(flags)
+    given = load_given(flags, args)
     check_objective(flags, method, given)
     data = get_run_data(flags, args, cache, given)
     identity = _identity(flags, args) | {"data": data.digest}
     if checkpoint is not None:
-        _check_same_run(checkpoint.parent / "run.json", identity)
+        by_first(lambda: _check_same_run(checkpoint.parent / "run.json", identity))
     teacher = get_teacher(flags, args, cache, data, given) if method.needs_teacher else None
 
-    if is_used:
-        shutil.rmtree(out)  # only now, when no input can turn out bad any more
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "run.json", identity)
+    by_first(lambda: _begin(out, is_used, identity))  # only now, when no input can turn out bad any more
     trainer, outcome = train_student(flags, args, data, flags.method, method, teacher, given, checkpoint)
     outcomes = [teacher.outcome, outcome] if teacher else [outcome]
     facts, config = _trainers_facts(flags, args, data, trainer, flags.method, started), flags.config_text(args)
     trainer.save_model(str(out))
-    _describe(out, flags, method, facts, outcomes, config)
-    _report(out, flags, data, outcomes, facts, config, _notes(method))
+    by_first(lambda: _describe(out, flags, method, facts, outcomes, config))
+    by_first(lambda: _report(out, flags, data, outcomes, facts, config, _notes(method)))
     print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student, report.html and report.md in {out}"]))
+
+
+def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
+    """Make the run's folder, in place of another run's if it is used, and write down what the run is."""
+    if is_used:
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "run.json", identity)
 
 
 def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -96,7 +104,7 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     _check_outside(out, flags, cache)
     check_optimizer(args)
     exact = replace(flags, teacher_dtype="float32")  # it is pruned as it is, and teaches in its own dtype
-    given = load_given(exact)
+    given = load_given(exact, args)
     check_objective(flags, method, given)
     data = get_run_data(flags, args, cache, given)
     identity = _identity(flags, args) | {"data": data.digest}
@@ -110,10 +118,7 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     scores, key = minidisc.rank(args, cache, data, examples, teacher.model)
     minidisc.check_schedule(flags, method, data, scores, teacher.model.config)
 
-    if is_used:
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "run.json", identity)
+    _begin(out, is_used, identity)
     distiller = minidisc.Distiller(flags, args, method, data, scores, cache, out / "rounds", resuming)
     first = minidisc.Parent(teacher.model, teacher.source, None, order_of(scores), key)
     schedule, results = minidisc.run_schedule(distiller, first)
@@ -217,7 +222,7 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     args = replace(args, save_strategy="no")
     _check_outside(out, flags, cache)
     check_optimizer(args)
-    given = load_given(flags)
+    given = load_given(flags, args)
     check_objective(flags, method, given)
     data = get_run_data(flags, args, cache, given)
     teacher = get_teacher(flags, args, cache, data, given)
@@ -354,14 +359,14 @@ def _checkpoint(given: str | None, out: Path) -> Path | None:
 # Flags that a resumed run may change: what it shows, and where things are. All others must stay.
 _MAY_CHANGE = {
     "config", "transformers_flags", "overwrite_output_dir", "cache_dir", "workspace_mb", "report_examples",
-    "train_file", "eval_file",
+    "train_file", "eval_file", "teacher_sharding",
 }  # fmt: skip
 
 
 def _identity(flags: FastkdArguments, args: TransformersArguments) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed; files count by what is in them, elsewhere."""
     ours = {name: value for name, value in vars(flags).items() if name not in _MAY_CHANGE}
-    return json.loads(json.dumps({**ours, **{name: getattr(args, name) for name in RECIPE}}))
+    return json.loads(json.dumps(ours | recipe(args) | {"fsdp": is_asked_for(args)}))
 
 
 def _check_same_run(record: Path, identity: dict[str, Any]) -> None:

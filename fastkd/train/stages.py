@@ -23,7 +23,9 @@ from .metrics import score_rows
 from .models import enct5_config, enct5_from
 from .objectives import METHODS, Method
 from .prepare import VERSION, Data, get_data, heading, with_classes
+from .processes import count, is_first
 from .report import Outcome
+from .sharding import unsharded
 from .student import is_tied, load_model, new_model, slice_teacher, smaller_config, t5_config
 from .tokenizer import fingerprint, padded_size
 from .trainer import DistillTrainer
@@ -31,9 +33,15 @@ from .trainer import DistillTrainer
 # The arguments of transformers that shape what a model learns, but for how long it does.
 RECIPE = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "train_sampling_strategy", "seed", "data_seed", "bf16", "fp16",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "train_sampling_strategy", "seed", "data_seed", "bf16",
+    "fp16",
 )  # fmt: skip
+
+
+def recipe(args: TransformersArguments) -> dict[str, Any]:
+    """Return those arguments, and how many examples a step learns from, however they are divided."""
+    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {**{name: getattr(args, name) for name in RECIPE}, "examples_per_step": examples}
 
 
 @dataclass
@@ -64,11 +72,11 @@ class Given:
         return [configs[0].id2label[i] for i in range(len(configs[0].id2label))] if configs else []
 
 
-def load_given(flags: FastkdArguments) -> Given:
+def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:
     """Load `--teacher` and `--student`. Raises InputError if one cannot be loaded, or if they do not go together."""
     given = Given()
     if flags.teacher:
-        given.teacher, given.tokenizer = load_model(flags.teacher, "teacher", getattr(torch, flags.teacher_dtype))
+        given.teacher, given.tokenizer = _load_teacher(flags, args, flags.teacher)
     if flags.student:
         given.student, tokenizer = load_model(flags.student, "student")
         if given.tokenizer is not None and fingerprint(tokenizer) != fingerprint(given.tokenizer):
@@ -86,6 +94,12 @@ def load_given(flags: FastkdArguments) -> Given:
             "the same, in the same order"
         )
     return given
+
+
+def _load_teacher(flags: FastkdArguments, args: TransformersArguments, name: str | Path) -> tuple[Any, Any]:
+    """Return (model, tokenizer); the model is sharded if there are several processes and the flags say so."""
+    shards = flags.teacher_sharding == "full" and count() > 1
+    return load_model(name, "teacher", getattr(torch, flags.teacher_dtype), args.device if shards else None)
 
 
 def _architecture(flags: FastkdArguments, given: Given) -> str:
@@ -189,9 +203,8 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
         "data": data.digest,
         "layers": flags.teacher_layers,
         "d_model": flags.teacher_d_model,
-        **{name: getattr(own_args, name) for name in RECIPE},
+        **recipe(own_args),
         "max_steps": flags.teacher_steps,
-        "processes": args.world_size,
     }
 
     def make(folder: Path) -> None:
@@ -204,12 +217,13 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
         trainer.train()
         trainer.save_model(str(folder))
         trained = {"steps": trainer.state.global_step, "seconds_per_step": trainer.seconds_per_step}
-        (folder / "training.json").write_text(json.dumps({**trained, "history": trainer.history}), encoding="utf-8")
+        if is_first():
+            (folder / "training.json").write_text(json.dumps({**trained, "history": trainer.history}), encoding="utf-8")
 
-    folder, reused = cached(cache, "teacher", settings, make)
+    folder, reused = cached(cache, "teacher", settings, make, by_all=True)
     if reused:
         print(f"reusing {folder}")
-    model, _ = load_model(folder, "teacher", getattr(torch, flags.teacher_dtype))
+    model, _ = _load_teacher(flags, args, folder)
     trainer = make_trainer(own_flags, own_args, data, model, "teacher", method=METHODS["scratch"])
     trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return Teacher(model, str(folder), dataclasses.replace(judge(flags, args, data, trainer, "teacher"), **trained))
@@ -301,6 +315,7 @@ def make_trainer(
             workspace_mb=flags.workspace_mb,
             embedding_learning_rate=flags.embedding_learning_rate,
             projection_learning_rate=flags.projection_learning_rate,
+            cka_over_processes=flags.cka_over_processes,
             score=_scorer(args, data) if scores and data.task.metrics else None,
             **objective,
         )
@@ -338,7 +353,8 @@ def judge(
     flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, name: str
 ) -> Outcome:
     """Return how a model does after its training, if it had any: held-out loss, the task's figures, and its cost."""
-    model, state = trainer.model, trainer.state
+    state = trainer.state
+    model = unsharded(trainer.model) if state.global_step else trainer.model  # a student is small, a teacher may not be
     step = state.best_global_step if args.load_best_model_at_end else state.global_step  # of the weights it has now
     evaluated = [e for e in state.log_history if "eval_loss" in e and e["step"] == step and step]
     trainer.score = None  # what it writes is scored below, once

@@ -13,6 +13,7 @@ import torch
 
 from .capture import is_enct5, matched_layer
 from .errors import InputError
+from .sharding import shard_of_first, whole
 
 HEAD_WIDTH = 32
 # T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
@@ -123,7 +124,7 @@ def slice_teacher(student: Any, teacher: Any) -> None:
                 f"student: expected {name} of at most {tuple(source.shape)}, the teacher's shape, to slice it, "
                 f"got {tuple(parameter.shape)}"
             )
-        parameter.copy_(source[tuple(map(slice, parameter.shape))])
+        parameter.copy_(whole(source)[tuple(map(slice, parameter.shape))])
 
 
 def _teacher_name(name: str, student: Any, teacher: Any) -> str:
@@ -151,10 +152,13 @@ def load_config(name: str | Path, role: str) -> Any:
     return config
 
 
-def load_model(name: str | Path, role: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_model(
+    name: str | Path, role: str, dtype: torch.dtype = torch.float32, shard_on: torch.device | None = None
+) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub: a T5 or one of its variants.
 
     role: "teacher" or "student", for messages. Weights come from safetensors, and no code of the repository is run.
+    shard_on: a device of each process over which the weights are to be spread; only the first process reads them.
     Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
     """
     from transformers import AutoTokenizer
@@ -164,11 +168,25 @@ def load_model(name: str | Path, role: str, dtype: torch.dtype = torch.float32) 
     config = load_config(name, role)
     rows = config.vocab_size
     with _loading(name, role) as options:
-        model = auto_class(config).from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+
+        def load() -> Any:
+            return auto_class(config).from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+
+        model = load() if shard_on is None else shard_of_first(load, lambda: _empty(config, dtype), shard_on)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if len(tokenizer) > rows:
         raise InputError(f"{role} {name}: its tokenizer has {len(tokenizer)} pieces, its embedding only {rows}")
     return model, tokenizer
+
+
+def _empty(config: Any, dtype: torch.dtype) -> Any:
+    """Return a model of a config whose weights are memory that was never written to, so that it takes none."""
+    from .models import auto_class
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=dtype)
+    model.to_empty(device="cpu").tie_weights()
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate import PartialState
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
 from transformers import PrinterCallback, ProgressCallback
 
 from .callbacks import LossBar, LossLines, StepTimer
@@ -19,6 +20,8 @@ from .evaluate import held_out_metrics, token_scores
 from .mixup import Mixup
 from .objectives import Method, hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
 from .optimizer import gradient_norms, set_embedding_rate, set_own_rate
+from .processes import count
+from .sharding import is_asked_for, is_sharded, shard, whole
 
 PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
 
@@ -74,12 +77,12 @@ def _model_arguments(model: Any, inputs: Mapping[str, Any], plain: bool, mixup: 
     if mixup is None:
         arguments = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
     else:
-        embed = model.get_input_embeddings()
+        embedding = whole(model.get_input_embeddings().weight)
 
         def rows(states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
             return torch.cat([states, mixed]) if plain else mixed
 
-        embedded, decoder_embedded = embed(ids), embed(decoder_ids)
+        embedded, decoder_embedded = (torch.nn.functional.embedding(x, embedding) for x in (ids, decoder_ids))
         arguments = {
             "inputs_embeds": rows(embedded, mixup.mix(embedded)),
             "attention_mask": None if mask is None else rows(mask, mixup.union(mask != 0).to(mask.dtype)),
@@ -106,9 +109,11 @@ class DistillTrainer(CheckpointingTrainer):
     that both share: means over the steps since the last entry, and the largest as "..._max".
     Hidden-state terms are computed in every batch and on every device by itself, as CKA is no sum over tokens, and then
     averaged by their shares of the target tokens: accumulation keeps their scale, but CKA of fewer tokens than the
-    states are wide is far off, so micro-batches should be well above that.
-    Under DDP with activation checkpointing, a method without vocabulary terms needs `--ddp_find_unused_parameters
-    true`: nothing depends on the last layer's output, and only without checkpointing is that transformers' default.
+    states are wide is far off, so micro-batches should be well above that; cka_over_processes computes it over the
+    batches of all processes at once, as one process would.
+    In several processes the student is replicated (DDP) or, with `fsdp` or accelerate's settings for it, sharded
+    (FSDP2); the numbers are those of one process with the whole batch. A teacher may be sharded in either case
+    (`sharding.shard`).
     Raises ValueError if the method needs a teacher and none is given, or does not fit the two models.
     """
 
@@ -120,6 +125,7 @@ class DistillTrainer(CheckpointingTrainer):
         workspace_mb: float | None = None,
         embedding_learning_rate: float | None = None,
         projection_learning_rate: float = 1e-4,
+        cka_over_processes: bool = False,
         score: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
@@ -131,6 +137,7 @@ class DistillTrainer(CheckpointingTrainer):
         self.workspace_mb = workspace_mb
         self.embedding_learning_rate = embedding_learning_rate
         self.projection_learning_rate = projection_learning_rate
+        self.cka_group = torch.distributed.group.WORLD if cka_over_processes and count() > 1 else None
         self.score = score
         student: Any = self.model
         self.student_layers = method.student_layers(student.config)
@@ -142,7 +149,8 @@ class DistillTrainer(CheckpointingTrainer):
             method.check_fits(student.config, teacher.config)
             self.teacher_layers = method.teacher_layers(teacher.config)
             self.matched_states = method.matched_states(student.config, teacher.config)
-            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+            placed = teacher if is_sharded(teacher) else teacher.to(self.args.device)
+            self.teacher = placed.eval().requires_grad_(False)
         self.student_states, self.teacher_states = (
             {stack: [pair[side] for pair in pairs] for stack, pairs in self.matched_states.items()} for side in (0, 1)
         )
@@ -157,6 +165,21 @@ class DistillTrainer(CheckpointingTrainer):
         # Makes the Trainer count the target tokens of all accumulated batches, and not divide our loss again.
         self.model_accepts_loss_kwargs = True
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Turn FSDP on where it is asked for: accelerate does so on GPUs and the like, torch has it on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU and is_asked_for(self.args):
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            self.is_fsdp_enabled = True
+        if not self.is_fsdp_enabled:
+            return
+        if state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("fsdp: expected version 2, as version 1 lets nobody read a head outside its module")
+        if state.fsdp_plugin.activation_checkpointing:
+            raise ValueError("fsdp: its activation_checkpointing is not supported, --gradient_checkpointing is")
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, SpanCorruption):
@@ -165,8 +188,39 @@ class DistillTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as CheckpointingTrainer does, with compiled blocks if `torch_compile` asks for them."""
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            self._shard_student()
         with self._compiled_blocks() if self.args.torch_compile else contextlib.nullcontext():
             return super().train(*args, **kwargs)
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """Wrap as transformers does, but let DDP look for unused parameters only where there are any.
+
+        They are those of the last layers of a method without vocabulary terms.
+        """
+        wrapped = super()._wrap_model(model, training, dataloader)
+        handler = self.accelerator.ddp_handler
+        if handler is not None and self.args.ddp_find_unused_parameters is None:
+            handler.find_unused_parameters = not self.method.vocabulary_terms
+        return wrapped
+
+    def _shard_student(self) -> None:
+        """Shard the student as accelerate is set to; it takes models that are sharded already.
+
+        Its own way puts T5's embedding, which encoder, decoder and head share, into two groups, which torch refuses.
+        """
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        policy: dict[str, Any] = {
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "offload_policy": plugin.cpu_offload,
+        }
+        if plugin.mixed_precision_policy is not None:
+            policy["mp_policy"] = plugin.mixed_precision_policy
+        plugin.auto_wrap_policy = None  # there is nothing left to wrap
+        # A loss of what is captured inside a block need not be of its output, whose gradient would gather the block.
+        within = {} if self.method.vocabulary_terms else self.student_layers
+        blocks = [getattr(self.model, PLACES[place].stack).block[layer - 1] for place, layer in within.items()]
+        shard(self.model, self.args.device, stay=[*blocks, self.model], **policy)
 
     @contextlib.contextmanager
     def _compiled_blocks(self) -> Iterator[None]:
@@ -204,12 +258,14 @@ class DistillTrainer(CheckpointingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student, and beside it, if it is a checkpoint, the projection of its hidden states."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.projection is not None and self.args.should_save:
-            torch.save(self.projection.state_dict(), Path(str(output_dir)) / PROJECTION_FILE)
+        if _internal_call and self.projection is not None:
+            state = {name: whole(value) for name, value in self.projection.state_dict().items()}
+            if self.args.should_save:
+                torch.save(state, Path(str(output_dir)) / PROJECTION_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.projection is not None:
+        if self.projection is not None and not is_sharded(self.model):  # its checkpoints hold all that is trained
             state = torch.load(Path(resume_from_checkpoint) / PROJECTION_FILE, map_location="cpu", weights_only=True)
             self.projection.load_state_dict(state)
 
@@ -265,7 +321,7 @@ class DistillTrainer(CheckpointingTrainer):
             returning(bare, needed),
         ):
             states = model(**arguments)
-        return {**states, "head": bare.get_output_embeddings().weight}
+        return {**states, "head": whole(bare.get_output_embeddings().weight)}
 
     def _terms(
         self,
@@ -312,9 +368,23 @@ class DistillTrainer(CheckpointingTrainer):
         for term in method.hidden_terms:
             compared = hidden_masks(masks, method.match_first_position)
             per_pair = [compared[stack] for stack, pairs in self.matched_states.items() for _ in pairs]
-            share = 1.0 if targets is None else masks["decoder"].sum() / torch.as_tensor(targets).clamp_min(1)
-            terms[term] = share * hidden_loss(method, student["states"], teacher["states"], per_pair)
+            states = student["states"], teacher["states"]
+            terms[term] = self._share(masks["decoder"], targets) * hidden_loss(
+                method, *states, per_pair, self.cka_group
+            )
         return terms
+
+    def _share(self, mask: torch.Tensor, targets: torch.Tensor | int | None) -> torch.Tensor | float:
+        """Return a batch's share of all target tokens, of which `mask` [B, L] holds this process's.
+
+        Where hidden states of several processes are compared at once, it is that of the mean of their batches.
+        """
+        if targets is None:
+            return 1.0
+        mine = mask.sum()
+        if self.cka_group is not None:
+            mine = self.accelerator.reduce(mine.float(), "mean")
+        return mine / torch.as_tensor(targets).clamp_min(1)
 
     def compute_loss(
         self,
@@ -390,6 +460,16 @@ class DistillTrainer(CheckpointingTrainer):
             metrics |= scores
         self._timer.leave_out()
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as transformers does, every example once and the model as it is."""
+        # Seq2SeqTrainer has set one that keeps the examples that fill up the last batches of several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            # Not trained here, and accelerate would shard it only together with an optimizer.
+            model: Any = self.model
+            self.accelerator._models.append(model if is_sharded(model) else model.to(self.args.device))
+        return super().evaluation_loop(*args, **kwargs)
 
     @torch.no_grad()
     def prediction_step(

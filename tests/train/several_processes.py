@@ -1,0 +1,112 @@
+"""Runs fastkd-train in several gloo processes: `python -m tests.train.several_processes FOLDER`, for test_processes.py.
+
+FOLDER holds scenarios.json, a list of {name, processes, patch, argv}. They run one after the other; each process's exit
+code and stderr are left in NAME.RANK.json. What is imported is imported once, and the processes are forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fastkd.train import checkpoints, cli, report, runs, sharding, trainer  # noqa: F401 (imported before the fork)
+
+PATIENCE = 60  # seconds
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def kill_at_step_12() -> None:
+    """Make process 1 end without a word, as one does that runs out of memory."""
+    step = trainer.DistillTrainer.training_step
+
+    def killing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 12 and self.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    trainer.DistillTrainer.training_step = killing  # type: ignore[method-assign]
+
+
+def signal_at_step_12() -> None:
+    """Make process 1 receive SIGTERM, as all do from a scheduler, but not at one time."""
+    step, sent = trainer.DistillTrainer.training_step, []
+
+    def signalling(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 12 and self.args.process_index == 1 and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    trainer.DistillTrainer.training_step = signalling  # type: ignore[method-assign]
+
+
+def nothing_stays() -> None:
+    """Make the loss read a head that is sharded again when the model has run."""
+    trainer.shard = lambda *args, stay, **policy: sharding.shard(*args, **policy)  # type: ignore[assignment]
+
+
+PATCHES = {"kill": kill_at_step_12, "signal": signal_at_step_12, "nothing stays": nothing_stays}
+
+
+def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
+    """Be process `rank` of a scenario, and end."""
+    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": scenario["processes"], "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in settings.items()}, MASTER_ADDR="127.0.0.1")
+    transformers.logging.set_verbosity_error()
+    if scenario.get("patch"):
+        PATCHES[scenario["patch"]]()
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = cli.main(scenario["argv"])
+        except BaseException as error:
+            code = f"{type(error).__name__}: {error}"
+    lines = [line for line in stderr.getvalue().splitlines() if "fastkd-train" in line]
+    (folder / f"{scenario['name']}.{rank}.json").write_text(json.dumps({"code": code, "lines": lines}))
+    os._exit(0)  # not through what others registered for a process's end
+
+
+def main(folder: Path) -> None:
+    """Run all scenarios of the folder."""
+    torch.set_num_threads(1)
+    for scenario in json.loads((folder / "scenarios.json").read_text()):
+        if "copy" in scenario:
+            shutil.copytree(folder / scenario["copy"], folder / scenario["name"])
+            for name in scenario["without"]:
+                shutil.rmtree(folder / scenario["name"] / name)
+        port, children = free_port(), []
+        for rank in range(scenario["processes"]):
+            child = os.fork()
+            if child == 0:
+                run(scenario, rank, port, folder)
+            children.append(child)
+        deadline = time.monotonic() + PATIENCE
+        while children and time.monotonic() < deadline:
+            children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
+            time.sleep(0.02)
+        print(f"{scenario['name']}: {time.monotonic() - deadline + PATIENCE:.1f} s", flush=True)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,211 @@
+"""Training in several processes (DDP, FSDP2, a sharded teacher): the numbers of one process, its files, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastkd.train.arguments import TransformersArguments, parse
+from fastkd.train.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+BATCH = 12  # of all processes together
+
+COMMON = [
+    "--use_cpu",
+    "true",
+    "--disable_tqdm",
+    "true",
+    "--vocabulary_size",
+    "512",
+    "--sequence_length",
+    "32",
+    "--max_steps",
+    "20",
+    "--logging_steps",
+    "1",
+    "--teacher_layers",
+    "2",
+    "--teacher_d_model",
+    "64",
+    "--teacher_steps",
+    "8",
+    "--student_layers",
+    "2",
+    "--student_d_model",
+    "32",
+    "--eval_strategy",
+    "steps",
+    "--eval_steps",
+    "10",
+    "--save_steps",
+    "10",
+    "--report_examples",
+    "2",
+    "--per_device_eval_batch_size",
+    "4",
+    "--ddp_timeout",
+    "30",
+]
+METHODS = {
+    "miniend-e": ["--method", "miniend-e", "--gradient_accumulation_steps", "2"],
+    "hsm-cka": ["--method", "hsm-cka", "--cka_over_processes", "--learning_rate", "1e-3"],
+}
+
+
+class Runs:
+    """Runs of fastkd-train in one folder, and what became of them."""
+
+    def __init__(self, folder: Path, texts: Path):
+        self.folder = folder
+        self.scenarios: list[dict[str, Any]] = []
+        self.common = ["--train_file", str(texts), *COMMON, "--cache_dir", str(folder / "cache")]
+
+    def add(self, name: str, processes: int, method: str, *flags: str, **more: Any) -> None:
+        """Add a run of 12 examples a step, however many processes; the first one trains the teacher of all."""
+        steps = 2 if "--gradient_accumulation_steps" in METHODS[method] else 1
+        argv = [*self.common, *METHODS[method], "--output_dir", str(self.folder / name), *flags]
+        argv += ["--per_device_train_batch_size", str(BATCH // processes // steps)]
+        self.scenarios.append({"name": name, "processes": processes, "argv": argv, **more})
+
+    def run(self) -> None:
+        """Run all scenarios."""
+        (self.folder / "scenarios.json").write_text(json.dumps(self.scenarios), encoding="utf-8")
+        words = [sys.executable, "-m", "tests.train.several_processes", str(self.folder)]
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads of several processes would wait for each other's cores
+        done = subprocess.run(words, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def ends(self, name: str) -> list[Any]:
+        """Return (exit code, lines on stderr) of each process, None for one that left nothing."""
+        processes = next(s["processes"] for s in self.scenarios if s["name"] == name)
+        files = [self.folder / f"{name}.{rank}.json" for rank in range(processes)]
+        return [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in files]
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the weights of a run's student."""
+        return load_file(self.folder / name / "model.safetensors")
+
+    def log(self, name: str) -> dict[int, dict[str, float]]:
+        """Return what was logged of each step: losses, gradient norms, held-out figures."""
+        (last,) = (self.folder / name).glob(f"checkpoint-{STEPS}")
+        entries = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        kept = ("loss", "grad_norm", "eval_loss", "eval_token", "learning_rate")
+        log: dict[int, dict[str, float]] = {}
+        for entry in entries:
+            log.setdefault(entry["step"], {}).update({k: v for k, v in entry.items() if k.startswith(kept)})
+        return log
+
+
+@pytest.fixture(scope="module")
+def runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Return the runs of this file, done: one subprocess makes all of them."""
+    runs = Runs(tmp_path_factory.mktemp("runs"), text_file)
+    for method, processes in zip(METHODS, (2, 3), strict=True):
+        runs.add(f"{method}-one", 1, method)
+        runs.add(f"{method}-ddp", processes, method)
+        runs.add(f"{method}-fsdp", processes, method, "--fsdp")
+    # Of two processes, then three; with every weight gathered in between, as it need not be.
+    first_half = {"copy": "miniend-e-ddp", "without": [f"checkpoint-{STEPS}"]}
+    again = ["--resume_from_checkpoint", "last"]
+    runs.add("resumed-ddp", 3, "miniend-e", *again, "--teacher_sharding", "none", **first_half)
+    runs.add("other-kind", 2, "miniend-e", *again, "--fsdp", **first_half)
+    first_half["copy"] = "miniend-e-fsdp"
+    runs.add("resumed-fsdp", 3, "miniend-e", *again, "--fsdp", **first_half, patch="nothing stays")
+    runs.add("killed", 2, "miniend-e", patch="kill")
+    runs.add("after-killed", 2, "miniend-e", *again, copy="killed", without=[])
+    runs.add("signalled", 2, "miniend-e", patch="signal")
+    runs.run()
+    return runs
+
+
+SAME = [
+    *((f"{method}-{mode}", method) for method in METHODS for mode in ("ddp", "fsdp")),
+    *((name, "miniend-e") for name in ("resumed-ddp", "resumed-fsdp", "after-killed")),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), SAME)
+def test_processes_train_as_one_does_on_the_whole_batch(runs: Runs, name: str, method: str) -> None:
+    """Losses, terms, gradient norms and held-out figures of every step, and the weights after the last."""
+    assert runs.ends(name) == [{"code": 0, "lines": []}] * len(runs.ends(name))
+    ours, expected = runs.log(name), runs.log(f"{method}-one")
+    assert ours.keys() == expected.keys() == set(range(1, STEPS + 1))
+    for step, entry in expected.items():
+        assert ours[step] == pytest.approx(entry, rel=1e-4, abs=1e-6), step
+    weights = runs.weights(name)
+    for key, weight in runs.weights(f"{method}-one").items():
+        torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_process_writes_what_one_does(runs: Runs) -> None:
+    """The same files, but for a checkpoint's own of each process, and the same figures, but for times."""
+    for name in ("miniend-e-ddp", "miniend-e-fsdp"):
+        assert {path.name for path in (runs.folder / name).iterdir()} == {
+            path.name for path in (runs.folder / "miniend-e-one").iterdir()
+        }
+        ours, expected = (
+            json.loads((runs.folder / folder / "metrics.json").read_text(encoding="utf-8"))["models"][-1]
+            for folder in (name, "miniend-e-one")
+        )
+        for figure in ("parameters", "steps", "loss", "token_accuracy"):
+            assert ours[figure] == pytest.approx(expected[figure], rel=1e-4), figure
+    assert not list((runs.folder / "cache").glob(".making-*"))
+    assert len(list((runs.folder / "cache").glob("teacher-*"))) == 1  # of one process, and good for all
+
+
+def test_a_process_that_is_killed_ends_the_others_with_one_line(runs: Runs) -> None:
+    first, killed = runs.ends("killed")
+    assert killed is None
+    assert first["code"] == 1
+    (line,) = first["lines"]
+    assert "another process of this run has ended or does not answer" in line
+    assert line.endswith("checkpoint-10 is whole, --resume_from_checkpoint last continues from it")
+
+
+def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(runs: Runs) -> None:
+    for rank, end in enumerate(runs.ends("signalled")):
+        assert end["code"] == 143, rank
+        assert re.search(r"interrupted at step (13|14), saved in \S+checkpoint-\1;", end["lines"][0]), end
+    saved = {path.name for path in (runs.folder / "signalled").glob("checkpoint-*")}
+    assert saved in ({"checkpoint-10", "checkpoint-13"}, {"checkpoint-10", "checkpoint-14"})
+
+
+def test_a_checkpoint_of_the_other_kind_is_an_error_of_all(runs: Runs) -> None:
+    for end in runs.ends("other-kind"):
+        assert end["code"] == 2
+    (line,) = runs.ends("other-kind")[0]["lines"]
+    assert line == "fastkd-train: cannot resume: the run was started with fsdp False, now it is True"
+    assert runs.ends("other-kind")[1]["lines"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "minidisc", "--task", "classification"], "--method minidisc runs in one process, got 2"),
+        (["--demo"], "--demo runs in one process, got 2"),
+        (["--method", "kd", "--teacher", "t", "--teacher_dtype", "float16"], "give bfloat16, or --teacher_sharding no"),
+        (["--method", "kd", "--fsdp", "--torch_compile", "true"], "--torch_compile is not supported with FSDP"),
+        (["--method", "kd", "--cka_over_processes"], "--cka_over_processes has no effect with --method kd"),
+        (
+            ["--method", "hsm-cka", "--cka_over_processes", "--average_tokens_across_devices", "false"],
+            "needs --average",
+        ),
+    ],
+)
+def test_flags_that_several_processes_cannot_follow(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TransformersArguments, "world_size", 2)
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse([*flags, "--use_cpu", "true"])
