@@ -3,14 +3,18 @@
 Reading order: cli -> arguments -> runs. A run is prepare, which makes data of the flags (sources, tasks, corpus,
 tokenizer, data), then stages, which make teacher and student (student, trainer on top of checkpoints; objectives,
 capture, mixup) and judge them (evaluate, metrics, cost), and at last what is left to read (report, plots, card). A
-teacher is pruned, and distilled in rounds, by minidisc (prune, models, schedule).
+teacher is pruned, and distilled in rounds, by minidisc (prune, models, schedule). Several processes work together by
+processes and sharding; plan says beforehand what each of them will hold.
 Needs the packages of `pip install 'fastkd[train]'`; importing this module loads none of them.
 """
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
+
+LAUNCHERS = Path(__file__).parent / "launchers"  # an accelerate configuration for FSDP2, a Slurm script for two nodes
 
 _HOMES = {
     "DistillTrainer": "trainer",
@@ -26,7 +30,7 @@ _HOMES = {
     "sliced": "prune",
     "train_tokenizer": "tokenizer",
 }
-__all__ = list(_HOMES)
+__all__ = ["LAUNCHERS", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from fastkd.train import LAUNCHERS
 from fastkd.train.arguments import TransformersArguments, parse
 from fastkd.train.errors import InputError
 
@@ -107,6 +109,12 @@ class Runs:
         return log
 
 
+def launched() -> dict[str, str]:
+    """Return what `accelerate launch` tells the processes of our configuration for FSDP2."""
+    settings = load_config_from_file(str(LAUNCHERS / "fsdp2.yaml")).fsdp_config
+    return {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in settings.items()}}
+
+
 @pytest.fixture(scope="module")
 def runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return the runs of this file, done: one subprocess makes all of them."""
@@ -121,7 +129,7 @@ def runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.add("resumed-ddp", 3, "miniend-e", *again, "--teacher_sharding", "none", **first_half)
     runs.add("other-kind", 2, "miniend-e", *again, "--fsdp", **first_half)
     first_half["copy"] = "miniend-e-fsdp"
-    runs.add("resumed-fsdp", 3, "miniend-e", *again, "--fsdp", **first_half, patch="nothing stays")
+    runs.add("resumed-fsdp", 3, "miniend-e", *again, **first_half, patch="nothing stays", environment=launched())
     runs.add("killed", 2, "miniend-e", patch="kill")
     runs.add("after-killed", 2, "miniend-e", *again, copy="killed", without=[])
     runs.add("signalled", 2, "miniend-e", patch="signal")

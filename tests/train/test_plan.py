@@ -1,0 +1,305 @@
+"""What a plan says that a step holds, against what steps of DistillTrainer do hold; and how planning is asked for."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, default_data_collator
+
+from fastkd.train import cost, plan
+from fastkd.train.arguments import chosen_method, parse
+from fastkd.train.models import auto_class
+from fastkd.train.student import new_model, t5_config
+from fastkd.train.trainer import DistillTrainer
+
+TOLERANCE = 0.06
+MIB = 2**20
+
+# ---- the numbers in a model ------------------------------------------------------------------------------------------
+
+
+def on_meta(config: Any) -> Any:
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("t5-small", 60_506_624), ("t5-base", 222_903_552), ("google-t5/t5-large", 737_668_096),
+        ("t5-3b", 2_851_598_336), ("t5-11b", 11_307_321_344),
+        ("google/flan-t5-small", 76_961_152), ("google/flan-t5-base", 247_577_856),
+        ("google/t5-v1_1-large", 783_150_080), ("google/flan-t5-xl", 2_849_757_184),
+        ("google/flan-t5-xxl", 11_135_332_352),
+    ],
+)  # fmt: skip
+def test_well_known_models_have_their_published_parameters(name: str, parameters: int) -> None:
+    assert plan.Model(plan.PUBLISHED[name], 4, 4).parameters == parameters
+
+
+@pytest.mark.parametrize("changes", [{}, {"feed_forward_proj": "gated-gelu"}, {"d_kv": 20, "d_ff": 72}])
+def test_parameters_are_those_of_the_model(changes: dict[str, Any]) -> None:
+    config = type(t5_config(1, 64, 2))(**{**t5_config(384, 64, 2).to_dict(), "num_decoder_layers": 3, **changes})
+    model, sizes = on_meta(config), plan.Model(config, 4, 4)
+    assert sizes.parameters == cost.parameters(model)
+    for stack in plan.STACKS:
+        assert sizes.block(stack) == sum(p.numel() for p in getattr(model, stack).block[1].parameters())
+
+
+# ---- what a step holds -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Every training ends in a garbage collection, which need not look at all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Ids(Dataset):
+    """Random examples, all of one length on each side."""
+
+    def __init__(self, lengths: dict[str, int], rows: int):
+        self.ids = {
+            name: torch.randint(2, rows, (64, lengths[stack]))
+            for name, stack in (("input_ids", "encoder"), ("labels", "decoder"))
+        }
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: ids[index] for name, ids in self.ids.items()}
+
+
+def bytes_of(trainer: DistillTrainer) -> int:
+    """Bytes of all that is there between two steps: weights and the optimiser's state."""
+    models = [model for model in (trainer.model, trainer.teacher) if model is not None]
+    assert trainer.optimizer is not None
+    tensors = [tensor for model in models for tensor in model.parameters()]
+    tensors += [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+class SecondStep(TrainerCallback):
+    """Leaves in `peak` the most bytes that torch's allocator has given out at a time in the second step.
+
+    All that operators take on the way counts, whether it is a result or not, and in the backward pass too.
+    """
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer, self.peak = trainer, 0
+        self.recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.held = bytes_of(self.trainer)
+            self.recorded.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.recorded.__exit__(None, None, None)
+            for event in self.recorded.profiler.kineto_results.events():
+                if event.name() == "[memory]":
+                    self.held += event.nbytes()
+                    self.peak = max(self.peak, self.held)
+
+
+def planned_trainer(
+    folder: Path, flags: str, sizes: tuple[int, int], teacher_sizes: tuple[int, int], rows: int, gated: bool = False
+) -> tuple[plan.Plan, DistillTrainer]:
+    """The plan of two steps by these flags, and their trainer. sizes: width and layers. rows: of the embeddings."""
+    configs = {"student": t5_config(rows, *sizes), "teacher": t5_config(rows, *teacher_sizes)}
+    words = ["--use_cpu", "--max_steps", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
+    for role, config in configs.items():
+        config.feed_forward_proj = "gated-gelu" if gated else "relu"
+        config.is_gated_act, config.dense_act_fn = gated, "gelu_new" if gated else "relu"
+        config.save_pretrained(folder / role)
+        words += [f"--{role}", str(folder / role)]
+    ours, args = parse([*words, "--eval_strategy", "no", "--output_dir", str(folder / "out"), *flags.split()])
+    teacher = new_model(configs["teacher"], 1).to(getattr(torch, ours.teacher_dtype))
+    planned = plan.plan(ours, args, device="cpu")
+    trainer = DistillTrainer(
+        model=new_model(configs["student"], 0),
+        args=args,
+        train_dataset=Ids(planned.step.lengths, rows),
+        data_collator=default_data_collator,
+        method=chosen_method(ours),
+        teacher=teacher,
+        workspace_mb=ours.workspace_mb,
+    )
+    return planned, trainer
+
+
+PAIRS = "--task text2text --max_source_length {} --max_target_length {}"
+RECOMPUTED = "--gradient_checkpointing true"
+BATCH = "--per_device_train_batch_size"
+# Each is large in another part of the count. The last number: rows of the embeddings.
+STEPS: dict[str, tuple[Any, ...]] = {
+    "vocabulary": (f"--method kd --sequence_length 64 {BATCH} 2", (128, 1), (128, 1), 32128),
+    "vocabulary, 16 bits": (f"--method kd --sequence_length 64 {BATCH} 4 --bf16", (128, 1), (128, 1), 16384),
+    "workspace": (f"--method kd {BATCH} 8 {PAIRS.format(32, 128)}", (128, 2), (128, 1), 4096),
+    "small workspace": (f"--method mlmkd --workspace_mb 4 {BATCH} 8 {PAIRS.format(32, 96)}", (128, 2), (128, 1), 2048),
+    "activations": (f"--method mlmkd {BATCH} 8", (256, 3), (256, 1), 512),
+    "activations, 16 bits": (f"--method kd {BATCH} 8 --bf16 --teacher_dtype bfloat16", (256, 2), (256, 1), 512),
+    "decoder": (f"--method kd {BATCH} 4 {PAIRS.format(128, 96)}", (256, 2), (128, 2), 512),
+    "recomputed": (f"--method kd {BATCH} 8 {RECOMPUTED}", (128, 4), (128, 1), 512),
+    "recomputed, 16 bits": (
+        f"--method kd {BATCH} 4 {PAIRS.format(128, 96)} --bf16 {RECOMPUTED}", (256, 2), (128, 1), 512,
+    ),
+    "relations": (f"--method miniend-d --relation_heads 32 {BATCH} 8 {PAIRS.format(128, 128)}", (64, 1), (256, 1), 512),
+    "relations, recomputed": (f"--method miniend-e --relation_heads 4 {BATCH} 8 {RECOMPUTED}", (128, 3), (256, 2), 512),
+    "cka": (f"--method hsm-cka {BATCH} 8 {PAIRS.format(64, 64)}", (128, 3), (256, 4), 512),
+    "cka, 16 bits": (f"--method hsm-cka {BATCH} 16 --sequence_length 64 --bf16", (128, 2), (256, 2), 1024),
+    "cka of few tokens": (f"--method hsm-cka {BATCH} 2 --sequence_length 64", (128, 3), (256, 4), 512),
+    "linear": (f"--method hsm-linear {BATCH} 8 --sequence_length 64", (128, 2), (256, 2), 512),
+    "teacher": (f"--method mlmkd {BATCH} 16", (64, 1), (256, 2), 512),
+    "teacher, autocast": (f"--method mlmkd {BATCH} 16 --bf16", (64, 1), (256, 2), 512),
+    "gated teacher, autocast": (f"--method mlmkd {BATCH} 8 --bf16", (64, 1), (256, 2), 512, True),
+    "gated": (f"--method scratch {BATCH} 8", (128, 2), (64, 1), 512, True),
+    "gated, 16 bits": (f"--method scratch {BATCH} 8 --bf16", (128, 2), (64, 1), 512, True),
+    "sgd": (f"--method kd {BATCH} 4 --sequence_length 64 --optim sgd", (256, 2), (128, 1), 512),
+    "adafactor": (f"--method kd {BATCH} 4 --sequence_length 64 --optim adafactor", (256, 2), (128, 1), 512),
+    "weights": (f"--method kd {BATCH} 2 --sequence_length 32", (256, 2), (256, 3), 512),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_holds_what_was_planned(name: str, tmp_path: Path) -> None:
+    planned, trainer = planned_trainer(tmp_path, *STEPS[name])
+    second = SecondStep(trainer)
+    trainer.add_callback(second)
+    trainer.train()
+    assert planned.peak == pytest.approx(second.peak, rel=TOLERANCE)
+
+
+def resident(name: str) -> int:
+    """Bytes of memory that the system has given to this process: now by "VmRSS", at most so far by "VmHWM"."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def print_planned_and_resident(folder: Path) -> None:
+    """Print the bytes that a step's plan says, and those by which training makes this process larger."""
+    torch.set_num_threads(1)
+    flags = f"--method kd --sequence_length 64 {BATCH} "
+    for part in ("first", "second"):
+        (folder / part).mkdir()
+    planned_trainer(folder / "first", flags + "2", (64, 1), (64, 1), 512)[1].train()  # loads and compiles what it needs
+    before = resident("VmRSS")
+    planned, trainer = planned_trainer(folder / "second", flags + "2", (384, 1), (384, 1), 32128)
+    trainer.train()
+    print(f"planned {planned.peak:.0f} resident {resident('VmHWM') - before}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
+def test_a_process_grows_by_what_was_planned(tmp_path: Path) -> None:
+    """Beside what lives the system counts what the allocator keeps for later, and what libraries take."""
+    here = Path(__file__)
+    code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); from pathlib import Path; import {here.stem} as t\n"
+    code += f"t.print_planned_and_resident(Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = re.search(r"planned (\d+) resident (\d+)", done.stdout)
+    assert found is not None, done.stdout
+    assert int(found[1]) == pytest.approx(int(found[2]), rel=0.15)
+
+
+# ---- several processes, which are counted alone ----------------------------------------------------------------------
+
+XL = "--config miniend-e --teacher google/flan-t5-xl --use_cpu --bf16 --teacher_dtype bfloat16"
+
+
+def planned(*flags: str, processes: int = 1) -> plan.Plan:
+    return plan.plan(*parse([*XL.split(), *flags]), processes)
+
+
+def test_shards_of_weights_and_of_what_is_learnt_of_them() -> None:
+    alone, shared = planned("--fsdp"), planned("--fsdp", processes=8)
+    for moment, items in alone.moments.items():
+        for name in ("student's weights", "teacher's weights", "optimiser"):
+            assert shared.moments[moment][name] == items[name] / 8
+        for name in ("student's activations", "teacher's activations", "loss"):
+            assert name == "student's activations" or shared.moments[moment][name] == items[name]
+    assert shared.moments["update"]["gradients"] == alone.moments["update"]["gradients"] / 8
+    assert alone.moments["teacher"]["teacher's weights"] == 2 * 2_849_757_184
+    block = 2048 * (8 * 2048 + 3 * 5120 + 3)
+    gathered = shared.moments["teacher"]["communication"] - shared.moments["update"]["communication"]
+    assert gathered == 2 * (2 * block + 2 * 32128 * 2048 + 2 * 2048)
+
+
+def test_ddp_holds_all_of_the_student_and_buckets_of_its_gradients() -> None:
+    alone, shared = planned(), planned("--teacher_sharding", "none", processes=8)
+    for moment, items in alone.moments.items():
+        buckets = items["student's weights"]
+        assert shared.moments[moment] == {**items, "communication": buckets}
+    assert shared.peak == alone.peak + buckets
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fits_needs_no_network(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(plan, "load_config", lambda *_: pytest.fail("asked the hub"))
+    flags = "--config miniend-e --teacher google/flan-t5-xxl --bf16 --processes 64 --memory_gb 80"
+    assert plan.main(flags.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = plan.plan(*parse([*flags.split()[:5], "--use_cpu"]), 64)
+    assert lines[0].split()[:3] == ["GiB", "teacher", "loss"]
+    assert lines[-2].split() == ["sum", *(f"{expected.total(m) / plan.GIB:.2f}" for m in expected.moments)]
+    assert lines[-1].startswith(f"fits: {expected.peak / plan.GIB:.2f} of 80 GiB")
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(capsys: Any) -> None:
+    flags = "--config miniend-e --teacher google/flan-t5-xxl --teacher_sharding none --processes 8 --memory_gb 43"
+    assert plan.main(flags.split()) == 1
+    verdict = capsys.readouterr().out.split("does not fit: ")[1].splitlines()
+    assert "of 43 GiB at most (loss)" in verdict[0]
+    fits = {line.split(" fits")[0].rsplit(maxsplit=1)[0].strip() for line in verdict[1:] if line.endswith(" fits")}
+    words = flags.split()[:-4]
+    for flag in fits:
+        given = [word for word in words if word not in ("--teacher_sharding", "none")] if "sharding" in flag else words
+        assert plan.main([*given, *flag.split(), "--processes", "8", "--memory_gb", "43"]) == 0
+    assert {"--teacher_dtype bfloat16", "--teacher_sharding full"} <= fits
+    assert any(flag.startswith("--per_device_train_batch_size") for flag in fits)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give --demo, --method or --config"),
+        ("--method kd --processes 0", "--processes and --memory_gb must be above 0"),
+        ("--method kd --optim adafloor", "adafloor"),
+        ("--method kd --optim rmsprop", "--optim: adamw_torch, adamw_torch_fused, adafactor and sgd can be planned"),
+        ("--method minidisc", "only the distillation of a T5"),
+        ("--method mixkd", "only the distillation of a T5"),
+        ("--method minilm --teacher t5-small --relation_heads 3", "relation_heads: expected a divisor of 64 and 512"),
+        ("--method kd --student_init slice --teacher t5-small --student_d_model 1024", "at most 512, the teacher's"),
+        ("--method kd --teacher ./nowhere", "no teacher folder ./nowhere"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_said_in_one_line(flags: str, message: str, capsys: Any) -> None:
+    assert plan.main(flags.split()) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1
+    assert said.err.startswith("fastkd.train.plan: ") and message in said.err
+
+
+def test_the_table_of_large_teachers(capsys: Any) -> None:
+    assert plan.main(["--table"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 9 and {row.count("|") for row in [header, *rows]} == {12}
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert sum(map(float, cells[2:8])) == pytest.approx(float(cells[8]), abs=0.04)
+        assert cells[-1] == ("yes" if float(cells[8]) <= 80 else "no")
