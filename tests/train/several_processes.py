@@ -1,8 +1,8 @@
 """Runs fastkd-train in several gloo processes: `python -m tests.train.several_processes FOLDER`, for test_processes.py.
 
-FOLDER holds scenarios.json, a list of {name, processes, argv}, and if need be what to do before: {copy, without, patch,
-environment}. They run one after the other; each process's exit code and lines on stderr are left in NAME.RANK.json. What
-is imported is imported once, and the processes are forked.
+FOLDER holds scenarios.json, a list of {name, processes, argv}, and if need be what comes before: {copy, without, patch,
+environment}. They run one after the other; the exit code of each process, and what it wrote to stderr, are left in
+NAME.RANK.json. What is imported is imported once, and the processes are forked.
 """
 
 from __future__ import annotations
@@ -69,13 +69,8 @@ PATCHES = {"kill": kill_at_step_12, "signal": signal_at_step_12, "nothing stays"
 
 def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     """Be process `rank` of a scenario, and end."""
-    settings = {
-        **scenario.get("environment", {}),
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": scenario["processes"],
-        "MASTER_PORT": port,
-    }
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": scenario["processes"], "MASTER_PORT": port}
+    settings = {**scenario.get("environment", {}), **own}
     os.environ.update({name: str(value) for name, value in settings.items()}, MASTER_ADDR="127.0.0.1")
     transformers.logging.set_verbosity_error()
     if scenario.get("patch"):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm.sh: distil on two nodes of eight GPUs each. Student and teacher are sharded over all sixteen.
-# Output folder and cache must be where both nodes see them. --requeue starts the job again after a node has failed, and
-# it goes on from the last checkpoint; so it does after the warning that Slurm sends before the time is over.
+# Output folder and cache must be where both nodes see them. Five minutes before the time is over Slurm sends a signal, at
+# which the run saves and stops. It goes on from the last checkpoint when the job is submitted again, or when Slurm itself
+# starts it again because a node has failed.
 #SBATCH --job-name=distil
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
