@@ -52,6 +52,18 @@ def test_quick_run(op: str, tmp_path: Path) -> None:
         assert all(row["error"] < 1e-5 for name, row in rows.items() if "error" in row)
 
 
+def test_traffic_of_ranks(tmp_path: Path) -> None:
+    """It is what is documented for linear_kl, and for a training step that of the weights."""
+    output = python(BENCHMARKS / "bench_scaling.py", "--quick", "--json", tmp_path / "out.json")
+    assert "NOT MET" not in output and "no measure of a speed-up" in output
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert all(target["met"] for target in record["targets"])
+    assert {result["divergence"] for result in record["linear_kl"]} == {"forward_kl", "jsd"}
+    assert all(result["sent"] > 0 for result in record["linear_kl"])
+    moved = {result["kind"]: result["closed_form"] for result in record["training"]}
+    assert moved["DDP"]["all-reduce"] == moved["FSDP2"]["reduce-scatter"] < moved["FSDP2"]["all-gather"]
+
+
 def test_all_in_one_markdown_table() -> None:
     table = python(BENCHMARKS / "run.py", "--quick", "--markdown", "--only", "logit_kl T 32 V 1000 float32, forward")
     header = next(line for line in table.splitlines() if line.startswith("| implementation"))
