@@ -69,7 +69,10 @@ def gather_facts(facts: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
     They travel on a device that the group serves on every rank, wherever they were made.
     """
     devices = [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
-    device = "cpu" if "cpu" in devices else devices[0]
+    if "cpu" in devices:
+        device = torch.device("cpu")
+    else:
+        device = facts.device if facts.device.type in devices else torch.device(devices[0])
     return gather(facts.to(device), group).tolist()
 
 

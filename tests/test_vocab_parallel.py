@@ -26,7 +26,7 @@ import fastkd
 from fastkd.checks import Objective
 from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.ops.divergence_rows import ELSEWHERE, divergence_shard_gradient, divergence_stats
-from fastkd.ops.vocabulary_shards import VocabularyShard
+from fastkd.ops.vocabulary_shards import VocabularyShard, _checksum
 
 from .cases import (
     LINEAR_KL,
@@ -557,3 +557,12 @@ def test_labels_count_from_the_first_column_of_a_shard():
     assert shards[1].local_labels(labels).tolist() == [-1, e, e, e, e, -1, -1, -1]
     assert shards[2].local_labels(labels).tolist() == [-1, e, e, 0, 1, -1, -1, -1]
     assert [shard.widest for shard in shards] == [3, 3, 3]
+
+
+def test_a_checksum_tells_what_ranks_must_not_differ_in():
+    """Masks of zeros and ones above all, whose numbers differ in a few bits and in their order alone."""
+    mask = torch.cat([torch.ones(1024), torch.zeros(1024)])
+    alike = [mask, mask.flip(0), 2 * mask, torch.zeros(2048), torch.zeros(2047), mask.long(), mask.flip(0).long(), None]
+    sums = [_checksum(x, torch.device("cpu")).item() for x in alike]
+    assert len(set(sums)) == len(alike)
+    assert _checksum(mask.clone(), torch.device("cpu")).item() == sums[0]

@@ -52,6 +52,7 @@ from .vocabulary_shards import (
     agree,
     group_by_name,
     local_tensor,
+    shard_on,
     vocabulary_group,
     whole_row_stats,
 )
@@ -772,7 +773,7 @@ def linear_kl(
         check_number("teacher_scale", teacher_scale, "that is finite", is_finite)
         if workspace_mb is not None:
             check_number("workspace_mb", workspace_mb, "> 0", lambda x: 0 < x < float("inf"))
-        shards = {name: local_tensor(name, x, None if group is None else 0) for name, x in heads.items()}
+        shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
         hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
         whole = {name: local_tensor(name, x) for name, x in hidden.items()}
         inputs = _check_inputs(_Inputs(**whole, **shards), objective, tokens, group is not None)

@@ -28,6 +28,7 @@ from .vocabulary_shards import (
     agree,
     group_by_name,
     local_tensor,
+    shard_on,
     vocabulary_group,
     whole_row_stats,
 )
@@ -286,7 +287,9 @@ def logit_kl(
         token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
         local = {name: local_tensor(name, x) for name, x in token_arguments.items()}
         tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
-        student, teacher = (local_tensor(name, x, None if group is None else -1) for name, x in logits.items())
+        student, teacher = student_logits, teacher_logits
+        if group is not None:
+            student, teacher = (shard_on(group, name, x, -1) for name, x in logits.items())
         _check_logits(student, teacher, objective, tokens, group is not None)
         return _Checked(student, teacher, objective, tokens, use_fused(impl, student.device))
 

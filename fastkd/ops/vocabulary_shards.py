@@ -47,6 +47,7 @@ __all__ = [
     "agree",
     "group_by_name",
     "local_tensor",
+    "shard_on",
     "vocabulary_group",
     "whole_row_stats",
 ]
@@ -178,32 +179,38 @@ def local_tensor(name: str, x: Any, shard_dim: int | None = None) -> Any:
 def vocabulary_group(vocab_group: object, heads: Mapping[str, Any], dim: int) -> ProcessGroup | None:
     """The group over which the heads' vocabulary is spread along `dim`: as given, or that of heads that are DTensors.
 
-    None where there is neither. Raises ValueError for heads of which some are DTensors and some are not, or that are on
-    other ranks than `vocab_group`.
+    None where there is neither. Raises ValueError where some heads are DTensors and show no group, or some are not.
     """
     if vocab_group is not None:
         distributed.check_group(vocab_group, "vocab_group")
+        return vocab_group  # type: ignore[return-value]
     sharded = {name: x for name, x in heads.items() if _is_dtensor(x)}
     if not sharded:
-        return vocab_group  # type: ignore[return-value]
-    for name, x in sharded.items():
-        problem = _sharding_problem(x, dim)
+        return None
+    for name, x in heads.items():
+        problem = _sharding_problem(x, dim) if name in sharded else None
         if problem is not None:
             raise ValueError(f"{name}: {problem}")
-    plain = [name for name, x in heads.items() if isinstance(x, Tensor) and name not in sharded]
-    if plain and vocab_group is None:
-        raise ValueError(
-            f"{plain[0]}: expected a DTensor of placements (Shard({dim}),), as {next(iter(sharded))} is one, got a "
-            "tensor; give vocab_group where it is this rank's shard"
-        )
-    group: Any = vocab_group
-    for name, x in sharded.items():
-        of_mesh = x.device_mesh.get_group()
-        group = of_mesh if group is None else group
-        ranks, others = (torch.distributed.get_process_group_ranks(g) for g in (group, of_mesh))
+        if name not in sharded and isinstance(x, Tensor):
+            raise ValueError(
+                f"{name}: expected a DTensor of placements (Shard({dim}),), as {next(iter(sharded))} is one, got a "
+                "tensor; give vocab_group where it is this rank's shard"
+            )
+    group: ProcessGroup = next(iter(sharded.values())).device_mesh.get_group()
+    return group
+
+
+def shard_on(group: ProcessGroup, name: str, x: Any, dim: int) -> Any:
+    """What this rank holds of a head: a tensor as it is, of a DTensor its shard along `dim`.
+
+    Raises ValueError for a DTensor that is sharded otherwise, or over other ranks than the group's.
+    """
+    local = local_tensor(name, x, dim)
+    if local is not x:
+        ranks, others = (torch.distributed.get_process_group_ranks(g) for g in (group, x.device_mesh.get_group()))
         if ranks != others:
             raise ValueError(f"{name}: expected a mesh of the ranks {ranks}, those of the group, got {others}")
-    return group
+    return local
 
 
 # ---- what ranks agree on --------------------------------------------------------------------------------------------
@@ -244,12 +251,15 @@ FACTS = 5 + len(Facts.EXACT) + 2 * len(Facts.ROUNDED)
 
 
 def _checksum(x: Tensor | float | None, device: torch.device) -> Tensor:
-    """[1] int64, another one for other numbers [n] or the same in another order."""
+    """[1] int64, another one for other numbers [n] or the same in another order, and for None."""
     if x is None:
         return torch.zeros(1, dtype=torch.int64, device=device)
     x = torch.as_tensor(x).detach().reshape(-1).to(device)
     x = x.double().view(torch.int64) if x.is_floating_point() else x.long()
-    return (x * torch.arange(1, 2 * x.numel() + 1, 2, device=device)).sum().view(1)
+    x = x + 1 + torch.arange(x.numel(), device=device) * 0x9E3779B97F4A7C1  # its place; products wrap around
+    for shift, factor in ((32, 0x5851F42D4C957F2D), (29, 0x2545F4914F6CDD1D), (32, 1)):  # every bit reaches all others
+        x = (x ^ (x >> shift)) * factor
+    return (x.sum() * 2 + 1).view(1)
 
 
 def _sum_and_norm(x: Tensor | None, kept: Tensor) -> Tensor:
