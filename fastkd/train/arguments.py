@@ -442,6 +442,10 @@ def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str])
         raise InputError("give --max_steps or --num_train_epochs above 0")
     elif ours.streaming and "max_steps" not in given:
         raise InputError("--streaming needs --max_steps: nobody knows the length of a stream")
+    loading: Any = args.accelerator_config
+    if ours.streaming and loading.dispatch_batches is None:
+        # Every process reads the stream and takes its part; cutting up one's batches needs them to be equally long.
+        loading.dispatch_batches = False
     if "learning_rate" not in given and ours.continues_given_model:
         args.learning_rate = FINE_TUNING_RATE
     if ours.embedding_learning_rate is None and not ours.continues_given_model:
@@ -585,7 +589,7 @@ def _check_processes(flags: FastkdArguments, args: TransformersArguments, method
         raise InputError("--torch_compile is not supported with FSDP, which gathers weights inside of what is compiled")
     if method.student_init == "prune":
         raise InputError(f"--method {flags.method} runs in one process, got {args.world_size}")
-    if flags.teacher and flags.teacher_dtype == "float16" and flags.teacher_sharding == "full":
+    if flags.teacher_dtype == "float16" and flags.teacher_sharding == "full":
         raise InputError(
             "--teacher_dtype float16 leaves some weights in float32, which cannot be sharded with the others: give "
             "bfloat16, or --teacher_sharding none"

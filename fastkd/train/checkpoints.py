@@ -25,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from .callbacks import EpochEnd, LossBar, WindowedValues, mean_of_windows
 from .errors import Interrupted, RunError
-from .processes import is_lost_process
+from .processes import is_first, is_lost_process, of_all, patient_group
 from .sharding import local, whole
 
 STAGING = "_saving"  # no checkpoint to transformers, and left out of uploads, as is every name with that first letter
@@ -76,8 +76,9 @@ def _writing(target: Path, run: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            recover(run)
+        if is_first():
+            with contextlib.suppress(OSError):
+                recover(run)
         # torch.save reports no error of the system's, only that the file is not as long as it should be.
         torn = isinstance(error, RuntimeError) and "inline_container" in str(error)
         if not torn and not isinstance(error, (OSError, SafetensorError)):
@@ -97,6 +98,12 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
+
+
+def _not_finite(model: Any) -> str | None:
+    """Return the first weight of which this process holds a number that is not finite, or None."""
+    bad = (name for name, weight in model.named_parameters() if not bool(torch.isfinite(local(weight)).all()))
+    return next(bad, None)
 
 
 class Signals:
@@ -175,7 +182,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         self._non_finite = NonFinite()
         self._staging: Path | None = None
         self._saved_step = self._stop_signal = 0
-        self._heard: torch.Tensor | int = 0
+        self._heard: tuple[Any, torch.Tensor] | None = None  # of the signals of all processes, one step ago
         self.add_callback(self._window)
         self.add_callback(self._epoch_end)
 
@@ -184,7 +191,8 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             recover(Path(str(self.args.output_dir)))
         self._non_finite = NonFinite()
-        self._saved_step = self._stop_signal = self._heard = 0
+        self._saved_step = self._stop_signal = 0
+        self._heard = None
         try:
             with self._signals:
                 result = super().train(*args, **kwargs)
@@ -215,6 +223,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         try:
             with _writing(final, run):
                 super()._save_checkpoint(model, trial)
+                staged.mkdir(parents=True, exist_ok=True)  # by the first process, unless each has written its own file
                 torch.save(self._window.state_dict(), staged / _WINDOW.format(self.args.process_index))
                 best = run / f"{_PREFIX}{self.state.best_global_step}"
                 if best == final or best.is_dir():
@@ -245,9 +254,8 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         """Save the student; every file of an ordinary folder is replaced when all are complete, the config last."""
         self._stop_if_not_finite()
         student: Any = self.model
-        for name, parameter in student.named_parameters():
-            if not bool(torch.isfinite(local(parameter)).all()):
-                raise self._bad_number(f"the weight {name} is not finite after step {self.state.global_step}")
+        for name in filter(None, of_all(_not_finite(student))):
+            raise self._bad_number(f"the weight {name} is not finite after step {self.state.global_step}")
         if _internal_call:  # a checkpoint, which is staged as a whole
             super().save_model(output_dir, _internal_call)
             return
@@ -313,9 +321,13 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         if self.accelerator.num_processes == 1:
             self._stop_signal = self._signals.received
             return
-        self._stop_signal = int(self._heard)
-        self._heard = torch.tensor(self._signals.received, device=self.args.device)
-        torch.distributed.all_reduce(self._heard, op=torch.distributed.ReduceOp.MAX)
+        if self._heard is not None:
+            pending, loudest = self._heard
+            pending.wait()
+            self._stop_signal = int(loudest)
+        loudest = torch.tensor(self._signals.received)  # on the CPU: reading it makes no device wait
+        maximum = torch.distributed.ReduceOp.MAX
+        self._heard = torch.distributed.all_reduce(loudest, maximum, patient_group(), async_op=True), loudest
 
     def _stop_if_interrupted(self) -> None:
         if not self._stop_signal:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import InputError, RunError
-from .processes import is_lost_process, launched_rank, print_by_first_only
+from .processes import is_lost_process, launched_rank, leave, print_by_first_only
 
 _REQUIRED = (
     "torch", "numpy", "transformers", "accelerate", "sentencepiece", "datasets", "pyarrow", "yaml", "jinja2",
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_by_first_only()
     try:
         _run(sys.argv[1:] if argv is None else argv)
+        leave()
     except (InputError, RunError) as error:
         _say(error)
         return error.exit_code

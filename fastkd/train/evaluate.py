@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .processes import is_first
+from .sharding import is_sharded
 
 CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 
@@ -72,7 +73,9 @@ def generate(
     Sources of like length share a batch. keep_sentinels: show special tokens, but for padding and the end. title: of
     the progress bar, which is not shown without one. num_beams: by default the model's own.
     """
-    options = {} if num_beams is None else {"num_beams": num_beams}
+    options: dict[str, Any] = {} if num_beams is None else {"num_beams": num_beams}
+    if is_sharded(model):
+        options["synced_gpus"] = True  # processes gather weights together as long as one of them writes
 
     def texts(inputs: dict[str, torch.Tensor]) -> list[str]:
         written = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)

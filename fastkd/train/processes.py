@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,9 +13,13 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+_alone = False  # whether this process works for all of them
+_patient: dict[Any, Any] = {}  # of the group of all processes
+
+
 def count() -> int:
-    """Return how many processes train together; 1 outside torchrun and the like."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return how many processes work together; 1 outside torchrun and the like, and where one works for all."""
+    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first() -> bool:
@@ -22,31 +27,59 @@ def is_first() -> bool:
     return count() == 1 or dist.get_rank() == 0
 
 
+def patient_group() -> Any:
+    """Return a group of the CPUs of all processes that waits for days, as for a corpus that one of them reads."""
+    if dist.group.WORLD not in _patient:
+        _patient.clear()
+        _patient[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return _patient[dist.group.WORLD]
+
+
 def agreed(value: T) -> T:
     """Return the first process's `value` on all of them."""
     if count() == 1:
         return value
     values: list[Any] = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=patient_group())
     return values[0]
+
+
+def of_all(value: T) -> list[T]:
+    """Return every process's `value`, by their numbers."""
+    values: list[Any] = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value, group=patient_group())
+    return values
 
 
 def by_first(work: Callable[[], T]) -> T:
     """Return what `work()` returns in the first process, which alone calls it; if it raises, all raise the same.
 
-    What it returns, or raises, must be of a kind that pickle knows.
+    What it returns, or raises, must be of a kind that pickle knows. Inside, the first process is on its own.
     """
+    global _alone
+    if count() == 1:
+        return work()
     result, error = None, None
     if is_first():
+        _alone = True
         try:
             result = work()
         except Exception as caught:
             error = caught
+        finally:
+            _alone = False
     result, error = agreed((result, error))
     if error is not None:
         error.was_elsewhere = not is_first()  # type: ignore[attr-defined]
         raise error
     return result  # type: ignore[return-value]
+
+
+def leave() -> None:
+    """End what processes do together; threads that still wait for others might crash a process that just ends."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_lost_process(error: BaseException) -> bool:

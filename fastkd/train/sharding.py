@@ -58,7 +58,8 @@ def shard(model: Any, device: torch.device, *, stay: Sequence[Any] = (), **polic
     for module in (*model.encoder.block, *model.decoder.block, model):
         gathered = {"reshard_after_forward": False} if any(module is other for other in stay) else {}
         fully_shard(module, mesh=mesh, **{"reshard_after_forward": True} | policy | gathered)
-    register_fsdp_forward_method(model, "generate")  # which runs the encoder by itself
+    if hasattr(model, "generate"):  # which runs the encoder by itself
+        register_fsdp_forward_method(model, "generate")
     return model
 
 

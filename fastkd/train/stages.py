@@ -41,8 +41,8 @@ RECIPE = (
 def recipe(args: TransformersArguments) -> dict[str, Any]:
     """Return those arguments, and how many examples a step learns from, however they are divided."""
     examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    name = "per_device_train_batch_size * gradient_accumulation_steps * processes"
-    return {**{name: getattr(args, name) for name in RECIPE}, name: examples}
+    batch = "per_device_train_batch_size * gradient_accumulation_steps * processes"
+    return {**{name: getattr(args, name) for name in RECIPE}, batch: examples}
 
 
 @dataclass

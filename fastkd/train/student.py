@@ -57,7 +57,7 @@ def new_model(config: Any, seed: int, tied: bool = True) -> Any:
     from .models import auto_class
 
     set_seed(seed)
-    model = auto_class(config).from_config(config)
+    model = auto_class(config).from_config(config, dtype=torch.float32)  # whatever its teacher, say, was loaded in
     if is_enct5(config):
         return model  # nothing to tie, and nothing to generate
     if not tied:  # some versions of transformers tie every T5 made from a config, others start the head far too large

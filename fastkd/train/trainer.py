@@ -172,10 +172,12 @@ class DistillTrainer(CheckpointingTrainer):
         if state.distributed_type == DistributedType.MULTI_CPU and is_asked_for(self.args):
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
             self.is_fsdp_enabled = True
         if not self.is_fsdp_enabled:
             return
-        if state.fsdp_plugin.fsdp_version != 2:
+        if getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError("fsdp: expected version 2, as version 1 lets nobody read a head outside its module")
         if state.fsdp_plugin.activation_checkpointing:
             raise ValueError("fsdp: its activation_checkpointing is not supported, --gradient_checkpointing is")
@@ -253,7 +255,21 @@ class DistillTrainer(CheckpointingTrainer):
             set_embedding_rate(optimizer, self.model, self.embedding_learning_rate)
         if is_new and self.projection is not None:
             set_own_rate(optimizer, self.projection, self.projection_learning_rate)
+        if is_new:
+            self._optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return transformers' schedule, of an optimizer whose parameters are still those of the student.
+
+        accelerate, which has prepared it by now, finds a sharded model's by the addresses of their shards, and those
+        without a number, of parameters with fewer rows than there are processes, all have one address.
+        """
+        prepared: Any = self.optimizer
+        if is_sharded(self.model):
+            for group, parameters in zip(prepared.param_groups, self._optimized, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student, and beside it, if it is a checkpoint, the projection of its hidden states."""
@@ -262,6 +278,15 @@ class DistillTrainer(CheckpointingTrainer):
             state = {name: whole(value) for name, value in self.projection.state_dict().items()}
             if self.args.should_save:
                 torch.save(state, Path(str(output_dir)) / PROJECTION_FILE)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the student; of weights that are shared, as T5's embedding is, FSDP gives a copy for every name."""
+        if state_dict is not None:
+            student: Any = self.model
+            names = {name for name, _ in student.named_parameters()}
+            others = {name for name, _ in student.named_parameters(remove_duplicate=False)} - names
+            state_dict = {name: value for name, value in state_dict.items() if name not in others}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -321,3 +321,12 @@ def test_from_the_command_line(
     for name in ("student", "scratch"):
         model = T5ForConditionalGeneration.from_pretrained(tmp_path / "hsm-cka" / name)
         assert not is_tied(model) and not model.config.scale_decoder_outputs and model.config.is_gated_act
+
+
+def test_a_slice_of_a_16_bit_teacher_learns_in_32_bits() -> None:
+    teacher = new_model(t5_config(512, 64, 2), 0).to(torch.bfloat16)
+    teacher.config.dtype = torch.bfloat16  # as from_pretrained leaves it
+    student = new_model(smaller_config(teacher.config, 32, 1), 0)
+    slice_teacher(student, teacher)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert torch.equal(student.shared.weight, teacher.shared.weight[:, :32].float())

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from fastkd.train import LAUNCHERS
+from fastkd.train import LAUNCHERS, processes
 from fastkd.train.arguments import TransformersArguments, parse
+from fastkd.train.checkpoints import last_checkpoint
 from fastkd.train.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +77,14 @@ class Runs:
 
     def add(self, name: str, processes: int, method: str, *flags: str, **more: Any) -> None:
         """Add a run of 12 examples a step, however many processes; the first one trains the teacher of all."""
-        steps = 2 if "--gradient_accumulation_steps" in METHODS[method] else 1
-        argv = [*self.common, *METHODS[method], "--output_dir", str(self.folder / name), *flags]
+        steps = 2 if "--gradient_accumulation_steps" in METHODS.get(method, []) else 1
+        argv = [
+            *self.common,
+            *METHODS.get(method, ["--method", method]),
+            "--output_dir",
+            str(self.folder / name),
+            *flags,
+        ]
         argv += ["--per_device_train_batch_size", str(BATCH // processes // steps)]
         self.scenarios.append({"name": name, "processes": processes, "argv": argv, **more})
 
@@ -100,7 +108,8 @@ class Runs:
 
     def log(self, name: str) -> dict[int, dict[str, float]]:
         """Return what was logged of each step: losses, gradient norms, held-out figures."""
-        (last,) = (self.folder / name).glob(f"checkpoint-{STEPS}")
+        last = last_checkpoint(self.folder / name)
+        assert last is not None
         entries = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         kept = ("loss", "grad_norm", "eval_loss", "eval_token", "learning_rate")
         log: dict[int, dict[str, float]] = {}
@@ -119,10 +128,10 @@ def launched() -> dict[str, str]:
 def runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return the runs of this file, done: one subprocess makes all of them."""
     runs = Runs(tmp_path_factory.mktemp("runs"), text_file)
-    for method, processes in zip(METHODS, (2, 3), strict=True):
+    for method, ranks in zip(METHODS, (2, 3), strict=True):
         runs.add(f"{method}-one", 1, method)
-        runs.add(f"{method}-ddp", processes, method)
-        runs.add(f"{method}-fsdp", processes, method, "--fsdp")
+        runs.add(f"{method}-ddp", ranks, method)
+        runs.add(f"{method}-fsdp", ranks, method, "--fsdp")
     # Of two processes, then three; with every weight gathered in between, as it need not be.
     first_half = {"copy": "miniend-e-ddp", "without": [f"checkpoint-{STEPS}"]}
     again = ["--resume_from_checkpoint", "last"]
@@ -130,6 +139,13 @@ def runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.add("other-kind", 2, "miniend-e", *again, "--fsdp", **first_half)
     first_half["copy"] = "miniend-e-fsdp"
     runs.add("resumed-fsdp", 3, "miniend-e", *again, **first_half, patch="nothing stays", environment=launched())
+    # Prompt and classifier have fewer rows than there are processes.
+    classes = tmp_path_factory.mktemp("classes") / "rows.jsonl"
+    rows = [{"text": f"{word} {i}", "label": label} for i in range(60) for word, label in (("yes", "a"), ("no", "b"))]
+    classes.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    enct5 = ["--task", "classification", "--architecture", "enct5", "--train_file", str(classes), "--max_steps", "6"]
+    runs.add("enct5-one", 1, "scratch", *enct5)
+    runs.add("enct5-fsdp", 3, "scratch", *enct5, "--fsdp")
     runs.add("killed", 2, "miniend-e", patch="kill")
     runs.add("after-killed", 2, "miniend-e", *again, copy="killed", without=[])
     runs.add("signalled", 2, "miniend-e", patch="signal")
@@ -140,6 +156,7 @@ def runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 SAME = [
     *((f"{method}-{mode}", method) for method in METHODS for mode in ("ddp", "fsdp")),
     *((name, "miniend-e") for name in ("resumed-ddp", "resumed-fsdp", "after-killed")),
+    ("enct5-fsdp", "enct5"),
 ]
 
 
@@ -148,11 +165,12 @@ def test_processes_train_as_one_does_on_the_whole_batch(runs: Runs, name: str, m
     """Losses, terms, gradient norms and held-out figures of every step, and the weights after the last."""
     assert runs.ends(name) == [{"code": 0, "lines": []}] * len(runs.ends(name))
     ours, expected = runs.log(name), runs.log(f"{method}-one")
-    assert ours.keys() == expected.keys() == set(range(1, STEPS + 1))
+    assert ours.keys() == expected.keys() == set(range(1, (6 if method == "enct5" else STEPS) + 1))
     for step, entry in expected.items():
         assert ours[step] == pytest.approx(entry, rel=1e-4, abs=1e-6), step
-    weights = runs.weights(name)
-    for key, weight in runs.weights(f"{method}-one").items():
+    weights, wanted = runs.weights(name), runs.weights(f"{method}-one")
+    assert weights.keys() == wanted.keys()
+    for key, weight in wanted.items():
         torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-4)
 
 
@@ -217,3 +235,29 @@ def test_flags_that_several_processes_cannot_follow(
     monkeypatch.setattr(TransformersArguments, "world_size", 2)
     with pytest.raises(InputError, match=re.escape(message)):
         parse([*flags, "--use_cpu", "true"])
+
+
+def test_one_that_works_for_all_is_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it calls may be work that one does for all, too: nobody else is there to be told."""
+    told: list[Any] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(processes, "patient_group", lambda: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda values, **_: told.append(values[0]))
+    assert processes.by_first(lambda: processes.by_first(lambda: processes.agreed(3)) + processes.count()) == 4
+    assert told == [(4, None)]
+    with pytest.raises(InputError, match="no such file"):
+        processes.by_first(_fails)
+    assert processes.count() == 2 and isinstance(told[1][1], InputError)
+
+
+def _fails() -> None:
+    raise InputError("no such file")
+
+
+def test_every_process_reads_its_part_of_a_stream(text_file: Path) -> None:
+    """Or one would have to cut its batches up for all, which have to be equally long for that."""
+    flags = ["--method", "kd", "--streaming", "--teacher", "t", "--train_file", str(text_file), "--eval_file", "e"]
+    loading: Any = parse([*flags, "--max_steps", "2", "--use_cpu", "true"])[1].accelerator_config
+    assert loading.dispatch_batches is False

@@ -19,6 +19,7 @@ if compgen -G "$out/checkpoint-*" > /dev/null; then resume=(--resume_from_checkp
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 export OMP_NUM_THREADS=8
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280  # seconds that torchrun grants after a signal, for the step and the checkpoint
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29500" \
   -m fastkd.train.cli --config miniend-e --teacher google/flan-t5-xxl --train_file corpus.jsonl.gz \
