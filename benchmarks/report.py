@@ -120,7 +120,10 @@ def measured(
 
 def main(problems: Callable[[torch.device, bool], list[Problem]], description: str | None) -> None:
     """The command line of every benchmark: `problems(device, quick)` lists what it measures."""
-    by_hand = "Run by hand: exactness.py (errors against fp64) and memory_against_length.py (peak memory, a picture)."
+    by_hand = (
+        "Run by hand: exactness.py (errors against fp64), memory_against_length.py (peak memory, a picture) and "
+        "bench_scaling.py (bytes between processes)."
+    )
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0], epilog=by_hand)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(default))
