@@ -494,6 +494,8 @@ def test_gradients_that_are_asked_for(op: Op, backend: str, trained: tuple[str, 
 @over_fused
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(op: Op, backend: str, reduction: str):
+    if backend == "triton" and reduction == "mean":
+        pytest.skip("the same kernels as for none, in an interpreter that is slow")
     mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
     with running_on(backend) as (impl, device):
         inputs = to(op.make(UNRELATED, queries=4), torch.float64, device)
