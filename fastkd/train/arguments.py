@@ -76,6 +76,9 @@ examples:
       one table and one picture of runs that are done
   fastkd-train --method kd --output_dir runs/kd --resume_from_checkpoint last
       continue an interrupted run: the same command plus this flag
+  torchrun --nproc-per-node 8 -m fastkd.train.cli --config miniend-e --teacher google/flan-t5-xxl --fsdp --bf16 \
+           --teacher_dtype bfloat16 --train_file corpus.jsonl.gz --output_dir runs/xxl
+      eight GPUs, teacher and student sharded; `python -m fastkd.train.plan` with these flags says whether it fits
 """
 
 
