@@ -45,7 +45,7 @@ COMMON = [
     "--teacher_steps",
     "8",
     "--student_layers",
-    "2",
+    "1",
     "--student_d_model",
     "32",
     "--eval_strategy",
