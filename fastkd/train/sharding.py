@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial
-
-from .processes import by_first
 
 
 def is_asked_for(args: Any) -> bool:
@@ -63,30 +61,8 @@ def shard(model: Any, device: torch.device, *, stay: Sequence[Any] = (), **polic
     return model
 
 
-def shard_of_first(load: Callable[[], Any], empty: Callable[[], Any], device: torch.device) -> Any:
-    """Return the model that `load()` gives in the first process, sharded; no other process ever holds all of it.
-
-    empty: makes the same model with weights of any values, for the other processes. What `load` raises, all raise.
-    """
-    loaded: list[Any] = []
-    by_first(lambda: loaded.append(load()))
-    model = loaded[0] if loaded else empty()
-    weights = model.state_dict() if loaded else {}
+def shard_weights_of_first(model: Any, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Shard a model that all processes give, with the first one's `weights` by name; the others need not give any."""
     shard(model, device)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    return model
-
-
-@torch.no_grad()
-def unsharded(model: Any) -> Any:
-    """Return a copy of a sharded model with whole weights on every process, in evaluation mode; others as they are."""
-    if not is_sharded(model):
-        return model
-    from .models import auto_class
-
-    plain = auto_class(model.config).from_config(model.config)
-    plain.to(device=model.device, dtype=model.dtype)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("hidden_projection."):  # of the training, no part of the model
-            plain.get_parameter(name).copy_(whole(parameter))
-    return plain.eval()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(weights), options=options)

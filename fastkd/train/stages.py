@@ -25,8 +25,7 @@ from .objectives import METHODS, Method
 from .prepare import VERSION, Data, get_data, heading, with_classes
 from .processes import count, is_first
 from .report import Outcome
-from .sharding import unsharded
-from .student import is_tied, load_model, new_model, slice_teacher, smaller_config, t5_config
+from .student import is_tied, load_model, new_model, slice_teacher, smaller_config, t5_config, unsharded
 from .tokenizer import fingerprint, padded_size
 from .trainer import DistillTrainer
 

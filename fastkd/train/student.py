@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 
 from .capture import is_enct5, matched_layer
 from .errors import InputError
-from .sharding import shard_of_first, whole
+from .processes import by_first
+from .sharding import is_sharded, shard_weights_of_first, whole
 
 HEAD_WIDTH = 32
 # T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
@@ -172,21 +173,52 @@ def load_model(
         def load() -> Any:
             return auto_class(config).from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
 
-        model = load() if shard_on is None else shard_of_first(load, lambda: _empty(config, dtype), shard_on)
+        model = load() if shard_on is None else _load_sharded(load, config, dtype, shard_on)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if len(tokenizer) > rows:
         raise InputError(f"{role} {name}: its tokenizer has {len(tokenizer)} pieces, its embedding only {rows}")
     return model, tokenizer
 
 
-def _empty(config: Any, dtype: torch.dtype) -> Any:
-    """Return a model of a config whose weights are memory that was never written to, so that it takes none."""
+def _load_sharded(load: Callable[[], Any], config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model that `load()` gives in the first process, sharded; no other process ever holds all of it."""
+    loaded: list[Any] = []
+
+    def is_tied_in_first() -> bool:
+        loaded.append(load())
+        return is_tied(loaded[0])
+
+    tied = by_first(is_tied_in_first)
+    model = loaded[0] if loaded else _empty(config, dtype, tied)
+    shard_weights_of_first(model, model.state_dict() if loaded else {}, device)
+    return model
+
+
+def _empty(config: Any, dtype: torch.dtype, tied: bool) -> Any:
+    """Return a model of a config whose weights are memory that was never written to, so that it takes none.
+
+    tied: whether the head is the embedding, which the config need not tell.
+    """
     from .models import auto_class
 
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype)
     model.to_empty(device="cpu").tie_weights()
+    if not tied and is_tied(model):
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     return model.eval()
+
+
+@torch.no_grad()
+def unsharded(model: Any) -> Any:
+    """Return a copy of a sharded model with whole weights on every process, in evaluation mode; others as they are."""
+    if not is_sharded(model):
+        return model
+    plain = _empty(model.config, model.dtype, is_tied(model)).to(model.device)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("hidden_projection."):  # of the training, no part of the model
+            plain.get_parameter(name).copy_(whole(parameter))
+    return plain
 
 
 @contextlib.contextmanager

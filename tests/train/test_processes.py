@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from transformers import T5Config
 
 from fastkd.train import LAUNCHERS, processes
 from fastkd.train.arguments import TransformersArguments, parse
 from fastkd.train.checkpoints import last_checkpoint
 from fastkd.train.errors import InputError
+from fastkd.train.student import new_model
+from fastkd.train.tokenizer import padded_size
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -61,6 +64,17 @@ COMMON = [
     "--ddp_timeout",
     "30",
 ]
+# With a head of its own, as T5 v1.1 and Flan-T5, which transformers may tie in a model made of the config alone.
+FLAN: dict[str, Any] = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_heads": 4,
+    "num_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
 METHODS = {
     "miniend-e": ["--method", "miniend-e", "--gradient_accumulation_steps", "2"],
     "hsm-cka": ["--method", "hsm-cka", "--cka_over_processes", "--learning_rate", "1e-3"],
@@ -125,13 +139,16 @@ def launched() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(text_file: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return the runs of this file, done: one subprocess makes all of them."""
     runs = Runs(tmp_path_factory.mktemp("runs"), text_file)
-    for method, ranks in zip(METHODS, (2, 3), strict=True):
-        runs.add(f"{method}-one", 1, method)
-        runs.add(f"{method}-ddp", ranks, method)
-        runs.add(f"{method}-fsdp", ranks, method, "--fsdp")
+    flan = tmp_path_factory.mktemp("flan")
+    new_model(T5Config(**FLAN, vocab_size=padded_size(tokenizer)), 3, tied=False).save_pretrained(flan)
+    tokenizer.save_pretrained(flan)
+    for method, ranks, teacher in (("miniend-e", 2, []), ("hsm-cka", 3, ["--teacher", str(flan)])):
+        runs.add(f"{method}-one", 1, method, *teacher)
+        runs.add(f"{method}-ddp", ranks, method, *teacher)
+        runs.add(f"{method}-fsdp", ranks, method, *teacher, "--fsdp")
     # Of two processes, then three; with every weight gathered in between, as it need not be.
     first_half = {"copy": "miniend-e-ddp", "without": [f"checkpoint-{STEPS}"]}
     again = ["--resume_from_checkpoint", "last"]
