@@ -548,13 +548,32 @@ def _check_rows(name: str, x: Tensor, rows: int, dtype: torch.dtype, *trailing: 
         raise ValueError(f"{name}: expected contiguous {dtype} {[rows, *trailing]}, got {x.dtype} {list(x.shape)}")
 
 
-def _check_objective(teacher: Tensor | None, labels: Tensor | None, divergence: int, kd: float, ce: float) -> None:
-    if teacher is None and kd != 0:
+def _checked(
+    student: Tensor,
+    teacher: Tensor | None,
+    coefficient: Tensor,
+    labels: Tensor | None,
+    divergence: int,
+    kd_weight: float,
+    ce_weight: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The teacher and the labels, each None where its weight is 0; raises for arguments that do not fit."""
+    if teacher is None and kd_weight != 0:
         raise ValueError("teacher: needed unless kd_weight is 0")
-    if labels is None and ce != 0:
+    if labels is None and ce_weight != 0:
         raise ValueError("labels: needed unless ce_weight is 0")
     if not 0 <= divergence <= TVD.value:
         raise ValueError(f"divergence: expected 0 to {TVD.value}, got {divergence}")
+    teacher = teacher if kd_weight != 0 else None
+    labels = labels if ce_weight != 0 else None
+    rows, columns = student.shape
+    for name, matrix in (("student", student), ("teacher", teacher)):
+        if matrix is not None:
+            _check_matrix(name, matrix, rows, columns)
+    _check_rows("coefficient", coefficient, rows, torch.float64)
+    if labels is not None:
+        _check_rows("labels", labels, rows, torch.int64)
+    return teacher, labels
 
 
 def _launch(
@@ -572,15 +591,9 @@ def _launch(
     ce_weight: float,
 ) -> None:
     rows, columns = student.shape
-    _check_objective(teacher, labels, divergence, kd_weight, ce_weight)
-    teacher = teacher if kd_weight != 0 else None
-    labels = labels if ce_weight != 0 else None
-    for name, matrix in (("student", student), ("teacher", teacher), ("gradient", gradient)):
-        if matrix is not None:
-            _check_matrix(name, matrix, rows, columns)
-    _check_rows("coefficient", coefficient, rows, torch.float64)
-    if labels is not None:
-        _check_rows("labels", labels, rows, torch.int64)
+    teacher, labels = _checked(student, teacher, coefficient, labels, divergence, kd_weight, ce_weight)
+    if gradient is not None:
+        _check_matrix("gradient", gradient, rows, columns)
     if loss is not None:
         _check_rows("loss", loss, rows, torch.float64)
     if stats is not None:
@@ -627,15 +640,7 @@ def _launch_shard(
     ce_weight: float,
 ) -> None:
     rows, columns = student.shape
-    _check_objective(teacher, labels, divergence, kd_weight, ce_weight)
-    teacher = teacher if kd_weight != 0 else None
-    labels = labels if ce_weight != 0 else None
-    for name, matrix in (("student", student), ("teacher", teacher)):
-        if matrix is not None:
-            _check_matrix(name, matrix, rows, columns)
-    _check_rows("coefficient", coefficient, rows, torch.float64)
-    if labels is not None:
-        _check_rows("labels", labels, rows, torch.int64)
+    teacher, labels = _checked(student, teacher, coefficient, labels, divergence, kd_weight, ce_weight)
     _check_rows("stats", stats, rows, torch.float64, 7)
     if sums is not None:
         _check_rows("sums", sums, rows, torch.float64, 3)

@@ -163,26 +163,24 @@ def gpu_row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManage
     return {name: functools.partial(gpu_rows, name) for name in names}
 
 
+def _in_triton(name: str, *arguments: object) -> None:
+    from ..kernels import rows
+
+    getattr(rows, name)(*arguments)
+
+
 def _on_gpu(name: str):
     def call(*arguments: Any) -> None:
         if _preferred == "cuda" and CudaRows.takes(*arguments):
             getattr(CudaRows, name)(*arguments)
         else:
-            from ..kernels import rows
-
-            getattr(rows, name)(*arguments)
+            _in_triton(name, *arguments)
 
     return call
 
 
 for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient"):
     _library.impl(_name, _on_gpu(_name), "CUDA")
-
-
-def _in_triton(name: str, *arguments: object) -> None:
-    from ..kernels import rows
-
-    getattr(rows, name)(*arguments)
 
 
 for _name in _SHARD_OPS:

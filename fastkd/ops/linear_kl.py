@@ -48,7 +48,6 @@ from .vocabulary_shards import (
     SHARD_ARGUMENTS,
     Facts,
     RowBlock,
-    VocabularyShard,
     agree,
     group_by_name,
     local_tensor,
@@ -779,12 +778,8 @@ def linear_kl(
         inputs = _check_inputs(_Inputs(**whole, **shards), objective, tokens, group is not None)
         return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device)
 
-    shard: VocabularyShard | None = None
-    if group is None:
-        inputs, objective, tokens, fused = check()
-    else:
-        keywords = {"student_scale": student_scale, "teacher_scale": teacher_scale, "workspace_mb": workspace_mb}
-        (inputs, objective, tokens, fused), shard = agree(group, check, lambda checked: _facts(*checked, keywords))
+    keywords = {"student_scale": student_scale, "teacher_scale": teacher_scale, "workspace_mb": workspace_mb}
+    (inputs, objective, tokens, fused), shard = agree(group, check, lambda checked: _facts(*checked, keywords))
 
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
     if not fused:

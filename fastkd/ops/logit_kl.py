@@ -24,7 +24,6 @@ from .vocabulary_shards import (
     SHARD_ARGUMENTS,
     Facts,
     RowBlock,
-    VocabularyShard,
     agree,
     group_by_name,
     local_tensor,
@@ -293,12 +292,7 @@ def logit_kl(
         _check_logits(student, teacher, objective, tokens, group is not None)
         return _Checked(student, teacher, objective, tokens, use_fused(impl, student.device))
 
-    shard: VocabularyShard | None = None
-    if group is None:
-        checked = check()
-    else:
-        checked, shard = agree(group, check, _facts)
-    student, teacher, objective, tokens, fused = checked
+    (student, teacher, objective, tokens, fused), shard = agree(group, check, _facts)
 
     if not fused:
         return reference.logit_kl(student, teacher, shard=shard, **vars(objective), **vars(tokens))

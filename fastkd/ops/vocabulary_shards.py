@@ -312,13 +312,15 @@ Checked = TypeVar("Checked")
 
 
 def agree(
-    group: ProcessGroup, check: Callable[[], Checked], facts_of: Callable[[Checked], Facts]
-) -> tuple[Checked, VocabularyShard]:
-    """What `check` returns of this rank's arguments, and its shard.
+    group: ProcessGroup | None, check: Callable[[], Checked], facts_of: Callable[[Checked], Facts]
+) -> tuple[Checked, VocabularyShard | None]:
+    """What `check` returns of this rank's arguments, and its shard, of which there is none without a group.
 
     Raises on all ranks where `check` raises on any, its error there and elsewhere a RuntimeError that names the rank,
     and where the ranks disagree. One gather, and on a GPU a wait for the device.
     """
+    if group is None:
+        return check(), None
     failed: Exception | None = None
     try:
         checked = check()

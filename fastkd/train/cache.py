@@ -56,7 +56,7 @@ def _scratch(cache: Path, kind: str) -> Iterator[Path]:
 
     def new() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=cache, prefix=f".making-{kind}-")) / kind
+        made = Path(tempfile.mkdtemp(dir=cache, prefix=f".making-{kind}-")) / "new"
         made.mkdir()
         return made
 
@@ -80,13 +80,10 @@ def _keep(made: Path, folder: Path, settings: Mapping[str, Any]) -> None:
 
 def replace_folder(target: Path, make: Callable[[Path], object]) -> None:
     """Fill a new folder by `make(folder)` and put it in `target`'s place only when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".making-{target.name}-") as scratch:
-        made = Path(scratch) / "new"
-        made.mkdir()
+    with _scratch(target.parent, target.name) as made:
         make(made)
         if target.exists():
-            target.rename(Path(scratch) / "old")
+            target.rename(made.with_name("old"))
         made.rename(target)
 
 

@@ -39,9 +39,13 @@ RECIPE = (
 
 def recipe(args: TransformersArguments) -> dict[str, Any]:
     """Return those arguments, and how many examples a step learns from, however they are divided."""
-    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     batch = "per_device_train_batch_size * gradient_accumulation_steps * processes"
-    return {**{name: getattr(args, name) for name in RECIPE}, batch: examples}
+    return {**{name: getattr(args, name) for name in RECIPE}, batch: examples_per_step(args)}
+
+
+def examples_per_step(args: TransformersArguments) -> int:
+    """Return how many examples the accumulated batches of all processes hold."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 @dataclass
