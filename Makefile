@@ -1,5 +1,6 @@
 # make demo    set up, then distil a small T5 on real text (about four minutes on two cores)
-# make test    set up, then run the tests
+# make test    set up, then run the tests but for the long ones (under ten minutes on two cores)
+# make test-all  the long rest (marked `long`), and the numeric tests again as on other processors (under twenty)
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
 # make gpu     on a machine with a GPU: build, test and measure there, with its own Python and without a network
@@ -14,15 +15,24 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test bench lint gpu clean
+.PHONY: demo test test-all bench lint gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
 	$(BIN)/fastkd-train --demo
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 25
+# What holds on one processor holds on another: these run once more with what NumPy's and torch's kernels fall back to.
+NUMERIC := tests/test_contract.py tests/test_attention_kl.py tests/test_cka_loss.py $(wildcard tests/test_triton_*.py)
+
 test: $(VENV)/.test
 	-$(BIN)/python -m fastkd.doctor
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 25
+	$(PYTEST) -m "not long"
+
+test-all: $(VENV)/.test
+	$(PYTEST) -m long
+	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not long" $(NUMERIC)
+	OPENBLAS_CORETYPE=Prescott ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not long" $(NUMERIC)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py

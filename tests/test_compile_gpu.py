@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.long
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
