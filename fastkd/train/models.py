@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    EncoderDecoderCache,
     T5Config,
     T5ForConditionalGeneration,
     T5PreTrainedModel,
@@ -53,27 +54,21 @@ class PrunedAttention(T5Attention):
         super().__init__(narrower, has_bias, layer_idx, is_causal)
         self.config = config  # which implementation of attention to take is said there, also later
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        mask: Any = None,
-        key_value_states: Any = None,
-        position_bias: Any = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None, Any]:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None, Any]:
         """Return (output [B, L, d_model], None, weights); without heads the output is zeros.
 
-        position_bias, that of another layer, is ignored, and so that the next layer ignores this one's it is None.
+        position_bias, that of another layer, is ignored, and so that the next layer ignores this one's it is None. The
+        cache is looked for by its class, as its name is another in every few versions of transformers.
         """
-        if self.n_heads == 0:
-            if past_key_values is not None and key_value_states is None:
-                # From the first layer's cache the decoder knows how far it has come.
-                seen = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
-                past_key_values.self_attention_cache.update(seen, seen, self.layer_idx)
-            return torch.zeros_like(hidden_states), None, None
-        output, _, weights = super().forward(hidden_states, mask, key_value_states, None, past_key_values, **kwargs)
-        return output, None, weights
+        if self.n_heads > 0:
+            output, _, weights = super().forward(hidden_states, **{**kwargs, "position_bias": None})
+            return output, None, weights
+        cache = next((value for value in kwargs.values() if isinstance(value, EncoderDecoderCache)), None)
+        if cache is not None and kwargs.get("key_value_states") is None:
+            # From the first layer's cache the decoder knows how far it has come.
+            seen = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.self_attention_cache.update(seen, seen, self.layer_idx)
+        return torch.zeros_like(hidden_states), None, None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    EncoderDecoderCache,
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
@@ -409,7 +410,8 @@ def test_a_decoder_that_reads_in_two_goes(pattern: str, attention: str) -> None:
     with torch.no_grad():
         expected = small(input_ids=ids, decoder_input_ids=first).logits
         before = small(input_ids=ids, decoder_input_ids=first[:, :2], use_cache=True)
-        after = small(input_ids=ids, decoder_input_ids=first[:, 2:], past_key_values=before.past_key_values)
+        cache = {name: value for name, value in before.items() if isinstance(value, EncoderDecoderCache)}
+        after = small(input_ids=ids, decoder_input_ids=first[:, 2:], **cache)
     torch.testing.assert_close(torch.cat([before.logits, after.logits], 1), expected, **EXACT)
 
 
