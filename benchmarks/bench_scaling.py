@@ -121,7 +121,8 @@ def training(rank: int, ranks: int, kind: str, quick: bool) -> dict:
     pieces, steps, sharded = 512 if quick else 8192, 5 if quick else 15, kind == "FSDP2"
     flags = ["--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "no", "--logging_steps"]
     flags += ["1000", "--per_device_train_batch_size", "4", "--max_steps", str(steps), "--output_dir", "out"]
-    args = parse([*flags, "--fsdp"] if sharded else flags)[1]
+    flags += ["--teacher", "given", *(["--fsdp"] if sharded else [])]
+    args = parse(flags, needs_data=False)[1]
     student, teacher = (t5(64, 1, pieces), t5(96, 2, pieces)) if quick else (t5(192, 4, pieces), t5(384, 6, pieces))
     expected = closed_form(student, teacher, ranks, sharded) if ranks > 1 else {}
     if sharded:

@@ -55,7 +55,9 @@ def run(arm: str, seed: int, args: argparse.Namespace, data: Sequence[str], fold
     flags = [
         *ARMS[arm], *data, "--task", "classification", "--architecture", "enct5", "--output_dir", str(out),
         "--cache_dir", str(folder / "cache"), "--target_sparsity", str(args.target), "--max_steps", str(args.steps),
-        "--teacher_layers", str(args.layers), "--teacher_d_model", str(args.width),
+        "--train_teacher", "--teacher_learning_rate", "2e-3", "--adam_beta2", "0.98",
+        "--per_device_train_batch_size", "32", "--teacher_layers", str(args.layers),
+        "--teacher_d_model", str(args.width),
         "--teacher_steps", str(args.teacher_steps), "--max_source_length", str(args.length), "--seed", str(args.seed),
         "--data_seed", str(seed), "--lr_scheduler_type", "linear", "--warmup_steps", "0.1", "--max_grad_norm", "5",
         "--learning_rate", str(args.rate), "--eval_steps", "0.1", "--save_strategy", "no", "--disable_tqdm", "true",

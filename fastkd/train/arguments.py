@@ -23,30 +23,22 @@ from .schedule import GRID, parse_grid
 from .sharding import is_asked_for
 from .tasks import TASKS, figure_names
 
-# Our defaults for transformers' flags. They are the demo's: a small student on two CPU cores.
+# Our defaults for transformers' flags; `--demo` has its own, configs/demo.yaml.
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-3,
-    "lr_scheduler_type": "cosine",
+    "learning_rate": 3e-4,
     "warmup_steps": 0.05,
     "weight_decay": 0.01,
-    "adam_beta2": 0.98,
-    "max_steps": 300,
-    "num_train_epochs": 0.0,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
     "eval_strategy": "steps",
-    "eval_steps": 0.2,
-    "logging_steps": 0.02,
-    "save_steps": 200.0,
+    "eval_steps": 0.1,
+    "logging_steps": 0.01,
+    "save_steps": 0.1,
     "save_total_limit": 2,
     "report_to": "none",
     "disable_tqdm": False,  # transformers' own default follows its log level, which the command line lowers
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
-EPOCHS = 3.0  # transformers' default, for data of the user's own
-FINE_TUNING_RATE = 3e-4  # for a student that starts from the weights of a model that the user gave
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
-EMBEDDED_TASKS = ("span_corruption", "text2text", "summarization", "classification")
+EMBEDDED_DATA = {"docs": ("span_corruption", "text2text", "summarization", "classification")}  # the tasks it suits
 SHARDINGS = ("full", "none")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 ARCHITECTURES = ("t5", "enct5")
@@ -63,20 +55,21 @@ examples:
       a student sliced from its teacher, distilled on pairs and scored by ROUGE
   fastkd-train --method kd --student runs/e --teacher ./fine-tuned --task sst2 --train_file glue --output_dir runs/sst2
       fine-tune a student that exists, by GLUE's SST-2 in the folder glue/SST-2
-  fastkd-train --demo --task classification --method mixkd
+  fastkd-train --demo --embedded_data docs --task classification --method mixkd
       the demo in another mode; also text2text and summarization
   fastkd-train --config minidisc --teacher ./fine-tuned --task glue/mrpc --train_file glue --target_sparsity 0.95 \\
                --output_dir runs/d
       prune a teacher that was fine-tuned for a task, let one round pick its assistant, and distil what is left
   fastkd-train --method mlmkd --interpolated --teacher ./t5-3b --train_file 'texts/*.txt' --output_dir runs/small
       teacher to assistant to student in one command
-  fastkd-train --method miniend-d --divergence jsd --weights logit_kl=0.5 --output_dir runs/jsd
+  fastkd-train --method miniend-d --divergence jsd --weights logit_kl=0.5 --teacher ./t5 \\
+               --train_file corpus.jsonl.gz --output_dir runs/jsd
       another divergence, and another weight of one term
   fastkd-train --compare runs/e runs/jsd --output_dir runs/comparison
       one table and one picture of runs that are done
-  fastkd-train --method kd --output_dir runs/kd --resume_from_checkpoint last
+  fastkd-train --config runs/e/config.yaml --resume_from_checkpoint last
       continue an interrupted run: the same command plus this flag
-  torchrun --nproc-per-node 8 -m fastkd.train.cli --config miniend-e --teacher google/flan-t5-xxl --fsdp --bf16 \
+  torchrun --nproc-per-node 8 -m fastkd.train.cli --config miniend-e --teacher google/flan-t5-xxl --fsdp --bf16 \\
            --teacher_dtype bfloat16 --train_file corpus.jsonl.gz --output_dir runs/xxl
       eight GPUs, teacher and student sharded; `python -m fastkd.train.plan` with these flags says whether it fits
 """
@@ -94,7 +87,11 @@ class ObjectiveArguments:
 
     method: str = _help("; ".join(f"{name}: {m.summary}" for name, m in METHODS.items()), "mlmkd")
     config: str | None = _help("YAML file of flags without their dashes, or a name that --list_methods shows", None)
-    demo: bool = _help("compare distillation with training from scratch, from nothing, in a few minutes", False)
+    demo: bool = _help(
+        "compare distillation with training from scratch, from nothing, in a few minutes: configs/demo.yaml, whose "
+        "settings other flags override",
+        False,
+    )
     list_methods: bool = _help("print the methods with their terms and weights, and stop", False)
     compare: list[str] | None = field(
         default=None, metadata={"help": "output folders of runs to put into one table and one picture, and stop"}
@@ -141,8 +138,9 @@ class ModelArguments:
     _argument_group_name = "models"
 
     teacher: str | None = _help(
-        "folder or hub name of a T5 with its tokenizer; without it, one is trained on the same texts", None
+        "folder or hub name of a T5 with its tokenizer, to learn from, for every method but scratch and mixkd-sm", None
     )
+    train_teacher: bool = _help("train a teacher first, on the same data, by the --teacher_* flags", False)
     teacher_dtype: str = _help(f"in which the teacher runs: {', '.join(TEACHER_DTYPES)}", "float32")
     teacher_sharding: str = _help(
         f"{' or '.join(SHARDINGS)}: of the teacher over the processes of a run, each of which gathers a layer when it "
@@ -150,9 +148,14 @@ class ModelArguments:
         "full",
     )
     student: str | None = _help("folder or hub name of a T5 to start from, in place of a new student", None)
-    student_layers: int = _help("encoder layers, and as many decoder layers, of a student that is not pruned", 2)
-    student_d_model: int = _help(
-        "width; heads are 32 wide and feed-forward layers 4 times as wide, or for a slice as in the teacher", 64
+    student_layers: int | None = _help(
+        "encoder layers, and as many decoder layers, of a student that is not pruned; without it, half the teacher's",
+        None,
+    )
+    student_d_model: int | None = _help(
+        "width, with heads 32 wide and feed-forward layers 4 times as wide, or for a slice as in the teacher; without "
+        "it, the teacher's, with its heads and feed-forward layers",
+        None,
     )
     student_init: str | None = _help(
         f"{', '.join(STUDENT_INITS)}: the top-left part of every matrix of the teacher, whose variant of T5 it then "
@@ -173,10 +176,10 @@ class ModelArguments:
         None,
     )
     vocabulary_size: int = _help("pieces of the trained tokenizer, 100 sentinels included", 4096)
-    teacher_layers: int = _help("of the trained teacher", 2)
-    teacher_d_model: int = _help("of the trained teacher", 128)
-    teacher_steps: int = _help("of the trained teacher", 450)
-    teacher_learning_rate: float = _help("of the trained teacher", 2e-3)
+    teacher_layers: int | None = _help("of --train_teacher", None)
+    teacher_d_model: int | None = _help("of --train_teacher", None)
+    teacher_steps: int | None = _help("of --train_teacher", None)
+    teacher_learning_rate: float = _help("of --train_teacher", 3e-4)
 
 
 @dataclass
@@ -190,8 +193,12 @@ class DataArguments:
     )
     train_file: str | None = _help(
         "to learn from: a file, folder or glob of text (paragraphs separated by blank lines), JSONL, CSV, TSV or "
-        "Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder with its TSV files; without it, the "
-        "embedded corpus",
+        "Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder with its TSV files",
+        None,
+    )
+    embedded_data: str | None = _help(
+        f"{' or '.join(EMBEDDED_DATA)}, in place of files: data that needs no download, the documentation strings of "
+        "Python's standard library",
         None,
     )
     eval_file: str | None = _help("to evaluate on, likewise; without it, a held-out 5 %% of the training data", None)
@@ -208,7 +215,7 @@ class DataArguments:
     source_prefix: str | None = _help("what every source begins with; without it, the task's own as in T5", None)
     sequence_length: int = _help("tokens per chunk of text, before span corruption", 128)
     max_source_length: int | None = _help(
-        "tokens of a source, the rest is cut; without it, what the model takes, but 128 of the embedded corpus", None
+        "tokens of a source, the rest is cut; without it, what the model takes, but 128 of embedded data", None
     )
     max_target_length: int | None = _help(
         "tokens of a target, the rest is cut; without it, longer ones than the model takes are an error", None
@@ -284,7 +291,7 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, Data
 
     @property
     def has_own_data(self) -> bool:
-        """Whether the user gave data, so that the embedded corpus is not used."""
+        """Whether the data is the user's own, and not embedded."""
         return self.train_file is not None or self.dataset_name is not None
 
 
@@ -335,9 +342,10 @@ def closest(given: str, known: Sequence[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
-    """Parse and check the flags, and before them those of the file that `--config` names.
+def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments, TransformersArguments]:
+    """Parse and check the flags, and before them those of the file that `--config` names, and of `--demo`.
 
+    needs_data: whether it is an error that nothing says what to learn from.
     Raises InputError for unknown flags, keys and methods (with the closest known one) and for values out of range.
     """
     parser = make_parser()
@@ -360,37 +368,52 @@ def parse(argv: Sequence[str]) -> tuple[FastkdArguments, TransformersArguments]:
     _check_names(ours)
     _settle(ours, args, given)
     _check(ours, args)
+    if not (ours.compare or ours.list_methods):
+        _check_inputs(ours, needs_data)
     values = vars(parser.parse_known_args(words)[0])  # as they were given; TransformersArguments computes from them
     ours.transformers_flags = {name: values[name] for name in sorted({*DEFAULTS, *given}) if hasattr(args, name)}
     return ours, args
 
 
-_INSTEAD = {"max_steps": "num_train_epochs", "num_train_epochs": "max_steps"}  # one on the command line takes the place
+# Of these flags one takes the place of the others, where a later layer gives it: the demo, a file, the command line.
+_ALTERNATIVES = (
+    ("max_steps", "num_train_epochs"),
+    ("train_file", "dataset_name", "embedded_data"),
+    ("teacher", "train_teacher"),
+)
 
 
 def _with_config(argv: Sequence[str], parser: HfArgumentParser) -> list[str]:
-    """Return the words of the command line, behind those that stand for the keys of the `--config` file.
+    """Return the words of the command line, behind those that stand for the keys of `--demo`'s and `--config`'s files.
 
-    The last of two equal flags counts, so those of the command line override the file's.
+    The last of two equal flags counts, so those of the command line override the file's, and these the demo's.
     """
     if not argv:
         raise InputError("give --demo, --method or --config; --help shows every flag, with examples")
-    first = _Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    name = first.parse_known_args(list(argv))[0].config
-    if name is None:
-        return list(argv)
-    path, settings = config.load(name)
-    words, given = [], _names(argv)
+    first, given = parser.parse_known_args(list(argv))[0], _names(argv)
+    layers = [config.load(first.config)] if first.config else []
+    if first.demo or ("demo" not in given and layers and layers[0][1].get("demo")):
+        layers.insert(0, config.load("demo"))
+    words = list(argv)
+    for path, settings in reversed(layers):
+        replaced = {name for group in _ALTERNATIVES if given.intersection(group) for name in group} - given
+        settings = {name: value for name, value in settings.items() if name not in replaced}
+        words = [*_words(path, settings, parser), *words]
+        given |= {name for name, value in settings.items() if value is not None and value is not False}
+    return words
+
+
+def _words(path: str, settings: dict[str, Any], parser: HfArgumentParser) -> list[str]:
+    """Return the words that say the same as a file's settings."""
+    words: list[str] = []
     choices = {action.dest: action.choices or () for action in parser._actions if action.dest not in ("help", "config")}
     for key, value in settings.items():
         if key not in choices:
             raise InputError(f"{path}: unknown key {key!r}{closest(key, list(choices))}")
         if value is False and "no" in choices[key]:
             value = "no"  # as in `save_strategy: no`, which is a boolean to YAML
-        if _INSTEAD.get(key) not in given:
-            words += config.words(path, key, value)
-    return [*words, *argv]
+        words += config.words(path, key, value)
+    return words
 
 
 def _names(words: Sequence[str]) -> set[str]:
@@ -433,24 +456,20 @@ def _weight(text: str, method: Method) -> tuple[str, float]:
 
 def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str]) -> None:
     """Fill in the defaults that depend on other flags: how long, and at which rates."""
-    if args.num_train_epochs > 0 and "num_train_epochs" in given:
-        if "max_steps" in given and args.max_steps > 0:
+    if args.max_steps > 0:
+        if "num_train_epochs" in given and args.num_train_epochs > 0:
             raise InputError("give --max_steps or --num_train_epochs, not both")
-        args.max_steps = -1  # our default must not override the epochs that were asked for
-    elif "max_steps" not in given and "num_train_epochs" in given:
-        raise InputError(f"--num_train_epochs must be above 0, got {args.num_train_epochs}")
-    elif "max_steps" not in given and ours.has_own_data and not ours.streaming:
-        args.max_steps, args.num_train_epochs = -1, EPOCHS
-    elif args.max_steps <= 0:
-        raise InputError("give --max_steps or --num_train_epochs above 0")
-    elif ours.streaming and "max_steps" not in given:
+        args.num_train_epochs = 0.0
+    elif args.max_steps == 0:
+        raise InputError("--max_steps must be above 0, or -1 to go by --num_train_epochs")
+    elif ours.streaming:
         raise InputError("--streaming needs --max_steps: nobody knows the length of a stream")
+    elif args.num_train_epochs <= 0:
+        raise InputError(f"--num_train_epochs must be above 0, got {args.num_train_epochs:g}")
     loading: Any = args.accelerator_config
     if ours.streaming and loading.dispatch_batches is None:
         # Every process reads the stream and takes its part; cutting up one's batches needs them to be equally long.
         loading.dispatch_batches = False
-    if "learning_rate" not in given and ours.continues_given_model:
-        args.learning_rate = FINE_TUNING_RATE
     if ours.embedding_learning_rate is None and not ours.continues_given_model:
         ours.embedding_learning_rate = EMBEDDING_FACTOR * args.learning_rate
     if args.output_dir == "trainer_output":  # transformers' default
@@ -459,6 +478,7 @@ def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str])
 
 _CHOICES: dict[str, Sequence[str]] = {
     "method": tuple(METHODS),
+    "embedded_data": tuple(EMBEDDED_DATA),
     "task": tuple(TASKS),
     "divergence": tuple(fastkd.DIVERGENCES),
     "student_init": STUDENT_INITS,
@@ -498,6 +518,10 @@ _NOT_SUPPORTED = {
     "push_to_hub": "look at the report first, then upload the folder with `hf upload`",
     "do_predict": "outputs of held-out examples are in the report",
 }
+_EITHER = (
+    ("train_file", "dataset_name"), ("train_file", "embedded_data"), ("dataset_name", "embedded_data"),
+    ("teacher", "train_teacher"), ("student", "interpolated"), ("demo", "interpolated"),
+)  # fmt: skip
 _NOT_FOR_GLUE = (
     "dataset_config", "train_split", "eval_split", "text_column", "source_column", "target_column", "source_prefix",
     "source_lang", "target_lang",
@@ -550,17 +574,13 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
         raise InputError("--demo compares a distillation method with scratch: choose another --method")
     if method.student_init == "slice" and not method.needs_teacher:
         raise InputError(f"--student_init: without a term for it {flags.method} has no teacher to slice, give random")
-    for first, second in (("train_file", "dataset_name"), ("student", "interpolated"), ("demo", "interpolated")):
+    for first, second in _EITHER:
         if getattr(flags, first) and getattr(flags, second):
             raise InputError(f"give --{first} or --{second}, not both")
     if flags.interpolated and not method.needs_teacher:
         raise InputError(f"--interpolated: {flags.method} has no teacher, so nothing comes between")
     if flags.interpolated and not flags.teacher:
         raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
-    if flags.task not in EMBEDDED_TASKS and not flags.has_own_data:
-        raise InputError(
-            f"--task {flags.task} needs --train_file or --dataset_name: the embedded corpus has no such data"
-        )
     figures = figure_names(TASKS[flags.task])
     if flags.selection_metric not in (None, "token_accuracy", *figures):
         names = ", ".join(["token_accuracy", *figures])
@@ -572,12 +592,40 @@ def _check(flags: FastkdArguments, args: TransformersArguments) -> None:
             f"--metric_for_best_model: expected one of {', '.join(f'eval_{name}' for name in known)}, got {best!r}"
             + ("" if args.predict_with_generate else " (those of generated texts need --predict_with_generate)")
         )
-    if flags.streaming and not flags.has_own_data:
-        raise InputError("--streaming needs --train_file or --dataset_name: the embedded corpus fits into memory")
+    if flags.streaming and flags.embedded_data:
+        raise InputError("--streaming needs --train_file or --dataset_name: embedded data fits into memory")
     if flags.streaming and args.dataloader_num_workers > 1:
         raise InputError(f"--streaming is read by 0 or 1 --dataloader_num_workers, got {args.dataloader_num_workers}")
     if flags.streaming and not flags.teacher and not flags.student:
         raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
+
+
+def _check_inputs(flags: FastkdArguments, needs_data: bool) -> None:
+    """Raise InputError if something is missing: data, a teacher, or the size of a model."""
+    method = chosen_method(flags)
+    if needs_data and not flags.has_own_data and flags.embedded_data is None:
+        raise InputError(
+            "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data "
+            f"{' or '.join(EMBEDDED_DATA)}, or --demo"
+        )
+    if flags.embedded_data is not None and flags.task not in EMBEDDED_DATA[flags.embedded_data]:
+        raise InputError(
+            f"--task {flags.task} needs --train_file or --dataset_name: --embedded_data {flags.embedded_data} is for "
+            f"{', '.join(EMBEDDED_DATA[flags.embedded_data])}"
+        )
+    if method.needs_teacher and not (flags.teacher or flags.train_teacher):
+        raise InputError(
+            f"--method {flags.method} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to train one "
+            "on the same data first"
+        )
+    if flags.train_teacher and not method.needs_teacher:
+        raise InputError(f"--train_teacher has no effect with --method {flags.method}, which has no teacher")
+    sizes = ["teacher_layers", "teacher_d_model", "teacher_steps"] if flags.train_teacher else []
+    if not (flags.teacher or flags.train_teacher or flags.student):
+        sizes = ["student_layers", "student_d_model"]  # no teacher to take them from
+    missing = [f"--{name}" for name in sizes if getattr(flags, name) is None]
+    if missing:
+        raise InputError(f"a model is to be made from nothing: give its {' and '.join(missing)}")
 
 
 def _check_processes(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:

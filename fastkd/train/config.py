@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "configs"
 
 
 def shipped() -> dict[str, Path]:
-    """Return the configurations that ship with fastkd, by name."""
+    """Return the configurations that ship with fastkd, by name: of methods, and the demo's."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 

@@ -30,8 +30,8 @@ from .data import span_counts
 from .errors import InputError
 from .objectives import Method
 from .prepare import EMBEDDED_LENGTH, MODEL_LENGTH
-from .stages import planned_config
-from .student import load_config, t5_config
+from .stages import planned_config, trained_config
+from .student import load_config
 
 GIB = 2**30
 FLOAT = 4  # bytes: of weights that learn, of their gradients, and of the student's hidden states between layers
@@ -392,13 +392,12 @@ def _config(name: str, role: str) -> Any:
 
 def _configs(flags: FastkdArguments, method: Method) -> tuple[Any, Any]:
     """Return the configs of (student, teacher), as fastkd-train makes them where none is given."""
-    teacher = t5_config(-(-flags.vocabulary_size // 128) * 128, flags.teacher_d_model, flags.teacher_layers)
-    if flags.teacher:
-        teacher = _config(flags.teacher, "teacher")
+    pieces = -(-flags.vocabulary_size // 128) * 128
+    teacher = _config(flags.teacher, "teacher") if flags.teacher else trained_config(flags, pieces)
     if flags.student:
         return _config(flags.student, "student"), teacher
     student = copy.copy(planned_config(method, teacher, flags.student_d_model, flags.student_layers))
-    student.vocab_size = teacher.vocab_size
+    student.vocab_size = teacher.vocab_size if teacher else pieces
     return student, teacher
 
 
@@ -407,7 +406,7 @@ def _lengths(flags: FastkdArguments) -> dict[str, int]:
     if flags.task == "span_corruption":
         noise, spans = span_counts(flags.sequence_length)
         return {"encoder": flags.sequence_length - noise + spans + 1, "decoder": noise + spans + 1}
-    source = flags.max_source_length or (MODEL_LENGTH if flags.has_own_data else EMBEDDED_LENGTH)
+    source = flags.max_source_length or (EMBEDDED_LENGTH if flags.embedded_data else MODEL_LENGTH)
     lengths = source, flags.max_target_length or MODEL_LENGTH
     return {stack: -(-length // 8) * 8 for stack, length in zip(STACKS, lengths, strict=True)}
 
@@ -416,7 +415,7 @@ def _step(flags: FastkdArguments, args: TransformersArguments, device: str) -> S
     method, autocast = chosen_method(flags), args.bf16 or args.fp16
     try:
         student, teacher = _configs(flags, method)
-        if method.student_init == "prune" or method.mixup_terms or is_enct5(student) or is_enct5(teacher):
+        if method.student_init == "prune" or method.mixup_terms or is_enct5(student) or (teacher and is_enct5(teacher)):
             raise InputError("pruning, mixup and EncT5 cannot be planned, only the distillation of a T5")
         if method.needs_teacher:
             method.check_fits(student, teacher)
@@ -507,7 +506,7 @@ def table(memory_gb: float = 80.0) -> str:
     rows = [("teacher", "GPUs", *parts, "sum", "largest at", f"fits {memory_gb:g} GiB"), ("---", *["---:"] * 10)]
     for teacher in ("t5-large", "google/flan-t5-xl", "google/flan-t5-xxl"):
         words = ["--config", "miniend-e", "--teacher", teacher, "--bf16", "--teacher_dtype", "bfloat16", "--fsdp"]
-        flags, args = parse([*words, "--use_cpu"])
+        flags, args = parse([*words, "--use_cpu"], needs_data=False)
         for processes in (1, 8, 64):
             found = plan(flags, args, processes)
             items = found.moments[found.largest]
@@ -539,7 +538,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if own.processes < 1 or not own.memory_gb > 0:
             raise InputError("--processes and --memory_gb must be above 0")
         # A machine without a GPU may plan for one, but transformers refuses bf16 there.
-        flags, args = parse([*words, "--use_cpu"] if words else words)
+        flags, args = parse([*words, "--use_cpu"] if words else words, needs_data=False)
         print(_shown(plan(flags, args, own.processes, device)))
         verdict = _verdict(flags, args, own, device)
     except InputError as error:

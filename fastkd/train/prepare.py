@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, default_data_collator
 
 from . import corpus
-from .arguments import EMBEDDED_TASKS, FastkdArguments
+from .arguments import FastkdArguments
 from .cache import cached
 from .data import Classes, Pairs, SpanCorruption, StreamedPairs, StreamedSpans, pack_to_arrow, pad, tokenize_pairs
 from .errors import InputError
@@ -113,8 +113,8 @@ def _digest(flags: FastkdArguments) -> str:
     """Return a fingerprint of the rows that the flags stand for: the contents of files, not their names."""
     where: dict[str, Any] = {"task": flags.task, "columns": vars(_columns(flags)), "streaming": flags.streaming}
     where |= {"at_most": [flags.max_train_examples, flags.max_eval_examples]}
-    if not flags.has_own_data:
-        where |= corpus.fingerprint()
+    if flags.embedded_data:
+        where |= {"embedded_data": flags.embedded_data, **corpus.fingerprint()}
     names = ("dataset_name", "dataset_config", "train_split", "eval_split")
     where |= {name: getattr(flags, name) for name in names if flags.dataset_name}
     files = {name: getattr(flags, name) for name in ("train_file", "eval_file")}
@@ -225,7 +225,6 @@ def _rows(flags: FastkdArguments, task: Task, cache: Path, where: str | None, sp
 
 def _embedded(task: Task, cache: Path) -> datasets.Dataset:
     """Return the embedded corpus as rows that suit the task."""
-    assert task.name in EMBEDDED_TASKS
     kind = {"span_corruption": "texts", "classification": "classes"}.get(task.name, "pairs")
 
     def make(folder: Path) -> None:

@@ -178,19 +178,25 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         raise InputError("--interpolated resumes with --resume_from_checkpoint last: the checkpoint is found by itself")
     method, teacher = chosen_method(flags), load_config(str(flags.teacher), "teacher")
-    layers = flags.assistant_layers or round((teacher.num_layers + flags.student_layers) / 2)
-    width = flags.assistant_d_model or max(64, round((teacher.d_model + flags.student_d_model) / 128) * 64)
+    width, layers = flags.assistant_d_model, flags.assistant_layers
     try:  # of both runs, before the first of them
+        student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
+        layers = layers or round((teacher.num_layers + student.num_layers) / 2)
+        if width is None and flags.student_d_model is not None:  # or it stays as wide as the teacher, too
+            width = max(64, round((teacher.d_model + student.d_model) / 128) * 64)
         assistant = planned_config(method, teacher, width, layers)
         method.check_fits(assistant, teacher)
-        method.check_fits(planned_config(method, assistant, flags.student_d_model, flags.student_layers), assistant)
+        method.check_fits(planned_config(method, assistant, flags.student_d_model, student.num_layers), assistant)
     except ValueError as error:
-        raise InputError(f"--{error} (with an assistant {width} wide of {layers} layers a side)") from error
+        who = f"{width or teacher.d_model} wide of {layers} layers a side"
+        raise InputError(f"--{error} (with an assistant {who})") from error
     cache, overwriting = str(_cache(flags, args)), flags.overwrite_output_dir
     flags = replace(flags, cache_dir=cache, interpolated=False, assistant_layers=None, assistant_d_model=None)
     parts = {
         "assistant": replace(flags, student_layers=layers, student_d_model=width),
-        "student": replace(flags, teacher=str(out / "assistant"), teacher_dtype="float32"),
+        "student": replace(
+            flags, student_layers=student.num_layers, teacher=str(out / "assistant"), teacher_dtype="float32"
+        ),
     }
     for name, part in parts.items():
         folder = out / name
@@ -198,7 +204,7 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
             _check_same_run(folder / "run.json", _identity(part, args))
             print(f"{name}: {folder} is complete")
             continue
-        heading(f"Interpolated: the {name}, {part.student_d_model} wide, {part.student_layers} layers a side")
+        heading(f"Interpolated: the {name}, {part.student_layers} layers a side")
         last = "last" if resuming and last_checkpoint(folder) else None
         part = replace(part, overwrite_output_dir=overwriting or resuming)
         train(part, replace(args, output_dir=str(folder), resume_from_checkpoint=last))

@@ -25,7 +25,16 @@ from .objectives import METHODS, Method
 from .prepare import VERSION, Data, get_data, heading, with_classes
 from .processes import count, is_first
 from .report import Outcome
-from .student import is_tied, load_model, new_model, slice_teacher, smaller_config, t5_config, unsharded
+from .student import (
+    is_tied,
+    load_model,
+    new_model,
+    slice_teacher,
+    smaller_config,
+    student_config,
+    t5_config,
+    unsharded,
+)
 from .tokenizer import fingerprint, padded_size
 from .trainer import DistillTrainer
 
@@ -135,8 +144,8 @@ def get_run_data(flags: FastkdArguments, args: TransformersArguments, cache: Pat
     return with_classes(data, given.classes) if given.architecture == "enct5" else data
 
 
-def planned_config(method: Method, teacher: Any, d_model: int, layers: int) -> Any:
-    """Return the `T5Config` that a new student will have, but for its vocabulary; teacher: that of its teacher.
+def planned_config(method: Method, teacher: Any, d_model: int | None, layers: int | None) -> Any:
+    """Return the `T5Config` that a new student will have, but for its vocabulary; teacher: that of its teacher, if any.
 
     Raises ValueError if it cannot be sliced from the teacher.
     """
@@ -144,8 +153,16 @@ def planned_config(method: Method, teacher: Any, d_model: int, layers: int) -> A
         return teacher
     if method.student_init == "slice":
         return smaller_config(teacher, d_model, layers)
-    plain = t5_config(1, d_model, layers)
-    return enct5_config(plain, ["?"]) if is_enct5(teacher) else plain
+    plain = student_config(teacher, d_model, layers)
+    return enct5_config(plain, ["?"]) if teacher and is_enct5(teacher) else plain
+
+
+def trained_config(flags: FastkdArguments, rows: int) -> Any:
+    """Return the `T5Config` of the teacher that `--train_teacher` makes; None without it."""
+    if not flags.train_teacher:
+        return None
+    assert flags.teacher_d_model and flags.teacher_layers  # the flags are checked
+    return t5_config(rows, flags.teacher_d_model, flags.teacher_layers)
 
 
 def check_objective(flags: FastkdArguments, method: Method, given: Given) -> None:
@@ -154,18 +171,17 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
     Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
     of no use.
     """
-    own = t5_config(1, flags.teacher_d_model, flags.teacher_layers)
-    if given.architecture == "enct5":
-        own = enct5_config(own, ["?"])
-    teacher = own if given.teacher is None else given.teacher.config
+    teacher = trained_config(flags, 1) if given.teacher is None else given.teacher.config
+    if given.teacher is None and teacher and given.architecture == "enct5":
+        teacher = enct5_config(teacher, ["?"])
     try:
         if given.student is None:
             student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
-        elif given.architecture == "enct5" and not is_enct5(given.student.config):
-            student = enct5_config(given.student.config, ["?"])
         else:
             student = given.student.config
-        method.check_fits(student, teacher)
+        if given.architecture == "enct5" and not is_enct5(student):
+            student = enct5_config(student, ["?"])
+        method.check_fits(student, teacher or student)
     except ValueError as error:
         raise InputError(f"--{error}") from error
 
@@ -194,7 +210,7 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
     own_args = dataclasses.replace(
         args,
-        max_steps=flags.teacher_steps,
+        max_steps=flags.teacher_steps or 0,
         learning_rate=rate,
         seed=seed,
         data_seed=None,
@@ -212,7 +228,7 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     }
 
     def make(folder: Path) -> None:
-        config = t5_config(padded_size(data.tokenizer), flags.teacher_d_model, flags.teacher_layers)
+        config = trained_config(flags, padded_size(data.tokenizer))
         if data.classes:
             config = enct5_config(config, data.classes)
         trainer = make_trainer(
@@ -286,8 +302,10 @@ def new_student(flags: FastkdArguments, data: Data, teacher: Any, seed: int) -> 
     width, layers, tokenizer = flags.student_d_model, flags.student_layers, data.tokenizer
     if chosen_method(flags).student_init == "slice":
         return new_model(smaller_config(teacher.config, width, layers), seed, tied=is_tied(teacher))
-    rows = teacher.config.vocab_size if teacher else padded_size(tokenizer)
-    config = t5_config(rows, width, layers, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    config = student_config(teacher.config if teacher else None, width, layers)
+    config.vocab_size = teacher.config.vocab_size if teacher else padded_size(tokenizer)
+    config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
     return new_model(enct5_config(config, data.classes) if data.classes else config, seed)
 
 

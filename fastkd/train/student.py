@@ -73,17 +73,38 @@ def is_tied(model: Any) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def smaller_config(config: Any, d_model: int, layers: int) -> Any:
+def student_config(teacher: Any, d_model: int | None, layers: int | None) -> Any:
+    """Return the `T5Config` of a new student, but for its vocabulary; see `t5_config`.
+
+    d_model: without it the teacher's, with heads and feed-forward layers as the teacher has them. layers: without it
+    half of the teacher's in each stack.
+    """
+    config = t5_config(1, d_model or teacher.d_model, layers or 1)
+    if d_model is None:
+        for name in ("d_kv", "num_heads", "d_ff", "feed_forward_proj", "is_gated_act", "dense_act_fn"):
+            setattr(config, name, getattr(teacher, name))
+    if layers is None:
+        config.num_layers, config.num_decoder_layers = _half_as_deep(teacher)
+    return config
+
+
+def _half_as_deep(config: Any) -> tuple[int, int]:
+    return max(config.num_layers // 2, 1), max(config.num_decoder_layers // 2, 1)
+
+
+def smaller_config(config: Any, d_model: int | None, layers: int | None) -> Any:
     """Return a teacher's config, shrunk to a student `d_model` wide with `layers` encoder and as many decoder layers.
 
+    Without d_model it stays as wide, and without layers it becomes half as deep.
     The number of heads and the width of the feed-forward layer shrink like d_model, rounded down; everything else
     stays, the width of a head included, but for the dropout, which is 0 as in `t5_config`.
     Raises ValueError, calling the sizes by their flags, if one is larger than the teacher's.
     """
     if getattr(config, "widths", None) is not None:
         raise ValueError("student_init: a pruned teacher, whose layers differ in width, cannot be sliced, give random")
-    decoder_layers = config.num_decoder_layers if is_enct5(config) else layers
     depth = config.num_layers if is_enct5(config) else min(config.num_layers, config.num_decoder_layers)
+    encoder_layers, decoder_layers = (layers, layers) if layers else _half_as_deep(config)
+    d_model, layers = d_model or config.d_model, layers or 1
     for name, given, largest in (("d_model", d_model, config.d_model), ("layers", layers, depth)):
         if given > largest:
             raise ValueError(
@@ -93,7 +114,8 @@ def smaller_config(config: Any, d_model: int, layers: int) -> Any:
     smaller = copy.deepcopy(config)
     smaller.num_heads = max(config.num_heads * d_model // config.d_model, 1)
     smaller.d_ff = max(config.d_ff * d_model // config.d_model, 1)
-    smaller.d_model, smaller.num_layers, smaller.num_decoder_layers = d_model, layers, decoder_layers
+    smaller.d_model, smaller.num_layers = d_model, encoder_layers
+    smaller.num_decoder_layers = config.num_decoder_layers if is_enct5(config) else decoder_layers
     smaller.dropout_rate = 0.0
     return smaller
 

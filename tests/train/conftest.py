@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from train_flags import RECIPE, SIZES, with_inputs
 from transformers import default_data_collator
 
 from fastkd.train import cli, plots
@@ -114,7 +115,7 @@ def arguments(tmp_path: Path) -> Callable[..., TransformersArguments]:
 
     def make(*flags: str) -> TransformersArguments:
         base = ["--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--per_device_train_batch_size", "8"]
-        return parse([*base, "--use_cpu", "--disable_tqdm", "true", *flags])[1]
+        return parse(with_inputs(*base, *SIZES, *RECIPE, "--use_cpu", "--disable_tqdm", "true", *flags))[1]
 
     return make
 
@@ -147,24 +148,24 @@ def make_trainer(
 
 # Flags of a run that takes a second or two. Progress bars and checkpoints come where a test asks for them.
 SMALL = [
-    "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", "--student_layers", "1", "--student_d_model", "32",
-    "--teacher_layers", "1", "--teacher_d_model", "32", "--teacher_steps", "4", "--max_steps", "4",
-    "--per_device_train_batch_size", "4", "--sequence_length", "32", "--vocabulary_size", "512",
+    "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", *SIZES, *RECIPE,
+    "--teacher_layers", "1", "--teacher_d_model", "32", "--teacher_steps", "4", "--teacher_learning_rate", "2e-3",
+    "--max_steps", "4", "--per_device_train_batch_size", "4", "--sequence_length", "32", "--vocabulary_size", "512",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tool() -> Callable[..., int]:
-    """tool("--flag", value, ...): the exit code of fastkd-train with these flags behind SMALL, run in this process.
+    """tool("--flag", value, ...): the exit code of fastkd-train with these flags, run in this process.
 
-    Its report's pictures, which take as long as the rest, are empty.
+    Behind SMALL and before what `with_inputs` adds. Its report's pictures, which take as long as the rest, are empty.
     """
 
     def run(*flags: Any) -> int:
         with pytest.MonkeyPatch.context() as patch:
             for picture in ("losses", "terms", "tradeoff"):
                 patch.setattr(plots, picture, lambda outcomes: b"")
-            return cli.main([*SMALL, *map(str, flags)])
+            return cli.main(with_inputs(*SMALL, *flags))
 
     return run
 

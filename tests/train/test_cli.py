@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,20 +10,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from train_flags import RECIPE, with_inputs
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from fastkd.train import cli
+from fastkd.train.arguments import parse
 from fastkd.train.objectives import METHODS
+from fastkd.train.stages import planned_config
+from fastkd.train.student import t5_config
 
 SMALL = [
     "--use_cpu", "--student_layers", "1", "--student_d_model", "32", "--teacher_layers", "1", "--teacher_d_model", "32",
     "--sequence_length", "16", "--vocabulary_size", "512", "--teacher_steps", "4", "--max_steps", "4",
-    "--per_device_train_batch_size", "4", "--save_steps", "2",
+    "--per_device_train_batch_size", "4", "--save_steps", "2", "--eval_steps", "0.2",
 ]  # fmt: skip
 
 
 def run(*flags: object) -> int:
-    return cli.main([*SMALL, *map(str, flags)])
+    return cli.main(with_inputs(*SMALL, *flags))
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -139,6 +144,7 @@ def test_both_arms_of_a_demo_start_from_the_given_student(tmp_path: Path, text_f
             "--output_dir",
             out,
         ]
+        common += RECIPE  # in place of the demo's own
         assert run(*common, "--learning_rate", "1e-2", "--logging_steps", "1", "--save_strategy", "no", *flags) == 0
         models = json.loads((out / "metrics.json").read_text())["models"]
         return [entry["loss"] for entry in models[-1]["history"] if "loss" in entry]
@@ -307,12 +313,61 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("nested", "config: kd"),
     ):
         (tmp_path / f"{name}.yaml").write_text(content)
+    sizes = ["--student_layers", 2, "--student_d_model", 64, "--teacher_layers", 2, "--teacher_d_model", 128]
+    sizes += ["--teacher_steps", 4]
     for flags, expected in cases:
-        assert cli.main(["--output_dir", str(out), *map(str, flags)]) == 2, flags
+        assert cli.main(with_inputs(*sizes, "--output_dir", out, *flags)) == 2, flags
         captured = capsys.readouterr()
         assert len(captured.err.splitlines()) == 1 and captured.err.startswith("fastkd-train: "), captured.err
         assert all(part in captured.err for part in expected), captured.err
         assert not out.exists()
+
+
+def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No data and no teacher are ever made up."""
+    sizes = ["--student_layers", "1", "--student_d_model", "32"]
+    for flags, expected in (
+        (["--teacher", "t"], "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data"),
+        (["--train_file", "x"], "--method mlmkd needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher"),
+        (["--config", "hsm-cka", "--train_file", "x"], "--method hsm-cka needs a teacher"),
+        (["--train_file", "x", "--train_teacher"], "--teacher_layers and --teacher_d_model and --teacher_steps"),
+        (["--train_file", "x", "--method", "scratch"], "give its --student_layers and --student_d_model"),
+        (["--train_file", "x", "--method", "scratch", "--train_teacher", *sizes], "--train_teacher has no effect"),
+        (["--train_file", "x", "--embedded_data", "docs", "--teacher", "t"], "or --embedded_data, not both"),
+        (["--train_file", "x", "--train_teacher", "--teacher", "t"], "give --teacher or --train_teacher, not both"),
+        (["--embedded_data", "dcs", "--teacher", "t"], "--embedded_data: unknown 'dcs'; did you mean 'docs'"),
+    ):
+        assert cli.main([*flags, "--output_dir", str(tmp_path / "out")]) == 2
+        assert expected in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_is_its_file_and_what_is_given_takes_the_place() -> None:
+    flags, args = parse(["--demo"])
+    assert flags.train_teacher and flags.embedded_data and flags.teacher_steps and args.max_steps > 0
+    flags, args = parse(["--demo", "--train_file", "x", "--teacher", "t", "--num_train_epochs", "2", "--seed", "5"])
+    assert (flags.embedded_data, flags.train_teacher, args.max_steps, args.seed) == (None, False, -1, 5)
+
+
+def test_the_defaults_are_those_of_a_run_with_a_teacher_and_data() -> None:
+    flags, args = parse(["--teacher", "t", "--train_file", "x"])
+    assert (flags.student_layers, flags.student_d_model, flags.embedding_learning_rate) == (None, None, 80 * 3e-4)
+    assert (args.num_train_epochs, args.max_steps, args.learning_rate) == (3, -1, 3e-4)
+    _, args = parse(["--teacher", "t", "--train_file", "x", "--load_best_model_at_end"])
+    assert args.eval_steps == args.save_steps
+
+
+@pytest.mark.parametrize("start", ["random", "slice"])
+def test_a_student_has_half_the_layers_of_its_teacher_at_its_width(start: str) -> None:
+    teacher = t5_config(640, 96, 5)
+    teacher.d_kv, teacher.num_heads, teacher.d_ff, teacher.num_decoder_layers = 24, 4, 200, 3
+    teacher.feed_forward_proj, teacher.is_gated_act, teacher.dense_act_fn = "gated-gelu", True, "gelu_new"
+    method = dataclasses.replace(METHODS["kd"], student_init=start)
+    found = planned_config(method, teacher, None, None)
+    shape = ("d_model", "d_kv", "num_heads", "d_ff", "is_gated_act", "num_layers", "num_decoder_layers")
+    assert [getattr(found, name) for name in shape] == [96, 24, 4, 200, True, 2, 1]
+    narrow = planned_config(method, teacher, 48, 3)
+    assert (narrow.d_model, narrow.num_layers, narrow.num_decoder_layers) == (48, 3, 3)
 
 
 def test_bad_files_and_teachers(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,6 +438,7 @@ def test_importing_the_package_loads_nothing_and_its_names_say_what_is_missing()
 def test_python_m_and_a_traceback_free_exit(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     command = [sys.executable, "-m", "fastkd.train.cli", "--train_file", str(tmp_path / "no.txt")]
+    command += ["--method", "scratch", "--student_layers", "1", "--student_d_model", "32"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "o")], capture_output=True, text=True, env=environment
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from train_flags import with_inputs
 from transformers import T5ForConditionalGeneration, TrainerCallback
 
 from fastkd.train import checkpoints, cli
@@ -623,7 +624,7 @@ def test_a_signal_stops_a_demo(
         return training_step(self, *args, **kwargs)
 
     monkeypatch.setattr(DistillTrainer, "training_step", signalled)
-    flags = [*SMALL, "--method", "kd", "--demo", "--teacher_layers", "1", "--teacher_d_model", "32"]
+    flags = with_inputs(*SMALL, "--method", "kd", "--demo", "--teacher_layers", 1, "--teacher_d_model", 32)
     assert cli.main([*flags, "--train_file", str(text_file), "--output_dir", str(tmp_path / "runs" / "demo")]) == 143
     lines = said(capsys.readouterr().err)
     assert lines == ["interrupted at step 2, not saved: this training keeps no checkpoints"]
@@ -636,7 +637,7 @@ def test_sigint_while_data_is_prepared_is_a_keyboard_interrupt(
     from fastkd.train import runs
 
     monkeypatch.setattr(runs, "get_run_data", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert cli.main([*SMALL, "--output_dir", str(tmp_path / "out")]) == 130
+    assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 130
     assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -671,7 +672,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_else(
         *([Path("/proc/run")] if os.path.isdir("/proc") else []),
     ]
     for place in places:
-        assert cli.main([*SMALL, *demo, "--output_dir", str(place)]) == 2
+        assert cli.main(with_inputs(*SMALL, *demo, "--output_dir", place)) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"fastkd-train: --output_dir {place} cannot be written to: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -687,8 +688,8 @@ def test_an_error_of_the_system_is_one_line(
 
     full = OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")
     monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(full))
-    assert cli.main([*SMALL, "--output_dir", str(tmp_path / "out")]) == 1
+    assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 1
     assert capsys.readouterr().err == f"fastkd-train: [Errno {errno.EDQUOT}] Disk quota exceeded: 'some/file'\n"
     monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(OSError("a library's own")))
     with pytest.raises(OSError, match="a library's own"):
-        cli.main([*SMALL, "--output_dir", str(tmp_path / "out")])
+        cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from train_flags import RECIPE, with_inputs
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from fastkd.train import cli
@@ -289,8 +290,9 @@ def test_from_the_command_line(
         small = ["--use_cpu", "--student_layers", 1, "--student_d_model", 32, "--sequence_length", 16]
         small += ["--teacher_layers", 2, "--teacher_d_model", 64, "--vocabulary_size", 512, "--teacher_steps", 4]
         small += ["--max_steps", 4, "--per_device_train_batch_size", 4, "--save_steps", 2, "--logging_steps", 1]
+        small += ["--eval_steps", 0.2, *RECIPE]
         where = ["--train_file", text_file, "--method", method, "--output_dir", tmp_path / method]
-        return cli.main([*map(str, [*small, *where, *flags])])
+        return cli.main(with_inputs(*small, *where, *flags))
 
     assert run("hsm-linear") == 0 and run("hsm-kd") == 0
     out = tmp_path / "hsm-linear"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from train_flags import with_inputs
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, TrainerCallback
 
 from fastkd.train import minidisc, models
@@ -561,7 +562,7 @@ def test_importance_is_measured_on_what_nothing_is_trained_on(
 )
 def test_flags_that_make_no_sense(flags: list[str], message: str) -> None:
     with pytest.raises(InputError) as error:
-        parse(["--method", "minidisc", "--task", "classification", *flags])
+        parse(with_inputs("--method", "minidisc", "--task", "classification", *flags))
     assert message in str(error.value)
 
 

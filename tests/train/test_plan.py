@@ -127,7 +127,8 @@ def planned_trainer(
         config.is_gated_act, config.dense_act_fn = gated, "gelu_new" if gated else "relu"
         config.save_pretrained(folder / role)
         words += [f"--{role}", str(folder / role)]
-    ours, args = parse([*words, "--eval_strategy", "no", "--output_dir", str(folder / "out"), *flags.split()])
+    words += ["--eval_strategy", "no", "--output_dir", str(folder / "out"), *flags.split()]
+    ours, args = parse(words, needs_data=False)
     teacher = new_model(configs["teacher"], 1).to(getattr(torch, ours.teacher_dtype))
     planned = plan.plan(ours, args, device="cpu")
     trainer = DistillTrainer(
@@ -221,7 +222,7 @@ XL = "--config miniend-e --teacher google/flan-t5-xl --use_cpu --bf16 --teacher_
 
 
 def planned(*flags: str, processes: int = 1) -> plan.Plan:
-    return plan.plan(*parse([*XL.split(), *flags]), processes)
+    return plan.plan(*parse([*XL.split(), *flags], needs_data=False), processes)
 
 
 def test_shards_of_weights_and_of_what_is_learnt_of_them() -> None:
@@ -254,7 +255,7 @@ def test_a_run_that_fits_needs_no_network(capsys: Any, monkeypatch: Any) -> None
     flags = "--config miniend-e --teacher google/flan-t5-xxl --bf16 --processes 64 --memory_gb 80"
     assert plan.main(flags.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    expected = plan.plan(*parse([*flags.split()[:5], "--use_cpu"]), 64)
+    expected = plan.plan(*parse([*flags.split()[:5], "--use_cpu"], needs_data=False), 64)
     assert lines[0].split()[:3] == ["GiB", "teacher", "loss"]
     assert lines[-2].split() == ["sum", *(f"{expected.total(m) / plan.GIB:.2f}" for m in expected.moments)]
     assert lines[-1].startswith(f"fits: {expected.peak / plan.GIB:.2f} of 80 GiB")

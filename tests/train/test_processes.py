@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from train_flags import SIZES, with_inputs
 from transformers import T5Config
 
 from fastkd.train import LAUNCHERS, processes
@@ -251,7 +252,7 @@ def test_flags_that_several_processes_cannot_follow(
 ) -> None:
     monkeypatch.setattr(TransformersArguments, "world_size", 2)
     with pytest.raises(InputError, match=re.escape(message)):
-        parse([*flags, "--use_cpu", "true"])
+        parse(with_inputs(*flags, *SIZES, "--use_cpu", "true"))
 
 
 def test_one_that_works_for_all_is_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,33 @@
+"""What a run of fastkd-train in a test is given beside its own flags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastkd.train.objectives import METHODS
+
+SIZES = ["--student_layers", "1", "--student_d_model", "32"]
+# Rates at which a model of random weights this small learns something in a few steps.
+RECIPE = ["--lr_scheduler_type", "cosine", "--adam_beta2", "0.98", "--eval_steps", "0.2"]
+
+
+def with_inputs(*flags: Any) -> list[str]:
+    """The flags, with the embedded documentation and a teacher trained on the same data where they name none.
+
+    And at the rate at which a student of random weights learns in a few steps.
+    """
+    words = [str(flag) for flag in flags]
+    given = {word[2:].split("=")[0] for word in words if word.startswith("--")}
+    method = METHODS.get(words[len(words) - words[::-1].index("--method")] if "--method" in words else "mlmkd")
+    needs_teacher = method is not None and method.needs_teacher
+    if not given & {"train_file", "dataset_name", "embedded_data"}:
+        words += ["--embedded_data", "docs"]
+    if "demo" in given:
+        words += [*([] if "task" in given else ["--task", "span_corruption"])]
+        words += [*([] if "method" in given else ["--method", "mlmkd"])]
+    if needs_teacher and not given & {"teacher", "train_teacher", "demo", "interpolated"}:
+        words += ["--train_teacher"]
+    starts_random = method is not None and method.student_init == "random" and "student" not in given
+    if "learning_rate" not in given and (starts_random or "teacher" not in given):
+        words += ["--learning_rate", "2e-3"]
+    return words
