@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
 EMBEDDED_DATA = {"docs": ("span_corruption", "text2text", "summarization", "classification")}  # the tasks it suits
 SHARDINGS = ("full", "none")
-TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+TEACHER_DTYPES = ("auto", "float32", "bfloat16")  # in float16 T5s overflow, and transformers clamps them in silence
 ARCHITECTURES = ("t5", "enct5")
 IMPORTANCE_DATA = ("train", "dev")
 
@@ -141,7 +141,10 @@ class ModelArguments:
         "folder or hub name of a T5 with its tokenizer, to learn from, for every method but scratch and mixkd-sm", None
     )
     train_teacher: bool = _help("train a teacher first, on the same data, by the --teacher_* flags", False)
-    teacher_dtype: str = _help(f"in which the teacher runs: {', '.join(TEACHER_DTYPES)}", "float32")
+    teacher_dtype: str = _help(
+        f"in which the teacher runs: {', '.join(TEACHER_DTYPES)}; auto is that of its checkpoint, float32 for float16",
+        "auto",
+    )
     teacher_sharding: str = _help(
         f"{' or '.join(SHARDINGS)}: of the teacher over the processes of a run, each of which gathers a layer when it "
         "computes, or all of it in each",
@@ -640,11 +643,6 @@ def _check_processes(flags: FastkdArguments, args: TransformersArguments, method
         raise InputError("--torch_compile is not supported with FSDP, which gathers weights inside of what is compiled")
     if method.student_init == "prune":
         raise InputError(f"--method {flags.method} runs in one process, got {args.world_size}")
-    if flags.teacher_dtype == "float16" and flags.teacher_sharding == "full":
-        raise InputError(
-            "--teacher_dtype float16 leaves some weights in float32, which cannot be sharded with the others: give "
-            "bfloat16, or --teacher_sharding none"
-        )
     if flags.demo:
         raise InputError(f"--demo runs in one process, got {args.world_size}")
 

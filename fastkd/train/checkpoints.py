@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import Seq2SeqTrainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
@@ -26,7 +26,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from .callbacks import EpochEnd, LossBar, WindowedValues, mean_of_windows
 from .errors import Interrupted, RunError
 from .processes import is_first, is_lost_process, of_all, patient_group
-from .sharding import local, whole
+from .sharding import not_finite, whole
 
 STAGING = "_saving"  # no checkpoint to transformers, and left out of uploads, as is every name with that first letter
 _PREFIX = "checkpoint-"
@@ -46,6 +46,11 @@ def fault(checkpoint: Path) -> str | None:
     for what, prefixes in (("weights", ("model", "pytorch_model")), ("state of the optimizer", ("optimizer",))):
         if not any(name.startswith((*prefixes, "global_step")) for name in names):  # the last is DeepSpeed's
             return f"it has no {what}"
+    try:
+        for weights in checkpoint.glob("model*.safetensors"):
+            safe_open(weights, "pt")  # which reads its head, and whether it is as long as that says
+    except (OSError, SafetensorError):
+        return "its weights cannot be read"
     return None
 
 
@@ -98,12 +103,6 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
-
-
-def _not_finite(model: Any) -> str | None:
-    """Return the first weight of which this process holds a number that is not finite, or None."""
-    bad = (name for name, weight in model.named_parameters() if not bool(torch.isfinite(local(weight)).all()))
-    return next(bad, None)
 
 
 class Signals:
@@ -254,7 +253,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         """Save the student; every file of an ordinary folder is replaced when all are complete, the config last."""
         self._stop_if_not_finite()
         student: Any = self.model
-        for name in filter(None, of_all(_not_finite(student))):
+        for name in filter(None, of_all(not_finite(student))):
             raise self._bad_number(f"the weight {name} is not finite after step {self.state.global_step}")
         if _internal_call:  # a checkpoint, which is staged as a whole
             super().save_model(output_dir, _internal_call)

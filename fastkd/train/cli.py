@@ -12,7 +12,7 @@ from .processes import is_lost_process, launched_rank, leave, print_by_first_onl
 
 _REQUIRED = (
     "torch", "numpy", "transformers", "accelerate", "sentencepiece", "datasets", "pyarrow", "yaml", "jinja2",
-    "matplotlib", "rouge_score", "sacrebleu", "sklearn", "tqdm",
+    "matplotlib", "rouge_score", "sacrebleu", "scipy", "regex", "tqdm",
 )  # fmt: skip
 
 

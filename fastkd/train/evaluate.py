@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from .processes import is_first
 from .sharding import is_sharded
@@ -64,27 +65,38 @@ def generate(
     *,
     batch_size: int,
     max_new_tokens: int,
-    num_beams: int | None = None,
-    keep_sentinels: bool = False,
+    num_beams: int = 1,
+    kept: Collection[int] = (),
     title: str | None = None,
 ) -> list[str]:
-    """Return what a model writes for each source, token ids without padding, by its own `generate`.
+    """Return what a model writes for each source, token ids without padding: its most likely words, or by beams.
 
-    Sources of like length share a batch. keep_sentinels: show special tokens, but for padding and the end. title: of
-    the progress bar, which is not shown without one. num_beams: by default the model's own.
+    Whatever else its own generation_config says, such as least lengths or banned words, is not done, so that models
+    are compared by one decoding. Sources of like length share a batch. kept: ids of special tokens that are part of
+    what is written; others are left out. title: of the progress bar, which is not shown without one.
     """
-    options: dict[str, Any] = {} if num_beams is None else {"num_beams": num_beams}
-    if is_sharded(model):
-        options["synced_gpus"] = True  # processes gather weights together as long as one of them writes
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    dropped = set(tokenizer.all_special_ids) - set(kept) | ends
+    decoding = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        decoder_start_token_id=model.config.decoder_start_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
     def texts(inputs: dict[str, torch.Tensor]) -> list[str]:
-        written = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        texts = tokenizer.batch_decode(written, skip_special_tokens=not keep_sentinels)
-        for token in (tokenizer.pad_token, tokenizer.eos_token) if keep_sentinels else ():
-            texts = [text.replace(token, "") for text in texts]
-        return [text.strip() for text in texts]
+        # Processes that share a model's weights gather them together as long as one of them writes.
+        written = model.generate(**inputs, synced_gpus=is_sharded(model))[:, 1:].tolist()
+        ids = [[i for i in row if i not in dropped] for row in written]
+        return [text.strip() for text in tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
 
-    return _in_batches(texts, model, tokenizer, sources, batch_size, title)
+    own, model.generation_config = model.generation_config, decoding
+    try:
+        return _in_batches(texts, model, tokenizer, sources, batch_size, title)
+    finally:
+        model.generation_config = own
 
 
 def _in_batches(

@@ -5,17 +5,32 @@ All of them are figures of texts, so that an output outside a task's labels is w
 
 from __future__ import annotations
 
+import functools
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
 
+import regex
 from sacrebleu.metrics import BLEU, CHRF
-from sklearn.metrics import accuracy_score, f1_score
 
-from .tasks import LABEL_WORDS
+from .tasks import LABEL_WORDS, TASKS
 
 Texts = Sequence[str]
 Figures = dict[str, float]
+
+# Scripts that put no spaces between words: each character counts as one, as is customary for Chinese.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_WORDS = regex.compile(rf"(?V1)[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+")
+# sacrebleu's tokenizers of the languages whose words 13a cannot tell, by a script in which they are written.
+_BLEU_TOKENIZERS = {
+    r"[\p{Hiragana}\p{Katakana}]": "ja-mecab",
+    r"\p{Hangul}": "ko-mecab",
+    r"\p{Han}": "zh",
+    r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]": "char",
+}
 
 # The columns of GLUE's mean, and the figure of each that counts in it.
 GLUE_COLUMNS = {
@@ -31,7 +46,15 @@ GLUE_COLUMNS = {
 
 
 def _accuracy(outputs: Texts, targets: Texts) -> Figures:
-    return {"accuracy": 100 * accuracy_score(targets, outputs)}
+    hits = sum(output == target for output, target in zip(outputs, targets, strict=True))
+    return {"accuracy": 100 * hits / len(targets)}
+
+
+def _f1(outputs: Sequence[Hashable], targets: Sequence[Hashable]) -> dict[Hashable, float]:
+    """Return F1 of every class that occurs, in percent."""
+    hits = Counter(target for output, target in zip(outputs, targets, strict=True) if output == target)
+    found = Counter(outputs) + Counter(targets)
+    return {name: 200 * hits[name] / found[name] for name in found}
 
 
 def _positive_f1(task: str) -> Callable[[Texts, Texts], Figures]:
@@ -43,16 +66,16 @@ def _positive_f1(task: str) -> Callable[[Texts, Texts], Figures]:
             output == positive if output in (negative, positive) else target != positive
             for output, target in zip(outputs, targets, strict=True)
         ]
-        f1 = f1_score([target == positive for target in targets], said, zero_division=0)
-        return {"f1": 100 * f1, **_accuracy(outputs, targets)}
+        f1 = _f1(said, [target == positive for target in targets])
+        return {"f1": f1.get(True, 0.0), **_accuracy(outputs, targets)}
 
     return figures
 
 
 def _classification(outputs: Texts, targets: Texts) -> Figures:
     """Return accuracy, and the mean F1 of the classes that occur among the targets."""
-    f1 = f1_score(targets, outputs, labels=sorted(set(targets)), average="macro", zero_division=0)
-    return {**_accuracy(outputs, targets), "f1": 100 * f1}
+    f1, classes = _f1(outputs, targets), set(targets)
+    return {**_accuracy(outputs, targets), "f1": math.fsum(f1[name] for name in classes) / len(classes)}
 
 
 def _number(text: str) -> float:
@@ -74,13 +97,30 @@ def _spearman(outputs: Texts, targets: Texts) -> Figures:
     return {"spearman": 100 * float(spearmanr(x, y).statistic)}
 
 
+class _Words:
+    """rouge_score's tokenizer, which drops all but a-z and 0-9, for the words of every script.
+
+    Texts of ASCII give what they give there, Porter's stems; other words stay as they are.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer  # brings nltk, which takes seconds
+
+        self._stem = functools.lru_cache(maxsize=1 << 16)(DefaultTokenizer(use_stemmer=True).tokenize)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words of a text in order."""
+        words = _WORDS.findall(unicodedata.normalize("NFKC", text).lower())
+        return [part for word in words for part in (self._stem(word) if word.isascii() else (word,))]
+
+
 def _rouge(*names: str) -> Callable[[Texts, Texts], Figures]:
-    """Return the mean F-measures of ROUGE, with Porter's stemmer. It knows Latin letters and digits alone."""
+    """Return the mean F-measures of ROUGE on the words of any script."""
 
     def figures(outputs: Texts, targets: Texts) -> Figures:
-        from rouge_score.rouge_scorer import RougeScorer  # brings nltk, which takes seconds
+        from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(list(names), use_stemmer=True)
+        scorer: Any = RougeScorer(list(names), tokenizer=_Words())
         scores = [
             scorer.score(_sentence_lines(target), _sentence_lines(output))
             for output, target in zip(outputs, targets, strict=True)
@@ -92,15 +132,30 @@ def _rouge(*names: str) -> Callable[[Texts, Texts], Figures]:
 
 def _sentence_lines(text: str) -> str:
     """Return a text with a line for each sentence, which ROUGE-Lsum compares; the other figures take no notice."""
-    return re.sub(r"(?<=[.!?])\s+", "\n", text)
+    return regex.sub(r"(?<=[.!?\u061f\u0964])\s+|(?<=[\u3002\uff01\uff1f])\s*", "\n", text)
 
 
 def _translation(outputs: Texts, targets: Texts) -> Figures:
-    return {name: metric.corpus_score(outputs, [targets]).score for name, metric in _corpus_metrics().items()}
+    return {name: metric.corpus_score(outputs, [targets]).score for name, metric in _corpus_metrics(targets).items()}
 
 
-def _corpus_metrics() -> dict[str, BLEU | CHRF]:
-    return {"bleu": BLEU(), "chrf": CHRF()}
+def _corpus_metrics(targets: Texts) -> dict[str, BLEU | CHRF]:
+    return {"bleu": _bleu("".join(targets)), "chrf": CHRF()}
+
+
+def _bleu(text: str) -> BLEU:
+    """Return BLEU with the tokenizer that sacrebleu has for the language in which most of the text is written.
+
+    A tenth in kana is Japanese. Without MeCab, Japanese and Korean are compared by characters.
+    """
+    letters = len(regex.findall(r"\p{L}", text))
+    for script, tokenizer in _BLEU_TOKENIZERS.items():
+        if len(regex.findall(script, text)) > letters * (0.1 if tokenizer == "ja-mecab" else 0.5):
+            try:
+                return BLEU(tokenize=tokenizer)
+            except (ImportError, RuntimeError):  # MeCab, or its dictionary, is not installed
+                return BLEU(tokenize="char")
+    return BLEU()
 
 
 def _text2text(outputs: Texts, targets: Texts) -> Figures:
@@ -153,11 +208,17 @@ def score_rows(tasks: Sequence[str], outputs: Texts, targets: Texts) -> Figures:
     return figures
 
 
-def signatures(tasks: Iterable[str]) -> dict[str, str]:
-    """Return sacrebleu's signatures {"bleu": ..., "chrf": ...} if one of the tasks is translation, for reports."""
-    if "translation" not in tasks:
-        return {}
-    metrics = _corpus_metrics()
-    for metric in metrics.values():
-        metric.corpus_score(["a"], [["a"]])  # a signature needs to know the number of references
-    return {name: str(metric.get_signature()) for name, metric in metrics.items()}
+def signatures(tasks: Iterable[str], targets: Texts = ()) -> dict[str, str]:
+    """Return what tells how the figures of the tasks are computed, for reports: "bleu" and "chrf", or "rouge".
+
+    targets: those that outputs are compared with, by whose script BLEU's tokenizer is chosen.
+    """
+    found = {}
+    for task in tasks:
+        if task == "translation":
+            for name, metric in _corpus_metrics(targets).items():
+                metric.corpus_score(["a"], [["a"]])  # a signature needs to know the number of references
+                found[name] = str(metric.get_signature())
+        elif task in TASKS and any(name.startswith("rouge") for name in TASKS[task].metrics):
+            found["rouge"] = f"tok:words of any script|stem:porter of a-z|version:{version('rouge_score')}"
+    return found

@@ -31,12 +31,12 @@ from .arguments import FastkdArguments, TransformersArguments
 from .cache import cached, key
 from .checkpoints import last_checkpoint, recover
 from .errors import InputError
+from .loading import load_model
 from .objectives import Method
 from .prepare import Data, heading
 from .prune import Widths, importance, narrowed, normalised, of_kind, parts, skeleton, sliced, widths_at
 from .schedule import Candidate, Round, Schedule, Trial, round_from_json
 from .stages import data_seed, make_trainer, recipe
-from .student import load_model
 from .tasks import figure_names
 from .trainer import DistillTrainer
 
@@ -467,9 +467,9 @@ class Distiller:
 
     def _teacher(self, parent: Parent) -> Any:
         """Return the parent as it teaches: in a dtype of its own, while students start from its weights in fp32."""
-        if self.flags.teacher_dtype == "float32":
+        if self.flags.teacher_dtype in ("auto", "float32"):
             return parent.model
-        return load_model(parent.source, "teacher", getattr(torch, self.flags.teacher_dtype))[0]
+        return load_model(parent.source, "teacher", self.flags.teacher_dtype)[0]
 
 
 # ---- Schedules ------------------------------------------------------------------------------------------------------

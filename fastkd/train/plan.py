@@ -28,10 +28,10 @@ from .arguments import FastkdArguments, TransformersArguments, chosen_method, pa
 from .capture import PLACES, is_enct5
 from .data import span_counts
 from .errors import InputError
+from .loading import load_config
 from .objectives import Method
 from .prepare import EMBEDDED_LENGTH, MODEL_LENGTH
 from .stages import planned_config, trained_config
-from .student import load_config
 
 GIB = 2**30
 FLOAT = 4  # bytes: of weights that learn, of their gradients, and of the student's hidden states between layers
@@ -421,7 +421,8 @@ def _step(flags: FastkdArguments, args: TransformersArguments, device: str) -> S
             method.check_fits(student, teacher)
     except ValueError as error:
         raise InputError(f"--{error}") from error
-    weight = getattr(torch, flags.teacher_dtype).itemsize
+    dtype = teacher.dtype if flags.teacher_dtype == "auto" else getattr(torch, flags.teacher_dtype)
+    weight = 2 if dtype == torch.bfloat16 else FLOAT
     return Step(
         student=Model(student, FLOAT, 2 if autocast else FLOAT),
         teacher=Model(teacher, weight, 2 if autocast else weight) if method.needs_teacher else None,
@@ -468,7 +469,7 @@ def _others(flags: FastkdArguments, args: TransformersArguments, processes: int)
     changes: list[tuple[str, Any, Any]] = []
     if not args.gradient_checkpointing:
         changes.append(("--gradient_checkpointing true", {}, {"gradient_checkpointing": True}))
-    if flags.teacher_dtype == "float32" and chosen_method(flags).needs_teacher:
+    if flags.teacher_dtype != "bfloat16" and chosen_method(flags).needs_teacher:
         changes.append(("--teacher_dtype bfloat16", {"teacher_dtype": "bfloat16"}, {}))
     if processes > 1 and not args.fsdp:
         changes.append(("--fsdp", {}, {"fsdp": True}))

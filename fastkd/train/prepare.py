@@ -23,12 +23,13 @@ from .data import Classes, Pairs, SpanCorruption, StreamedPairs, StreamedSpans, 
 from .errors import InputError
 from .sources import content_digest, data_files, is_saved, read_hub, read_rows
 from .tasks import TASKS, Columns, Task, read_glue, to_pairs, to_texts
-from .tokenizer import SENTINELS, fingerprint, train_tokenizer
+from .tokenizer import SENTINELS, fingerprint, known_share, train_tokenizer
 
 HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --seed is, so that runs compare
 VERSION = 3  # raise it when a stage changes what it makes, so that older artefacts are not reused
 MODEL_LENGTH = 512  # tokens that a T5 takes where its tokenizer does not tell
 EMBEDDED_LENGTH = 128
+LEAST_KNOWN = 0.5  # of the characters, or the tokenizer is that of another language
 MOST_CLASSES = 1000  # different targets; more are hardly classes
 
 Sides = tuple[Any, datasets.Dataset]  # rows to learn from (streamed or not) and held-out ones
@@ -285,6 +286,7 @@ def _tokenise(flags: FastkdArguments, sides: Sides, tokenizer: Any, limits: tupl
     for name, title, rows in zip(("train", "held_out"), ("training", "held-out"), sides, strict=True):
         if isinstance(rows, datasets.IterableDataset):
             continue
+        _check_known(tokenizer, rows, title)
         path, fact = folder / f"{name}.arrow", title.replace("-", "_")
         facts[f"{fact}_examples"] = len(rows)
         if flags.task == "span_corruption":
@@ -299,6 +301,18 @@ def _tokenise(flags: FastkdArguments, sides: Sides, tokenizer: Any, limits: tupl
             raise InputError(f"{title} data: {error}{hint}") from error
         facts |= {f"{fact}_sources_cut": counts.cut_sources, f"{fact}_targets_cut": counts.cut_targets}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _check_known(tokenizer: Any, rows: datasets.Dataset, title: str) -> None:
+    """Raise InputError if most of the first rows' text is nothing but <unk> to the tokenizer."""
+    shown = rows.select(range(min(1000, len(rows))))
+    for column in ("text", "source", "target"):
+        share = known_share(tokenizer, shown[column][:]) if column in shown.column_names else 1
+        if share < LEAST_KNOWN:
+            raise InputError(
+                f"{title} data: the tokenizer knows {share:.0%} of the characters of the {column}s, and <unk> stands "
+                "for the others: expected a model of their language"
+            )
 
 
 def _decoded(spans: SpanCorruption, tokenizer: Any, most: int) -> datasets.Dataset:

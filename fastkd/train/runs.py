@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 import fastkd
 
@@ -23,6 +24,7 @@ from .cache import copy_folder, replace_folder
 from .card import write_card
 from .checkpoints import checkpoints, fault, last_checkpoint, recover
 from .errors import InputError
+from .loading import load_config, load_model
 from .metrics import signatures
 from .objectives import METHODS, Method
 from .prepare import Data, heading
@@ -45,7 +47,6 @@ from .stages import (
     recipe,
     train_student,
 )
-from .student import load_config
 from .trainer import DistillTrainer
 
 
@@ -62,6 +63,8 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     is_used = by_first(lambda: _check_unused(flags, out, checkpoint is not None))
     _check_outside(out, flags, cache)
     check_optimizer(args)
+    if checkpoint is not None and (checkpoint / SAFE_WEIGHTS_NAME).is_file():  # FSDP reads others, and all of them
+        load_model(checkpoint, "checkpoint")
     given = load_given(flags, args)
     check_objective(flags, method, given)
     data = get_run_data(flags, args, cache, given)
@@ -440,7 +443,9 @@ def _facts(
         ),
         "match_first_position": method.match_first_position,
     }
-    used = {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": flags.teacher_dtype}
+    own = flags.teacher_dtype == "auto" and teacher is not None
+    dtype = str(teacher.dtype).removeprefix("torch.") if own else flags.teacher_dtype
+    used = {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": dtype}
     mixed = {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
     given, prefix = flags.train_file or flags.dataset_name, _source_prefix(data)
     return {
@@ -460,7 +465,8 @@ def _facts(
         **data.facts,
         **({"tokens_per_chunk": flags.sequence_length} if flags.task == "span_corruption" else {}),
         **({"source_prefix": prefix} if prefix else {}),
-        **signatures([data.task.name]),
+        **signatures([data.task.name], data.held_out_rows["target"]),
+        "decoding": f"{args.generation_num_beams} beams" if (args.generation_num_beams or 1) > 1 else "greedy",
         "pieces": len(data.tokenizer),
         "batch": examples_per_step(args),
         "learning_rate": args.learning_rate,

@@ -43,6 +43,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def not_finite(model: Any) -> str | None:
+    """Return the first weight of which this process holds a number that is not finite, or None."""
+    bad = (name for name, weight in model.named_parameters() if not bool(torch.isfinite(local(weight)).all()))
+    return next(bad, None)
+
+
 def shard(model: Any, device: torch.device, *, stay: Sequence[Any] = (), **policy: Any) -> Any:
     """Spread the weights of a T5 over all processes, and return it: each layer is gathered when it computes.
 

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,14 @@ from .cache import cached
 from .capture import is_enct5
 from .errors import InputError
 from .evaluate import classify, generate
+from .loading import load_config, load_model, load_tokenizer, load_weights, unsharded
 from .metrics import score_rows
 from .models import enct5_config, enct5_from
 from .objectives import METHODS, Method
 from .prepare import VERSION, Data, get_data, heading, with_classes
 from .processes import count, is_first
 from .report import Outcome
-from .student import (
-    is_tied,
-    load_model,
-    new_model,
-    slice_teacher,
-    smaller_config,
-    student_config,
-    t5_config,
-    unsharded,
-)
+from .student import is_tied, new_model, slice_teacher, smaller_config, student_config, t5_config
 from .tokenizer import fingerprint, padded_size
 from .trainer import DistillTrainer
 
@@ -70,9 +63,11 @@ class Teacher:
 class Given:
     """The models that the user gave, and the tokenizer that they share; None for what is made here.
 
+    configs: of the models by their roles. teacher: None too for a method that needs none, whatever was given.
     architecture: what is trained, one of ARCHITECTURES.
     """
 
+    configs: dict[str, Any] = field(default_factory=dict)
     teacher: Any = None
     student: Any = None
     tokenizer: Any = None
@@ -81,47 +76,46 @@ class Given:
     @property
     def classes(self) -> list[str]:
         """The classes of an EncT5 that was given."""
-        configs = [model.config for model in (self.teacher, self.student) if model and is_enct5(model.config)]
-        return [configs[0].id2label[i] for i in range(len(configs[0].id2label))] if configs else []
+        labels: dict[int, str] = next((config.id2label for config in self.configs.values() if is_enct5(config)), {})
+        return [labels[i] for i in range(len(labels))]
 
 
 def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:
-    """Load `--teacher` and `--student`. Raises InputError if one cannot be loaded, or if they do not go together."""
-    given = Given()
-    if flags.teacher:
-        given.teacher, given.tokenizer = _load_teacher(flags, args, flags.teacher)
-    if flags.student:
-        given.student, tokenizer = load_model(flags.student, "student")
-        if given.tokenizer is not None and fingerprint(tokenizer) != fingerprint(given.tokenizer):
-            raise InputError(
-                f"teacher {flags.teacher} ({len(given.tokenizer)} pieces) and student {flags.student} "
-                f"({len(tokenizer)} pieces) have different tokenizers: expected the same, token for token"
-            )
-        given.tokenizer = tokenizer
-    given.architecture = _architecture(flags, given)
-    models = [model for model in (given.teacher, given.student) if model and is_enct5(model.config)]
-    if len(models) == 2 and models[0].config.id2label != models[1].config.id2label:
-        its, mine = (", ".join(model.config.id2label.values()) for model in models)
+    """Load `--teacher`, as far as the method needs it, and `--student`; their weights once all else is in order.
+
+    Raises InputError if one cannot be loaded, or if they do not go together.
+    """
+    names = {role: getattr(flags, role) for role in ("teacher", "student") if getattr(flags, role)}
+    configs = {role: load_config(name, role) for role, name in names.items()}
+    tokenizers = [load_tokenizer(name, role, configs[role]) for role, name in names.items()]
+    if len({fingerprint(tokenizer) for tokenizer in tokenizers}) > 1:
+        both = [f"{role} {names[role]} ({len(own)} pieces)" for role, own in zip(names, tokenizers, strict=True)]
+        raise InputError(f"{' and '.join(both)} have different tokenizers: expected the same, token for token")
+    labels = [config.id2label for config in configs.values() if is_enct5(config)]
+    if len(labels) == 2 and labels[0] != labels[1]:
+        its, mine = (", ".join(classes.values()) for classes in labels)
         raise InputError(
             f"teacher {flags.teacher} ({its}) and student {flags.student} ({mine}) have different classes: expected "
             "the same, in the same order"
         )
+    given = Given(configs, tokenizer=next(iter(tokenizers), None), architecture=_architecture(flags, configs))
+    method = chosen_method(flags)
+    if flags.teacher and (method.needs_teacher or method.student_init == "prune"):
+        given.teacher = _load_teacher(flags, args, flags.teacher, configs["teacher"])
+    if flags.student:
+        given.student = load_weights(flags.student, "student", configs["student"])
     return given
 
 
-def _load_teacher(flags: FastkdArguments, args: TransformersArguments, name: str | Path) -> tuple[Any, Any]:
-    """Return (model, tokenizer); the model is sharded if there are several processes and the flags say so."""
+def _load_teacher(flags: FastkdArguments, args: TransformersArguments, name: str | Path, config: Any) -> Any:
+    """Return a teacher of that config, sharded if there are several processes and the flags say so."""
     shards = flags.teacher_sharding == "full" and count() > 1
-    return load_model(name, "teacher", getattr(torch, flags.teacher_dtype), args.device if shards else None)
+    return load_weights(name, "teacher", config, flags.teacher_dtype, args.device if shards else None)
 
 
-def _architecture(flags: FastkdArguments, given: Given) -> str:
+def _architecture(flags: FastkdArguments, configs: dict[str, Any]) -> str:
     """Return the flag's, or else that of the models; a student that is to become an EncT5 may be a T5."""
-    kinds = {
-        role: "enct5" if is_enct5(model.config) else "t5"
-        for role, model in (("teacher", given.teacher), ("student", given.student))
-        if model is not None
-    }
+    kinds = {role: "enct5" if is_enct5(config) else "t5" for role, config in configs.items()}
     chosen = flags.architecture or next(iter(kinds.values()), "t5")
     for role, kind in kinds.items():
         if kind != chosen and (role, kind) != ("student", "t5"):
@@ -171,14 +165,14 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
     Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
     of no use.
     """
-    teacher = trained_config(flags, 1) if given.teacher is None else given.teacher.config
-    if given.teacher is None and teacher and given.architecture == "enct5":
-        teacher = enct5_config(teacher, ["?"])
+    teacher, student = given.configs.get("teacher"), given.configs.get("student")
+    if teacher is None:
+        teacher = trained_config(flags, 1)
+        if teacher and given.architecture == "enct5":
+            teacher = enct5_config(teacher, ["?"])
     try:
-        if given.student is None:
+        if student is None:
             student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
-        else:
-            student = given.student.config
         if given.architecture == "enct5" and not is_enct5(student):
             student = enct5_config(student, ["?"])
         method.check_fits(student, teacher or student)
@@ -243,7 +237,7 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     folder, reused = cached(cache, "teacher", settings, make, by_all=True)
     if reused:
         print(f"reusing {folder}")
-    model, _ = _load_teacher(flags, args, folder)
+    model = _load_teacher(flags, args, folder, load_config(folder, "teacher"))
     trainer = make_trainer(own_flags, own_args, data, model, "teacher", method=METHODS["scratch"])
     trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return Teacher(model, str(folder), dataclasses.replace(judge(flags, args, data, trainer, "teacher"), **trained))
@@ -359,13 +353,14 @@ def score(model: Any, args: TransformersArguments, data: Data, title: str | None
     if data.classes:
         outputs = classify(model, data.tokenizer, rows["input_ids"], **common)
     else:
+        special = set(data.tokenizer.all_special_ids)
         outputs = generate(
             model,
             data.tokenizer,
             rows["input_ids"],
             max_new_tokens=args.generation_max_length or data.target_tokens,
-            num_beams=args.generation_num_beams,
-            keep_sentinels=is_text,
+            num_beams=args.generation_num_beams or 1,
+            kept=special if is_text else special.intersection(chain.from_iterable(rows["labels"])),
             **common,
         )
     return {} if is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs

@@ -1,25 +1,17 @@
-"""T5 models of a given size, students sliced from their teacher, and models from a folder or the hub."""
+"""T5 models of a given size, and students sliced from their teacher."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .capture import is_enct5, matched_layer
-from .errors import InputError
-from .processes import by_first
-from .sharding import is_sharded, shard_weights_of_first, whole
+from .sharding import whole
 
 HEAD_WIDTH = 32
-# T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
-FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def t5_config(vocabulary_size: int, d_model: int, layers: int, pad: int = 0, eos: int = 1) -> Any:
@@ -160,103 +152,3 @@ def _teacher_name(name: str, student: Any, teacher: Any) -> str:
     if depths[0] > depths[1]:
         raise ValueError(f"student: expected at most {depths[1]} {stack} layers, the teacher's, got {depths[0]}")
     return f"{stack}.block.{matched_layer(int(layer), *depths)}.{rest}"
-
-
-def load_config(name: str | Path, role: str) -> Any:
-    """Return the `T5Config` of a `save_pretrained` folder, or of a model on the hub; see `load_model`."""
-    from transformers import AutoConfig
-
-    from . import models  # noqa: F401 (registers its kinds of T5)
-
-    with _loading(name, role) as options:
-        config = AutoConfig.from_pretrained(name, **options)
-    if config.model_type not in FAMILY:
-        raise InputError(f"{role} {name} is a {config.model_type!r} model: expected one of {', '.join(FAMILY)}")
-    return config
-
-
-def load_model(
-    name: str | Path, role: str, dtype: torch.dtype = torch.float32, shard_on: torch.device | None = None
-) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub: a T5 or one of its variants.
-
-    role: "teacher" or "student", for messages. Weights come from safetensors, and no code of the repository is run.
-    shard_on: a device of each process over which the weights are to be spread; only the first process reads them.
-    Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
-    """
-    from transformers import AutoTokenizer
-
-    from .models import auto_class
-
-    config = load_config(name, role)
-    rows = config.vocab_size
-    with _loading(name, role) as options:
-
-        def load() -> Any:
-            return auto_class(config).from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
-
-        model = load() if shard_on is None else _load_sharded(load, config, dtype, shard_on)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if len(tokenizer) > rows:
-        raise InputError(f"{role} {name}: its tokenizer has {len(tokenizer)} pieces, its embedding only {rows}")
-    return model, tokenizer
-
-
-def _load_sharded(load: Callable[[], Any], config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return the model that `load()` gives in the first process, sharded; no other process ever holds all of it."""
-    loaded: list[Any] = []
-
-    def is_tied_in_first() -> bool:
-        loaded.append(load())
-        return is_tied(loaded[0])
-
-    tied = by_first(is_tied_in_first)
-    model = loaded[0] if loaded else _empty(config, dtype, tied)
-    shard_weights_of_first(model, model.state_dict() if loaded else {}, device)
-    return model
-
-
-def _empty(config: Any, dtype: torch.dtype, tied: bool) -> Any:
-    """Return a model of a config whose weights are memory that was never written to, so that it takes none.
-
-    tied: whether the head is the embedding, which the config need not tell.
-    """
-    from .models import auto_class
-
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=dtype)
-    model.to_empty(device="cpu").tie_weights()
-    if not tied and is_tied(model):
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
-    return model.eval()
-
-
-@torch.no_grad()
-def unsharded(model: Any) -> Any:
-    """Return a copy of a sharded model with whole weights on every process, in evaluation mode; others as they are."""
-    if not is_sharded(model):
-        return model
-    plain = _empty(model.config, model.dtype, is_tied(model)).to(model.device)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("hidden_projection."):  # of the training, no part of the model
-            plain.get_parameter(name).copy_(whole(parameter))
-    return plain
-
-
-@contextlib.contextmanager
-def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
-    """Yield the options of `from_pretrained`, and turn what goes wrong into one line about a folder or the hub."""
-    from safetensors import SafetensorError
-
-    is_folder = Path(name).is_dir()
-    if not is_folder and not _HUB_NAME.fullmatch(str(name)):
-        raise InputError(f"no {role} folder {name}")
-    if is_folder and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{role} folder {name} has no config.json: expected a save_pretrained folder of a T5")
-    try:
-        yield {"local_files_only": is_folder, "trust_remote_code": False}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if is_folder:
-            raise InputError(f"cannot load the {role} in {name}: {reason}") from error
-        raise InputError(f"no {role} folder {name}, and no such model from the hub: {reason}") from error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .errors import InputError
 
 VOCABULARY_SIZE = 4096  # pieces, sentinels included
+# Is it normalised, and how?
+_UNUSUAL = " Two  spaces, Capitals, café cafe\u0301 \ufb01 \u2460 \uff21 ßİ,\ta tab\nand a line </s> <extra_id_0> "
 SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, as every T5 has
 
 
@@ -61,7 +63,21 @@ def padded_size(tokenizer: Any, multiple: int = 128) -> int:
     return -(-len(tokenizer) // multiple) * multiple
 
 
+def known_share(tokenizer: Any, texts: Sequence[str]) -> float:
+    """Return the share of the texts' characters, but for white space, that are not lost to <unk>."""
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    known = tokenizer.batch_decode([[i for i in text if i != tokenizer.unk_token_id] for text in ids])
+    before, after = ("".join("".join(side).split()) for side in (texts, known))
+    return len(after) / max(1, len(before))
+
+
 def fingerprint(tokenizer: Any) -> str:
-    """Return a short digest of a tokenizer's kind and of every token's id."""
-    known = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    """Return a short digest of what a tokenizer does: of every token's id, and of how it splits what it is shown.
+
+    Not of its class, which transformers rewrites when it saves it. Tokens stuck together tell how it scores them.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    words = [piece.replace("▁", " ") for piece, _ in vocabulary[:: max(1, len(vocabulary) // 4096)]]
+    shown = ["".join(words[i : i + 4]) for i in range(0, len(words), 4)] + [_UNUSUAL]
+    known = [vocabulary, tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from fastkd.train.data import Corruption
-from fastkd.train.student import is_tied, load_model, new_model, slice_teacher, smaller_config, t5_config
+from fastkd.train.loading import load_model
+from fastkd.train.student import is_tied, new_model, slice_teacher, smaller_config, t5_config
 from fastkd.train.trainer import DistillTrainer
 
 # Of each member: the class, whether its head is its embedding, and what its config says. ByT5 is deeper in the encoder.

@@ -238,7 +238,6 @@ def test_a_checkpoint_of_the_other_kind_is_an_error_of_all(runs: Runs) -> None:
     [
         (["--method", "minidisc", "--task", "classification"], "--method minidisc runs in one process, got 2"),
         (["--demo"], "--demo runs in one process, got 2"),
-        (["--method", "kd", "--teacher", "t", "--teacher_dtype", "float16"], "give bfloat16, or --teacher_sharding no"),
         (["--method", "kd", "--fsdp", "--torch_compile", "true"], "--torch_compile is not supported with FSDP"),
         (["--method", "kd", "--cka_over_processes"], "--cka_over_processes has no effect with --method kd"),
         (

@@ -16,7 +16,7 @@ from transformers import T5ForConditionalGeneration, default_data_collator
 
 from fastkd.train.capture import PLACES, attention_module
 from fastkd.train.data import SpanCorruption
-from fastkd.train.student import load_model
+from fastkd.train.loading import load_model
 
 NEVER = ["--save_strategy", "no", "--eval_strategy", "no"]
 

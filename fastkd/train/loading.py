@@ -1,0 +1,276 @@
+"""Models and tokenizers from a folder or the hub: all of their weights, all of them finite, or one line that says why.
+
+transformers starts weights that a checkpoint lacks at random, and makes up a tokenizer that is not there. Here both are
+errors, as is whatever else would leave a model that is not the one that was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from .errors import InputError
+from .models import auto_class  # and its kinds of T5, which transformers knows from now on
+from .processes import by_first
+from .sharding import is_sharded, not_finite, shard_weights_of_first, whole
+from .student import is_tied
+
+# T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
+FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
+HUB_SECONDS = 5.0  # for the hub to answer at all
+SHOWN = 4  # names of weights in a message
+
+
+def load_config(name: str | Path, role: str) -> Any:
+    """Return the `T5Config` of a `save_pretrained` folder, or of a model on the hub; see `load_model`.
+
+    A decoder whose start token it does not name starts from padding, as T5's.
+    """
+    with _loading(name, role) as options:
+        config = AutoConfig.from_pretrained(name, **options)
+    if config.model_type not in FAMILY:
+        raise InputError(f"{role} {name} is a {config.model_type!r} model: expected one of {', '.join(FAMILY)}")
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{role} {name} is quantised: expected plain weights, as before its quantisation")
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    if config.decoder_start_token_id is None:
+        raise InputError(
+            f"{role} {name}: its config.json has neither decoder_start_token_id nor pad_token_id, from which the "
+            "decoder starts: add the one it was trained with (0 for T5)"
+        )
+    return config
+
+
+def load_tokenizer(name: str | Path, role: str, config: Any) -> Any:
+    """Return the tokenizer beside a model of that config, set to pad on the right; see `load_model`."""
+    with _loading(name, role) as options:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    pieces = tokenizer.get_vocab()
+    if not any(piece.strip("▁").isalnum() for piece in pieces.keys() - set(tokenizer.all_special_tokens)):
+        raise InputError(
+            f"{role} {name} has no tokenizer: expected tokenizer.json or spiece.model beside the weights, as "
+            "tokenizer.save_pretrained writes it"
+        )
+    rows = max(pieces.values()) + 1
+    if rows > config.vocab_size:
+        raise InputError(f"{role} {name}: its tokenizer has {rows} pieces, its embedding only {config.vocab_size}")
+    for kind in ("pad_token_id", "eos_token_id"):
+        its, expected = getattr(tokenizer, kind), getattr(config, kind)
+        if its is None or (isinstance(expected, int) and its != expected):
+            raise InputError(
+                f"{role} {name}: its tokenizer's {kind} is {its}, its config's {expected}: expected the tokenizer that "
+                "the model was trained with"
+            )
+    return tokenizer
+
+
+def load_model(
+    name: str | Path, role: str, dtype: torch.dtype | str = torch.float32, shard_on: torch.device | None = None
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub: a T5 or one of its variants.
+
+    role: "teacher" or "student", for messages. No code of the repository is run. dtype, shard_on: see `load_weights`.
+    Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
+    """
+    config = load_config(name, role)
+    tokenizer = load_tokenizer(name, role, config)
+    return load_weights(name, role, config, dtype, shard_on), tokenizer
+
+
+def load_weights(
+    name: str | Path,
+    role: str,
+    config: Any,
+    dtype: torch.dtype | str = torch.float32,
+    shard_on: torch.device | None = None,
+) -> Any:
+    """Return the model of a folder or a name, whose config that is, with every weight as it was saved.
+
+    dtype: "auto" is that of the checkpoint, but float32 for one in float16, in which transformers clamps what
+    overflows in a T5 without a word. shard_on: a device of each process over which the weights are to be spread; only
+    the first process reads them.
+    """
+
+    def load() -> Any:
+        with _loading(name, role) as options:
+            settings = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, found = auto_class(config).from_pretrained(name, **settings, **options)
+            saved, _ = PreTrainedConfig.get_config_dict(name, **options)
+        if saved.get("tie_word_embeddings") is False and is_tied(model):  # transformers ties a head that is not there
+            found["missing_keys"] = {*found["missing_keys"], "lm_head.weight"}
+        _check_whole(model, found, name, role)
+        if model.dtype == torch.float16:
+            print(f"{role} {name}: saved in float16, in which T5s overflow; it runs in float32")
+            model.float().config.dtype = torch.float32
+        return model
+
+    return load() if shard_on is None else _load_sharded(load, config, shard_on)
+
+
+def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: str) -> None:
+    """Raise InputError for weights that the checkpoint lacks, has too many, in another shape, or that are no numbers.
+
+    found: what transformers says about them. Weights that are the same, as those of a head and its embedding, and the
+    tables of relative positions that T5 once saved and never used, are none of these to it.
+    """
+    shapes = [f"{key} {tuple(its)} for {tuple(mine)}" for key, its, mine in found["mismatched_keys"]]
+    kinds = {"lacks": found["missing_keys"], "has, unlike its config,": found["unexpected_keys"], "has": shapes}
+    faults = [f"{verb} {_some(names)}" for verb, names in kinds.items() if names]
+    bad = not_finite(model)
+    if found.get("error_msgs"):
+        faults.append(" ".join(str(found["error_msgs"][0]).split()))
+    if bad is not None and not faults:
+        faults.append(f"has numbers in {bad} that are not finite")
+    if faults:
+        raise InputError(f"the checkpoint of {role} {name} {', and '.join(faults)}: expected the weights of its config")
+
+
+def _some(names: Any) -> str:
+    """Return the first names in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def _load_sharded(load: Callable[[], Any], config: Any, device: torch.device) -> Any:
+    """Return the model that `load()` gives in the first process, sharded; no other process ever holds all of it."""
+    loaded: list[Any] = []
+
+    def kind_in_first() -> tuple[torch.dtype, bool]:
+        loaded.append(load())
+        return loaded[0].dtype, is_tied(loaded[0])
+
+    kind = by_first(kind_in_first)
+    model = loaded[0] if loaded else _empty(config, *kind)
+    shard_weights_of_first(model, model.state_dict() if loaded else {}, device)
+    return model
+
+
+def _empty(config: Any, dtype: torch.dtype, tied: bool) -> Any:
+    """Return a model of a config whose weights are memory that was never written to, so that it takes none.
+
+    tied: whether the head is the embedding, which the config need not tell.
+    """
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=dtype)
+    model.to_empty(device="cpu").tie_weights()
+    if not tied and is_tied(model):
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+    return model.eval()
+
+
+@torch.no_grad()
+def unsharded(model: Any) -> Any:
+    """Return a copy of a sharded model with whole weights on every process, in evaluation mode; others as they are."""
+    if not is_sharded(model):
+        return model
+    plain = _empty(model.config, model.dtype, is_tied(model)).to(model.device)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("hidden_projection."):  # of the training, no part of the model
+            plain.get_parameter(name).copy_(whole(parameter))
+    return plain
+
+
+# Folders and the hub ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
+    """Yield the options of `from_pretrained`, and turn what goes wrong into one line about a folder or the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder, role)
+    elif not _may_be_on_hub(str(name)):
+        raise InputError(f"no {role} folder {name}{_similar(folder)}")
+    try:
+        offline = folder.is_dir() or not _hub_answers(str(name))
+        yield {"local_files_only": offline, "trust_remote_code": False}
+    except InputError:
+        raise
+    except Exception as error:  # a file that somebody else made can make its reader raise anything
+        reason = _reason(error)
+        if folder.is_dir():
+            raise InputError(f"cannot load the {role} in {name}: {reason}") from error
+        if not isinstance(error, RepositoryNotFoundError) and offline:
+            reason = "it does not answer, and nothing of that name was loaded from it before"
+        raise InputError(
+            f"no {role} folder {name}{_similar(folder)}, and no such model from the hub: {reason}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line what transformers could not do, and what to do about it where that does not tell."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its .bin file holds more than weights: expected safetensors, as save_pretrained writes them"
+    if any(package in str(error) for package in ("protobuf", "tiktoken")):  # the second is asked for the first's sake
+        try:
+            import google.protobuf  # noqa: F401
+        except ImportError:
+            return "its spiece.model is read by the package protobuf, which is not installed: pip install protobuf"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    """Raise InputError for a folder that cannot be that of a model."""
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{role} folder {folder} holds an adapter: expected a whole model, as merge_and_unload() and "
+            "save_pretrained make of it"
+        )
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; its folders {', '.join(inner)} have" if inner else ""
+        raise InputError(f"{role} folder {folder} has no config.json: expected a save_pretrained folder of a T5{hint}")
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Return whether a name can be a model's on the hub, and is no path into a folder that exists."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" not in name or not Path(name).parent.is_dir()
+
+
+@functools.cache
+def _hub_answers(name: str) -> bool:
+    """Return whether the hub knows a model; False if it cannot be asked, when only what it gave before can be loaded.
+
+    One question that is not repeated: `from_pretrained` would repeat its own for half a minute.
+    """
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError:
+        raise
+    except Exception:  # whatever keeps a machine from the network
+        return False
+    return True
+
+
+def _similar(path: Path) -> str:
+    """Return "; did you mean ...?" with the folders that are called nearly so, or nothing."""
+    found = _similar_folders(path)
+    return f"; did you mean {' or '.join(map(str, found))}?" if found else ""
+
+
+def _similar_folders(path: Path) -> list[Path]:
+    parents = [path.parent] if path.parent.is_dir() else _similar_folders(path.parent)
+    found = []
+    for parent in parents:
+        with contextlib.suppress(OSError):  # of others, which we may not list
+            names = [folder.name for folder in parent.iterdir() if folder.is_dir()]
+            found += [parent / name for name in difflib.get_close_matches(path.name, names)]
+    return found
