@@ -8,10 +8,10 @@ a resume, on any number of data workers or processes, and for every method compa
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,51 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from .errors import InputError
+from .evaluate import texts_of
+from .sources import arrow_file, blocks
 
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
 IGNORED = -100  # the label of padding, which no loss counts
-BLOCK = 1000  # texts that are tokenised together
 
 Item = dict[str, torch.Tensor]
 
 
-def _packed(tokenizer: Any, texts: Iterable[str], length: int) -> Iterator[np.ndarray]:
+def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text, without EOS.
+
+    The names of padding, EOS and sentinels are text like all other; special tokens that a user added are tokens.
+    """
+    settings: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    ids = tokenizer(texts, split_special_tokens=True, **settings)["input_ids"]
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    own = {name for name in special if re.fullmatch(r"<extra_id_\d+>", name)}
+    own |= {tokenizer.pad_token, tokenizer.eos_token}
+    added = special.keys() - own - {tokenizer.unk_token}
+    for i, text in enumerate(texts if added else ()):
+        if any(name in text for name in added):
+            ids[i] = tokenizer(text, **settings)["input_ids"]
+    # Unigram vocabularies hold the names as pieces, too, so that they are found in text all the same.
+    spelled = {special[name]: tokenizer.convert_tokens_to_ids(list(name)) for name in own}
+    return [
+        text if spelled.keys().isdisjoint(text) else [part for id in text for part in spelled.get(id, (id,))]
+        for text in ids
+    ]
+
+
+def _packed(tokenizer: Any, rows: Iterable[Mapping[str, str]], length: int) -> Iterator[np.ndarray]:
     """Yield texts as chunks of tokens [n, length] (int32), n > 0 and different each time; the last few are dropped.
 
     The texts' tokens follow each other without padding; none is lost between the blocks in which they are tokenised.
     """
-    texts, left = iter(texts), np.empty(0, dtype=np.int32)
-    while block := list(islice(texts, BLOCK)):
-        ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+    left = np.empty(0, dtype=np.int32)
+    for block in blocks(rows):
+        ids = tokenize(tokenizer, [row["text"] for row in block])
         stream = np.concatenate([left, *(np.asarray(text, dtype=np.int32) for text in ids)])
         whole = len(stream) // length * length
         left = stream[whole:]
@@ -49,25 +71,9 @@ def _packed(tokenizer: Any, texts: Iterable[str], length: int) -> Iterator[np.nd
             yield stream[:whole].reshape(-1, length)
 
 
-def _text_of(row: Any) -> str:
-    return row if isinstance(row, str) else row["text"] or ""
-
-
-@contextmanager
-def _arrow_file(path: Path, features: datasets.Features) -> Iterator[ArrowWriter]:
-    """Write an Arrow file; nothing is left of it after an error."""
-    try:
-        with ArrowWriter(features=features, path=str(path)) as writer:
-            yield writer
-            writer.finalize()
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def pack_to_arrow(
     tokenizer: Any,
-    texts: Iterable[Any],
+    rows: Iterable[Mapping[str, str]],
     length: int,
     path: Path,
     what: str = "training text",
@@ -75,17 +81,17 @@ def pack_to_arrow(
 ) -> datasets.Dataset:
     """Pack texts into chunks of `length` tokens, in bounded memory: into an Arrow file, which the Dataset maps.
 
-    texts: strings, or rows with the column "text". Its rows hold "input_ids", lists of `length` int32. total: the
-    number of texts if it is known, for the progress bar.
+    rows: with the column "text". Those of the Dataset hold "input_ids", lists of `length` int32. total: the number of
+    texts if it is known, for the progress bar.
     Raises InputError, calling the texts `what`, if they do not fill one chunk; no file is left then.
     """
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length)})
-    bar = tqdm((_text_of(row) for row in texts), desc=f"tokenising {what}", total=total, unit="text", mininterval=1)
+    bar = tqdm(rows, desc=f"tokenising {what}", total=total, unit="text", mininterval=1)
     chunks = 0
-    with _arrow_file(path, features) as writer:
+    with arrow_file(path, features) as write:
         for block in _packed(tokenizer, bar, length):
             chunks += len(block)
-            writer.write_table(pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(block.ravel(), length)}))
+            write({"input_ids": pa.FixedSizeListArray.from_arrays(block.ravel(), length)})
         if not chunks:
             raise InputError(f"too little {what}: its tokens do not fill one chunk of {length}")
     return datasets.Dataset.from_file(str(path))
@@ -180,18 +186,22 @@ class SpanCorruption(Dataset):
 
 @dataclass
 class Counts:
-    """What tokenising pairs did: pairs in all, and those whose source or target was cut."""
+    """What tokenising pairs did: pairs in all, those whose source or target was cut, and those of the other targets
+    that come back as another text, so that no output can be right, with the first of them and what became of it.
+    """
 
     pairs: int = 0
     cut_sources: int = 0
     cut_targets: int = 0
+    unwritable: int = 0
+    example: tuple[str, str] | None = None
 
 
 def _cut(tokenizer: Any, texts: list[str], limit: int) -> tuple[list[list[int]], list[int]]:
     """Return (ids of each text, at most `limit` with EOS at the end; their lengths before they were cut)."""
     if limit < 2:
         raise ValueError(f"limit: expected at least 2 tokens, one and EOS, got {limit}")
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenize(tokenizer, texts)
     return [[*text[: limit - 1], tokenizer.eos_token_id] for text in ids], [len(text) + 1 for text in ids]
 
 
@@ -215,9 +225,9 @@ def tokenize_pairs(
     ids, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
     features = datasets.Features({"input_ids": ids, "labels": ids, "source": text, "target": text, "task": text})
     counts = Counts()
-    rows = iter(tqdm(pairs, desc="tokenising pairs", total=total, unit="pair", mininterval=1))
-    with _arrow_file(path, features) as writer:
-        while block := list(islice(rows, BLOCK)):
+    rows = tqdm(pairs, desc="tokenising pairs", total=total, unit="pair", mininterval=1)
+    with arrow_file(path, features) as write:
+        for block in blocks(rows):
             columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in list(features)[2:]}
             columns["input_ids"], sources = _cut(tokenizer, columns["source"], max_source_length)
             columns["labels"], targets = _cut(tokenizer, columns["target"], max_target_length)
@@ -230,7 +240,13 @@ def tokenize_pairs(
             counts.pairs += len(block)
             counts.cut_sources += sum(length > max_source_length for length in sources)
             counts.cut_targets += sum(length > max_target_length for length in targets)
-            writer.write_table(pa.table(columns, schema=features.arrow_schema))
+            whole = [i for i, length in enumerate(targets) if length <= max_target_length]
+            written = texts_of(tokenizer, [columns["labels"][i] for i in whole], tokenizer.all_special_ids)
+            for given, text in zip((columns["target"][i] for i in whole), written, strict=True):
+                if text != given.strip():
+                    counts.unwritable += 1
+                    counts.example = counts.example or (given, text)
+            write(columns)
         if not counts.pairs:
             raise InputError("no pairs: expected at least one source and target")
     return datasets.Dataset.from_file(str(path)), counts
@@ -371,8 +387,8 @@ class StreamedSpans(_Streamed):
         self.corrupt = Corruption(tokenizer, length)
 
     def _epoch(self, rows: Iterable[Mapping[str, str]], epoch: int) -> Iterator[Item]:
-        blocks = _packed(self.tokenizer, map(_text_of, rows), self.corrupt.length)
-        for k, tokens in enumerate(chunk for block in blocks for chunk in block):
+        packed = _packed(self.tokenizer, rows, self.corrupt.length)
+        for k, tokens in enumerate(chunk for block in packed for chunk in block):
             yield self.corrupt(tokens.astype(np.int64), (self.seed, epoch, k))
 
 
@@ -392,8 +408,7 @@ class StreamedPairs(_Streamed):
         self.limits = max_source_length, max_target_length
 
     def _epoch(self, rows: Iterable[Mapping[str, str]], epoch: int) -> Iterator[Item]:
-        rows = iter(rows)
-        while block := list(islice(rows, BLOCK)):
+        for block in blocks(rows):
             sources, _ = _cut(self.tokenizer, [row["source"] for row in block], self.limits[0])
             targets, _ = _cut(self.tokenizer, [row["target"] for row in block], self.limits[1])
             yield from map(_pair_item, sources, targets)

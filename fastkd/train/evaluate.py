@@ -57,6 +57,14 @@ def classify(
     return _in_batches(answers, model, tokenizer, sources, batch_size, title)
 
 
+def texts_of(tokenizer: Any, ids: Sequence[Sequence[int]], kept: Collection[int]) -> list[str]:
+    """Return the texts that ids stand for, without special tokens but those of the ids `kept`."""
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    dropped = set(tokenizer.all_special_ids) - set(kept) | ends
+    ids = [[i for i in row if i not in dropped] for row in ids]
+    return [text.strip() for text in tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -75,8 +83,6 @@ def generate(
     are compared by one decoding. Sources of like length share a batch. kept: ids of special tokens that are part of
     what is written; others are left out. title: of the progress bar, which is not shown without one.
     """
-    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
-    dropped = set(tokenizer.all_special_ids) - set(kept) | ends
     decoding = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
@@ -89,8 +95,7 @@ def generate(
     def texts(inputs: dict[str, torch.Tensor]) -> list[str]:
         # Processes that share a model's weights gather them together as long as one of them writes.
         written = model.generate(**inputs, synced_gpus=is_sharded(model))[:, 1:].tolist()
-        ids = [[i for i in row if i not in dropped] for row in written]
-        return [text.strip() for text in tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
+        return texts_of(tokenizer, written, kept)
 
     own, model.generation_config = model.generation_config, decoding
     try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import sentencepiece
@@ -21,18 +24,19 @@ from .arguments import FastkdArguments
 from .cache import cached
 from .data import Classes, Pairs, SpanCorruption, StreamedPairs, StreamedSpans, pack_to_arrow, pad, tokenize_pairs
 from .errors import InputError
-from .sources import content_digest, data_files, is_saved, read_hub, read_rows
-from .tasks import TASKS, Columns, Task, read_glue, to_pairs, to_texts
+from .processes import by_first
+from .sources import blocks, content_digest, data_files, hub_revision, is_saved, read_hub, read_rows
+from .tasks import TASKS, Columns, Part, Task, glue_parts, has_splits, is_glue, sample, store, stream
 from .tokenizer import SENTINELS, fingerprint, known_share, train_tokenizer
 
 HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --seed is, so that runs compare
-VERSION = 3  # raise it when a stage changes what it makes, so that older artefacts are not reused
+VERSION = 4  # raise it when a stage changes what it makes, so that older artefacts are not reused
 MODEL_LENGTH = 512  # tokens that a T5 takes where its tokenizer does not tell
 EMBEDDED_LENGTH = 128
 LEAST_KNOWN = 0.5  # of the characters, or the tokenizer is that of another language
 MOST_CLASSES = 1000  # different targets; more are hardly classes
 
-Sides = tuple[Any, datasets.Dataset]  # rows to learn from (streamed or not) and held-out ones
+TRAINING, HELD_OUT = "training", "held-out"  # the sides of the data
 
 
 @dataclass
@@ -74,73 +78,50 @@ def get_data(flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = No
     seed: of corruptions and orders. Raises InputError for data that cannot be read or holds too little.
     """
     heading(f"Data: {flags.task}")
-    task, rows_digest = TASKS[flags.task], _digest(flags)
-    sides = functools.cache(lambda: _sides(flags, task, cache))  # not read at all if what is made of them is cached
+    task, settings = TASKS[flags.task], by_first(lambda: _settings(flags, cache))
+    rows = functools.cache(lambda side: _rows(flags, cache, settings, side))  # not read if what they become is cached
     if tokenizer is None:
-        tokenizer = _own_tokenizer(flags, cache, rows_digest, lambda: sides()[0])
+        tokenizer = _own_tokenizer(flags, cache, settings[TRAINING], lambda: rows(TRAINING))
     limits = _limits(flags, tokenizer)
-    settings = {
-        "version": VERSION,
-        "rows": rows_digest,
-        "tokenizer": fingerprint(tokenizer),
-        "lengths": [flags.sequence_length] if task.name == "span_corruption" else limits,
-        "cut_targets": flags.max_target_length is not None,
-    }
-    folder, _ = cached(cache, "tokenised", settings, lambda made: _tokenise(flags, sides(), tokenizer, limits, made))
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    made: list[Path] = []
+    facts: dict[str, Any] = {}
+    for side in (HELD_OUT,) if flags.streaming else (TRAINING, HELD_OUT):
+        by = {
+            "version": VERSION,
+            "rows": settings[side],
+            "tokenizer": fingerprint(tokenizer),
+            "lengths": [flags.sequence_length] if task.name == "span_corruption" else limits,
+            "cut_targets": flags.max_target_length is not None,
+        }
+        make = functools.partial(_tokenise, flags, side, functools.partial(rows, side), tokenizer, limits)
+        folder, _ = cached(cache, "tokenised", by, make)
+        known = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        if warning := known.pop("warning", ""):
+            print(f"warning: {warning}", file=sys.stderr)
+        facts |= known
+        made.append(folder)
     print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in facts.items() if value))
-    held_out = datasets.Dataset.from_file(str(folder / "held_out.arrow"))
-    train = None if flags.streaming else datasets.Dataset.from_file(str(folder / "train.arrow"))
-    rows = sides()[0] if flags.streaming else None
+    digest = hashlib.sha256(json.dumps([settings, *(folder.name for folder in made)]).encode()).hexdigest()[:16]
+    held_out = datasets.Dataset.from_file(str(made[-1] / "rows.arrow"))
+    train = None if flags.streaming else datasets.Dataset.from_file(str(made[0] / "rows.arrow"))
     if task.name == "span_corruption":
         if train is None:
-            train = StreamedSpans(rows, tokenizer, flags.sequence_length, seed, flags.shuffle_buffer)
+            train = StreamedSpans(rows(TRAINING), tokenizer, flags.sequence_length, seed, flags.shuffle_buffer)
         else:
             train = SpanCorruption(train, tokenizer, seed)
         spans = SpanCorruption(held_out, tokenizer, HELD_OUT_SEED)
         shown = _decoded(spans, tokenizer, flags.report_examples)
         longest = len(spans[0]["labels"])
-        return Data(task, tokenizer, train, spans, shown, longest, default_data_collator, folder.name, facts)
-    train = StreamedPairs(rows, tokenizer, *limits, seed, flags.shuffle_buffer) if train is None else Pairs(train)
+        return Data(task, tokenizer, train, spans, shown, longest, default_data_collator, digest, facts)
+    train = (
+        StreamedPairs(rows(TRAINING), tokenizer, *limits, seed, flags.shuffle_buffer) if train is None else Pairs(train)
+    )
     longest = max(map(len, held_out["labels"]))
-    return Data(task, tokenizer, train, Pairs(held_out), held_out, longest, pad(tokenizer), folder.name, facts)
+    return Data(task, tokenizer, train, Pairs(held_out), held_out, longest, pad(tokenizer), digest, facts)
 
 
 def _columns(flags: FastkdArguments) -> Columns:
     return Columns(**{name: getattr(flags, name) for name in Columns.__dataclass_fields__})
-
-
-def _digest(flags: FastkdArguments) -> str:
-    """Return a fingerprint of the rows that the flags stand for: the contents of files, not their names."""
-    where: dict[str, Any] = {"task": flags.task, "columns": vars(_columns(flags)), "streaming": flags.streaming}
-    where |= {"at_most": [flags.max_train_examples, flags.max_eval_examples]}
-    if flags.embedded_data:
-        where |= {"embedded_data": flags.embedded_data, **corpus.fingerprint()}
-    names = ("dataset_name", "dataset_config", "train_split", "eval_split")
-    where |= {name: getattr(flags, name) for name in names if flags.dataset_name}
-    files = {name: getattr(flags, name) for name in ("train_file", "eval_file")}
-    if flags.dataset_name and Path(flags.dataset_name).is_dir():
-        files["dataset_name"] = flags.dataset_name
-    read_whole = _glue_digest if _is_glue(TASKS[flags.task]) else content_digest
-    for name, path in files.items():
-        if path is not None:
-            where[name] = _stamp(path) if flags.streaming and name == "train_file" else read_whole(path)
-    return hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _stamp(where: str) -> list[list[Any]]:
-    """Return names, sizes and times of the files of a stream, which nobody has the time to read twice."""
-    files = sorted(Path(where).rglob("*.arrow")) if is_saved(where) else data_files(where)
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _is_glue(task: Task) -> bool:
-    return bool(task.splits or task.parts)
-
-
-def _glue_digest(folder: str) -> str:
-    files = sorted(Path(folder).rglob("*.tsv"))
-    return hashlib.sha256("".join(content_digest(str(file)) for file in files).encode()).hexdigest()
 
 
 def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
@@ -179,49 +160,113 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-def _sides(flags: FastkdArguments, task: Task, cache: Path) -> Sides:
-    """Return the rows to learn from and the held-out ones, of the columns "text" or "source", "target" and "task"."""
-    train = _rows(flags, task, cache, flags.train_file, flags.train_split, flags.streaming)
-    if flags.eval_file or flags.dataset_name or (_is_glue(task) and flags.train_file):
-        where = flags.eval_file or flags.train_file
-        held_out = _rows(flags, task, cache, where, "validation" if _is_glue(task) else flags.eval_split, False)
-    elif flags.streaming:
+class _Origin(NamedTuple):
+    """Where rows come from: what the flag names, a file, folder, glob or data set; or the embedded corpus."""
+
+    flag: str | None
+    where: str
+    split: str
+
+
+def _origins(flags: FastkdArguments) -> tuple[_Origin, _Origin | None]:
+    """Return where the training data and the held-out data are, None for a part of the training data."""
+    glue, where = is_glue(TASKS[flags.task]), flags.train_file or flags.dataset_name or str(flags.embedded_data)
+    flag = "train_file" if flags.train_file else "dataset_name" if flags.dataset_name else None
+    train = _Origin(flag, where, "train" if glue else flags.train_split)
+    split = "validation" if glue else flags.eval_split
+    if flags.eval_file:
+        return train, _Origin("eval_file", flags.eval_file, split)
+    if flags.dataset_name or (glue and has_splits(where)):
+        return train, train._replace(split=split)
+    if flags.streaming:
         raise InputError("--streaming needs --eval_file: nothing can be held out of a stream")
-    else:
-        column = "text" if task.name == "span_corruption" else "source"
-        kept: tuple[list[int], list[int]] = ([], [])
-        for i, text in enumerate(train[column]):
-            kept[corpus.is_held_out(text)].append(i)
-        train, held_out = (train.select(indices) for indices in kept)
-        if not kept[1]:
+    return train, None
+
+
+@contextlib.contextmanager
+def _said_by(flag: str | None) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--{flag}: {error}" if flag else str(error)) from error
+
+
+def _settings(flags: FastkdArguments, cache: Path) -> dict[str, dict[str, Any]]:
+    """Return what the rows of each side depend on: the contents of files, not their names; revisions of the hub."""
+    train, held_out = _origins(flags)
+    digest = functools.cache(lambda where: _digest(flags, cache, where))
+    settings = {}
+    for side, origin in ((TRAINING, train), (HELD_OUT, held_out or train)):
+        at_most = flags.max_train_examples if side == TRAINING else flags.max_eval_examples
+        is_stream = side == TRAINING and flags.streaming
+        with _said_by(origin.flag):
+            found = (_stamp if is_stream else digest)(origin.where)
+        part = side if held_out is None else "all"
+        settings[side] = {"rows": _whole(flags, origin, found), "part": part, "at_most": at_most}
+    return settings
+
+
+def _whole(flags: FastkdArguments, origin: _Origin, digest: Any) -> dict[str, Any]:
+    columns = dataclasses.asdict(_columns(flags))
+    return {"version": VERSION, "task": flags.task, "columns": columns, "split": origin.split, "digest": digest}
+
+
+def _digest(flags: FastkdArguments, cache: Path, where: str) -> Any:
+    """Return a fingerprint of data that a flag names."""
+    task = TASKS[flags.task]
+    if where == flags.embedded_data:
+        return [where, corpus.fingerprint()]
+    if where == flags.dataset_name and not Path(where).is_dir():
+        configs = task.parts or ((task.name,) if is_glue(task) else (flags.dataset_config,))
+        return [where, *(hub_revision(where, config, cache_dir=cache) for config in configs)]
+    return content_digest(where, ("*.tsv", "*.arrow") if is_glue(task) and has_splits(where) else ())
+
+
+def _stamp(where: str) -> list[list[Any]]:
+    """Return names, sizes and times of the files of a stream, which nobody has the time to read twice."""
+    files = sorted(Path(where).rglob("*.arrow")) if is_saved(where) else data_files(where)
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _rows(flags: FastkdArguments, cache: Path, settings: dict[str, dict[str, Any]], side: str) -> Any:
+    """Return the rows of a side, of the columns of the task: a stream, or from an Arrow file in the cache."""
+    task, (train, held_out) = TASKS[flags.task], _origins(flags)
+    origin, columns = train if side == TRAINING else held_out or train, _columns(flags)
+    at_most = settings[side]["at_most"]
+    is_stream = side == TRAINING and flags.streaming
+
+    def make(folder: Path) -> None:
+        with _said_by(origin.flag):
+            _, dropped = store(_parts(flags, cache, origin, False), folder / "rows.arrow", columns=columns)
+        if dropped:
+            print(f"{origin.split}: {dropped:,} rows without a source or a target were left out")
+
+    if is_stream:
+        with _said_by(origin.flag):
+            rows = stream(task, _parts(flags, cache, origin, True)[0][2], columns=columns)
+        return rows.take(at_most) if at_most else rows
+    folder, _ = cached(cache, "rows", settings[side]["rows"], make)
+    rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
+    if held_out is None:
+        texts = rows[next(iter(task.features))]
+        rows = rows.select([i for i, text in enumerate(texts) if corpus.is_held_out(text) == (side == HELD_OUT)])
+        if not len(rows):
             raise InputError("too little data to hold any of it out: give --eval_file")
-    if flags.max_train_examples:
-        train = train.take(flags.max_train_examples)
-    if flags.max_eval_examples:
-        held_out = held_out.take(flags.max_eval_examples)
-    return train, held_out
+    return sample(rows, at_most) if at_most else rows
 
 
-def _rows(flags: FastkdArguments, task: Task, cache: Path, where: str | None, split: str, streaming: bool) -> Any:
-    columns = _columns(flags)
-    if _is_glue(task):
-        folder_or_name = str(where or flags.dataset_name)
-        made: tuple[Any, int | None] = read_glue(task, folder_or_name, split, cache_dir=cache, columns=columns)
+def _parts(flags: FastkdArguments, cache: Path, origin: _Origin, streaming: bool) -> list[Part]:
+    """Return the rows of an origin as they are, with the tasks they are for."""
+    task = TASKS[flags.task]
+    if origin.flag is None:
+        rows: Any = _embedded(task, cache)
+    elif is_glue(task) and (origin.flag == "dataset_name" or has_splits(origin.where)):
+        return glue_parts(task, origin.where, origin.split, cache_dir=cache)
+    elif origin.flag == "dataset_name":
+        rows = read_hub(origin.where, flags.dataset_config, origin.split, cache_dir=cache, streaming=streaming)
     else:
-        options: dict[str, Any] = {"cache_dir": cache, "streaming": streaming}
-        if where is not None:
-            rows = read_rows(where, **options)
-        elif flags.dataset_name is not None:
-            rows = read_hub(flags.dataset_name, flags.dataset_config, split, **options)
-        else:
-            rows = _embedded(task, cache)
-        if task.name == "span_corruption":
-            return to_texts(rows, columns=columns)
-        made = to_pairs(task, rows, columns=columns, cache_dir=cache)
-    pairs, dropped = made
-    if dropped:
-        print(f"{split}: {dropped:,} rows without a source or a target were left out")
-    return pairs
+        rows = read_rows(origin.where, streaming=streaming)
+    return [(task, task.name, rows)]
 
 
 def _embedded(task: Task, cache: Path) -> datasets.Dataset:
@@ -247,7 +292,7 @@ def _embedded(task: Task, cache: Path) -> datasets.Dataset:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
-def _own_tokenizer(flags: FastkdArguments, cache: Path, digest: str, rows: Callable[[], Any]) -> Any:
+def _own_tokenizer(flags: FastkdArguments, cache: Path, digest: Any, rows: Callable[[], Any]) -> Any:
     """Return a tokenizer trained on the rows to learn from, from the cache if it was trained before."""
     settings = {
         "version": VERSION,
@@ -259,7 +304,9 @@ def _own_tokenizer(flags: FastkdArguments, cache: Path, digest: str, rows: Calla
 
     def texts() -> Iterator[str]:
         for row in rows():
-            yield from (row[name] for name in ("text", "source", "target") if name in row)
+            for name in ("text", "source", "target"):
+                # SentencePiece would learn nothing from the letters of its own symbols.
+                yield re.sub(r"<(?=(/s|unk|pad)>)", "< ", row.get(name, ""))
 
     def make(folder: Path) -> None:
         print("training a SentencePiece vocabulary ...", flush=True)
@@ -280,34 +327,38 @@ def _limits(flags: FastkdArguments, tokenizer: Any) -> tuple[int, int]:
     return flags.max_source_length or source, flags.max_target_length or longest
 
 
-def _tokenise(flags: FastkdArguments, sides: Sides, tokenizer: Any, limits: tuple[int, int], folder: Path) -> None:
-    """Write train.arrow (but for a stream), held_out.arrow and facts.json."""
-    facts: dict[str, int] = {}
-    for name, title, rows in zip(("train", "held_out"), ("training", "held-out"), sides, strict=True):
-        if isinstance(rows, datasets.IterableDataset):
-            continue
-        _check_known(tokenizer, rows, title)
-        path, fact = folder / f"{name}.arrow", title.replace("-", "_")
-        facts[f"{fact}_examples"] = len(rows)
-        if flags.task == "span_corruption":
-            chunks = pack_to_arrow(tokenizer, rows, flags.sequence_length, path, f"{title} text", len(rows))
-            facts[f"{fact}_chunks"] = len(chunks)
-            continue
+def _tokenise(
+    flags: FastkdArguments, side: str, rows: Callable[[], Any], tokenizer: Any, limits: tuple[int, int], folder: Path
+) -> None:
+    """Write rows.arrow and facts.json of a side."""
+    path, given, fact = folder / "rows.arrow", rows(), side.replace("-", "_")
+    facts: dict[str, Any] = {f"{fact}_examples": len(given)}
+    _check_known(tokenizer, given, side)
+    if flags.task == "span_corruption":
+        chunks = pack_to_arrow(tokenizer, given, flags.sequence_length, path, f"{side} text", len(given))
+        facts[f"{fact}_chunks"] = len(chunks)
+    else:
         cut = flags.max_target_length is not None
         try:
-            _, counts = tokenize_pairs(rows, tokenizer, *limits, path, cut_targets=cut, total=len(rows))
+            _, counts = tokenize_pairs(given, tokenizer, *limits, path, cut_targets=cut, total=len(given))
         except InputError as error:
             hint = "" if cut else "; --max_target_length cuts targets"
-            raise InputError(f"{title} data: {error}{hint}") from error
+            raise InputError(f"{side} data: {error}{hint}") from error
         facts |= {f"{fact}_sources_cut": counts.cut_sources, f"{fact}_targets_cut": counts.cut_targets}
+        if counts.example:
+            target, written = (text if len(text) < 80 else f"{text[:80]}..." for text in counts.example)
+            facts["warning"] = (
+                f"{counts.unwritable:,} of {counts.pairs:,} {side} targets are not what the tokenizer makes of them, "
+                f"and no output equals them; the first is {target!r}, which becomes {written!r}"
+            )
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _check_known(tokenizer: Any, rows: datasets.Dataset, title: str) -> None:
     """Raise InputError if most of the first rows' text is nothing but <unk> to the tokenizer."""
-    shown = rows.select(range(min(1000, len(rows))))
+    shown = next(blocks(rows))
     for column in ("text", "source", "target"):
-        share = known_share(tokenizer, shown[column][:]) if column in shown.column_names else 1
+        share = known_share(tokenizer, [row[column] for row in shown]) if column in rows.column_names else 1
         if share < LEAST_KNOWN:
             raise InputError(
                 f"{title} data: the tokenizer knows {share:.0%} of the characters of the {column}s, and <unk> stands "

@@ -7,18 +7,20 @@ their texts, and labels as words.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, Features, Value
-from datasets.fingerprint import Hasher
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from .errors import InputError
-from .sources import Row, Rows, quiet, read_hub, read_rows
+from .formats import Row
+from .sources import Files, Rows, arrow_file, blocks, is_saved, read_hub, read_rows
 
+TEXT_FEATURES = Features({"text": Value("string")})
 PAIR_FEATURES = Features({name: Value("string") for name in ("source", "target", "task")})
 
 LANGUAGES = {
@@ -52,17 +54,17 @@ class Columns:
     target_lang: str | None = None
 
 
-Pair = tuple[str, str]  # source, target; "" where the row has none
-Bound = tuple[list[str], Callable[[Row], Pair]]  # the columns that are read, and the function of a row of them
-Bind = Callable[[Features | None, list[str], Columns], Bound]
+Texts = tuple[str, ...]  # (source, target) or (text,); "" where the row has none
+Bound = tuple[list[str], Callable[[Row], Texts]]  # the columns that are read, and the function of a row of them
+Bind = Callable[[dict[str, Any], list[str], Columns], Bound]
 
 
 @dataclass(frozen=True)
 class Task:
     """One way to learn from rows.
 
-    bind: (features or None, column names, the user's Columns) -> (columns, function from a row of them to its pair);
-    raises InputError for absent columns. None for span corruption, which learns from texts, and for a mixture of tasks.
+    bind: (features, column names, the user's Columns) -> (columns, function from a row of them to its texts); raises
+    InputError for absent columns. None for a mixture of tasks.
     metrics: the figures of `metrics.score`. splits: for GLUE, the metric columns of the evaluation split, each with the
     ending of its file and of its split on the hub. parts: the tasks of a mixture.
     """
@@ -73,6 +75,11 @@ class Task:
     bind: Bind | None = None
     splits: tuple[tuple[str, str], ...] = ()
     parts: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> Features:
+        """The columns that a model learns from."""
+        return TEXT_FEATURES if self.name == "span_corruption" else PAIR_FEATURES
 
 
 # From rows to pairs ----------------------------------------------------------------------------------------------
@@ -92,10 +99,10 @@ def _chosen(names: Sequence[str], given: str | None, guesses: Sequence[str], fla
 
 def _text(row: Row, column: str) -> str:
     """Return a value as text without white space around it, "" for a missing one."""
-    value = row[column]
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    value = row.get(column)
+    if value is None or value != value:  # NaN, of floats or decimals
         return ""
-    if not isinstance(value, str | int | float):
+    if isinstance(value, list | dict | bytes):
         raise InputError(f"column {column!r} holds a {type(value).__name__}, expected text: {str(value)[:60]!r}")
     return str(value).strip()
 
@@ -104,8 +111,18 @@ def _prefixed(prefix: str, text: str) -> str:
     return prefix + text if text else ""
 
 
+def _plain_text(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
+    """Bind the user's column, "text", or the only one of strings."""
+    strings = [name for name in names if features.get(name) in (Value("string"), Value("large_string"))]
+    guesses = ["text"] if "text" in names or len(strings) != 1 else strings
+    column = _chosen(names, columns.text_column, guesses, "text_column")
+    if features.get(column) is not None and column not in strings:
+        raise InputError(f"column {column!r} holds no text (columns of text: {', '.join(strings) or 'none'})")
+    return [column], lambda row: (_text(row, column),)
+
+
 def _two_columns(sources: Sequence[str], targets: Sequence[str], prefix: str = "") -> Bind:
-    def bind(features: Features | None, names: list[str], columns: Columns) -> Bound:
+    def bind(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
         source = _chosen(names, columns.source_column or columns.text_column, sources, "source_column")
         target = _chosen(names, columns.target_column, [t for t in targets if t != source], "target_column")
         before = prefix if columns.source_prefix is None else columns.source_prefix
@@ -119,10 +136,10 @@ def _language(keys: Sequence[str], language: str) -> str | None:
     return next((key for key in keys if language in (key, LANGUAGES.get(key))), None)
 
 
-def _translation(features: Features | None, names: list[str], columns: Columns) -> Bound:
+def _translation(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
     """Bind rows of {"translation": {code: text}}, of one column per language code, or of sources and targets."""
     nested = columns.source_column is None and "translation" in names
-    keys = _languages_of((features or {}).get("translation")) if nested else [n for n in names if n in LANGUAGES]
+    keys = _languages_of(features.get("translation")) if nested else [n for n in names if n in LANGUAGES]
     given = columns.source_lang, columns.target_lang
     guessed = tuple(keys) if len(keys) == 2 and given == (None, None) else given
     if None in guessed and (columns.source_prefix is None or nested):
@@ -137,7 +154,7 @@ def _translation(features: Features | None, names: list[str], columns: Columns) 
     words = [LANGUAGES.get(str(lang), str(lang)) for lang in guessed]
     prefix = f"translate {words[0]} to {words[1]}: " if columns.source_prefix is None else columns.source_prefix
 
-    def pair(row: Row) -> Pair:
+    def pair(row: Row) -> Texts:
         texts = (row["translation"] or dict.fromkeys(keys)) if nested else row
         return _prefixed(prefix, _text(texts, str(source))), _text(texts, str(target))
 
@@ -153,14 +170,14 @@ def _languages_of(feature: Any) -> list[str]:
     return list(feature)
 
 
-def _classification(features: Features | None, names: list[str], columns: Columns) -> Bound:
+def _classification(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
     """Bind texts and labels; the numbers of a ClassLabel become its names, and -1, which means no label, ""."""
     source = _chosen(names, columns.text_column or columns.source_column, TEXTS, "text_column")
     label = _chosen(names, columns.label_column or columns.target_column, LABELS, "label_column")
-    feature = (features or {}).get(label)
+    feature = features.get(label)
     prefix = columns.source_prefix or ""
 
-    def pair(row: Row) -> Pair:
+    def pair(row: Row) -> Texts:
         target = _text(row, label)
         if isinstance(feature, ClassLabel) and target:
             target = feature.int2str(int(target)) if int(target) >= 0 else ""
@@ -172,11 +189,11 @@ def _classification(features: Features | None, names: list[str], columns: Column
 def _glue(name: str, fields: dict[str, Sequence[str]], label: Sequence[str], words: Callable[[Any], str]) -> Bind:
     """Return the Bind of a GLUE task. fields: T5's name of each text -> the columns it may be in; words: see labels."""
 
-    def bind(features: Features | None, names: list[str], columns: Columns) -> Bound:
+    def bind(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
         texts = {field: _chosen(names, None, guesses, field) for field, guesses in fields.items()}
         target = _chosen(names, columns.label_column, label, "label_column")
 
-        def pair(row: Row) -> Pair:
+        def pair(row: Row) -> Texts:
             parts = {field: _text(row, column) for field, column in texts.items()}
             source = " ".join([name, *(f"{field}: {text}" for field, text in parts.items())])
             return source if all(parts.values()) else "", words(_text(row, target))
@@ -257,7 +274,7 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in [
-        Task("span_corruption", "T5's pre-training task on plain texts", ()),
+        Task("span_corruption", "T5's pre-training task on plain texts", (), _plain_text),
         Task(
             "text2text", "any source text to any target text", ("exact_match", "rougeL"), _two_columns(SOURCES, TARGETS)
         ),
@@ -284,70 +301,99 @@ def figure_names(task: Task, present: Collection[str] | None = None) -> list[str
     return [*names, *task.metrics] if task.parts and columns == every else names
 
 
-def _described(rows: Rows) -> tuple[Features | None, list[str]]:
+# Rows ------------------------------------------------------------------------------------------------------------
+
+Part = tuple[Task, str, Rows]  # a task, the "task" of its pairs, which names their metric ("mnli_matched"), its rows
+
+
+def _described(rows: Rows) -> tuple[dict[str, Any], list[str]]:
     """Return (features, column names), those of the first row if a stream does not know its own."""
     if rows.column_names is not None:
-        return rows.features, list(rows.column_names)
+        return dict(rows.features or {}), list(rows.column_names)
     first = next(iter(rows), None)
     if first is None:
         raise InputError("no rows: the data is empty")
-    return Dataset.from_list([first]).features, list(first)
+    return dict(Dataset.from_list([first]).features), list(first)
 
 
-def to_texts(rows: Rows, *, columns: Columns) -> Rows:
-    """Return rows with the one column "text", of span corruption: the user's, "text", or the only one of strings.
-
-    Raises InputError if there is no such column.
-    """
-    features, names = _described(rows)
-    strings = [name for name in names if (features or {}).get(name) in (Value("string"), Value("large_string"))]
-    guesses = ["text"] if "text" in names or len(strings) != 1 else strings
-    column = _chosen(names, columns.text_column, guesses, "text_column")
-    if (features or {}).get(column) is not None and column not in strings:
-        raise InputError(f"column {column!r} holds no text (columns of text: {', '.join(strings) or 'none'})")
-    rows = rows.select_columns([column])
-    return rows if column == "text" else rows.rename_column(column, "text")
-
-
-def to_pairs(
-    task: Task, rows: Rows, *, columns: Columns, column: str | None = None, cache_dir: Path | None = None
-) -> tuple[Rows, int | None]:
-    """Return (pairs, rows dropped): strings "source", "target" and "task".
-
-    Rows whose source or target is blank or missing are dropped. task: one that has pairs, so neither span corruption
-    nor a mixture. column: the "task" of the pairs, which names their metric ("mnli_matched"); by default the task's
-    name. cache_dir: where the pairs of a Dataset are kept; without it, in memory. Rows dropped are None for a stream,
-    which is not counted.
-    Raises InputError if columns are absent, if a label is unknown, or if nothing is left.
-    """
+def _bound(task: Task, rows: Rows, columns: Columns) -> tuple[Rows, Bound]:
     if task.bind is None:
-        raise ValueError(f"task: expected one with pairs, got {task.name!r}")
-    features, names = _described(rows)
-    used, pair = task.bind(features, names, columns)
-    rows = rows.select_columns(used)  # GLUE's files hold long ones that nothing reads
-    title = column or task.name
+        raise ValueError(f"task: expected one with rows of its own, got {task.name!r}")
+    try:
+        return rows, task.bind(*_described(rows), columns)
+    except InputError:
+        if not isinstance(rows, Files) or rows.streaming:
+            raise
+    rows = rows.with_all_columns()
+    return rows, task.bind(*_described(rows), columns)
+
+
+def _learnt(part: Part, columns: Columns) -> Iterator[Row | None]:
+    """Yield what a model learns from each row, None from one that lacks a text; raises InputError if all do."""
+    task, title, rows = part
+    rows, (used, texts) = _bound(task, rows, columns)
+    is_empty = True
+    for row in rows.select_columns(used):
+        made = texts(row)
+        is_empty &= not all(made)
+        yield dict(zip(task.features, (*made, title), strict=False)) if all(made) else None
+    if is_empty:
+        raise _nothing(task, title)
+
+
+def _nothing(task: Task, title: str) -> InputError:
+    return InputError(f"{title}: no row has " + ("a text" if len(task.features) == 1 else "both a source and a target"))
+
+
+def store(parts: Sequence[Part], path: Path, *, columns: Columns) -> tuple[Dataset, int]:
+    """Write the texts, or pairs, of all parts to an Arrow file; return (the Dataset that maps it, rows dropped).
+
+    Texts are rows "text", pairs "source", "target" and "task". Rows are dropped where one of them is blank or missing.
+    Raises InputError if columns are absent, if a label is unknown, or if nothing is left of a part.
+    """
+    dropped = 0
+
+    def kept() -> Iterator[Row]:
+        nonlocal dropped
+        for part in parts:
+            for row in _learnt(part, columns):
+                if row is None:
+                    dropped += 1
+                else:
+                    yield row
+
+    with arrow_file(path, parts[0][0].features) as write:
+        for block in blocks(kept()):
+            write({name: [row[name] for row in block] for name in block[0]})
+    return Dataset.from_file(str(path)), dropped
+
+
+def stream(task: Task, rows: Any, *, columns: Columns) -> IterableDataset:
+    """Return a stream of the texts, or pairs, of a stream of rows; as `store`, but what is dropped is not counted."""
+    rows, (used, texts) = _bound(task, rows, columns)
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
-        length = len(batch[used[0]])
-        pairs = [pair({name: batch[name][i] for name in used}) for i in range(length)]
-        kept = [(source, target) for source, target in pairs if source and target]
-        return {"source": [s for s, _ in kept], "target": [t for _, t in kept], "task": [title] * len(kept)}
+        made = [texts(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        kept = [(*row, task.name) for row in made if all(row)]
+        return {name: [row[i] for row in kept] for i, name in enumerate(task.features)}
 
-    settings: dict[str, Any] = {"batched": True, "remove_columns": used, "features": PAIR_FEATURES}
-    if isinstance(rows, Dataset):
-        settings |= {"keep_in_memory": cache_dir is None, "load_from_cache_file": False}
-        settings["new_fingerprint"] = Hasher.hash((rows._fingerprint, task.name, columns, title))
-        if cache_dir is not None:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            settings["cache_file_name"] = str(cache_dir / f"pairs-{settings['new_fingerprint']}.arrow")
-    with quiet():
-        pairs = rows.map(convert, **settings)
-    if next(iter(pairs), None) is None:
-        raise InputError(f"{title}: no row has both a source and a target")
-    return pairs, len(rows) - len(pairs) if isinstance(rows, Dataset) else None
+    made = rows.select_columns(used).map(convert, batched=True, remove_columns=used, features=task.features)
+    if next(iter(made), None) is None:
+        raise _nothing(task, task.name)
+    return made
 
 
-# GLUE's files ----------------------------------------------------------------------------------------------------
+# GLUE ------------------------------------------------------------------------------------------------------------
+
+
+def is_glue(task: Task) -> bool:
+    """Return whether a task's data has GLUE's splits."""
+    return bool(task.splits or task.parts)
+
+
+def has_splits(where: str) -> bool:
+    """Return whether a place is a folder with splits, which a file, or a folder of one `Dataset`, is not."""
+    return Path(where).is_dir() and not Path(where, "state.json").is_file()
 
 
 def _metric_columns(name: str, split: str) -> list[tuple[str, str]]:
@@ -369,28 +415,68 @@ def glue_files(task_name: str, folder: str | Path, split: str) -> dict[str, Path
     if missing:
         raise InputError(
             f"{folder} lacks {' and '.join(missing)} of {task_name}: expected GLUE's layout, "
-            f"{_GLUE_FOLDERS[task_name]}/{missing[0]}"
+            f"{_GLUE_FOLDERS[task_name]}/{missing[0]}; its splits saved by datasets, in the folder or in {task_name} "
+            f"inside of it; or, for this task alone, a file"
         )
     return files
 
 
-def read_glue(
-    task: Task, where: str, split: str, *, cache_dir: Path, columns: Columns | None = None
-) -> tuple[Dataset, int]:
-    """Return (pairs, rows dropped) of one GLUE task, or of all seven one after the other for "glue".
+def glue_parts(task: Task, where: str, split: str, *, cache_dir: Path) -> list[Part]:
+    """Return the parts of one GLUE task, or of all seven one after the other for "glue".
 
-    where: a folder of GLUE's TSV files, or a data set of the hub with GLUE's configurations. split: "train" or
-    "validation". Raises InputError as `glue_files`, `read_hub` and `to_pairs` do.
+    where: a folder of GLUE's TSV files, a data set of the hub with GLUE's configurations, or a folder, or one for each
+    task inside of it, into which `datasets` saved their splits. split: "train" or "validation".
+    Raises InputError as `glue_files`, `read_hub` and `read_rows` do.
     """
-    pieces = []
+    parts: list[Part] = []
     for name in task.parts or (task.name,):
-        if Path(where).is_dir():
-            files = glue_files(name, where, split)
-            tables = {column: read_rows(str(file), cache_dir=cache_dir) for column, file in files.items()}
-        else:
-            endings = _metric_columns(name, split)
-            tables = {column: read_hub(where, name, split + end, cache_dir=cache_dir) for column, end in endings}
-        for column, rows in tables.items():
-            made = to_pairs(TASKS[name], rows, columns=columns or Columns(), column=column, cache_dir=cache_dir)
-            pieces.append(made)
-    return datasets.concatenate_datasets([pairs for pairs, _ in pieces]), sum(dropped or 0 for _, dropped in pieces)
+        saved = next((folder for folder in (Path(where), Path(where, name)) if is_saved(folder)), None)
+        if task.parts and (Path(where).is_file() or is_saved(where)):
+            raise InputError(
+                f"--task glue: {where} holds one task's data: expected a folder with all of them, such as "
+                f"{_GLUE_FOLDERS[name]}/train.tsv; --task {name} takes a file"
+            )
+        if Path(where).is_dir() and not saved:
+            files = glue_files(name, where, split).items()
+            parts += [(TASKS[name], column, read_rows(str(file))) for column, file in files]
+            continue
+        for column, ending in _metric_columns(name, split):
+            rows = read_hub(str(saved or where), name, split + ending, cache_dir=cache_dir)
+            parts.append((TASKS[name], column, rows))
+    return parts
+
+
+# Samples ---------------------------------------------------------------------------------------------------------
+
+SAMPLE_SEED = 20  # fixed, whatever --seed is, so that runs compare
+FEW_CLASSES = 100  # different targets of a task; more are texts
+
+
+def sample(rows: Dataset, most: int) -> Dataset:
+    """Return at most `most` rows, drawn at random and in their order: as many of each task, as far as it has so many.
+
+    Of a task with few different targets each is drawn, and as often as its share of the rows has it.
+    """
+    if len(rows) <= most:
+        return rows
+    order = np.random.default_rng(SAMPLE_SEED).permutation(len(rows))
+    if "task" not in rows.column_names:
+        return rows.select(np.sort(order[:most]))
+    table = rows.data.table if rows._indices is None else rows.flatten_indices().data.table
+    tasks, targets = (np.unique(table[name].to_numpy(), return_inverse=True)[1][order] for name in ("task", "target"))
+    place = np.empty(len(rows))  # of a row in its task, whose first places go to a sample however large
+    for task in np.unique(tasks):
+        mine = np.flatnonzero(tasks == task)
+        classes = targets[mine]
+        rank, size = _ranks(classes)
+        is_class = len(np.unique(classes)) <= FEW_CLASSES
+        place[mine[np.argsort(rank / size, kind="stable") if is_class else slice(None)]] = np.arange(len(mine))
+    return rows.select(np.sort(order[np.argsort(place, kind="stable")[:most]]))
+
+
+def _ranks(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (each item's number among those of its group, from 0; the size of its group) [N] of group numbers [N]."""
+    _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    ranks = np.empty(len(groups), dtype=np.int64)
+    ranks[np.argsort(groups, kind="stable")] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return ranks, sizes[groups]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer, T5TokenizerFast
 
-from fastkd.train import data
+from fastkd.train import data, sources
 from fastkd.train.data import (
     Counts,
     EpochSampler,
@@ -35,6 +35,10 @@ from fastkd.train.data import (
 )
 from fastkd.train.errors import InputError
 from fastkd.train.tokenizer import SENTINELS, padded_size, train_tokenizer
+
+
+def as_rows(texts: list[str]) -> list[dict[str, str]]:
+    return [{"text": text} for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +136,14 @@ def test_sampler_visits_every_example_once_per_epoch_in_another_order() -> None:
 
 
 def test_packing_keeps_every_token_but_the_last_few(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
-    chunks = pack_to_arrow(tokenizer, texts[:20], 16, tmp_path / "chunks").with_format("numpy")["input_ids"][:]
+    chunks = pack_to_arrow(tokenizer, as_rows(texts[:20]), 16, tmp_path / "chunks").with_format("numpy")["input_ids"][:]
     stream = [t for text in texts[:20] for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert chunks.flatten().tolist() == stream[: chunks.size] and len(stream) - chunks.size < 16
 
 
 def test_too_little_text_and_too_few_sentinels(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too little training text"):
-        pack_to_arrow(tokenizer, ["ta"], 16, tmp_path / "few")
+        pack_to_arrow(tokenizer, as_rows(["ta"]), 16, tmp_path / "few")
     with pytest.raises(InputError, match="too little held-out text"):
         pack_to_arrow(tokenizer, [], 16, tmp_path / "none", what="held-out text")
     with pytest.raises(InputError, match="need 250 sentinels"):
@@ -161,11 +165,11 @@ def test_sentinels_may_count_up() -> None:
 def test_packing_into_a_file_gives_the_same_chunks(
     tokenizer: Any, texts: list[str], packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(sources, "BLOCK", block)
     expected = packed(texts[:60], 32)
-    rows = datasets.Dataset.from_dict({"text": [*texts[:30], "", None, *texts[30:60]]})
-    for name, given_texts in (("texts", (text for text in texts[:60])), ("rows", rows)):
-        made = pack_to_arrow(tokenizer, given_texts, 32, tmp_path / name)
+    rows = datasets.Dataset.from_dict({"text": [*texts[:30], "", *texts[30:60]]})
+    for name, given_rows in (("generated", (row for row in rows)), ("rows", rows)):
+        made = pack_to_arrow(tokenizer, given_rows, 32, tmp_path / name)
         assert np.array_equal(made.with_format("numpy")["input_ids"][:], expected)
         assert made.features == {"input_ids": datasets.List(datasets.Value("int32"), 32)}
         assert made.cache_files[0]["filename"] == str(tmp_path / name)  # mapped, not loaded
@@ -176,10 +180,10 @@ def test_packing_into_a_file_gives_the_same_chunks(
 
 def test_no_file_is_left_without_a_chunk(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"too little held-out text: its tokens do not fill one chunk of 32"):
-        pack_to_arrow(tokenizer, ["ta"], 32, tmp_path / "x", what="held-out text")
+        pack_to_arrow(tokenizer, as_rows(["ta"]), 32, tmp_path / "x", what="held-out text")
 
-    def texts() -> Iterator[str]:
-        yield from ["ta re " * 50] * 5
+    def texts() -> Iterator[dict[str, str]]:
+        yield from as_rows(["ta re " * 50] * 5)
         raise InputError("line 6 is bad")
 
     with pytest.raises(InputError, match="line 6 is bad"):
@@ -197,7 +201,7 @@ def ids_of(tokenizer: Any, text: str, limit: int) -> list[int]:
 
 @pytest.mark.parametrize("block", [5, 1000])
 def test_tokenised_pairs(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(sources, "BLOCK", block)
     full = [[len(tokenizer(row[side])["input_ids"]) for row in PAIRS] for side in ("source", "target")]
     limits = full[0][8], full[1][5]  # so that some fit exactly
     made, counts = tokenize_pairs(PAIRS, tokenizer, *limits, tmp_path / "pairs")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,27 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from fastkd.train import tasks
 from fastkd.train.errors import InputError
-from fastkd.train.tasks import TASKS, Columns, glue_files, read_glue, to_pairs, to_texts
+from fastkd.train.tasks import TASKS, Columns, glue_files, glue_parts, sample, store, stream
+
+
+def stored(task: str, rows: Any, **columns: str) -> tuple[Dataset, int]:
+    """What `store` makes of rows for a task."""
+    with tempfile.TemporaryDirectory() as folder:
+        made, dropped = store([(TASKS[task], task, rows)], Path(folder, "rows"), columns=Columns(**columns))
+        return Dataset.from_list(list(made), features=made.features), dropped
+
+
+def read_glue(task: str, where: Path | str, split: str, cache: Path) -> tuple[Dataset, int]:
+    cache.mkdir(exist_ok=True)
+    parts = glue_parts(TASKS[task], str(where), split, cache_dir=cache)
+    return store(parts, cache / f"{task}-{split}", columns=Columns())
 
 
 def pairs_of(task: str, rows: list[dict[str, Any]], **columns: str) -> list[tuple[str, str]]:
     """The pairs of a Dataset, which must be those of a stream."""
-    made, dropped = to_pairs(TASKS[task], Dataset.from_list(rows), columns=Columns(**columns))
-    streamed, uncounted = to_pairs(
-        TASKS[task], IterableDataset.from_generator(lambda: iter(rows)), columns=Columns(**columns)
-    )
-    assert list(streamed) == list(made) and dropped == len(rows) - len(made) and uncounted is None
+    made, dropped = stored(task, Dataset.from_list(rows), **columns)
+    streamed = stream(TASKS[task], IterableDataset.from_generator(lambda: iter(rows)), columns=Columns(**columns))
+    assert list(streamed) == list(made) and dropped == len(rows) - len(made)
     assert set(made["task"]) == {task}
     return list(zip(made["source"], made["target"], strict=True))
 
@@ -84,7 +97,7 @@ def test_translation() -> None:
 def test_the_hubs_translation_feature() -> None:
     features = Features({"translation": datasets.Translation(languages=["fr", "en"])})
     rows = Dataset.from_dict({"translation": [{"fr": "Oui", "en": "Yes"}]}, features=features)
-    made, _ = to_pairs(TASKS["translation"], rows, columns=Columns())
+    made, _ = stored("translation", rows)
     assert made[0]["source"] == "translate French to English: Oui" and made[0]["target"] == "Yes"
 
 
@@ -93,7 +106,7 @@ def test_classification() -> None:
     assert pairs_of("classification", [{"sentence": "Great.", "label": 3}]) == [("Great.", "3")]
     features = Features({"review": Value("string"), "stars": ClassLabel(names=["bad", "good"])})
     rows = Dataset.from_dict({"review": ["a", "b", "c"], "stars": [1, 0, -1]}, features=features)
-    made, dropped = to_pairs(TASKS["classification"], rows, columns=Columns(label_column="stars", source_prefix="c: "))
+    made, dropped = stored("classification", rows, label_column="stars", source_prefix="c: ")
     assert made["target"][:] == ["good", "bad"] and made["source"][0] == "c: a" and dropped == 1
 
 
@@ -107,7 +120,7 @@ def test_absent_columns_are_named_with_those_that_exist() -> None:
         pairs_of("sst2", rows)
     with pytest.raises(InputError, match=r"column 'answer' holds a list, expected text"):
         pairs_of("text2text", [{"question": "a", "answer": ["b"]}])
-    with pytest.raises(ValueError, match="expected one with pairs, got 'glue'"):
+    with pytest.raises(ValueError, match="expected one with rows of its own, got 'glue'"):
         pairs_of("glue", rows)
 
 
@@ -205,7 +218,7 @@ def glue(tmp_path: Path) -> Path:
 
 
 def test_glue_files_give_the_eight_columns(glue: Path, tmp_path: Path) -> None:
-    made, dropped = read_glue(TASKS["glue"], str(glue), "validation", cache_dir=tmp_path / "cache")
+    made, dropped = read_glue("glue", glue, "validation", tmp_path / "cache")
     assert [(row["task"], row["source"], row["target"]) for row in made] == [
         ("sst2", "sst2 sentence: it 's \"fine", "positive"),
         ("sst2", "sst2 sentence: bad", "negative"),
@@ -222,7 +235,7 @@ def test_glue_files_give_the_eight_columns(glue: Path, tmp_path: Path) -> None:
 
 def test_one_glue_task_in_its_own_folder(glue: Path, tmp_path: Path) -> None:
     for folder in (glue, glue / "MNLI"):
-        made, dropped = read_glue(TASKS["mnli"], str(folder), "train", cache_dir=tmp_path / "cache")
+        made, dropped = read_glue("mnli", folder, "train", tmp_path / "cache")
         assert made["task"][:] == ["mnli"] and dropped == 1
     assert {k: v.name for k, v in glue_files("mnli", glue, "validation").items()} == {
         "mnli_matched": "dev_matched.tsv",
@@ -235,7 +248,7 @@ def test_the_expected_layout_is_said(glue: Path, tmp_path: Path) -> None:
         glue_files("sst2", tmp_path, "train")
     (glue / "MNLI" / "dev_mismatched.tsv").unlink()
     with pytest.raises(InputError, match=r"lacks dev_mismatched.tsv of mnli"):
-        read_glue(TASKS["glue"], str(glue), "validation", cache_dir=tmp_path / "cache")
+        read_glue("glue", glue, "validation", tmp_path / "cache")
 
 
 def test_glue_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -246,32 +259,70 @@ def test_glue_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         return Dataset.from_list([row for row, _, _ in GLUE[config]])
 
     monkeypatch.setattr(tasks, "read_hub", load)
-    made, _ = read_glue(TASKS["glue"], "nyu-mll/glue", "validation", cache_dir=tmp_path)
+    made, _ = read_glue("glue", "nyu-mll/glue", "validation", tmp_path / "cache")
     assert ("nyu-mll/glue", "mnli", "validation_mismatched") in asked and ("nyu-mll/glue", "rte", "validation") in asked
     assert len(asked) == 8 and len(set(made["task"])) == 8
     asked.clear()
-    read_glue(TASKS["mnli"], "nyu-mll/glue", "train", cache_dir=tmp_path)
+    read_glue("mnli", "nyu-mll/glue", "train", tmp_path / "cache")
     assert asked == [("nyu-mll/glue", "mnli", "train")]
 
 
-def test_pairs_are_kept_in_the_cache_and_not_beside_the_users_data(tmp_path: Path) -> None:
-    DatasetDict(train=Dataset.from_dict({"source": ["a"], "target": ["b"]})).save_to_disk(tmp_path / "saved")
-    before = sorted(tmp_path.rglob("*"))
-    rows = datasets.load_from_disk(str(tmp_path / "saved"))["train"]
-    for prefix in ("x", "y"):
-        made, _ = to_pairs(
-            TASKS["text2text"], rows, columns=Columns(source_prefix=prefix), cache_dir=tmp_path / "cache"
-        )
-        assert made["source"][:] == [prefix + "a"] and made.cache_files
-    assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
-    made, _ = to_pairs(TASKS["text2text"], rows, columns=Columns())
-    assert not made.cache_files and sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+@pytest.mark.parametrize("inside", [False, True])
+def test_glue_saved_by_datasets(inside: bool, tmp_path: Path) -> None:
+    rows = {name: Dataset.from_list([row for row, _, _ in GLUE[name]]) for name in GLUE}
+    for name, made in rows.items():
+        ends = ("_matched", "_mismatched") if name == "mnli" else ("",)
+        splits = {"train": made, **{f"validation{end}": made for end in ends}}
+        DatasetDict(splits).save_to_disk(str(tmp_path / name))
+    where = tmp_path if inside else tmp_path / "sst2"
+    made, _ = read_glue("sst2", where, "validation", tmp_path / "cache")
+    assert [row["source"] for row in made] == [source for _, source, _ in GLUE["sst2"]]
+    if inside:
+        made, _ = read_glue("glue", where, "validation", tmp_path / "cache")
+        assert len(set(made["task"])) == 8
+    else:
+        with pytest.raises(InputError, match=r"--task glue: .*sst2 holds one task's data: expected a folder with all"):
+            read_glue("glue", where, "train", tmp_path / "cache")
+
+
+def rows_of(*counts: tuple[str, str, int]) -> Dataset:
+    """Rows of (task, target, how many), one after the other as in a sorted file."""
+    every = [(task, target) for task, target, count in counts for _ in range(count)]
+    return Dataset.from_list([{"source": str(i), "target": y, "task": x} for i, (x, y) in enumerate(every)])
+
+
+def counted(rows: Dataset) -> dict[tuple[str, str], int]:
+    return dict(Counter(zip(rows["task"], rows["target"], strict=True)))
+
+
+def test_samples_have_every_task_and_class() -> None:
+    rows = rows_of(("sst2", "negative", 300), ("sst2", "positive", 700), ("rte", "yes", 10), ("rte", "no", 10))
+    assert counted(sample(rows, 40)) == {
+        ("sst2", "negative"): 6, ("sst2", "positive"): 14, ("rte", "yes"): 10, ("rte", "no"): 10
+    }  # fmt: skip
+    assert set(counted(sample(rows, 4))) == set(counted(rows))
+    assert counted(sample(rows, 900)) | {("sst2", "negative"): 264, ("sst2", "positive"): 616} == counted(
+        sample(rows, 900)
+    )
+    assert sample(rows, 1020) is rows
+    rare = rows_of(("c", "a", 990), ("c", "b", 10))
+    assert counted(sample(rare, 5)) == {("c", "a"): 4, ("c", "b"): 1}
+
+
+def test_samples_of_texts_are_random_and_the_same_every_time() -> None:
+    rows = rows_of(*(("text2text", "yes" if i % 2 else f"answer {i}", 1) for i in range(2000)))
+    for made in (sample(rows, 400), sample(rows.remove_columns(["target", "task"]), 400)):
+        numbers = [int(source) for source in made["source"]]
+        assert numbers == sorted(numbers) and 1200 > sum(numbers) / 400 > 800
+        assert 150 < sum(number % 2 for number in numbers) < 250
+        assert numbers == [int(source) for source in sample(rows, 400)["source"]]
 
 
 def test_the_column_of_texts() -> None:
     def texts(rows: list[dict[str, Any]], **columns: str) -> list[dict[str, Any]]:
-        made = list(to_texts(Dataset.from_list(rows), columns=Columns(**columns)))
-        assert made == list(to_texts(IterableDataset.from_generator(lambda: iter(rows)), columns=Columns(**columns)))
+        made = list(stored("span_corruption", Dataset.from_list(rows), **columns)[0])
+        as_stream = IterableDataset.from_generator(lambda: iter(rows))
+        assert made == list(stream(TASKS["span_corruption"], as_stream, columns=Columns(**columns)))
         return made
 
     assert texts([{"id": 1, "text": "a", "more": "b"}]) == [{"text": "a"}]
@@ -287,7 +338,7 @@ def test_the_column_of_texts() -> None:
 
 def test_a_stream_without_rows() -> None:
     with pytest.raises(InputError, match="no rows: the data is empty"):
-        to_pairs(TASKS["text2text"], IterableDataset.from_generator(lambda: iter([])), columns=Columns())
+        stream(TASKS["text2text"], IterableDataset.from_generator(lambda: iter([])), columns=Columns())
 
 
 def test_the_table_is_complete() -> None:
