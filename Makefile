@@ -3,19 +3,27 @@
 # make test-all  the long rest (marked `long`), and the numeric tests again as on other processors (under twenty)
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
+# make lock    renew the versions that all of these install, within pyproject's ranges: $(LOCK)
+# make test-floor  set up with the lowest versions that pyproject allows, in build/floor, then make test there
 # make gpu     on a machine with a GPU: build, test and measure there, with its own Python and without a network
 #              (PARTS="tests bench" makes some of it, ARGS=--list tells what there is)
 #
-# But for gpu, everything is installed into $(VENV). PYTHON, VENV and TORCH can be overridden. TORCH is what pip is given
-# to install: on Linux its default build brings CUDA along, some gigabytes; a path or address of a CPU build is lighter.
+# But for gpu, everything is installed into $(VENV), in the versions of $(LOCK); LOCK= takes the newest that pyproject
+# allows, but of torch. PYTHON, VENV, LOCK and TORCH can be overridden. TORCH is what pip is given to install: on Linux
+# its default build brings CUDA along, some gigabytes; a path or address of a CPU build of that version is lighter.
 
 PYTHON ?= python3
 VENV   ?= .venv
+LOCK   ?= constraints.txt
 TORCH  ?= torch==2.13.0
+FLOOR  ?= torch==2.11.0
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(LOCK),-c $(LOCK))
+# $(call resolve,FILE,TORCH,OPTIONS): write what pyproject's ranges come to. uv, as pip resolves for one Python only.
+resolve = echo '$(2)' | $(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url $(3) \
+	--extra train --extra test -o $(1) pyproject.toml -
 
-.PHONY: demo test test-all bench lint gpu clean
+.PHONY: demo test test-all test-floor lock bench lint gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -34,6 +42,15 @@ test-all: $(VENV)/.test
 	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not long" $(NUMERIC)
 	OPENBLAS_CORETYPE=Prescott ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not long" $(NUMERIC)
 
+lock: $(BIN)/uv
+	$(call resolve,constraints.txt,$(TORCH),--upgrade --universal --python-version 3.10)
+
+# FLOOR: the torch to take, as not every machine has a build of the lowest.
+test-floor: $(BIN)/uv
+	mkdir -p build
+	$(call resolve,build/floor.txt,$(FLOOR),--resolution lowest-direct --python $(BIN)/python)
+	$(MAKE) test VENV=build/floor LOCK=build/floor.txt TORCH='$(FLOOR)'
+
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py
 
@@ -47,9 +64,9 @@ gpu:
 
 # torch first: the extension is built against it, in this environment and not in one of its own. The other stages name the
 # installed package, so that pip adds what the extra needs and builds nothing again.
-$(VENV)/.base: setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+$(VENV)/.base: setup.py pyproject.toml $(LOCK) $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) numpy 'setuptools>=77' wheel
+	$(PIP) $(TORCH) numpy 'setuptools>=77'
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -64,6 +81,10 @@ $(VENV)/.test: $(VENV)/.train
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) 'fastkd[bench]'
 	touch $@
+
+$(BIN)/uv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 
 clean:
 	rm -rf $(VENV) build runs fastkd/*.so

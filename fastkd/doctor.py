@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from . import __version__
 from .backend import EXTENSION_PROBLEM, TRITON_PROBLEM, backend_for
 from .ops.divergence_rows import cuda_rows_problem
-
-TRAINING_PACKAGES = ("transformers", "accelerate", "sentencepiece", "matplotlib", "tqdm")
+from .versions import Package, missing, packages
 
 
 def _version(package: str) -> str:
@@ -36,7 +36,7 @@ def report() -> list[tuple[str, str]]:
     lines = [
         ("fastkd", __version__),
         ("python", f"{platform.python_version()} on {platform.machine()} {platform.system()}"),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("CPU threads", str(torch.get_num_threads())),
     ]
     lines.append(("CPU kernels", EXTENSION_PROBLEM or f"active, {_cpu_path()}"))
     lines.append(("Triton kernels", TRITON_PROBLEM or f"importable, triton {_version('triton')}"))
@@ -49,10 +49,18 @@ def report() -> list[tuple[str, str]]:
     for device in _devices():
         kernels, why = backend_for(device)
         lines.append((f'impl="auto" on {device.type}', kernels or f"reference, because {why}"))
-    missing = [package for package in TRAINING_PACKAGES if _version(package) == "not installed"]
-    hint = f"not usable: pip install 'fastkd[train]' (missing: {', '.join(missing)})" if missing else "usable"
-    lines.append(("fastkd-train", hint))
+    needed = packages("train")
+    lines += [(package.name, str(package)) for package in needed]
+    lines.append(("fastkd-train", _trainer(needed)))
     return lines
+
+
+def _trainer(needed: Sequence[Package]) -> str:
+    if not needed:
+        return "unknown: fastkd is not installed, as pip install 'fastkd[train]' does"
+    if lacking := missing(needed):
+        return f"not usable: pip install 'fastkd[train]' (missing: {', '.join(lacking)})"
+    return "usable" if all(package.in_range for package in needed) else "usable, but not tested with these versions"
 
 
 def _devices() -> list[torch.device]:

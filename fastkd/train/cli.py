@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError, RunError
+from .. import versions
+from .errors import InputError, RunError, out_of_memory
 from .processes import is_lost_process, launched_rank, leave, print_by_first_only
 
 _REQUIRED = (
@@ -34,15 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # not the system's: a library's own, and a mistake of ours
         _say(error)
         return 1
-    except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        _say("another process of this run has ended or does not answer")
+    except Exception as error:
+        _say(_reason(error))
         return 1
     except KeyboardInterrupt:
         _say("interrupted; --resume_from_checkpoint last continues from a checkpoint")
         return 130
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """Return what to say of an error that need not be a mistake of ours; raise it if it is one."""
+    if is_lost_process(error):
+        return "another process of this run has ended or does not answer"
+    if reason := out_of_memory(error):
+        return reason
+    if untested := versions.untested("train"):
+        return f"{type(error).__name__}: {error}; {untested}"
+    raise error
 
 
 def _say(problem: object) -> None:
@@ -55,6 +65,8 @@ def _say(problem: object) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     _require_packages()
+    if (untested := versions.untested("train")) and not launched_rank():
+        print(f"fastkd-train: {untested}", file=sys.stderr)
     import huggingface_hub
     import transformers
 

@@ -21,3 +21,17 @@ class Interrupted(RunError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what to say of an error if memory is what was missing, on whichever device, or None."""
+    text = " ".join(str(error).split())
+    # torch has a class for GPUs, and for CPUs only a text; it is looked for by its name, as torch may not be imported.
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
+    if not isinstance(error, MemoryError) and not (is_torchs and isinstance(error, RuntimeError)):
+        return None
+    return (
+        f"out of memory ({text[:200] or type(error).__name__}): python -m fastkd.train.plan with the same flags "
+        "says what a run needs; reduce --per_device_train_batch_size (and raise --gradient_accumulation_steps), "
+        "--per_device_eval_batch_size or --sequence_length, or give --gradient_checkpointing"
+    )

@@ -63,7 +63,7 @@ class PrunedAttention(T5Attention):
         if self.n_heads > 0:
             output, _, weights = super().forward(hidden_states, **{**kwargs, "position_bias": None})
             return output, None, weights
-        cache = next((value for value in kwargs.values() if isinstance(value, EncoderDecoderCache)), None)
+        cache: Any = next((value for value in kwargs.values() if isinstance(value, EncoderDecoderCache)), None)
         if cache is not None and kwargs.get("key_value_states") is None:
             # From the first layer's cache the decoder knows how far it has come.
             seen = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
