@@ -148,6 +148,8 @@ DIVERGENCE_OPS = TOKEN_OPS + ATTENTION_OPS
 OPS = [*DIVERGENCE_OPS, CKA_LOSS]
 
 BACKENDS = ["reference", "cpp", "triton"]
+# For tests that call a function often: Triton's interpreter takes minutes for them.
+LONG_IN_TRITON = ["cpp", pytest.param("triton", marks=pytest.mark.long)]
 
 
 @contextlib.contextmanager

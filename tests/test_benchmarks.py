@@ -46,7 +46,9 @@ def quick_run(op: str) -> tuple[str, str]:
         return python(BENCHMARKS / f"bench_{op}.py", "--quick", "--json", file), file.read_text()
 
 
-@pytest.mark.parametrize("op", ROWS)
+@pytest.mark.parametrize(
+    "op", [name if name == "logit_kl" else pytest.param(name, marks=pytest.mark.long) for name in ROWS]
+)
 def test_quick_run(op: str) -> None:
     table, text = quick_run(op)
     for name in ("fastkd", *ROWS[op]):
@@ -62,6 +64,7 @@ def test_quick_run(op: str) -> None:
         assert all(row["error"] < 1e-5 for name, row in rows.items() if "error" in row)
 
 
+@pytest.mark.long
 def test_traffic_of_ranks(tmp_path: Path) -> None:
     """It is what is documented for linear_kl, and for a training step that of the weights."""
     output = python(BENCHMARKS / "bench_scaling.py", "--quick", "--json", tmp_path / "out.json")

@@ -13,7 +13,7 @@ Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.co
 
 nvcc: all of csrc/cuda, for sm_80 and sm_90.
 
-The tables are left in build/compiled; .ci/run prints them.
+The tables are left in build/compiled; .ci/run prints them. All of this takes minutes, but for one case of every kernel.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.long
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-def _compiled(module: str):
-    """What a module found, in a process that does not interpret Triton."""
+def _printed(*arguments: str):
+    """The JSON that Python prints, in a process that does not interpret Triton."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", f"tests.{module}", "--json"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+def _compiled(module: str):
+    """What a module found."""
+    return _printed("-m", f"tests.{module}", "--json")
 
 
 def _show(name: str, table: str) -> None:
@@ -49,6 +52,30 @@ def _show(name: str, table: str) -> None:
     folder = ROOT / "build" / "compiled"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.txt").write_text(table + "\n")
+
+
+def test_every_kernel_compiles_for_hopper_and_none_spills():
+    """One case of each; the others are long."""
+    code = """
+import json
+from tests import compile_attention, compile_cka, compile_linear, compile_rows
+from tests.compile_common import SHARED_LIMIT
+cases = [(compile_rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in compile_rows.PASSES]
+cases += [(compile_linear, ("sm_90", "bf16", "forward_kl", "labels"))]
+cases += [(compile_cka, ("sm_90", "bf16", grams, 2)) for grams in (False, True)]
+cases += [(compile_attention, ("sm_90", op, "forward_kl", "bf16", 64, 64, False)) for op in ("relation", "diagonals")]
+found = {}
+for module, case in cases:
+    measured = module.measure(case)
+    for one in measured if isinstance(measured, list) else [measured]:
+        name = f"{module.__name__.removeprefix('tests.compile_')}: {one.get('kernel') or one['pass']}"
+        found[name] = one["local"], one["shared"] <= SHARED_LIMIT["sm_90"]
+print(json.dumps(found))
+"""
+    found = _printed("-c", code)
+    assert {name.split(":")[0] for name in found} == {"attention", "cka", "linear", "rows"}
+    spilling = {name for name, (local, fits) in found.items() if local or not fits}
+    assert not spilling, found
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +88,7 @@ def attention() -> list:
     return _compiled("compile_attention")
 
 
+@pytest.mark.long
 def test_nothing_spills(compiled: dict):
     from .compile_rows import table
 
@@ -69,6 +97,7 @@ def test_nothing_spills(compiled: dict):
     assert not spilling, table(spilling)
 
 
+@pytest.mark.long
 def test_two_blocks_fit_a_multiprocessor(compiled: dict):
     """65536 registers. With one block alone nothing would hide the waits inside its reductions."""
     for kernel in compiled["kernels"]:
@@ -76,6 +105,7 @@ def test_two_blocks_fit_a_multiprocessor(compiled: dict):
             assert 2 * 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
 
 
+@pytest.mark.long
 def test_two_sum_survives(compiled: dict):
     """t - s - shift loses its correction if a compiler reasons that (a - b) - a is -b. Nine sums and a product."""
     count = compiled["two_sum"]
@@ -84,6 +114,7 @@ def test_two_sum_survives(compiled: dict):
     assert not any(name.startswith("fma") for name in count), count
 
 
+@pytest.mark.long
 def test_no_attention_kernel_spills(attention: list):
     from .compile_attention import table
 
@@ -92,6 +123,7 @@ def test_no_attention_kernel_spills(attention: list):
     assert not spilling, "\n" + table(spilling)
 
 
+@pytest.mark.long
 def test_attention_multiplies_by_warp_group(attention: list):
     """wgmma is Hopper's way to the full rate of its tensor cores."""
     hopper = [kernel for kernel in attention if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
@@ -103,6 +135,7 @@ def cka() -> list:
     return _compiled("compile_cka")
 
 
+@pytest.mark.long
 def test_no_cka_kernel_spills(cka: list):
     """On NVIDIA's. AMD's compiler puts scalars aside that tell the pairs of a launch apart."""
     from .compile_cka import table
@@ -113,6 +146,7 @@ def test_no_cka_kernel_spills(cka: list):
     assert {kernel["target"] for kernel in cka} == {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
+@pytest.mark.long
 def test_cka_multiplies_by_warp_group(cka: list):
     gemms = ("covariance", "gram", "gradient", "gram_gradient")
     hopper = [kernel for kernel in cka if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
@@ -126,6 +160,7 @@ def linear() -> list:
     return _compiled("compile_linear")
 
 
+@pytest.mark.long
 def test_no_linear_kernel_spills(linear: list):
     """On NVIDIA's. AMD's compiler puts scalars aside."""
     from .compile_linear import table
@@ -136,12 +171,14 @@ def test_no_linear_kernel_spills(linear: list):
     assert {kernel["target"] for kernel in linear} == {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
+@pytest.mark.long
 def test_registers_of_linear_fit(linear: list):
     for kernel in linear:
         if kernel["target"].startswith("sm_"):
             assert 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
 
 
+@pytest.mark.long
 def test_linear_multiplies_by_warp_group(linear: list):
     """wgmma is Hopper's way to the full rate of its tensor cores."""
     hopper = [kernel for kernel in linear if kernel["target"] == "sm_90" and kernel["dtype"] in ("bf16", "fp16")]
@@ -150,6 +187,7 @@ def test_linear_multiplies_by_warp_group(linear: list):
     assert all(kernel["wgmma"] for kernel in hopper), hopper
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", ["compiled", "attention", "cka", "linear"])
 def test_shared_memory_fits(op: str, request: pytest.FixtureRequest):
     from .compile_common import SHARED_LIMIT
@@ -171,6 +209,7 @@ def cuda() -> list:
     return _compiled("compile_cuda")
 
 
+@pytest.mark.long
 def test_no_cuda_kernel_spills(cuda: list):
     from .compile_cuda import table
 
@@ -180,10 +219,12 @@ def test_no_cuda_kernel_spills(cuda: list):
     assert not spilling, "\n" + table(spilling)
 
 
+@pytest.mark.long
 def test_cuda_kernels_move_16_bytes_at_a_time(cuda: list):
     assert all(kernel["copies"] and kernel["stores"] for kernel in cuda), cuda
 
 
+@pytest.mark.long
 def test_several_blocks_fit_a_multiprocessor(cuda: list):
     """Of 65536 registers: three blocks of fp32 rows, two of 16-bit ones."""
     for kernel in cuda:

@@ -465,6 +465,7 @@ def test_what_cuda_rows_leave_to_triton():
     assert not CudaRows.takes(x, x, x.double())
 
 
+@pytest.mark.long
 @over_triton_alone
 @over_divergences
 def test_gradcheck(divergence: str):

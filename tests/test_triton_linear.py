@@ -399,6 +399,7 @@ def test_the_same_again():
     assert all(torch.equal(x, second[1][name]) for name, x in first[1].items())
 
 
+@pytest.mark.long
 def test_gradcheck():
     inputs = {
         name: x.to(DEVICE) for name, x in inputs_of(dtype=torch.float64, tokens=3, vocabulary=19, width=4).items()

@@ -178,6 +178,7 @@ SAME = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "method"), SAME)
 def test_processes_train_as_one_does_on_the_whole_batch(runs: Runs, name: str, method: str) -> None:
     """Losses, terms, gradient norms and held-out figures of every step, and the weights after the last."""
@@ -192,6 +193,7 @@ def test_processes_train_as_one_does_on_the_whole_batch(runs: Runs, name: str, m
         torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_first_process_writes_what_one_does(runs: Runs) -> None:
     """The same files, but for a checkpoint's own of each process, and the same figures, but for times."""
     for name in ("miniend-e-ddp", "miniend-e-fsdp"):
@@ -208,6 +210,7 @@ def test_the_first_process_writes_what_one_does(runs: Runs) -> None:
     assert len(list((runs.folder / "cache").glob("teacher-*"))) == 1  # of one process, and good for all
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_ends_the_others_with_one_line(runs: Runs) -> None:
     first, killed = runs.ends("killed")
     assert killed is None
@@ -217,6 +220,7 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line(runs: Runs) -> N
     assert line.endswith("checkpoint-10 is whole, --resume_from_checkpoint last continues from it")
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(runs: Runs) -> None:
     for rank, end in enumerate(runs.ends("signalled")):
         assert end["code"] == 143, rank
@@ -225,6 +229,7 @@ def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(runs: Runs) -> 
     assert saved in ({"checkpoint-10", "checkpoint-13"}, {"checkpoint-10", "checkpoint-14"})
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_the_other_kind_is_an_error_of_all(runs: Runs) -> None:
     for end in runs.ends("other-kind"):
         assert end["code"] == 2
