@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from train_flags import RECIPE, SIZES, with_inputs
+from train_flags import RECIPE, SIZES, TEACHER, with_inputs
 from transformers import default_data_collator
 
 from fastkd.train import cli, plots
@@ -115,7 +115,7 @@ def arguments(tmp_path: Path) -> Callable[..., TransformersArguments]:
 
     def make(*flags: str) -> TransformersArguments:
         base = ["--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--per_device_train_batch_size", "8"]
-        return parse(with_inputs(*base, *SIZES, *RECIPE, "--use_cpu", "--disable_tqdm", "true", *flags))[1]
+        return parse(with_inputs(*base, *SIZES, *TEACHER, *RECIPE, "--use_cpu", "--disable_tqdm", "true", *flags))[1]
 
     return make
 
@@ -148,8 +148,7 @@ def make_trainer(
 
 # Flags of a run that takes a second or two. Progress bars and checkpoints come where a test asks for them.
 SMALL = [
-    "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", *SIZES, *RECIPE,
-    "--teacher_layers", "1", "--teacher_d_model", "32", "--teacher_steps", "4", "--teacher_learning_rate", "2e-3",
+    "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", *SIZES, *TEACHER, *RECIPE,
     "--max_steps", "4", "--per_device_train_batch_size", "4", "--sequence_length", "32", "--vocabulary_size", "512",
 ]  # fmt: skip
 

@@ -7,6 +7,9 @@ from typing import Any
 from fastkd.train.objectives import METHODS
 
 SIZES = ["--student_layers", "1", "--student_d_model", "32"]
+TEACHER = [
+    "--teacher_layers", "1", "--teacher_d_model", "32", "--teacher_steps", "4", "--teacher_learning_rate", "2e-3"
+]  # fmt: skip
 # Rates at which a model of random weights this small learns something in a few steps.
 RECIPE = ["--lr_scheduler_type", "cosine", "--adam_beta2", "0.98", "--eval_steps", "0.2"]
 
