@@ -31,12 +31,13 @@ from .arguments import FastkdArguments, TransformersArguments
 from .cache import cached, key
 from .checkpoints import last_checkpoint, recover
 from .errors import InputError
+from .identity import digest, recipe
 from .loading import load_model
 from .objectives import Method
 from .prepare import Data, heading
 from .prune import Widths, importance, narrowed, normalised, of_kind, parts, skeleton, sliced, widths_at
 from .schedule import Candidate, Round, Schedule, Trial, round_from_json
-from .stages import data_seed, make_trainer, recipe
+from .stages import data_seed, make_trainer
 from .tasks import figure_names
 from .trainer import DistillTrainer
 
@@ -227,16 +228,6 @@ def _log_key(sparsity: float) -> str:
 
 
 # ---- Ranking --------------------------------------------------------------------------------------------------------
-
-
-def digest(model: Any) -> str:
-    """Return a fingerprint of a model's configuration and weights."""
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
 
 
 def held_out_for_importance(flags: FastkdArguments, args: TransformersArguments, data: Data) -> tuple[Data, Any]:

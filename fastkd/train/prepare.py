@@ -45,7 +45,8 @@ class Data:
 
     train: a torch data set, or a stream. held_out: one with a length. held_out_rows: what the held-out pairs were made
     of, with columns "input_ids", "source", "target" and "task"; for texts, corrupted chunks. target_tokens: of the
-    longest held-out target. digest: of the rows, the tokenizer and the lengths. facts: what a report says about them.
+    longest held-out target. digest: of the rows, the tokenizer and the lengths. parts: fingerprints of what they are
+    made of, by name. facts: what a report says about them.
     classes: the targets that an EncT5 tells apart, none for other models.
     """
 
@@ -58,6 +59,7 @@ class Data:
     collate: Callable[..., Any]
     digest: str
     facts: dict[str, Any]
+    parts: dict[str, Any]
     classes: Sequence[str] = ()
 
     def with_seed(self, seed: int) -> Data:
@@ -101,6 +103,9 @@ def get_data(flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = No
         facts |= known
         made.append(folder)
     print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in facts.items() if value))
+    origins = {side: origin for side, origin in zip((TRAINING, HELD_OUT), _origins(flags), strict=True) if origin}
+    parts = {origin.flag or "embedded_data": settings[side]["rows"]["digest"] for side, origin in origins.items()}
+    parts |= {"tokenizer": fingerprint(tokenizer), "preparation of data": VERSION}
     digest = hashlib.sha256(json.dumps([settings, *(folder.name for folder in made)]).encode()).hexdigest()[:16]
     held_out = datasets.Dataset.from_file(str(made[-1] / "rows.arrow"))
     train = None if flags.streaming else datasets.Dataset.from_file(str(made[0] / "rows.arrow"))
@@ -112,12 +117,12 @@ def get_data(flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = No
         spans = SpanCorruption(held_out, tokenizer, HELD_OUT_SEED)
         shown = _decoded(spans, tokenizer, flags.report_examples)
         longest = len(spans[0]["labels"])
-        return Data(task, tokenizer, train, spans, shown, longest, default_data_collator, digest, facts)
+        return Data(task, tokenizer, train, spans, shown, longest, default_data_collator, digest, facts, parts)
     train = (
         StreamedPairs(rows(TRAINING), tokenizer, *limits, seed, flags.shuffle_buffer) if train is None else Pairs(train)
     )
     longest = max(map(len, held_out["labels"]))
-    return Data(task, tokenizer, train, Pairs(held_out), held_out, longest, pad(tokenizer), digest, facts)
+    return Data(task, tokenizer, train, Pairs(held_out), held_out, longest, pad(tokenizer), digest, facts, parts)
 
 
 def _columns(flags: FastkdArguments) -> Columns:
@@ -225,7 +230,7 @@ def _digest(flags: FastkdArguments, cache: Path, where: str) -> Any:
 def _stamp(where: str) -> list[list[Any]]:
     """Return names, sizes and times of the files of a stream, which nobody has the time to read twice."""
     files = sorted(Path(where).rglob("*.arrow")) if is_saved(where) else data_files(where)
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _rows(flags: FastkdArguments, cache: Path, settings: dict[str, dict[str, Any]], side: str) -> Any:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,10 @@ from . import minidisc, report
 from .arguments import FastkdArguments, TransformersArguments, chosen_method
 from .cache import copy_folder, replace_folder
 from .card import write_card
-from .checkpoints import checkpoints, fault, last_checkpoint, recover
+from .checkpoints import last_checkpoint
 from .errors import InputError
+from .folders import DEMO, cache_folder, check_outside, is_last, is_used, output_folder, resumed, running, write_json
+from .identity import RECORD, check_same_run, examples_per_step, identity
 from .loading import load_config, load_model
 from .metrics import signatures
 from .objectives import METHODS, Method
@@ -32,22 +31,61 @@ from .processes import by_first
 from .prune import order_of
 from .report import Outcome
 from .schedule import Schedule
-from .sharding import is_asked_for
 from .stages import (
+    Given,
     Teacher,
     check_knows_task,
     check_objective,
     check_optimizer,
-    examples_per_step,
     get_run_data,
     get_teacher,
     judge_saved,
     load_given,
     planned_config,
-    recipe,
     train_student,
 )
 from .trainer import DistillTrainer
+
+
+@dataclass
+class _Run:
+    """A run that may begin: nothing of what it needs is missing or bad. teacher: None where the method needs none."""
+
+    flags: FastkdArguments
+    args: TransformersArguments
+    method: Method
+    out: Path
+    cache: Path
+    is_used: bool
+    checkpoint: Path | None
+    given: Given
+    data: Data
+    identity: dict[str, Any]
+    teacher: Teacher | None
+    started: float
+
+
+def _prepared(flags: FastkdArguments, args: TransformersArguments) -> _Run:
+    """Return a run, its teacher trained and judged, but its folder as it was. Raises InputError if it cannot begin."""
+    started, method = time.perf_counter(), chosen_method(flags)
+    prunes, resuming = method.student_init == "prune", args.resume_from_checkpoint is not None
+    out, cache = by_first(lambda: output_folder(args)), by_first(lambda: cache_folder(flags, args))
+    used = by_first(lambda: is_used(flags, out, resuming))
+    by_first(lambda: check_outside(out, flags, cache, used or flags.demo))
+    checkpoint = by_first(lambda: _rounds(flags, args, out) if prunes else resumed(args, out)) if resuming else None
+    check_optimizer(args)
+    if checkpoint is not None and (checkpoint / SAFE_WEIGHTS_NAME).is_file():  # FSDP reads others, and all of them
+        load_model(checkpoint, "checkpoint")
+    # What is pruned is pruned as it is, and teaches in its own dtype.
+    exact = replace(flags, teacher_dtype="float32") if prunes else flags
+    given = load_given(exact, args)
+    check_objective(flags, method, given)
+    data = get_run_data(flags, args, cache, given)
+    now = identity(flags, args, given, data)
+    if checkpoint is not None:
+        by_first(lambda: check_same_run(checkpoint.parent, now))
+    teacher = get_teacher(exact, args, cache, data, given) if method.needs_teacher or prunes else None
+    return _Run(flags, args, method, out, cache, used, checkpoint, given, data, now, teacher, started)
 
 
 def train(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -56,39 +94,13 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     Raises InputError before anything is written if the folder holds files already and neither resuming nor
     overwriting was asked for, or if the run cannot be resumed.
     """
-    started, method = time.perf_counter(), chosen_method(flags)
-    cache = _cache(flags, args)
-    out = by_first(lambda: _output_folder(args))
-    checkpoint = by_first(lambda: _checkpoint(args.resume_from_checkpoint, out))
-    is_used = by_first(lambda: _check_unused(flags, out, checkpoint is not None))
-    _check_outside(out, flags, cache)
-    check_optimizer(args)
-    if checkpoint is not None and (checkpoint / SAFE_WEIGHTS_NAME).is_file():  # FSDP reads others, and all of them
-        load_model(checkpoint, "checkpoint")
-    given = load_given(flags, args)
-    check_objective(flags, method, given)
-    data = get_run_data(flags, args, cache, given)
-    identity = _identity(flags, args) | {"data": data.digest}
-    if checkpoint is not None:
-        by_first(lambda: _check_same_run(checkpoint.parent / "run.json", identity))
-    teacher = get_teacher(flags, args, cache, data, given) if method.needs_teacher else None
-
-    by_first(lambda: _begin(out, is_used, identity))  # only now, when no input can turn out bad any more
-    trainer, outcome = train_student(flags, args, data, flags.method, method, teacher, given, checkpoint)
-    outcomes = [teacher.outcome, outcome] if teacher else [outcome]
-    facts, config = _trainers_facts(flags, args, data, trainer, flags.method, started), flags.config_text(args)
-    trainer.save_model(str(out))
-    by_first(lambda: _describe(out, flags, method, facts, outcomes, config))
-    by_first(lambda: _report(out, flags, data, outcomes, facts, config, _notes(method)))
-    print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student, report.html and report.md in {out}"]))
-
-
-def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
-    """Make the run's folder, in place of another run's if it is used, and write down what the run is."""
-    if is_used:
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "run.json", identity)
+    run = _prepared(flags, args)
+    with running(run.out, run.is_used, run.identity):  # only now, when no input can turn out bad any more
+        trainer, outcome = train_student(
+            flags, args, run.data, flags.method, run.method, run.teacher, run.given, run.checkpoint
+        )
+        outcomes = [run.teacher.outcome, outcome] if run.teacher else [outcome]
+        _leave(run, trainer, outcomes, _trainers_facts(run, trainer, flags.method))
 
 
 def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -98,75 +110,55 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     kept in the cache, from which `--resume_from_checkpoint last` and other runs take them.
     Raises InputError as `train` does, and for a teacher that does not know the task, or a target that leaves nothing.
     """
-    started, method, resuming = time.perf_counter(), chosen_method(flags), args.resume_from_checkpoint is not None
-    out, cache = _output_folder(args), _cache(flags, args)
-    if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
-        raise InputError(f"--method {flags.method} resumes with --resume_from_checkpoint last: it finds what is done")
-    if resuming and not (out / "run.json").is_file():
-        raise InputError(f"nothing to resume from: {out} holds no run")
-    is_used = _check_unused(flags, out, resuming)
-    _check_outside(out, flags, cache)
-    check_optimizer(args)
-    exact = replace(flags, teacher_dtype="float32")  # it is pruned as it is, and teaches in its own dtype
-    given = load_given(exact, args)
-    check_objective(flags, method, given)
-    data = get_run_data(flags, args, cache, given)
-    identity = _identity(flags, args) | {"data": data.digest}
-    if resuming:
-        _check_same_run(out / "run.json", identity)
-    teacher = get_teacher(exact, args, cache, data, given)
-    if given.teacher is not None:
-        check_knows_task(flags, data, teacher)
+    run = _prepared(flags, args)
+    teacher = run.teacher
+    assert teacher is not None
+    if run.given.teacher is not None:
+        check_knows_task(flags, run.data, teacher)
     heading("Importance of heads and neurons")
-    data, examples = minidisc.held_out_for_importance(flags, args, data)
-    scores, key = minidisc.rank(args, cache, data, examples, teacher.model)
-    minidisc.check_schedule(flags, method, data, scores, teacher.model.config)
+    run.data, examples = minidisc.held_out_for_importance(flags, args, run.data)
+    scores, key = minidisc.rank(args, run.cache, run.data, examples, teacher.model)
+    minidisc.check_schedule(flags, run.method, run.data, scores, teacher.model.config)
 
-    _begin(out, is_used, identity)
-    distiller = minidisc.Distiller(flags, args, method, data, scores, cache, out / "rounds", resuming)
-    first = minidisc.Parent(teacher.model, teacher.source, None, order_of(scores), key)
-    schedule, results = minidisc.run_schedule(distiller, first)
-    _leave_pruned(flags, args, out, data, method, teacher, schedule, results, started)
+    with running(run.out, run.is_used, run.identity):
+        resuming, work = run.checkpoint is not None, run.out / "rounds"
+        distiller = minidisc.Distiller(flags, args, run.method, run.data, scores, run.cache, work, resuming)
+        first = minidisc.Parent(teacher.model, teacher.source, None, order_of(scores), key)
+        schedule, results = minidisc.run_schedule(distiller, first)
+        # The models of the schedule's best trial, and the last of its assistants.
+        names = [f"assistant {100 * result.round.chosen:g} %" for result in results[:-1]] + [flags.method]
+        judged = [judge_saved(flags, args, run.data, name, done) for name, done in zip(names, results, strict=True)]
+        trainer: Any = judged[-1][0]
+        facts = _facts(run, run.method, trainer.model.config, teacher.model.config, flags.method)
+        facts |= {"pruned": f"{100 * schedule.target:g} %", "schedule_gflops": round(schedule.gflops, 1)}
+        if len(results) > 1:
+            copy_folder(results[-2].folder, run.out / "assistant")
+        _leave(run, trainer, [teacher.outcome, *(outcome for _, outcome in judged)], facts, schedule)
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def _leave_pruned(
-    flags: FastkdArguments,
-    args: TransformersArguments,
-    out: Path,
-    data: Data,
-    method: Method,
-    teacher: Teacher,
-    schedule: Schedule,
-    results: Sequence[minidisc.Result],
-    started: float,
+def _rounds(flags: FastkdArguments, args: TransformersArguments, out: Path) -> Path:
+    """Return the folder of the rounds of a run that is to be resumed."""
+    if not is_last(args.resume_from_checkpoint):
+        raise InputError(f"--method {flags.method} resumes with --resume_from_checkpoint last: it finds what is done")
+    if not (out / RECORD).is_file():
+        raise InputError(f"nothing to resume from: {out} holds no run")
+    return out / "rounds"
+
+
+def _leave(
+    run: _Run,
+    trainer: DistillTrainer,
+    outcomes: list[Outcome],
+    facts: dict[str, Any],
+    schedule: Schedule | None = None,
 ) -> None:
-    """Judge the models of the schedule's best trial; write the student, its last assistant, and the report."""
-    names = [f"assistant {100 * result.round.chosen:g} %" for result in results[:-1]] + [flags.method]
-    judged = [judge_saved(flags, args, data, name, result) for name, result in zip(names, results, strict=True)]
-    trainer, outcomes = judged[-1][0], [teacher.outcome, *(outcome for _, outcome in judged)]
-    student: Any = trainer.model
-    facts = _facts(flags, args, data, method, student.config, teacher.model.config, flags.method, started)
-    facts |= {"pruned": f"{100 * schedule.target:g} %", "schedule_gflops": round(schedule.gflops, 1)}
-    config = flags.config_text(args)
-    if len(results) > 1:
-        copy_folder(results[-2].folder, out / "assistant")
-    trainer.save_model(str(out))
-    _describe(out, flags, method, facts, outcomes, config)
-    _report(out, flags, data, outcomes, facts, config, _notes(method), schedule)
-    shutil.rmtree(out / "rounds", ignore_errors=True)
-    print("\n".join(["", report.table(outcomes), "", *_notes(method), f"Student, report.html and report.md in {out}"]))
-
-
-def _check_unused(flags: FastkdArguments, out: Path, resuming: bool) -> bool:
-    """Return whether the folder holds a run that is to be replaced; raise InputError if nobody asked for that."""
-    is_used = not resuming and out.is_dir() and any(out.iterdir())
-    if is_used and not flags.overwrite_output_dir:
-        raise InputError(
-            f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
-        )
-    if is_used and not (out / "run.json").is_file():
-        raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
-    return is_used
+    """Write the student, its card and its report, and print the report's table."""
+    config, notes = run.flags.config_text(run.args), _notes(run.method)
+    trainer.save_model(str(run.out))
+    by_first(lambda: _describe(run.out, run.flags, run.method, facts, outcomes, config))
+    by_first(lambda: _report(run.out, run.flags, run.data, outcomes, facts, config, notes, schedule))
+    print("\n".join(["", report.table(outcomes), "", *notes, f"Student, report.html and report.md in {run.out}"]))
 
 
 def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -177,8 +169,8 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     The assistant's run is the folder `assistant` of output_dir, the student's the folder `student`; a run that was
     interrupted goes on with `--resume_from_checkpoint last` in whichever of the two it was.
     """
-    out, resuming = _output_folder(args), args.resume_from_checkpoint is not None
-    if resuming and str(args.resume_from_checkpoint).lower() not in ("last", "true"):
+    out, resuming = output_folder(args), args.resume_from_checkpoint is not None
+    if resuming and not is_last(args.resume_from_checkpoint):
         raise InputError("--interpolated resumes with --resume_from_checkpoint last: the checkpoint is found by itself")
     method, teacher = chosen_method(flags), load_config(str(flags.teacher), "teacher")
     width, layers = flags.assistant_d_model, flags.assistant_layers
@@ -193,8 +185,10 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     except ValueError as error:
         who = f"{width or teacher.d_model} wide of {layers} layers a side"
         raise InputError(f"--{error} (with an assistant {who})") from error
-    cache, overwriting = str(_cache(flags, args)), flags.overwrite_output_dir
-    flags = replace(flags, cache_dir=cache, interpolated=False, assistant_layers=None, assistant_d_model=None)
+    cache, overwriting = cache_folder(flags, args), flags.overwrite_output_dir
+    used = [is_used(flags, out / name, resuming) for name in ("assistant", "student")]
+    check_outside(out, flags, cache, any(used))
+    flags = replace(flags, cache_dir=str(cache), interpolated=False, assistant_layers=None, assistant_d_model=None)
     parts = {
         "assistant": replace(flags, student_layers=layers, student_d_model=width),
         "student": replace(
@@ -204,7 +198,8 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     for name, part in parts.items():
         folder = out / name
         if resuming and (folder / "metrics.json").is_file():  # the last file that a run writes
-            _check_same_run(folder / "run.json", _identity(part, args))
+            given = load_given(part, args)
+            check_same_run(folder, identity(part, args, given, get_run_data(part, args, cache, given)))
             print(f"{name}: {folder} is complete")
             continue
         heading(f"Interpolated: the {name}, {part.student_layers} layers a side")
@@ -221,36 +216,30 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     the cache, and replaces the students.
     Raises InputError before anything is written if output_dir holds files that no demo made.
     """
-    started, method = time.perf_counter(), chosen_method(flags)
-    out, cache = _output_folder(args), _cache(flags, args)
     if args.resume_from_checkpoint:
         raise InputError("--demo has no checkpoints to resume from: run it again, it reuses the teacher")
     if args.load_best_model_at_end:
         raise InputError("--demo keeps no checkpoints, so there is no best one: leave --load_best_model_at_end away")
-    if out.is_dir() and any(out.iterdir()) and not (out / "demo.json").is_file():
-        raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
     args = replace(args, save_strategy="no")
-    _check_outside(out, flags, cache)
-    check_optimizer(args)
-    given = load_given(flags, args)
-    check_objective(flags, method, given)
-    data = get_run_data(flags, args, cache, given)
-    teacher = get_teacher(flags, args, cache, data, given)
+    run = _prepared(flags, args)
+    out, data, method, teacher = run.out, run.data, run.method, run.teacher
+    assert teacher is not None
 
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "demo.json", _identity(flags, args))
+    write_json(out / DEMO, run.identity)
     outcomes, config = [teacher.outcome], flags.config_text(args)
     if Path(teacher.source).is_dir():
         copy_folder(Path(teacher.source), out / "teacher")
     for name, folder, objective in (("scratch", "scratch", METHODS["scratch"]), (flags.method, "student", method)):
-        trainer, outcome = train_student(flags, args, data, name, objective, teacher, given)
+        trainer, outcome = train_student(flags, args, data, name, objective, teacher, run.given)
         outcomes.append(outcome)
-        facts = _trainers_facts(flags, args, data, trainer, name, started)
+        facts = _trainers_facts(run, trainer, name)
         compared = outcomes if objective.needs_teacher else [outcome]
         replace_folder(out / folder, _saver(trainer, flags, objective, facts, compared, config))
     _report(out, flags, data, outcomes, facts, config, _notes(method))
     print("\n".join(["", report.table(outcomes), "", report.verdict(outcomes), *_notes(method)]))
-    print(f"Teacher, student, report.html, report.md and metrics.json in {out} ({time.perf_counter() - started:.0f} s)")
+    seconds = time.perf_counter() - run.started
+    print(f"Teacher, student, report.html, report.md and metrics.json in {out} ({seconds:.0f} s)")
 
 
 def _saver(trainer: DistillTrainer, *description: Any) -> Callable[[Path], None]:
@@ -309,86 +298,6 @@ def _report(
     report.write(out, outcomes, facts, notes, examples=examples, config=config, schedule=schedule)
 
 
-def _output_folder(args: TransformersArguments) -> Path:
-    """Return `--output_dir`, after making sure that it can be written to, or made: not hours later."""
-    out = Path(str(args.output_dir))
-    try:
-        if out.exists() and not out.is_dir():
-            raise InputError(f"--output_dir {out} is a file: expected a folder, or a name for a new one")
-        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(f"--output_dir {out} cannot be written to: {error.strerror}") from error
-    return out
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file that is never there by half."""
-    whole = path.with_name(f".{path.name}")
-    whole.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, path)
-
-
-def _check_outside(out: Path, flags: FastkdArguments, cache: Path) -> None:
-    """Raise InputError if something that the run needs lies in the folder that it may replace."""
-    names = ("train_file", "eval_file", "dataset_name", "teacher", "student")
-    for name, path in {"cache_dir": cache, **{name: getattr(flags, name) for name in names}}.items():
-        if path is not None and Path(path).absolute().is_relative_to(out.absolute()):
-            raise InputError(
-                f"--{name} {path} lies in --output_dir {out}, which the run replaces: choose another place"
-            )
-
-
-def _cache(flags: FastkdArguments, args: TransformersArguments) -> Path:
-    return Path(flags.cache_dir) if flags.cache_dir else Path(str(args.output_dir)).absolute().parent / "cache"
-
-
-def _checkpoint(given: str | None, out: Path) -> Path | None:
-    """Return the folder that `--resume_from_checkpoint` (a path, "last" or "true") means; None without the flag."""
-    if given is None:
-        return None
-    if given.lower() in ("last", "true"):
-        recover(out)
-        broken = [f"{path.name}: {why}" for path in checkpoints(out) if (why := fault(path))]
-        last = last_checkpoint(out)
-        if last is None:
-            other = f" that is whole ({'; '.join(broken)})" if broken else ""
-            raise InputError(f"nothing to resume from: {out} holds no checkpoint{other}")
-        if broken:
-            print(f"continuing from {last}; passing over what is not whole ({'; '.join(broken)})")
-        return last
-    why = fault(Path(given))
-    if why is not None:
-        raise InputError(f"nothing to resume from: {given} is no checkpoint that is whole ({why})")
-    if Path(given).absolute().parent != out.absolute() and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{given} is a checkpoint of another run than {out}, which holds files: give its own folder")
-    return Path(given)
-
-
-# Flags that a resumed run may change: what it shows, and where things are. All others must stay.
-_MAY_CHANGE = {
-    "config", "transformers_flags", "overwrite_output_dir", "cache_dir", "workspace_mb", "report_examples",
-    "train_file", "eval_file", "teacher_sharding",
-}  # fmt: skip
-
-
-def _identity(flags: FastkdArguments, args: TransformersArguments) -> dict[str, Any]:
-    """Return the settings that must not change when a run is resumed; files count by what is in them, elsewhere."""
-    ours = {name: value for name, value in vars(flags).items() if name not in _MAY_CHANGE}
-    return json.loads(json.dumps(ours | recipe(args) | {"fsdp": is_asked_for(args)}))
-
-
-def _check_same_run(record: Path, identity: dict[str, Any]) -> None:
-    """Raise InputError if the run that wrote `record` was started with other settings."""
-    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else identity
-    for name, value in identity.items():
-        if before.get(name) != value:
-            raise InputError(
-                f"cannot resume: the run was started with {name} {before.get(name)!r}, now it is {value!r}"
-            )
-
-
 def _notes(method: Method) -> list[str]:
     """Return what a reader of the figures must know about the method."""
     notes = []
@@ -412,25 +321,15 @@ def _source_prefix(data: Data) -> str:
     return f"{words.pop()}: " if len(words) == 1 else ""
 
 
-def _trainers_facts(
-    flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, name: str, started: float
-) -> dict[str, Any]:
+def _trainers_facts(run: _Run, trainer: DistillTrainer, name: str) -> dict[str, Any]:
     student: Any = trainer.model
     teacher = None if trainer.teacher is None else trainer.teacher.config
-    return _facts(flags, args, data, trainer.method, student.config, teacher, name, started)
+    return _facts(run, trainer.method, student.config, teacher, name)
 
 
-def _facts(
-    flags: FastkdArguments,
-    args: TransformersArguments,
-    data: Data,
-    method: Method,
-    student: Any,
-    teacher: Any,
-    name: str,
-    started: float,
-) -> dict[str, Any]:
+def _facts(run: _Run, method: Method, student: Any, teacher: Any, name: str) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat the run of a student. student, teacher: their configs."""
+    flags, args, data = run.flags, run.args, run.data
     layers = method.teacher_layers(teacher) if method.places else {}
     relations = {
         "relation_heads": method.relation_heads,
@@ -472,7 +371,7 @@ def _facts(
         "learning_rate": args.learning_rate,
         "embedding_learning_rate": flags.embedding_learning_rate or args.learning_rate,
         "seed": args.seed,
-        "seconds_in_all": round(time.perf_counter() - started, 1),
+        "seconds_in_all": round(time.perf_counter() - run.started, 1),
         "threads": torch.get_num_threads(),
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,

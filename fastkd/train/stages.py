@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .cache import cached
 from .capture import is_enct5
 from .errors import InputError
 from .evaluate import classify, generate
+from .identity import digest, recipe
 from .loading import load_config, load_model, load_tokenizer, load_weights, unsharded
 from .metrics import score_rows
 from .models import enct5_config, enct5_from
@@ -30,24 +32,6 @@ from .report import Outcome
 from .student import is_tied, new_model, slice_teacher, smaller_config, student_config, t5_config
 from .tokenizer import fingerprint, padded_size
 from .trainer import DistillTrainer
-
-# The arguments of transformers that shape what a model learns, but for how long it does.
-RECIPE = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "train_sampling_strategy", "seed", "data_seed", "bf16",
-    "fp16",
-)  # fmt: skip
-
-
-def recipe(args: TransformersArguments) -> dict[str, Any]:
-    """Return those arguments, and how many examples a step learns from, however they are divided."""
-    batch = "per_device_train_batch_size * gradient_accumulation_steps * processes"
-    return {**{name: getattr(args, name) for name in RECIPE}, batch: examples_per_step(args)}
-
-
-def examples_per_step(args: TransformersArguments) -> int:
-    """Return how many examples the accumulated batches of all processes hold."""
-    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 @dataclass
@@ -78,6 +62,12 @@ class Given:
         """The classes of an EncT5 that was given."""
         labels: dict[int, str] = next((config.id2label for config in self.configs.values() if is_enct5(config)), {})
         return [labels[i] for i in range(len(labels))]
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """What tells the models that were given from others, by their roles."""
+        models = {"teacher": self.teacher, "student": self.student}
+        return {role: digest(model) for role, model in models.items() if model is not None}
 
 
 def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:

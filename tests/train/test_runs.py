@@ -1,0 +1,347 @@
+"""The folders of runs: what is replaced and when, what is never lost, and what a resumed run shares with the first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastkd.train import folders, runs
+from fastkd.train.trainer import DistillTrainer
+
+SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
+RESUME = ["--resume_from_checkpoint", "last"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What we said on stderr, beside progress bars."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("fastkd-train: "), lines
+    return lines[0]
+
+
+@pytest.fixture
+def disturb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """disturb(step, do): do() is called at the start of that step of every training, counted from 1."""
+    train = DistillTrainer.training_step
+
+    def at(step: int, do: Callable[[], object]) -> None:
+        def disturbed(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step + 1 == step:
+                do()
+            return train(self, *args, **kwargs)
+
+        monkeypatch.setattr(DistillTrainer, "training_step", disturbed)
+
+    return at
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def scratch(tool: Callable[..., int], text_file: Path, place: Path) -> Callable[..., int]:
+    """scratch("--flag", value, ...): the exit code of a run into `out` of the working directory."""
+    data = ["--train_file", text_file, "--max_eval_examples", 4]
+    return lambda *flags: tool("--method", "scratch", *data, "--output_dir", "out", *flags)
+
+
+# ---- What is never lost ----
+
+
+@pytest.fixture
+def used(place: Path) -> Path:
+    """The folder of a run, which holds what later runs may read, and links that lead there."""
+    for name in ("out", "out/keep", "elsewhere", "linked"):
+        (place / name).mkdir()
+    for name in ("out/run.json", "out/texts.txt", "out/settings.yaml", "out/keep/config.json", "elsewhere/config.json"):
+        (place / name).write_text("{}")
+    (place / "link").symlink_to("out")
+    (place / "out" / "away").symlink_to("../elsewhere")
+    (place / "linked" / "model.safetensors").symlink_to("../out/keep/config.json")
+    return place / "out"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("teacher", "out/keep"),
+        ("teacher", "out/../out/keep"),
+        ("teacher", "missing/../out/keep/."),
+        ("teacher", "{}/out/keep"),
+        ("teacher", "link/keep"),
+        ("teacher", "out"),
+        ("teacher", "link"),
+        ("teacher", "out/away"),  # only the link is in the folder, but without it nothing is found
+        ("teacher", "out/away/../elsewhere"),
+        ("teacher", "."),  # it would lose a part
+        ("teacher", "linked"),  # a link in it leads into the folder
+        ("student", "elsewhere/../out/keep"),
+        ("train_file", "link/texts.txt"),
+        ("train_file", "ou?/*.txt"),
+        ("train_file", "**/texts.txt"),
+        ("eval_file", "elsewhere/../out/texts.txt"),
+        ("dataset_name", "link/keep"),
+        ("cache_dir", "link/../out/cache"),
+        ("cache_dir", "out"),
+        ("config", "link/settings.yaml"),
+        ("fsdp_config", "link/settings.yaml"),
+    ],
+)
+@pytest.mark.parametrize("output", ["out", "link", "elsewhere/../out/", "{}/link"])
+def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
+    flag: str, value: str, output: str, used: Path
+) -> None:
+    from fastkd.train.arguments import FastkdArguments
+    from fastkd.train.errors import InputError
+
+    value, output = (text.format(used.parent) for text in (value, output))
+    cache = Path(value) if flag == "cache_dir" else Path("cache")
+    flags = FastkdArguments(transformers_flags={flag: value})
+    setattr(flags, flag, value)
+    before = files(used.parent)
+    with pytest.raises(InputError, match=rf"--{flag} .* --output_dir .*, which the run replaces: choose another place"):
+        folders.check_outside(Path(output), flags, cache, True)
+    assert files(used.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("teacher", "out/../elsewhere"),
+        ("teacher", "google/flan-t5-small"),
+        ("teacher", "outer"),
+        ("train_file", "elsewhere/*"),
+        ("config", "out"),  # ours, as there is no such file
+        ("cache_dir", "."),  # artefacts have folders of their own
+    ],
+)
+def test_what_lies_elsewhere_is_read(flag: str, value: str, used: Path) -> None:
+    from fastkd.train.arguments import FastkdArguments
+
+    flags = FastkdArguments()
+    setattr(flags, flag, value)
+    folders.check_outside(Path("out"), flags, Path(value if flag == "cache_dir" else "cache"), True)
+
+
+def test_a_run_is_continued_by_the_settings_in_its_folder(used: Path) -> None:
+    from fastkd.train.arguments import FastkdArguments
+
+    folders.check_outside(Path("out"), FastkdArguments(config="out/settings.yaml"), Path("cache"), False)
+
+
+def test_the_teacher_in_the_old_run_stays(
+    tool: Callable[..., int],
+    saved: Callable[..., Path],
+    tiny: Callable[..., Any],
+    text_file: Path,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved(tiny(), place / "out" / "keep")
+    (place / "out" / "keep" / "run.json").write_text("{}")
+    before = files(place)
+    flags = ["--method", "kd", "--train_file", text_file, "--output_dir", "out/keep", "--overwrite_output_dir"]
+    assert tool(*flags, "--teacher", "out/../out/keep") == 2
+    assert "--teacher out/../out/keep lies in --output_dir out/keep" in one_line(capsys)
+    assert files(place) == before
+    demo = ["--demo", "--method", "kd", "--teacher", "out/../out/keep", "--train_file", text_file]
+    (place / "out" / "demo.json").write_text("{}")
+    assert tool(*demo, "--output_dir", "out") == 2
+    assert "lies in --output_dir out" in one_line(capsys)
+    assisted = ["--interpolated", "--method", "mlmkd", "--teacher", "out/keep", "--train_file", text_file]
+    assert tool(*assisted, "--output_dir", "out", "--overwrite_output_dir") == 2
+    assert "lies in --output_dir out" in one_line(capsys)
+    assert files(place / "out" / "keep") == {
+        name.removeprefix("out/keep/"): content for name, content in before.items() if name.startswith("out/keep/")
+    }
+
+
+# ---- What is replaced ----
+
+
+def fail() -> None:
+    raise RuntimeError("a mistake")
+
+
+def test_the_old_run_is_there_until_the_new_one_is(
+    scratch: Callable[..., int], place: Path, disturb: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scratch() == 0
+    out, again = place / "out", [*SAVING, "--overwrite_output_dir", "--seed", 7]
+    before = files(out)
+    seen: list[Any] = []
+    disturb(1, lambda: seen.append(files(out / "previous-run")))
+    capsys.readouterr()
+    # Before its first checkpoint, what it replaces comes back, whatever ends it.
+    assert scratch(*again, "--learning_rate", "1e30", "--embedding_learning_rate", "1e30", "--warmup_steps", 0) == 1
+    assert seen == [before] and files(out) == before
+    assert "no checkpoint was saved; what out held before is there again" in one_line(capsys)
+    disturb(2, fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        scratch(*again)
+    assert files(out) == before
+    disturb(1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert scratch(*again, "--save_strategy", "no") == 143
+    assert files(out) == before and "there again" in one_line(capsys)
+    # With a checkpoint, the new run is what is continued, and the old one waits.
+    disturb(3, fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        scratch(*again)
+    assert files(out / "previous-run") == before and (out / "checkpoint-2").is_dir()
+    disturb(99, fail)
+    assert scratch(*SAVING, "--seed", 7, *RESUME) == 0
+    assert not (out / "previous-run").exists() and json.loads((out / "run.json").read_text())["seed"] == 7
+    assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_a_kill_while_files_move_loses_none(moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three files on their way aside, or back."""
+    out = tmp_path / "out"
+    (out / "deep").mkdir(parents=True)
+    for name in ("run.json", "model.safetensors", "deep/file"):
+        (out / name).write_text(name)
+    before, rename, left = files(out), Path.rename, [moves]
+
+    def killed(self: Path, target: Path) -> Path:
+        if not left[0]:
+            raise SystemExit  # nothing below catches it
+        left[0] -= 1
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(SystemExit):
+            folders._set_aside(out)
+            (out / "run.json").write_text("of the new run")
+            folders._bring_back(out)
+    flags = runs.FastkdArguments(overwrite_output_dir=True)
+    assert folders.is_used(flags, out, False)
+    held = files(out) if (out / "model.safetensors").exists() else files(out / "previous-run")
+    assert held == before
+    with pytest.raises(KeyError), folders.running(out, True, {}):
+        raise KeyError
+    held = files(out) if (out / "model.safetensors").exists() else files(out / "previous-run")
+    assert held == before
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_folder_that_is_a_link(is_there: bool, scratch: Callable[..., int], place: Path) -> None:
+    if is_there:
+        (place / "disk").mkdir()
+    (place / "out").symlink_to("disk")
+    for more in ([], ["--overwrite_output_dir"]):
+        assert scratch(*more) == 0
+        assert (place / "out").is_symlink() and (place / "disk" / "model.safetensors").is_file()
+        assert not (place / "disk" / "previous-run").exists()
+
+
+def test_a_folder_whose_name_not_every_library_can_write_is_refused_at_once(
+    scratch: Callable[..., int], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag in ("--output_dir", "--cache_dir"):
+        name = os.fsdecode(b"l\xe4ufe")  # as under a locale of one byte a letter
+        assert scratch(flag, name) == 2
+        assert f"{flag} l" in (line := one_line(capsys)) and "LC_ALL=C.UTF-8" in line
+        assert not list(place.iterdir())
+
+
+# ---- What is continued ----
+
+
+def test_a_resumed_run_must_read_the_same_however_it_is_spelled(
+    tool: Callable[..., int],
+    saved: Callable[..., Path],
+    tiny: Callable[..., Any],
+    text_file: Path,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved(tiny(), place / "t5")
+    shutil.copytree(place / "t5", place / "copy")
+    shutil.copy(text_file, "texts.txt")
+    base = ["--method", "kd", "--max_eval_examples", 4, "--lr_scheduler_type", "constant", *SAVING]
+    flags = [*base, "--output_dir", "out", "--teacher", "t5", "--train_file", "texts.txt"]
+    assert tool(*flags) == 0
+    assert tool(*flags, *RESUME, "--max_steps", 5, "--teacher", place / "copy", "--train_file", "./texts.txt") == 0
+    assert tool(*flags, *RESUME, "--max_steps", 6, "--teacher", "./t5/") == 0
+    before = files(place / "out")
+
+    def refused(*more: Any) -> str:
+        capsys.readouterr()
+        assert tool(*flags, *RESUME, "--max_steps", 8, *more) == 2
+        assert files(place / "out") == before
+        return capsys.readouterr().err.splitlines()[-1]
+
+    saved(tiny(seed=5), place / "other")
+    start = "fastkd-train: cannot resume: the run was started with "
+    assert refused("--teacher", "other") == f"{start}another teacher: t5, now it is other"
+    shutil.copy(place / "other" / "model.safetensors", place / "t5" / "model.safetensors")
+    assert refused() == f"{start}another teacher: t5 as it was then, now it holds something else"
+    shutil.copy(place / "copy" / "model.safetensors", place / "t5" / "model.safetensors")
+    with open("texts.txt", "a", encoding="utf-8") as file:
+        file.write("\n\nAnd one more.")
+    assert refused() == f"{start}another train_file: texts.txt as it was then, now it holds something else"
+    shutil.copy(text_file, "texts.txt")
+    assert refused("--temperature", 3) == f"{start}temperature None, now it is 3.0"
+    assert refused("--eval_file", "texts.txt") == f"{start}another eval_file: nothing, now it is texts.txt"
+
+
+def test_a_flag_that_came_with_an_upgrade_resumes_at_its_default(
+    scratch: Callable[..., int], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scratch(*SAVING, "--lr_scheduler_type", "constant") == 0
+    record = place / "out" / "run.json"
+    was = json.loads(record.read_text())
+    for name in ("cka_over_processes", "student_init", "contents"):  # as if they had not been there
+        del was[name]
+    record.write_text(json.dumps(was))
+    flags = [*SAVING, "--lr_scheduler_type", "constant", *RESUME, "--max_steps", 5]
+    assert scratch(*flags, "--student_init", "prune") == 2
+    capsys.readouterr()
+    assert scratch(*flags) == 0
+    record.unlink()
+    assert scratch(*flags) == 2
+    assert "out has no run.json, which says how the run was started" in capsys.readouterr().err
+
+
+def test_a_run_beyond_the_steps_asked_for_stays_as_it_is(
+    scratch: Callable[..., int], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scratch(*SAVING) == 0
+    before = files(place / "out")
+    epochs = ["--max_steps", -1, "--num_train_epochs", 0.01]
+    for more, words in ((["--max_steps", 2], "--max_steps 2"), (epochs, "--num_train_epochs 0.01")):
+        capsys.readouterr()
+        assert scratch(*SAVING, *RESUME, *more) == 2
+        assert "nothing to resume" in (line := one_line(capsys)) and words in line
+        assert files(place / "out") == before
+
+
+def test_an_interrupt_recommends_only_what_can_be(
+    scratch: Callable[..., int], place: Path, disturb: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def twice() -> None:
+        raise KeyboardInterrupt
+
+    for step, words in ((2, "interrupted; no checkpoint was saved"), (4, "interrupted; --resume_from_checkpoint last")):
+        disturb(step, twice)
+        assert scratch(*SAVING, *(["--overwrite_output_dir"] if step == 4 else [])) == 130
+        assert words in one_line(capsys)
+    disturb(99, twice)
+    assert scratch(*SAVING, *RESUME) == 0
