@@ -315,7 +315,7 @@ def test_opcheck(dtype: torch.dtype):
     opcheck(ops.cka_loss_backward.default, (student, teacher, masks, means, factors, wanted, torch.ones_like(losses)))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("reduction", ["sum", pytest.param("none", marks=pytest.mark.long)])
 def test_compiles_without_a_graph_break(reduction: str):
     """fullgraph, forward and backward; one compilation for all batch sizes of a form."""
     torch._dynamo.reset()

@@ -233,7 +233,7 @@ def test_row_primitive_guards_memory(rows):
 
 
 @pytest.mark.parametrize("op", TOKEN_OPS, ids=lambda op: op.name)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.long)])
 def test_compiles_without_a_graph_break(op: Op, reduction: str):
     """fullgraph, forward and backward, and one compilation for every batch size."""
     torch._dynamo.reset()
@@ -266,7 +266,7 @@ def test_compiles_without_a_graph_break(op: Op, reduction: str):
 
 
 @pytest.mark.parametrize("op", ATTENTION_OPS, ids=lambda op: op.name)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.long)])
 def test_attention_compiles_without_a_graph_break(op: Op, reduction: str):
     """fullgraph, forward and backward, and one compilation for every batch size and length."""
     torch._dynamo.reset()
