@@ -265,7 +265,7 @@ def _parts(flags: FastkdArguments, cache: Path, origin: _Origin, streaming: bool
     task = TASKS[flags.task]
     if origin.flag is None:
         rows: Any = _embedded(task, cache)
-    elif is_glue(task) and (origin.flag == "dataset_name" or has_splits(origin.where)):
+    elif task.parts or (is_glue(task) and (origin.flag == "dataset_name" or has_splits(origin.where))):
         return glue_parts(task, origin.where, origin.split, cache_dir=cache)
     elif origin.flag == "dataset_name":
         rows = read_hub(origin.where, flags.dataset_config, origin.split, cache_dir=cache, streaming=streaming)
