@@ -195,8 +195,9 @@ class DataArguments:
         "; ".join(f"{name}: {t.summary}" for name, t in TASKS.items()) + "; GLUE's also as glue/NAME", "span_corruption"
     )
     train_file: str | None = _help(
-        "to learn from: a file, folder or glob of text (paragraphs separated by blank lines), JSONL, CSV, TSV or "
-        "Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder with its TSV files",
+        "to learn from: a file, folder or glob of text (a paragraph is an example, between blank lines, or a line if "
+        "those are rare), JSONL, CSV, TSV or Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder "
+        "with its TSV files or saved splits, or for one of its tasks a file",
         None,
     )
     embedded_data: str | None = _help(
@@ -225,8 +226,10 @@ class DataArguments:
     )
     streaming: bool = _help("read data on the way, for corpora larger than memory and disk; needs --max_steps", False)
     shuffle_buffer: int = _help("of --streaming: examples among which the next is drawn", 10_000)
-    max_train_examples: int | None = _help("use at most so many", None)
-    max_eval_examples: int | None = _help("use at most so many", None)
+    max_train_examples: int | None = _help(
+        "use at most so many, the same at random in every run, of each task and class; of a stream the first", None
+    )
+    max_eval_examples: int | None = _help("use at most so many, likewise", None)
     report_examples: int = _help("held-out examples whose outputs the report shows", 8)
     cache_dir: str | None = _help(
         "where tokenised data, tokenizer and trained teacher are kept for other runs; without it, cache/ beside "
