@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastkd import linear_kl
 from fastkd.train.arguments import parse
-from fastkd.train.objectives import METHODS
+from fastkd.train.methods import METHODS
 from fastkd.train.sharding import shard
 from fastkd.train.trainer import DistillTrainer
 

@@ -135,7 +135,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
 
     def trainer(student: Any, teacher: Any) -> Any:
         from fastkd.train.arguments import TransformersArguments
-        from fastkd.train.objectives import METHODS
+        from fastkd.train.methods import METHODS
         from fastkd.train.trainer import DistillTrainer
 
         folder = tempfile.mkdtemp()
@@ -149,7 +149,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
     def eager() -> Run:
         from bench_cka_loss import plain_cka
 
-        from fastkd.train.objectives import METHODS
+        from fastkd.train.methods import METHODS
 
         method = METHODS[shape.method]
         return lambda: gradients(plain_objective(method, (student, teacher), batch, plain_cka), student)

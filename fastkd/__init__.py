@@ -3,20 +3,27 @@
     loss = fastkd.linear_kl(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
 
 ``python -m fastkd.doctor`` tells which kernels are active on this machine, and why others are not.
+
+What is here is loaded when it is first used, and torch with it; that registers the operators ``torch.ops.fastkd.*``.
+A program that calls them by name, such as an exported one, imports ``fastkd.functions`` before.
 """
 
+import importlib as _importlib
 import importlib.util as _import
 import sys as _sys
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from . import functions, nn
-from .divergence import DIVERGENCES
-from .ops.attention_kl import attention_kl
-from .ops.cka_loss import cka_loss
-from .ops.linear_kl import linear_kl
-from .ops.logit_kl import logit_kl
-from .ops.relation_kl import relation_kl
-from .relative_bias import RelativeBias
+if _TYPE_CHECKING:
+    from . import functions, nn
+    from .divergence import DIVERGENCES
+    from .ops.attention_kl import attention_kl
+    from .ops.cka_loss import cka_loss
+    from .ops.linear_kl import linear_kl
+    from .ops.logit_kl import logit_kl
+    from .ops.relation_kl import relation_kl
+    from .relative_bias import RelativeBias
 
 __all__ = [
     "DIVERGENCES",
@@ -32,6 +39,31 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DIVERGENCES": ".divergence",
+    "RelativeBias": ".relative_bias",
+    "attention_kl": ".ops.attention_kl",
+    "cka_loss": ".ops.cka_loss",
+    "linear_kl": ".ops.linear_kl",
+    "logit_kl": ".ops.logit_kl",
+    "relation_kl": ".ops.relation_kl",
+}
+_MODULES = ("backend", "checks", "distributed", "divergence", "functions", "nn", "ops", "reference", "relative_bias")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _MODULES:
+        return _importlib.import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(_importlib.import_module(_HOMES[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
 
 # In the source tree `fastkd.kernels` lies beside this folder and not in it (see pyproject.toml).
 _kernels = _Path(__file__).parents[1] / "kernels" / "__init__.py"

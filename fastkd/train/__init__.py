@@ -19,8 +19,8 @@ LAUNCHERS = Path(__file__).parent / "launchers"  # an accelerate configuration f
 _HOMES = {
     "DistillTrainer": "trainer",
     "EncT5ForSequenceClassification": "models",
-    "METHODS": "objectives",
-    "Method": "objectives",
+    "METHODS": "methods",
+    "Method": "methods",
     "PrunedT5ForConditionalGeneration": "models",
     "SpanCorruption": "data",
     "capture_qkv": "capture",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch  # the methods' names are to be known without it
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, lis
     or if gradients are on when the context is entered and off when it ran, which is what reentrant activation
     checkpointing does.
     """
+    from torch import is_grad_enabled
+
     captured: dict[str, list[Any]] = {place: [None, None, None] for place in layers}
     with contextlib.ExitStack() as hooks:
         for place, layer in layers.items():
             attention = attention_module(model, place, layer)
             for i, projection in enumerate((attention.q, attention.k, attention.v)):
-                keep = _keeper(captured[place], i, needs_graph=torch.is_grad_enabled())
+                keep = _keeper(captured[place], i, needs_graph=is_grad_enabled())
                 hooks.callback(projection.register_forward_hook(keep).remove)
         yield captured
     for place, states in captured.items():

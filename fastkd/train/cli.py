@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import versions
 from .errors import InputError, RunError, out_of_memory
-from .processes import is_lost_process, launched_rank, leave, print_by_first_only
 
 _REQUIRED = (
     "torch", "numpy", "transformers", "accelerate", "sentencepiece", "datasets", "pyarrow", "yaml", "jinja2",
@@ -23,10 +22,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 if the run cannot go on (a full disk, a loss that is no number); 2 for bad input; 130 and 143 if SIGINT or
     SIGTERM stopped it.
     """
-    print_by_first_only()
+    words = sys.argv[1:] if argv is None else list(argv)
+    if _tells(words):  # what takes no packages, and no time
+        return 0
     try:
-        _run(sys.argv[1:] if argv is None else argv)
-        leave()
+        _require_packages()
+    except InputError as error:
+        print(f"fastkd-train: {error}", file=sys.stderr)
+        return error.exit_code
+    from .. import versions
+    from . import processes
+
+    if (untested := versions.untested("train")) and not processes.launched_rank():
+        print(f"fastkd-train: {untested}", file=sys.stderr)
+    processes.print_by_first_only()
+    try:
+        _run(words)
+        processes.leave()
     except (InputError, RunError) as error:
         _say(error)
         return error.exit_code
@@ -46,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reason(error: Exception) -> str:
     """Return what to say of an error that need not be a mistake of ours; raise it if it is one."""
+    from .. import versions
+    from .processes import is_lost_process
+
     if is_lost_process(error):
         return "another process of this run has ended or does not answer"
     if reason := out_of_memory(error):
@@ -57,39 +72,60 @@ def _reason(error: Exception) -> str:
 
 def _say(problem: object) -> None:
     """Write one line on stderr, unless it is another process's to write."""
+    from .processes import launched_rank
+
     if not getattr(problem, "was_elsewhere", False):
         rank = launched_rank()
         who = f"fastkd-train, rank {rank}" if rank else "fastkd-train"
         print(f"{who}: {' '.join(str(problem).split())}", file=sys.stderr)
 
 
-def _run(argv: Sequence[str]) -> None:
-    _require_packages()
-    if (untested := versions.untested("train")) and not launched_rank():
-        print(f"fastkd-train: {untested}", file=sys.stderr)
-    import huggingface_hub
+def _tells(words: Sequence[str]) -> bool:
+    """Print what the words ask to be told, if they do, and return whether they did."""
+    if "--version" in words:
+        print(_version())
+    elif "-h" in words or "--help" in words:
+        from .parser import help_text
+
+        print(help_text(), end="")
+    elif "--list_methods" in words:
+        _list_methods()
+    else:
+        return False
+    return True
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import fastkd
+
+    others = []
+    for name in ("torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            others.append(f"{name} {version(name)}")
+    return f"fastkd {fastkd.__version__} ({', '.join(others)})"
+
+
+def _run(words: Sequence[str]) -> None:
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # ours stay: these are "Loading weights" and "Writing shards"
     from . import arguments
 
-    if any(flag in argv for flag in ("-h", "--help")):
-        arguments.make_parser().print_help()
+    if "--help_all" in words:
+        print(arguments.help_of_everything(), end="")
         return
-    flags, args = arguments.parse(argv)
-    if flags.list_methods:
-        _list_methods()
-        return
+    flags, args = arguments.parse(words)
     from . import report, runs  # what they import takes seconds, which no mistake in a flag should cost
+    from .flags import chosen_method
 
     if flags.compare:
         out = Path(str(args.output_dir))
         print(f"{report.compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
     elif flags.interpolated:
         runs.interpolated(flags, args)
-    elif arguments.chosen_method(flags).student_init == "prune":
+    elif chosen_method(flags).student_init == "prune":
         runs.pruned(flags, args)
     elif flags.demo:
         runs.demo(flags, args)
@@ -98,9 +134,9 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _list_methods() -> None:
-    from . import config, objectives
+    from . import config, methods
 
-    for name, method in objectives.METHODS.items():
+    for name, method in methods.METHODS.items():
         print(f"{name:17} {method.formula:46} {method.summary}")
     print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
     print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")

@@ -40,14 +40,18 @@ def load(name: str) -> tuple[str, dict[str, Any]]:
     return str(path), settings
 
 
-def words(path: str, key: str, value: Any) -> list[str]:
-    """Return the words of a command line that say the same as `key: value`; none where there is no value."""
+def words(key: str, value: Any, joined: bool = False) -> list[str]:
+    """Return the words of a command line that say the same as `key: value`; none where there is no value.
+
+    joined: whether the flag takes one word of parts between commas, "a,b" or "a=1,b=2".
+    """
     if value is None or value == []:
         return []
+    if joined and isinstance(value, list | dict):
+        parts = [f"{name}={part}" for name, part in value.items()] if isinstance(value, dict) else map(str, value)
+        return [f"--{key}={','.join(parts)}"]
     if isinstance(value, list):
-        if any(isinstance(item, dict | list) for item in value):
-            raise InputError(f"{path}: {key}: expected a list of plain values, got {value!r}")
-        return [f"--{key}", *map(str, value)]
+        return [f"--{key}", *(json.dumps(item) if isinstance(item, dict | list) else str(item) for item in value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 

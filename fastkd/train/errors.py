@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(Exception):
     """What the user gave cannot be used; the message says what was expected and what was found."""
@@ -35,3 +38,9 @@ def out_of_memory(error: BaseException) -> str | None:
         "says what a run needs; reduce --per_device_train_batch_size (and raise --gradient_accumulation_steps), "
         "--per_device_eval_batch_size or --sequence_length, or give --gradient_checkpointing"
     )
+
+
+def closest(given: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the most similar known word, or nothing if none is similar."""
+    match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {match[0]!r}?" if match else ""

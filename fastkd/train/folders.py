@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .arguments import FastkdArguments, TransformersArguments
+from .arguments import TransformersArguments
 from .checkpoints import checkpoints, fault, last_checkpoint, recover
 from .errors import InputError, Interrupted, RunError
+from .flags import FastkdArguments
 from .identity import RECORD
 from .processes import by_first, is_first
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from .arguments import FastkdArguments, TransformersArguments
+from .arguments import TransformersArguments
 from .errors import InputError
+from .flags import FastkdArguments
 from .sharding import is_asked_for, whole
 
 RECORD = "run.json"  # in a run's folder

@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import cost
-from .arguments import FastkdArguments, TransformersArguments
+from .arguments import TransformersArguments
 from .cache import cached, key
 from .checkpoints import last_checkpoint, recover
 from .errors import InputError
+from .flags import FastkdArguments
 from .identity import digest, recipe
 from .loading import load_model
-from .objectives import Method
+from .methods import Method
 from .prepare import Data, heading
 from .prune import Widths, importance, narrowed, normalised, of_kind, parts, skeleton, sliced, widths_at
 from .schedule import Candidate, Round, Schedule, Trial, round_from_json

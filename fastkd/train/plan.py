@@ -24,12 +24,13 @@ from transformers import T5Config
 from fastkd.ops.cka_loss import WORKSPACE as CKA_WORKSPACE
 from fastkd.ops.linear_kl import WORKSPACE_MB
 
-from .arguments import FastkdArguments, TransformersArguments, chosen_method, parse
+from .arguments import TransformersArguments, parse
 from .capture import PLACES, is_enct5
 from .data import span_counts
 from .errors import InputError
+from .flags import FastkdArguments, chosen_method
 from .loading import load_config
-from .objectives import Method
+from .methods import Method
 from .prepare import EMBEDDED_LENGTH, MODEL_LENGTH
 from .stages import planned_config, trained_config
 

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, default_data_collator
 
 from . import corpus
-from .arguments import FastkdArguments
 from .cache import cached
 from .data import Classes, Pairs, SpanCorruption, StreamedPairs, StreamedSpans, pack_to_arrow, pad, tokenize_pairs
 from .errors import InputError
+from .flags import FastkdArguments
 from .processes import by_first
 from .sources import blocks, content_digest, data_files, hub_revision, is_saved, read_hub, read_rows
 from .tasks import TASKS, Columns, Part, Task, glue_parts, has_splits, is_glue, sample, store, stream

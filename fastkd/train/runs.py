@@ -16,16 +16,17 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 import fastkd
 
 from . import minidisc, report
-from .arguments import FastkdArguments, TransformersArguments, chosen_method
+from .arguments import TransformersArguments
 from .cache import copy_folder, replace_folder
 from .card import write_card
 from .checkpoints import last_checkpoint
 from .errors import InputError
+from .flags import FastkdArguments, chosen_method
 from .folders import DEMO, cache_folder, check_outside, is_last, is_used, output_folder, resumed, running, write_json
 from .identity import RECORD, check_same_run, examples_per_step, identity
 from .loading import load_config, load_model
+from .methods import METHODS, Method
 from .metrics import signatures
-from .objectives import METHODS, Method
 from .prepare import Data, heading
 from .processes import by_first
 from .prune import order_of

@@ -16,16 +16,17 @@ import torch
 from transformers import Trainer, get_scheduler
 
 from . import cost
-from .arguments import EMBEDDING_FACTOR, FastkdArguments, TransformersArguments, chosen_method
+from .arguments import EMBEDDING_FACTOR, TransformersArguments
 from .cache import cached
 from .capture import is_enct5
 from .errors import InputError
 from .evaluate import classify, generate
+from .flags import FastkdArguments, chosen_method
 from .identity import digest, recipe
 from .loading import load_config, load_model, load_tokenizer, load_weights, unsharded
+from .methods import METHODS, Method
 from .metrics import score_rows
 from .models import enct5_config, enct5_from
-from .objectives import METHODS, Method
 from .prepare import VERSION, Data, get_data, heading, with_classes
 from .processes import count, is_first
 from .report import Outcome
@@ -48,7 +49,7 @@ class Given:
     """The models that the user gave, and the tokenizer that they share; None for what is made here.
 
     configs: of the models by their roles. teacher: None too for a method that needs none, whatever was given.
-    architecture: what is trained, one of ARCHITECTURES.
+    architecture: what is trained, "t5" or "enct5".
     """
 
     configs: dict[str, Any] = field(default_factory=dict)

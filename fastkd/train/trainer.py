@@ -17,8 +17,9 @@ from .capture import PLACES, capture_hidden, capture_qkv
 from .checkpoints import CheckpointingTrainer
 from .data import EpochSampler, SpanCorruption
 from .evaluate import held_out_metrics, token_scores
+from .methods import Method
 from .mixup import Mixup
-from .objectives import Method, hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
+from .objectives import hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
 from .optimizer import gradient_norms, set_embedding_rate, set_own_rate
 from .processes import count
 from .sharding import is_asked_for, is_sharded, shard, whole

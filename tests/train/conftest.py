@@ -16,7 +16,7 @@ from transformers import default_data_collator
 from fastkd.train import cli, plots
 from fastkd.train.arguments import TransformersArguments, parse
 from fastkd.train.data import SpanCorruption
-from fastkd.train.objectives import METHODS, Method
+from fastkd.train.methods import METHODS, Method
 from fastkd.train.student import new_model, t5_config
 from fastkd.train.tokenizer import padded_size, train_tokenizer
 from fastkd.train.trainer import DistillTrainer

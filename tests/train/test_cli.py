@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from train_flags import RECIPE, with_inputs
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from fastkd.train import cli
+import fastkd
+from fastkd.train import arguments, cli, tasks
+from fastkd.train import flags as own
 from fastkd.train.arguments import parse
-from fastkd.train.objectives import METHODS
+from fastkd.train.methods import METHODS
 from fastkd.train.stages import planned_config
 from fastkd.train.student import t5_config
 
@@ -166,13 +170,6 @@ def test_a_trained_teacher_is_its_own_flags_alone(
     assert "reusing" not in capsys.readouterr().out
 
 
-def test_access_tokens_are_written_nowhere_to_read(tmp_path: Path, text_file: Path) -> None:
-    flags = ["--method", "scratch", "--train_file", text_file, "--report_examples", "0", "--hub_token", "hf_secret"]
-    assert run(*flags, "--output_dir", tmp_path / "out", "--save_strategy", "no", "--disable_tqdm", "true") == 0
-    texts = [p for p in (tmp_path / "out").iterdir() if p.suffix in (".md", ".html", ".json", ".yaml")]
-    assert len(texts) > 5 and not any("hf_secret" in path.read_text() for path in texts)
-
-
 def test_attention_distillation(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def flags(method: str) -> list[object]:
         return [
@@ -264,7 +261,7 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--train_file", tmp_path / "missing.txt"], [str(tmp_path / "missing.txt"), "no such file"]),
         (["--eval_file", tmp_path], [str(tmp_path), "no data files"]),
         (["--teacher", tmp_path / "missing"], [str(tmp_path / "missing")]),
-        (["--method", "interpolated"], ["--interpolated", "--method"]),
+        (["--method", "interpolated"], ["--interpolated and a --method"]),
         (["--interpolated"], ["--interpolated", "--teacher"]),
         (["--method", "scratch", "--interpolated", "--teacher", "x"], ["scratch has no teacher"]),
         (["--task", "glu"], ["--task", "'glu'", "did you mean 'glue'"]),
@@ -282,14 +279,14 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", tmp_path / "list.yaml"], ["list.yaml", "no mapping"]),
         (["--config", tmp_path / "broken.yaml"], ["broken.yaml", "line 1"]),
         (["--config", tmp_path / "typo.yaml"], ["typo.yaml", "unknown key 'studen_layers'", "'student_layers'"]),
-        (["--config", tmp_path / "word.yaml"], ["max_steps", "many"]),
+        (["--config", tmp_path / "word.yaml"], ["word.yaml: max_steps: invalid", "many"]),
         (["--compare", tmp_path], [str(tmp_path), "no metrics.json"]),
         (["--config", tmp_path / "nested.yaml"], ["nested.yaml", "unknown key 'config'"]),
-        (["--learning_rate", "-1"], ["--learning_rate must be at least 0"]),
+        (["--learning_rate", "-1"], ["--learning_rate: must be at least 0"]),
         (["--num_train_epochs", "0", "--train_file", "x"], ["--num_train_epochs must be above 0"]),
-        (["--seed", "-1"], ["--seed must be at least 0"]),
-        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size must be at least 1"]),
-        (["--max_source_length", "1"], ["--max_source_length must be at least 2"]),
+        (["--seed", "-1"], ["--seed: must be at least 0"]),
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size: must be at least 1"]),
+        (["--max_source_length", "1"], ["--max_source_length: must be at least 2"]),
         (["--optim", "adamw_bnb_8bit"], ["--optim", "bitsandbytes"]),
         (["--lr_scheduler_type", "warmup_stable_decay"], ["--lr_scheduler_type"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor is not supported"]),
@@ -297,6 +294,33 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--include_for_metrics", "inputs"], ["--include_for_metrics is not supported"]),
         (["--bf16_full_eval", "--use_cpu"], ["--bf16_full_eval is not supported"]),
         (["--push_to_hub"], ["--push_to_hub is not supported", "hf upload"]),
+        (["--hub_token", "secret"], ["--hub_token is not supported"]),
+        (["--deepspeed", "zero3.json"], ["--deepspeed is not supported", "--fsdp"]),
+        (["--parallelism_config", "x"], ["--parallelism_config"]),
+        (["--ddp_find_unused_parameters", "true"], ["--ddp_find_unused_parameters is not supported"]),
+        (["--enable_jit_checkpoint"], ["--enable_jit_checkpoint is not supported", "SIGTERM"]),
+        (["--auto_find_batch_size"], ["--auto_find_batch_size is not supported", "fastkd.train.plan"]),
+        (["--save_only_model"], ["--save_only_model is not supported"]),
+        (["--use_cache"], ["--use_cache is not supported"]),
+        (["--remove_unused_columns", "false"], ["--remove_unused_columns is not supported"]),
+        (["--fp16", "--use_cpu"], ["--fp16 needs a GPU", "--bf16"]),
+        (["--source_column", "a"], ["--source_column has no effect with --task span_corruption"]),
+        (["--max_source_length", "32"], ["--max_source_length has no effect with --task span_corruption"]),
+        (["--load_best_model_at_end", "--save_strategy", "no"], ["--load_best_model_at_end", "match"]),
+        (["--load_best_model_at_end", "--eval_steps", "3", "--save_steps", "4"], ["4", "multiple", "3"]),
+        (["--batch_size", "3"], ["unknown flag '--batch_size'; did you mean '--per_device_train_batch_size'"]),
+        (["--lr", "3"], ["did you mean '--learning_rate'"]),
+        (["--epochs=3"], ["did you mean '--num_train_epochs'"]),
+        (["--max-length", "64"], ["did you mean '--max_source_length or --sequence_length'"]),
+        (["--qwertz", "64"], ["unknown flag '--qwertz'\n"]),
+        (["--config", tmp_path / "alias.yaml"], ["alias.yaml: unknown key 'lr'; did you mean 'learning_rate'"]),
+        (
+            ["--config", tmp_path / "fraction.yaml"],
+            ["fraction.yaml: student_layers: expected a whole", "'2.5'"],
+        ),
+        (["--config", tmp_path / "several.yaml"], ["several.yaml: seed: expected one value, got [1, 2]"]),
+        (["--config", tmp_path / "truth.yaml"], ["truth.yaml: train_file: expected a word, got True"]),
+        (["--config", tmp_path / "weights.yaml"], ["weights.yaml: weights: expected logit_kl=NUMBER, 0 or above"]),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], ["use_reentrant is not supported"]),
         (["--train_sampling_strategy", "group_by_length"], ["no effect with span_corruption"]),
         (["--task", "sst2", "--train_file", "x", "--train_split", "trian"], ["--train_split has no effect", "sst2"]),
@@ -311,6 +335,11 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("typo", "studen_layers: 3"),
         ("word", "max_steps: many"),
         ("nested", "config: kd"),
+        ("alias", "lr: 1"),
+        ("fraction", "student_layers: 2.5"),
+        ("several", "seed: [1, 2]"),
+        ("truth", "train_file: true"),
+        ("weights", "weights: {logit_kl: -1}"),
     ):
         (tmp_path / f"{name}.yaml").write_text(content)
     sizes = ["--student_layers", 2, "--student_d_model", 64, "--teacher_layers", 2, "--teacher_d_model", 128]
@@ -391,19 +420,84 @@ def test_bad_files_and_teachers(tmp_path: Path, text_file: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
-def test_help_and_methods_teach(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_short_and_its_defaults_are_those_that_apply(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "--demo, --method or --config" in one_line(capsys)
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert text.index("--method") < text.index("--learning_rate") < text.rindex("examples:")
-    assert all(name in text for name in ("scratch", "mlmkd", "kd", "--demo", "--resume_from_checkpoint"))
+    assert len(text.splitlines()) <= 100 and max(map(len, text.splitlines())) <= 110
+    assert text.index("--method") < text.index("--learning_rate") < text.index("examples")
+    assert "--fsdp \\\n           --bf16" in text  # the line break that makes it a command to copy
+    flags, args = parse(["--train_file", "x", "--teacher", "t"])
+    entries = re.split(r"\n  --", text)[1:]
+    shown = {e.split()[0]: m.group(1) for e in entries if (m := re.search(r"\(default:\s+(\S+)\)", e))}
+    assert {"method", "num_train_epochs", "learning_rate", "eval_steps", "sequence_length"} <= shown.keys()
+    for name, default in shown.items():
+        actual = getattr(flags, name, getattr(args, name, None))
+        assert str(getattr(actual, "value", actual)) == default, name
+    assert cli.main(["--help_all"]) == 0
+    everything = capsys.readouterr().out
+    for name in (*(f.name for f in dataclasses.fields(flags)), "adam_beta1", "ddp_timeout"):
+        assert name == "transformers_flags" or f"  --{name}" in everything
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--list_methods"]) == 0
     table, more = capsys.readouterr().out.split("\n\n")
     lines = table.splitlines()
     assert [line.split()[0] for line in lines] == list(METHODS)
     assert "--interpolated" in more and all(name in more for name in METHODS)  # a configuration for each of them
     assert "1 logit_kl + 1 decoder_self + 1 encoder_self" in next(x for x in lines if x.startswith("miniend-e "))
+
+
+def test_what_is_told_takes_no_packages() -> None:
+    code = (
+        "import sys; from fastkd.train.cli import main\n"
+        "for word in ('--help', '--version', '--list_methods'): assert main([word]) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'sklearn', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"fastkd {fastkd.__version__} (torch {torch.__version__}, transformers " in done.stdout
+
+
+def test_names_that_are_known_without_torch_are_those_that_there_are() -> None:
+    assert fastkd.DIVERGENCES.keys() == set(own.DIVERGENCES) and tasks.TASKS.keys() == set(own.TASKS)
+    assert list(fastkd.DIVERGENCES) == list(own.DIVERGENCES)
+
+
+def test_every_alias_is_of_a_flag_and_no_flag_itself() -> None:
+    groups = own.FastkdArguments, arguments.TransformersArguments
+    known = {f.name for group in groups for f in dataclasses.fields(group)}
+    for meant, others in arguments._ALIASES.items():
+        assert set(meant.replace("--", "").split(" or ")) <= known
+        assert not known & set(others.split())
+
+
+def test_yaml_says_weights_and_grids_as_yaml_does(tmp_path: Path) -> None:
+    grid = "sparsity_grid: [0, 0.6, 0.5]\ntarget_sparsity: 0.6\ntruncation: 0\n"
+    (tmp_path / "c.yaml").write_text("method: minidisc\nweights: {logit_kl: 0.25}\n" + grid)
+    found, args = parse(["--config", str(tmp_path / "c.yaml"), "--teacher", "t", "--train_file", "x", "--task", "sst2"])
+    assert found.weights == {"logit_kl": 0.25} and found.grid == [0, 0.5, 0.6]
+    (tmp_path / "again.yaml").write_text(found.config_text(args))
+    again, _ = parse(["--config", str(tmp_path / "again.yaml")])
+    alike = {"config": again.config, "transformers_flags": again.transformers_flags}
+    assert again == dataclasses.replace(found, **alike)
+
+
+def test_evaluations_and_checkpoints_come_together_for_the_best_model() -> None:
+    given = ["--teacher", "t", "--train_file", "x", "--load_best_model_at_end"]
+    for words, expected in (
+        ([], (0.1, 0.1, "steps")),
+        (["--save_steps", "500"], (500, 500, "steps")),
+        (["--eval_steps", "0.2"], (0.2, 0.2, "steps")),
+        (["--eval_strategy", "epoch"], (0.1, 0.1, "epoch")),
+    ):
+        _, args = parse([*given, *words])
+        assert (args.eval_steps, args.save_steps, args.save_strategy.value) == expected
+        assert args.eval_strategy.value == args.save_strategy.value
 
 
 @pytest.mark.parametrize("package", ["transformers", "sentencepiece", "matplotlib"])
@@ -415,7 +509,7 @@ def test_without_an_optional_package(package: str) -> None:
         f"        if name.split('.')[0] == '{package}': raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
     )
-    code = block + "from fastkd.train.cli import main\nsys.exit(main(['--help']))"
+    code = block + "from fastkd.train.cli import main\nsys.exit(main(['--demo']))"
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and not done.stdout

@@ -14,7 +14,8 @@ from train_flags import RECIPE, with_inputs
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from fastkd.train import cli
-from fastkd.train.objectives import METHODS, hidden_masks
+from fastkd.train.methods import METHODS
+from fastkd.train.objectives import hidden_masks
 from fastkd.train.student import is_tied, new_model, slice_teacher, smaller_config, t5_config
 from fastkd.train.tokenizer import padded_size
 

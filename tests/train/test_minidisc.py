@@ -19,8 +19,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 from fastkd.train import minidisc, models
 from fastkd.train.arguments import parse
 from fastkd.train.errors import InputError
+from fastkd.train.methods import METHODS
 from fastkd.train.minidisc import CandidateTrainer
-from fastkd.train.objectives import METHODS
 from fastkd.train.prune import narrowed, normalised, order_of, parts, sliced, widths_at
 from fastkd.train.schedule import GRID, Candidate, Round, Schedule, Trial, parse_grid
 from fastkd.train.tasks import TASKS, figure_names

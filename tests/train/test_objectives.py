@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import T5Config
 
-from fastkd.train.objectives import METHODS
+from fastkd.train.methods import METHODS
 from fastkd.train.trainer import without_head
 
 # The rows of the table, written out once more on purpose: terms, and the temperature of the logit term.

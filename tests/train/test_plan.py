@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, default_data_collator
 
 from fastkd.train import cost, plan
-from fastkd.train.arguments import chosen_method, parse
+from fastkd.train.arguments import parse
+from fastkd.train.flags import chosen_method
 from fastkd.train.models import auto_class
 from fastkd.train.student import new_model, t5_config
 from fastkd.train.trainer import DistillTrainer

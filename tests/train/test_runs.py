@@ -106,8 +106,8 @@ def used(place: Path) -> Path:
 def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
     flag: str, value: str, output: str, used: Path
 ) -> None:
-    from fastkd.train.arguments import FastkdArguments
     from fastkd.train.errors import InputError
+    from fastkd.train.flags import FastkdArguments
 
     value, output = (text.format(used.parent) for text in (value, output))
     cache = Path(value) if flag == "cache_dir" else Path("cache")
@@ -131,7 +131,7 @@ def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
     ],
 )
 def test_what_lies_elsewhere_is_read(flag: str, value: str, used: Path) -> None:
-    from fastkd.train.arguments import FastkdArguments
+    from fastkd.train.flags import FastkdArguments
 
     flags = FastkdArguments()
     setattr(flags, flag, value)
@@ -139,7 +139,7 @@ def test_what_lies_elsewhere_is_read(flag: str, value: str, used: Path) -> None:
 
 
 def test_a_run_is_continued_by_the_settings_in_its_folder(used: Path) -> None:
-    from fastkd.train.arguments import FastkdArguments
+    from fastkd.train.flags import FastkdArguments
 
     folders.check_outside(Path("out"), FastkdArguments(config="out/settings.yaml"), Path("cache"), False)
 

@@ -24,8 +24,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalG
 from fastkd.train import cli, config, corpus, stages
 from fastkd.train.arguments import parse
 from fastkd.train.errors import InputError
+from fastkd.train.methods import METHODS
 from fastkd.train.metrics import GLUE_COLUMNS, score_rows
-from fastkd.train.objectives import METHODS
 from fastkd.train.tasks import TASKS, figure_names
 from fastkd.train.tokenizer import train_tokenizer
 from fastkd.train.trainer import DistillTrainer

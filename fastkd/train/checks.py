@@ -1,0 +1,252 @@
+"""What flags may be given together, and which of transformers' flags fastkd-train does not take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .flags import EMBEDDED_DATA, FastkdArguments, PruningArguments, chosen_method
+from .methods import Method
+from .sharding import is_asked_for
+from .tasks import TASKS, figure_names, is_glue
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+    from .arguments import TransformersArguments
+
+# Flags of transformers that would do nothing here, or something else than they say; and what to do instead.
+_EVALUATION = "evaluation is the loss, the token accuracy and the task's figures"
+_NO_HUB = "look at the report first, then upload the folder with `hf upload`"
+_NOT_SUPPORTED = {
+    "label_smoothing_factor": "losses are fastkd's",
+    "neftune_noise_alpha": "T5 reads its embedding past it",
+    "use_liger_kernel": "losses are fastkd's",
+    "liger_kernel_config": "losses are fastkd's",
+    "use_cache": "no step of training reads a cache",
+    "sortish_sampler": "--train_sampling_strategy group_by_length is like it",
+    "length_column_name": "lengths are those of the tokenised examples",
+    "label_names": "labels are the targets of the task",
+    "remove_unused_columns": "the task says which columns are read",
+    "generation_config": "--generation_num_beams and --generation_max_length are",
+    "prediction_loss_only": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "bf16_full_eval": "it would leave the student in bf16; --bf16 evaluates under autocast",
+    "fp16_full_eval": "it would leave the student in fp16; --bf16 evaluates under autocast",
+    "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint without it",
+    "deepspeed": "losses and checkpoints need weights as torch keeps them; --fsdp shards the student",
+    "parallelism_config": "--fsdp shards the student, --teacher_sharding the teacher",
+    "auto_find_batch_size": "it changes what a step learns from; python -m fastkd.train.plan says what fits",
+    "save_only_model": "checkpoints are there to resume from",
+    "ddp_static_graph": "losses are computed outside of what DDP wraps",
+    "ddp_find_unused_parameters": "every weight that learns is part of the loss, which DDP does not see",
+    "push_to_hub": _NO_HUB,
+    "hub_token": _NO_HUB,
+    "hub_model_id": _NO_HUB,
+    "hub_strategy": _NO_HUB,
+    "hub_private_repo": _NO_HUB,
+    "hub_always_push": _NO_HUB,
+    "hub_revision": _NO_HUB,
+    "do_predict": "outputs of held-out examples are in the report",
+}
+_EITHER = (
+    ("train_file", "dataset_name"), ("train_file", "embedded_data"), ("dataset_name", "embedded_data"),
+    ("teacher", "train_teacher"), ("student", "interpolated"), ("demo", "interpolated"),
+)  # fmt: skip
+_NOT_FOR_TEXTS = ("source_column", "target_column", "label_column", "source_prefix", "source_lang", "target_lang")
+_NOT_FOR_GLUE = (
+    "dataset_config", "train_split", "eval_split", "text_column", "source_column", "target_column", "source_prefix",
+    "source_lang", "target_lang",
+)  # fmt: skip
+
+
+def check_supported(values: dict[str, Any], parser: HfArgumentParser) -> None:
+    """Raise InputError for a value of transformers' flags that would not have its effect here."""
+    for name, why in _NOT_SUPPORTED.items():
+        value = values[name]
+        if value not in (None, False, [], parser.get_default(name)) or (value is False and parser.get_default(name)):
+            raise InputError(f"--{name} is not supported: {why}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise InputError(f"accelerate's DeepSpeed is not supported: {_NOT_SUPPORTED['deepspeed']}")
+
+
+def check(flags: FastkdArguments, args: TransformersArguments, line: Collection[str]) -> None:
+    """Raise InputError for flags that do not go together. line: those that the command line gives itself."""
+    _check_transformers(flags, args)
+    _check_no_effect(flags, line)
+    method = chosen_method(flags)
+    _check_pruning(flags, args, method)
+    _check_processes(flags, args, method)
+    if flags.demo and not method.needs_teacher:
+        raise InputError("--demo compares a distillation method with scratch: choose another --method")
+    if method.student_init == "slice" and not method.needs_teacher:
+        raise InputError(f"--student_init: without a term for it {flags.method} has no teacher to slice, give random")
+    for first, second in _EITHER:
+        if getattr(flags, first) and getattr(flags, second):
+            raise InputError(f"give --{first} or --{second}, not both")
+    if flags.interpolated and not method.needs_teacher:
+        raise InputError(f"--interpolated: {flags.method} has no teacher, so nothing comes between")
+    if flags.interpolated and not flags.teacher:
+        raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
+    if flags.streaming and flags.embedded_data:
+        raise InputError("--streaming needs --train_file or --dataset_name: embedded data fits into memory")
+    if flags.streaming and args.dataloader_num_workers > 1:
+        raise InputError(f"--streaming is read by 0 or 1 --dataloader_num_workers, got {args.dataloader_num_workers}")
+    if flags.streaming and not flags.teacher and not flags.student:
+        raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
+
+
+def _check_transformers(flags: FastkdArguments, args: TransformersArguments) -> None:
+    if args.load_best_model_at_end and "no" in (args.eval_strategy, args.save_strategy):
+        raise InputError("--load_best_model_at_end needs --eval_strategy and --save_strategy other than no")
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("--fp16 needs a GPU: give --bf16, which CPUs compute in, too")
+    # Later versions of transformers call it by the first name.
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise InputError(f"--{name}: use_reentrant is not supported, states are captured on the way")
+    if flags.task == "span_corruption" and args.train_sampling_strategy != "random":
+        raise InputError("--train_sampling_strategy has no effect with span_corruption: chunks are equally long")
+    figures = figure_names(TASKS[flags.task])
+    if flags.selection_metric not in (None, "token_accuracy", *figures):
+        names = ", ".join(["token_accuracy", *figures])
+        raise InputError(f"--selection_metric: expected one of {names}, got {flags.selection_metric!r}")
+    known = ["loss", "token_accuracy", *(figures if args.predict_with_generate else [])]
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise InputError(
+            f"--metric_for_best_model: expected one of {', '.join(f'eval_{name}' for name in known)}, got {best!r}"
+            + ("" if args.predict_with_generate else " (those of generated texts need --predict_with_generate)")
+        )
+
+
+def _check_no_effect(flags: FastkdArguments, line: Collection[str]) -> None:
+    """Raise InputError for flags of data that the task does not read."""
+    task, defaults = TASKS[flags.task], {f.name: f.default for f in dataclasses.fields(flags)}
+    if flags.task == "span_corruption":
+        names = [*_NOT_FOR_TEXTS, *(name for name in ("max_source_length", "max_target_length") if name in line)]
+        why = "which reads texts alone"
+    elif is_glue(task):
+        names, why = [*_NOT_FOR_GLUE], "whose data is laid out as GLUE's"
+    else:
+        return
+    for name in names:
+        if getattr(flags, name) != defaults[name]:
+            raise InputError(f"--{name} has no effect with --task {flags.task}, {why}")
+
+
+def check_inputs(flags: FastkdArguments, needs_data: bool) -> None:
+    """Raise InputError if something is missing: data, a teacher, or the size of a model."""
+    method = chosen_method(flags)
+    if needs_data and not flags.has_own_data and flags.embedded_data is None:
+        raise InputError(
+            "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data "
+            f"{' or '.join(EMBEDDED_DATA)}, or --demo"
+        )
+    if flags.embedded_data is not None and flags.task not in EMBEDDED_DATA[flags.embedded_data]:
+        raise InputError(
+            f"--task {flags.task} needs --train_file or --dataset_name: --embedded_data {flags.embedded_data} is for "
+            f"{', '.join(EMBEDDED_DATA[flags.embedded_data])}"
+        )
+    if method.needs_teacher and not (flags.teacher or flags.train_teacher):
+        raise InputError(
+            f"--method {flags.method} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to train one "
+            "on the same data first"
+        )
+    if flags.train_teacher and not method.needs_teacher:
+        raise InputError(f"--train_teacher has no effect with --method {flags.method}, which has no teacher")
+    sizes = ["teacher_layers", "teacher_d_model", "teacher_steps"] if flags.train_teacher else []
+    if not (flags.teacher or flags.train_teacher or flags.student):
+        sizes = ["student_layers", "student_d_model"]  # no teacher to take them from
+    missing = [f"--{name}" for name in sizes if getattr(flags, name) is None]
+    if missing:
+        raise InputError(f"a model is to be made from nothing: give its {' and '.join(missing)}")
+
+
+def _check_processes(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
+    """Raise InputError for what several processes cannot do together."""
+    if flags.cka_over_processes and "hidden_cka" not in method.terms:
+        raise InputError(f"--cka_over_processes has no effect with --method {flags.method}, which has no CKA")
+    if flags.cka_over_processes and not args.average_tokens_across_devices:
+        raise InputError("--cka_over_processes needs --average_tokens_across_devices, which is the default")
+    if args.world_size == 1:
+        return
+    if args.torch_compile and is_asked_for(args):
+        raise InputError("--torch_compile is not supported with FSDP, which gathers weights inside of what is compiled")
+    if method.student_init == "prune":
+        raise InputError(f"--method {flags.method} runs in one process, got {args.world_size}")
+    if flags.demo:
+        raise InputError(f"--demo runs in one process, got {args.world_size}")
+
+
+def _check_pruning(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
+    given = [f.name for f in dataclasses.fields(PruningArguments) if getattr(flags, f.name) != f.default]
+    if method.student_init == "prune":
+        _check_selection(flags, method, given)
+        _check_sparsities(flags, method)
+        _check_beside_pruning(flags, args)
+    elif given:
+        raise InputError(f"--{given[0]} has no effect with --method {flags.method}, which does not prune its teacher")
+
+
+def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
+    grid = flags.grid
+    target, sparsities = flags.target_sparsity, ", ".join(f"{sparsity:g}" for sparsity in grid)
+    if target not in grid or target == 0:
+        raise InputError(
+            f"--target_sparsity: expected one of the grid's above 0 ({sparsities}; --sparsity_grid takes others), got "
+            f"{target:g}"
+        )
+    if flags.assistant_sparsity is not None and not 0 < flags.assistant_sparsity < target:
+        raise InputError(
+            f"--assistant_sparsity: expected one above 0 and below the target's, {target:g}, got "
+            f"{flags.assistant_sparsity:g}"
+        )
+    between = [sparsity for sparsity in grid if flags.truncation <= sparsity < target]
+    picks = method.schedule == "minidisc" and flags.assistant_sparsity is None
+    if picks and flags.assistants > len(between):
+        raise InputError(
+            f"--assistants {flags.assistants}: the grid has {len(between)} from --truncation {flags.truncation:g} to "
+            f"below the target {target:g} ({sparsities})"
+        )
+    if flags.sandwich_size == 1:
+        raise InputError("--sandwich_size: expected 0 for all, or at least 2, the least and the most sparse, got 1")
+
+
+_OF_SELECTION = ("assistants", "truncation", "tradeoff_lambda", "sandwich_size")
+
+
+def _check_selection(flags: FastkdArguments, method: Method, given: Sequence[str]) -> None:
+    """Raise InputError for flags, among the given ones, that would have no effect."""
+    for name in _OF_SELECTION:
+        if name in given and method.schedule != "minidisc":
+            raise InputError(f"--{name} has no effect with --method {flags.method}, which picks no assistant")
+        if name in given and flags.assistant_sparsity is not None:
+            raise InputError(f"--{name} has no effect with --assistant_sparsity, which picks the assistant")
+    if method.schedule == "maxidisc" and flags.assistant_sparsity is not None:
+        raise InputError("--assistant_sparsity has no effect with --method maxidisc, which tries all of the grid")
+    if flags.importance_on == "dev" and "importance_examples" in given:
+        raise InputError("--importance_examples has no effect with --importance_on dev, which takes all held-out data")
+
+
+_NOT_WITH_PRUNING = {
+    "student": "the student is the teacher pruned",
+    "demo": "without --demo it makes all it needs, too",
+    "interpolated": "--assistants is like it",
+    "streaming": "importance and rounds need data that is read again",
+    "torch_compile": "widths change in every step",
+    "load_best_model_at_end": "rounds keep the best candidate already",
+}
+
+
+def _check_beside_pruning(flags: FastkdArguments, args: TransformersArguments) -> None:
+    for name, why in _NOT_WITH_PRUNING.items():
+        if getattr(flags, name, None) or getattr(args, name, None):
+            raise InputError(f"--{name} is not supported with --method {flags.method}: {why}")
