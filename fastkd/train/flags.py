@@ -89,7 +89,7 @@ class ModelArguments:
     teacher_steps: int | None = _flag(None, "of --train_teacher", above=0)
     teacher_learning_rate: float = _flag(3e-4, "of --train_teacher", above=0)
     # In float16 T5s overflow, and transformers clamps them in silence.
-    teacher_dtype: str = _flag("auto", "in which it runs; auto is its checkpoint's, or float32", ("auto", "float32", "bfloat16"))
+    teacher_dtype: str = _flag("auto", "in which it runs; auto: as its checkpoint", ("auto", "float32", "bfloat16"))
     teacher_sharding: str = _flag(
         "full", "of the teacher over the processes of a run, each of which gathers a layer when it computes, or all "
         "of it in each", ("full", "none"))

@@ -158,7 +158,7 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
     """
     teacher, student = given.configs.get("teacher"), given.configs.get("student")
     if teacher is None:
-        teacher = trained_config(flags, 1)
+        teacher = trained_config(flags, 2)
         if teacher and given.architecture == "enct5":
             teacher = enct5_config(teacher, ["?"])
     try:

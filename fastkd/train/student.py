@@ -71,7 +71,7 @@ def student_config(teacher: Any, d_model: int | None, layers: int | None) -> Any
     d_model: without it the teacher's, with heads and feed-forward layers as the teacher has them. layers: without it
     half of the teacher's in each stack.
     """
-    config = t5_config(1, d_model or teacher.d_model, layers or 1)
+    config = t5_config(2, d_model or teacher.d_model, layers or 1)
     if d_model is None:
         for name in ("d_kv", "num_heads", "d_ff", "feed_forward_proj", "is_gated_act", "dense_act_fn"):
             setattr(config, name, getattr(teacher, name))
