@@ -83,7 +83,7 @@ class ModelArguments:
 
     teacher: str | None = _flag(None, "folder or hub name of a T5 with its tokenizer, to learn from")
     train_teacher: bool = _flag(
-        False, "train one first on the same data, by --teacher_layers, --teacher_d_model, --teacher_steps")
+        False, "train one first, on the same data, by --teacher_layers and the like")
     teacher_layers: int | None = _flag(None, "of --train_teacher", above=0)
     teacher_d_model: int | None = _flag(None, "of --train_teacher", above=0)
     teacher_steps: int | None = _flag(None, "of --train_teacher", above=0)
@@ -148,8 +148,8 @@ class DataArguments:
 
     task: str = _flag("span_corruption", "what rows of data teach", TASKS)
     train_file: str | None = _flag(
-        None, "file, folder or glob of text (paragraphs between blank lines), JSONL, CSV, TSV or Parquet, plain or "
-        ".gz, or a folder saved by datasets; for GLUE the folder with its TSV files")
+        None, "file, folder or glob of text, JSONL, CSV, TSV or Parquet, plain or .gz, or a folder saved by datasets; "
+        "for GLUE the folder with its TSV files")
     eval_file: str | None = _flag(None, "likewise, to evaluate on; without it, 5 %% of the training data")
     dataset_name: str | None = _flag(None, "dataset on the hub, or folder saved by datasets")
     dataset_config: str | None = _flag(None, "configuration of --dataset_name, such as sst2 of glue")
