@@ -148,8 +148,9 @@ class DataArguments:
 
     task: str = _flag("span_corruption", "what rows of data teach", TASKS)
     train_file: str | None = _flag(
-        None, "file, folder or glob of text, JSONL, CSV, TSV or Parquet, plain or .gz, or a folder saved by datasets; "
-        "for GLUE the folder with its TSV files")
+        None, "file, folder or glob of text (a paragraph is an example, between blank lines, or a line if those are "
+        "rare), JSONL, CSV, TSV or Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder with its "
+        "TSV files or saved splits, or for one of its tasks a file")
     eval_file: str | None = _flag(None, "likewise, to evaluate on; without it, 5 %% of the training data")
     dataset_name: str | None = _flag(None, "dataset on the hub, or folder saved by datasets")
     dataset_config: str | None = _flag(None, "configuration of --dataset_name, such as sst2 of glue")
@@ -171,8 +172,10 @@ class DataArguments:
         None, "tokens of a target, what is more is cut; without it, it is an error", least=2)
     streaming: bool = _flag(False, "read data on the way; needs --max_steps")
     shuffle_buffer: int = _flag(10_000, "of --streaming: examples among which the next is drawn", least=0)
-    max_train_examples: int | None = _flag(None, "use at most so many", above=0)
-    max_eval_examples: int | None = _flag(None, "use at most so many", above=0)
+    max_train_examples: int | None = _flag(
+        None, "use at most so many, the same at random in every run, of each task and class; of a stream the first",
+        above=0)
+    max_eval_examples: int | None = _flag(None, "use at most so many, likewise", above=0)
     report_examples: int = _flag(8, "held-out examples whose outputs the report shows", least=0)
     cache_dir: str | None = _flag(
         None, "where tokenised data, tokenizer and trained teacher are kept for other runs; without it, cache/ beside "
