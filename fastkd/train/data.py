@@ -26,6 +26,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 from .errors import InputError
 from .evaluate import texts_of
 from .sources import arrow_file, blocks
+from .tokenizer import special_tokens
 
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0
@@ -41,7 +42,7 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """
     settings: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     ids = tokenizer(texts, split_special_tokens=True, **settings)["input_ids"]
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    special = special_tokens(tokenizer)
     own = {name for name in special if re.fullmatch(r"<extra_id_\d+>", name)}
     own |= {tokenizer.pad_token, tokenizer.eos_token}
     added = special.keys() - own - {tokenizer.unk_token}
@@ -241,7 +242,7 @@ def tokenize_pairs(
             counts.cut_sources += sum(length > max_source_length for length in sources)
             counts.cut_targets += sum(length > max_target_length for length in targets)
             whole = [i for i, length in enumerate(targets) if length <= max_target_length]
-            written = texts_of(tokenizer, [columns["labels"][i] for i in whole], tokenizer.all_special_ids)
+            written = texts_of(tokenizer, [columns["labels"][i] for i in whole], special_tokens(tokenizer).values())
             for given, text in zip((columns["target"][i] for i in whole), written, strict=True):
                 if text != given.strip():
                     counts.unwritable += 1

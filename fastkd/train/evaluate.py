@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import GenerationConfig
 
 from .processes import is_first
 from .sharding import is_sharded
+from .tokenizer import special_tokens
 
 CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 
@@ -58,11 +61,25 @@ def classify(
 
 
 def texts_of(tokenizer: Any, ids: Sequence[Sequence[int]], kept: Collection[int]) -> list[str]:
-    """Return the texts that ids stand for, without special tokens but those of the ids `kept`."""
-    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
-    dropped = set(tokenizer.all_special_ids) - set(kept) | ends
+    """Return the texts that ids stand for, without special tokens but those of the ids `kept`.
+
+    Spaces stand around one of these, as in "a <sep> b", where the tokenizer drops them.
+    """
+    special = set(special_tokens(tokenizer).values())
+    dropped = special - set(kept) | {tokenizer.pad_token_id, tokenizer.eos_token_id}
     ids = [[i for i in row if i not in dropped] for row in ids]
-    return [text.strip() for text in tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
+    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+    shown = special.intersection(chain.from_iterable(ids)) - {tokenizer.unk_token_id}
+    names = [name for name in tokenizer.convert_ids_to_tokens(sorted(shown)) if _drops_spaces(tokenizer, name)]
+    if names:
+        pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        texts = [" ".join(pattern.sub(r" \1 ", text).split()) for text in texts]
+    return [text.strip() for text in texts]
+
+
+def _drops_spaces(tokenizer: Any, token: str) -> bool:
+    with_spaces, without = tokenizer([f"a {token} a", f"a{token}a"])["input_ids"]
+    return bool(with_spaces == without)
 
 
 @torch.no_grad()

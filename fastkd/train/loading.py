@@ -25,6 +25,7 @@ from .models import auto_class  # and its kinds of T5, which transformers knows 
 from .processes import by_first
 from .sharding import is_sharded, not_finite, shard_weights_of_first, whole
 from .student import is_tied
+from .tokenizer import special_tokens
 
 # T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
 FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
@@ -59,7 +60,7 @@ def load_tokenizer(name: str | Path, role: str, config: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     pieces = tokenizer.get_vocab()
-    if not any(piece.strip("▁").isalnum() for piece in pieces.keys() - set(tokenizer.all_special_tokens)):
+    if not any(piece.strip("▁").isalnum() for piece in pieces.keys() - special_tokens(tokenizer).keys()):
         raise InputError(
             f"{role} {name} has no tokenizer: expected tokenizer.json or spiece.model beside the weights, as "
             "tokenizer.save_pretrained writes it"

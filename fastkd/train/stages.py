@@ -31,7 +31,7 @@ from .prepare import VERSION, Data, get_data, heading, with_classes
 from .processes import count, is_first
 from .report import Outcome
 from .student import is_tied, new_model, slice_teacher, smaller_config, student_config, t5_config
-from .tokenizer import fingerprint, padded_size
+from .tokenizer import fingerprint, padded_size, special_tokens
 from .trainer import DistillTrainer
 
 
@@ -344,7 +344,7 @@ def score(model: Any, args: TransformersArguments, data: Data, title: str | None
     if data.classes:
         outputs = classify(model, data.tokenizer, rows["input_ids"], **common)
     else:
-        special = set(data.tokenizer.all_special_ids)
+        special = set(special_tokens(data.tokenizer).values())
         outputs = generate(
             model,
             data.tokenizer,

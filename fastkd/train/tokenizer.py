@@ -63,6 +63,12 @@ def padded_size(tokenizer: Any, multiple: int = 128) -> int:
     return -(-len(tokenizer) // multiple) * multiple
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the id of every token that is no text: ends, <unk>, sentinels, and those that a user added as such."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added
+
+
 def known_share(tokenizer: Any, texts: Sequence[str]) -> float:
     """Return the share of the texts' characters, but for white space, that are not lost to <unk>."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

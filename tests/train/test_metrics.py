@@ -7,8 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
-from fastkd.train.metrics import GLUE_COLUMNS, score, score_rows, signatures
+from fastkd.train.metrics import GLUE_COLUMNS, _Words, score, score_rows, signatures
 from fastkd.train.tasks import TASKS
 
 
@@ -122,6 +123,69 @@ def test_translation() -> None:
     assert signatures(["sst2", "glue"]) == {}
 
 
+SCRIPTS = {
+    "russian": (
+        "Быстрая лиса прыгает через собаку.",
+        5,
+        "13a",
+    ),
+    "greek": (
+        "Η γρήγορη αλεπού πηδά.",  # noqa: RUF001
+        4,
+        "13a",
+    ),
+    "arabic": (
+        "الثعلب البني يقفز فوق الكلب؟",
+        5,
+        "13a",
+    ),
+    "hindi": (
+        "तेज़ लोमड़ी कूदती है।",
+        4,
+        "13a",
+    ),
+    "chinese": ("敏捷的狐狸跳过了狗。", 9, "zh"),
+    "japanese": ("狐が犬を飛び越える。", 9, None),
+    "korean": ("여우가 개를 뛰어 넘는다.", 4, None),
+    "thai": ("สวัสดี", 4, "char"),
+    "accents": ("Été naïve à crème.", 4, "13a"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_perfect_outputs_of_every_script(script: str) -> None:
+    """words: as ROUGE counts them, one for each character of scripts without spaces, marks with their letters."""
+    text, words, tokenizer = SCRIPTS[script]
+    assert score("summarization", [text], [text]) == pytest.approx(dict.fromkeys(TASKS["summarization"].metrics, 100))
+    assert score("text2text", [text], [text])["rougeL"] == pytest.approx(100)
+    assert len(_Words().tokenize(text)) == words
+    assert score("translation", [text], [text]) == pytest.approx({"bleu": 100, "chrf": 100})
+    # With MeCab Japanese and Korean are split into words, without it into characters.
+    known = ["tok:char", "tok:ja-mecab", "tok:ko-mecab"] if tokenizer is None else [f"tok:{tokenizer}"]
+    assert any(name in signatures(["translation"], [text])["bleu"].split("|")[3] for name in known)
+    half = " ".join(_Words().tokenize(text)[: words // 2])
+    assert score("summarization", [half], [text])["rouge1"] == pytest.approx(200 * (words // 2) / (words // 2 + words))
+
+
+def test_english_is_counted_as_rouge_score_does() -> None:
+    rng = np.random.default_rng(0)
+    words = ["running", "cats", "U.S.", "it's", "co-operate", "x_y", "3.14", "A", "the", "10,000", "--", "\t", "\n"]
+    outputs, targets = ([" ".join(rng.choice(words, 30)) for _ in range(20)] for _ in range(2))
+    ours = score("summarization", outputs, targets)
+    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [theirs.score(target, output) for output, target in zip(outputs, targets, strict=True)]
+    for name in ("rouge1", "rouge2", "rougeL"):
+        assert ours[name] == pytest.approx(100 * np.mean([score[name].fmeasure for score in scores]), abs=1e-9)
+    assert signatures(["summarization"]).keys() == signatures(["text2text"]).keys() == {"rouge"}
+
+
+@pytest.mark.parametrize("task", ["text2text", "classification", "sst2", "mrpc", "summarization", "translation"])
+def test_texts_that_all_differ_are_no_reason_for_warnings(task: str, recwarn: pytest.WarningsRecorder) -> None:
+    texts = [f"number {i} of many" for i in range(60)]
+    score(task, texts, texts[::-1])
+    assert not recwarn.list
+
+
 def test_text2text() -> None:
     figures = score("text2text", [" a b c ", "a b"], ["a b c", "a c"])
     assert figures == pytest.approx({"exact_match": 50.0, "rougeL": 75.0})
@@ -150,7 +214,7 @@ def test_the_mean_of_glue() -> None:
     assert "glue_mean" not in score_rows(*zip(*rows[:-1], strict=True))
 
 
-@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.bind])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.bind and task.metrics])
 def test_the_table_of_tasks_says_which_figures_there_are(task: str) -> None:
     assert set(score(task, ["a", "b"], ["a", "c"])) == set(TASKS[task].metrics)
 

@@ -31,6 +31,6 @@ def with_inputs(*flags: Any) -> list[str]:
     if needs_teacher and not given & {"teacher", "train_teacher", "demo", "interpolated"}:
         words += ["--train_teacher"]
     starts_random = method is not None and method.student_init == "random" and "student" not in given
-    if "learning_rate" not in given and (starts_random or "teacher" not in given):
+    if "learning_rate" not in given and (starts_random or not given & {"teacher", "student"}):
         words += ["--learning_rate", "2e-3"]
     return words
