@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from .errors import InputError
 from .evaluate import texts_of
@@ -299,29 +300,21 @@ class Classes(Dataset):
         return Classes(self.rows.select(indices), self.classes)
 
 
-class _Padding(DataCollatorForSeq2Seq):
-    def __call__(self, features: list[Item], return_tensors: Any = None) -> Any:
-        return super().__call__(_lists(features))
-
-
-class _SourcePadding(DataCollatorWithPadding):
-    def __call__(self, features: list[Item]) -> Any:
-        return super().__call__(_lists(features))
-
-
-def _lists(features: list[Item]) -> list[dict[str, Any]]:
-    """Return items of lists: of tensors a collator would make arrays, one by one."""
-    return [{name: ids.tolist() for name, ids in item.items()} for item in features]
-
-
-def pad(tokenizer: Any, one_label: bool = False) -> Callable[..., Any]:
+def pad(tokenizer: Any, one_label: bool = False) -> Callable[[Sequence[Item]], Item]:
     """Return the collator of pairs: padded to the longest, rounded up to a multiple of 8, labels by -100.
 
     one_label: that of Classes, whose labels are as long as each other already.
     """
-    if one_label:
-        return _SourcePadding(tokenizer, pad_to_multiple_of=8)
-    return _Padding(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=8)
+    fillers = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+    return partial(_padded, fillers, {"labels"} if one_label else set())
+
+
+def _padded(fillers: dict[str, int], as_they_are: set[str], items: Sequence[Item]) -> Item:
+    batch = {name: pad_sequence([item[name] for item in items], True, filler) for name, filler in fillers.items()}
+    return {
+        name: ids if name in as_they_are else torch.nn.functional.pad(ids, (0, -ids.shape[1] % 8), value=fillers[name])
+        for name, ids in batch.items()
+    }
 
 
 def _shuffled(rows: Iterable[Any], size: int, rng: np.random.Generator) -> Iterator[Any]:

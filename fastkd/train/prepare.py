@@ -107,22 +107,26 @@ def get_data(flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = No
     parts = {origin.flag or "embedded_data": settings[side]["rows"]["digest"] for side, origin in origins.items()}
     parts |= {"tokenizer": fingerprint(tokenizer), "preparation of data": VERSION}
     digest = hashlib.sha256(json.dumps([settings, *(folder.name for folder in made)]).encode()).hexdigest()[:16]
-    held_out = datasets.Dataset.from_file(str(made[-1] / "rows.arrow"))
-    train = None if flags.streaming else datasets.Dataset.from_file(str(made[0] / "rows.arrow"))
+    train: Any
+    held_out: Any
+    collate: Callable[..., Any]
+    train, held_out = (datasets.Dataset.from_file(str(made[i] / "rows.arrow")) for i in (0, -1))
     if task.name == "span_corruption":
-        if train is None:
+        if flags.streaming:
             train = StreamedSpans(rows(TRAINING), tokenizer, flags.sequence_length, seed, flags.shuffle_buffer)
         else:
             train = SpanCorruption(train, tokenizer, seed)
-        spans = SpanCorruption(held_out, tokenizer, HELD_OUT_SEED)
-        shown = _decoded(spans, tokenizer, flags.report_examples)
-        longest = len(spans[0]["labels"])
-        return Data(task, tokenizer, train, spans, shown, longest, default_data_collator, digest, facts, parts)
-    train = (
-        StreamedPairs(rows(TRAINING), tokenizer, *limits, seed, flags.shuffle_buffer) if train is None else Pairs(train)
-    )
-    longest = max(map(len, held_out["labels"]))
-    return Data(task, tokenizer, train, Pairs(held_out), held_out, longest, pad(tokenizer), digest, facts, parts)
+        held_out = SpanCorruption(held_out, tokenizer, HELD_OUT_SEED)
+        shown, collate = _decoded(held_out, tokenizer, flags.report_examples), default_data_collator
+        longest = len(held_out[0]["labels"])
+    else:
+        if flags.streaming:
+            train = StreamedPairs(rows(TRAINING), tokenizer, *limits, seed, flags.shuffle_buffer)
+        else:
+            train = Pairs(train)
+        shown, collate, longest = held_out, pad(tokenizer), max(map(len, held_out["labels"]))
+        held_out = Pairs(held_out)
+    return Data(task, tokenizer, train, held_out, shown, longest, collate, digest, facts, parts)
 
 
 def _columns(flags: FastkdArguments) -> Columns:
@@ -206,14 +210,15 @@ def _settings(flags: FastkdArguments, cache: Path) -> dict[str, dict[str, Any]]:
         is_stream = side == TRAINING and flags.streaming
         with _said_by(origin.flag):
             found = (_stamp if is_stream else digest)(origin.where)
-        part = side if held_out is None else "all"
-        settings[side] = {"rows": _whole(flags, origin, found), "part": part, "at_most": at_most}
+        whole = {
+            "version": VERSION,
+            "task": flags.task,
+            "columns": dataclasses.asdict(_columns(flags)),
+            "split": origin.split,
+            "digest": found,
+        }
+        settings[side] = {"rows": whole, "part": side if held_out is None else "all", "at_most": at_most}
     return settings
-
-
-def _whole(flags: FastkdArguments, origin: _Origin, digest: Any) -> dict[str, Any]:
-    columns = dataclasses.asdict(_columns(flags))
-    return {"version": VERSION, "task": flags.task, "columns": columns, "split": origin.split, "digest": digest}
 
 
 def _digest(flags: FastkdArguments, cache: Path, where: str) -> Any:
@@ -264,7 +269,7 @@ def _parts(flags: FastkdArguments, cache: Path, origin: _Origin, streaming: bool
     """Return the rows of an origin as they are, with the tasks they are for."""
     task = TASKS[flags.task]
     if origin.flag is None:
-        rows: Any = _embedded(task, cache)
+        rows: Any = _embedded(task)
     elif task.parts or (is_glue(task) and (origin.flag == "dataset_name" or has_splits(origin.where))):
         return glue_parts(task, origin.where, origin.split, cache_dir=cache)
     elif origin.flag == "dataset_name":
@@ -274,24 +279,16 @@ def _parts(flags: FastkdArguments, cache: Path, origin: _Origin, streaming: bool
     return [(task, task.name, rows)]
 
 
-def _embedded(task: Task, cache: Path) -> datasets.Dataset:
+def _embedded(task: Task) -> datasets.Dataset:
     """Return the embedded corpus as rows that suit the task."""
-    kind = {"span_corruption": "texts", "classification": "classes"}.get(task.name, "pairs")
-
-    def make(folder: Path) -> None:
-        files = tqdm(corpus.source_files(), desc="reading the standard library", unit="file")
-        if kind == "texts":
-            rows = [{"text": text} for text in corpus.embedded_corpus(files)]
-        elif kind == "classes":
-            rows = [{"text": text, "label": label} for text, label in corpus.embedded_classes(files)]
-        else:
-            rows = [{"source": body, "target": summary} for body, summary in corpus.embedded_pairs(files)]
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
-
-    folder, _ = cached(cache, "corpus", {"version": VERSION, "kind": kind, **corpus.fingerprint()}, make)
-    with (folder / "rows.jsonl").open(encoding="utf-8") as lines:
-        return datasets.Dataset.from_list([json.loads(line) for line in lines])
+    files = tqdm(corpus.source_files(), desc="reading the standard library", unit="file")
+    if task.name == "span_corruption":
+        rows = [{"text": text} for text in corpus.embedded_corpus(files)]
+    elif task.name == "classification":
+        rows = [{"text": text, "label": label} for text, label in corpus.embedded_classes(files)]
+    else:
+        rows = [{"source": body, "target": summary} for body, summary in corpus.embedded_pairs(files)]
+    return datasets.Dataset.from_list(rows)
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------

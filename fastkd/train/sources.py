@@ -25,18 +25,6 @@ Rows: TypeAlias = "Dataset | IterableDataset | Files"
 RowOf = TypeVar("RowOf", bound=Mapping[str, str])
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep `datasets` from showing its progress bars."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def data_files(where: str) -> list[Path]:
     """Return the files that a file, folder or glob means, sorted; a folder's are those of known suffixes in it.
 
@@ -167,8 +155,7 @@ def _of_hub(name: str, config: str | None, what: str) -> Iterator[None]:
     if Path(name).exists():
         raise InputError(f"{name} was not saved by datasets: expected a folder of save_to_disk, or a name on the hub")
     try:
-        with quiet():
-            yield
+        yield
     except Exception as error:  # of datasets, huggingface_hub and the network below: there is no common class
         given = f"{name}, configuration {config}" if config else name
         raise InputError(f"cannot {what} {given}: {one_line(error)}") from error

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from .errors import InputError
@@ -453,30 +452,18 @@ FEW_CLASSES = 100  # different targets of a task; more are texts
 
 
 def sample(rows: Dataset, most: int) -> Dataset:
-    """Return at most `most` rows, drawn at random and in their order: as many of each task, as far as it has so many.
+    """Return at most `most` rows, drawn at random: as many of each task, as far as it has so many.
 
     Of a task with few different targets each is drawn, and as often as its share of the rows has it.
     """
     if len(rows) <= most:
         return rows
-    order = np.random.default_rng(SAMPLE_SEED).permutation(len(rows))
     if "task" not in rows.column_names:
-        return rows.select(np.sort(order[:most]))
-    table = rows.data.table if rows._indices is None else rows.flatten_indices().data.table
-    tasks, targets = (np.unique(table[name].to_numpy(), return_inverse=True)[1][order] for name in ("task", "target"))
-    place = np.empty(len(rows))  # of a row in its task, whose first places go to a sample however large
-    for task in np.unique(tasks):
-        mine = np.flatnonzero(tasks == task)
-        classes = targets[mine]
-        rank, size = _ranks(classes)
-        is_class = len(np.unique(classes)) <= FEW_CLASSES
-        place[mine[np.argsort(rank / size, kind="stable") if is_class else slice(None)]] = np.arange(len(mine))
-    return rows.select(np.sort(order[np.argsort(place, kind="stable")[:most]]))
-
-
-def _ranks(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (each item's number among those of its group, from 0; the size of its group) [N] of group numbers [N]."""
-    _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    ranks = np.empty(len(groups), dtype=np.int64)
-    ranks[np.argsort(groups, kind="stable")] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return ranks, sizes[groups]
+        return rows.shuffle(seed=SAMPLE_SEED).take(most)
+    table = rows.select_columns(["task", "target"]).to_pandas().sample(frac=1, random_state=SAMPLE_SEED)
+    classes = table.groupby(["task", "target"])["target"]
+    is_few = table.groupby("task")["target"].transform("nunique") <= FEW_CLASSES
+    table["place"] = (classes.cumcount() / classes.transform("size")).where(is_few, 0)
+    table["place"] = table.groupby("task")["place"].rank(method="first")  # in its task
+    table = table.sort_values("place", kind="stable")
+    return rows.select(sorted(table.index[:most]))

@@ -379,10 +379,3 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(("glue", "sst2"), {"split": "train", "cache_dir": str(tmp_path), "streaming": False})]
     with pytest.raises(InputError, match=r"^cannot load split 'dev' of gone, configuration c: no route to the hub$"):
         read_hub("gone", "c", "dev", cache_dir=tmp_path)
-
-
-def test_progress_bars_are_restored() -> None:
-    assert not datasets.are_progress_bars_disabled()
-    with sources.quiet():
-        assert datasets.are_progress_bars_disabled()
-    assert not datasets.are_progress_bars_disabled()
