@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,26 +97,37 @@ def mean_of_windows(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"steps": states[0]["steps"], **means}
 
 
-class EpochEnd(TrainerCallback):
-    """Puts the checkpoint of an epoch's last step behind what is still logged and evaluated when the epoch ends.
+class Ends(TrainerCallback):
+    """Makes a run that resumes where an epoch or all training ends go on as the uninterrupted one did.
 
-    A run that resumes there starts with the next epoch, and would miss it. near: whether the epoch's end is yet to
-    come, and comes before another step.
+    The checkpoint of an epoch's last step comes behind what is still logged and evaluated when the epoch ends, as a run
+    that resumes there starts with the next epoch. One that resumes where no step is left takes no other, and evaluates
+    nothing again. over: whether that is so.
     """
 
-    def __init__(self) -> None:
-        self.near = self._held = False
+    def __init__(self, is_at_end: Callable[[], bool]) -> None:
+        self.over = self._held = False
+        self._is_at_end = is_at_end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave out the evaluation before the first step (--eval_on_start): a resumed run started long ago."""
+        args.eval_on_start = args.eval_on_start and state.global_step == 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look whether a step is left."""
+        self.over = control.should_training_stop = self._is_at_end()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold the checkpoint back if no other step follows in this epoch."""
-        self.near = float(state.epoch).is_integer() or control.should_training_stop
-        if self.near:
+        if float(state.epoch).is_integer() or control.should_training_stop:
             self._held, control.should_save = control.should_save, False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for the checkpoint that was held back."""
         control.should_save = control.should_save or self._held
-        self.near = self._held = False
+        if self.over:
+            control.should_log = control.should_evaluate = control.should_save = False
+        self._held = False
 
 
 class LossBar(ProgressCallback):

@@ -174,9 +174,10 @@ class CandidateTrainer(DistillTrainer):
             progress = {"kept": self.kept, "tokens": self._tokens, "seconds": self.seconds}
             torch.save(progress, Path(str(output_dir)) / _PROGRESS_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        progress = torch.load(Path(resume_from_checkpoint) / _PROGRESS_FILE, map_location="cpu", weights_only=True)
+    def restore(self, checkpoint: Path) -> None:
+        """Load what was known of the candidates, too."""
+        super().restore(checkpoint)
+        progress = torch.load(checkpoint / _PROGRESS_FILE, map_location="cpu", weights_only=True)
         self.kept, self._tokens, self._seconds = progress["kept"], progress["tokens"], progress["seconds"]
 
     # ---- What came of it ----

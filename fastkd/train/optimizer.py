@@ -34,16 +34,20 @@ def set_own_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, lear
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
 
 
+REST = "embedding (or what else is outside encoder and decoder)"
+
+
 def gradient_norms(model: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
-    """Return the L2 norms of the encoder's and the decoder's gradients, without the embedding that both share.
+    """Return the L2 norms of the gradients of "encoder" and "decoder", without the embedding that both share, and REST.
 
     scaler: the GradScaler that fp16 losses were scaled by. Nothing is waited for, and no gradient is changed.
     """
     shared = model.get_input_embeddings().weight
     scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=shared.device))
-    norms = {}
-    for name in ("encoder", "decoder"):
-        parameters = [p for p in getattr(model, name).parameters() if p is not shared and p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters])).to(shared.device)
-        norms[f"grad_norm_{name}"] = norm.float() / scale
-    return norms
+    parts: dict[str, list[torch.Tensor]] = {"encoder": [], "decoder": [], REST: []}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part = name.partition(".")[0]
+            parts[REST if parameter is shared or part not in parts else part].append(parameter.grad)
+    norms = {part: whole(torch.nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
+    return {part: norm.to(shared.device).float() / scale for part, norm in norms.items()}

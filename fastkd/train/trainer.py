@@ -14,7 +14,6 @@ from transformers import PrinterCallback, ProgressCallback
 
 from .callbacks import LossBar, LossLines, StepTimer
 from .capture import PLACES, capture_hidden, capture_qkv
-from .checkpoints import CheckpointingTrainer
 from .data import EpochSampler, SpanCorruption
 from .evaluate import held_out_metrics, token_scores
 from .methods import Method
@@ -22,6 +21,7 @@ from .mixup import Mixup
 from .objectives import hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
 from .optimizer import gradient_norms, set_embedding_rate, set_own_rate
 from .processes import count
+from .resumable import CheckpointingTrainer
 from .sharding import is_asked_for, is_sharded, shard, whole
 
 PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
@@ -159,7 +159,10 @@ class DistillTrainer(CheckpointingTrainer):
             widths = student.config.d_model, teacher.config.d_model
             self.projection = torch.nn.Linear(*widths, bias=False, device=self.args.device)
             student.hidden_projection = self.projection
-            student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), "hidden_projection.weight"}
+            self._leave_out({"hidden_projection.weight"})
+        if self.accelerator.ddp_handler is not None and self.args.ddp_find_unused_parameters is None:
+            # They are those of the last layers of a method without vocabulary terms.
+            self.accelerator.ddp_handler.find_unused_parameters = not method.vocabulary_terms
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # see _compiled_blocks
         self._timer = StepTimer()
         self.add_callback(self._timer)
@@ -196,17 +199,6 @@ class DistillTrainer(CheckpointingTrainer):
         with self._compiled_blocks() if self.args.torch_compile else contextlib.nullcontext():
             return super().train(*args, **kwargs)
 
-    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        """Wrap as transformers does, but let DDP look for unused parameters only where there are any.
-
-        They are those of the last layers of a method without vocabulary terms.
-        """
-        wrapped = super()._wrap_model(model, training, dataloader)
-        handler = self.accelerator.ddp_handler
-        if handler is not None and self.args.ddp_find_unused_parameters is None:
-            handler.find_unused_parameters = not self.method.vocabulary_terms
-        return wrapped
-
     def _shard_student(self) -> None:
         """Shard the student as accelerate is set to; it takes models that are sharded already.
 
@@ -224,6 +216,10 @@ class DistillTrainer(CheckpointingTrainer):
         within = {} if self.method.vocabulary_terms else self.student_layers
         blocks = [getattr(self.model, PLACES[place].stack).block[layer - 1] for place, layer in within.items()]
         shard(self.model, self.args.device, stay=[*blocks, self.model], **policy)
+        # Of weights that are shared, as T5's embedding is, FSDP gives a copy for every name.
+        student: Any = self.model
+        names = {name for name, _ in student.named_parameters()}
+        self._leave_out({name for name, _ in student.named_parameters(remove_duplicate=False)} - names)
 
     @contextlib.contextmanager
     def _compiled_blocks(self) -> Iterator[None]:
@@ -280,20 +276,17 @@ class DistillTrainer(CheckpointingTrainer):
             if self.args.should_save:
                 torch.save(state, Path(str(output_dir)) / PROJECTION_FILE)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the student; of weights that are shared, as T5's embedding is, FSDP gives a copy for every name."""
-        if state_dict is not None:
-            student: Any = self.model
-            names = {name for name, _ in student.named_parameters()}
-            others = {name for name, _ in student.named_parameters(remove_duplicate=False)} - names
-            state_dict = {name: value for name, value in state_dict.items() if name not in others}
-        super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.projection is not None and not is_sharded(self.model):  # its checkpoints hold all that is trained
-            state = torch.load(Path(resume_from_checkpoint) / PROJECTION_FILE, map_location="cpu", weights_only=True)
+    def restore(self, checkpoint: Path) -> None:
+        """Load the projection, too, unless it is sharded, when a checkpoint holds all that is trained."""
+        super().restore(checkpoint)
+        if self.projection is not None and not is_sharded(self.model):
+            state = torch.load(checkpoint / PROJECTION_FILE, map_location="cpu", weights_only=True)
             self.projection.load_state_dict(state)
+
+    def _leave_out(self, names: set[str]) -> None:
+        """Keep weights out of what `save_pretrained` of the student writes."""
+        student: Any = self.model
+        student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), *names}
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -431,7 +424,7 @@ class DistillTrainer(CheckpointingTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients, the normalizers are global already.
             terms = {name: loss * self.accelerator.num_processes for name, loss in terms.items()}
-        self._watch_terms(terms)
+        self._non_finite.watch({f"the loss term {k}": v for k, v in terms.items()}, self.state.global_step + 1)
         self._window.add({f"loss_{name}": loss for name, loss in terms.items()})
         loss = sum(terms.values())
         return (loss, student) if return_outputs else loss
@@ -456,7 +449,10 @@ class DistillTrainer(CheckpointingTrainer):
         loss = self._backward(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             norms = gradient_norms(self.accelerator.unwrap_model(model), self.accelerator.scaler)
-            self._watch_gradients({name.removeprefix("grad_norm_"): norm for name, norm in norms.items()})
+            if self.accelerator.scaler is None:  # which skips steps whose gradients are not finite
+                watched = {f"the gradient of the {name}": norm for name, norm in norms.items()}
+                self._non_finite.watch(watched, self.state.global_step + 1)
+            norms = {f"grad_norm_{name}": norms[name] for name in ("encoder", "decoder")}
             self._window.add(norms)
             self._window.peak({f"{name}_max": norm for name, norm in norms.items()})
         return loss
@@ -467,7 +463,7 @@ class DistillTrainer(CheckpointingTrainer):
         transformers' own forgets, at a resume, the steps before the checkpoint.
         """
         if "loss" in logs and self._window.steps:
-            self._stop_if_not_finite()
+            self._non_finite.check(self.args)
             values = self._window.pop()
             means = self.accelerator.reduce(torch.stack(list(values.values())), "mean")
             logs |= dict(zip(values, means.tolist(), strict=True))

@@ -20,9 +20,12 @@ from train_flags import with_inputs
 from transformers import T5ForConditionalGeneration, TrainerCallback
 
 from fastkd.train import checkpoints, cli
+from fastkd.train import trainer as trainer_module
 from fastkd.train.callbacks import WindowedValues
-from fastkd.train.checkpoints import STAGING, NonFinite, Signals, fault, last_checkpoint, recover
+from fastkd.train.checkpoints import STAGING, fault, last_checkpoint, recover
 from fastkd.train.errors import Interrupted, RunError
+from fastkd.train.guards import NonFinite, Signals
+from fastkd.train.optimizer import REST
 from fastkd.train.trainer import DistillTrainer
 
 TIMES = ("runtime", "per_second")
@@ -286,8 +289,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     trainer = make("out", [*ACCUMULATE, "--save_steps", "2", "--save_total_limit", "1"], "scratch")
     before: dict[str, bytes] = {}
     trainer.add_callback(At("on_step_begin", 3, lambda: before.update(files(out))))
-    # Five files of checkpoint-2 (arguments, optimizer, scheduler, random numbers, log window) and one of checkpoint-4.
-    monkeypatch.setattr(torch, "save", fails(error, 7))
+    # Six files of checkpoint-2 (arguments, optimizer, scheduler, random numbers, log window, and the arguments with the
+    # folder's final name) and one of checkpoint-4.
+    monkeypatch.setattr(torch, "save", fails(error, 8))
     with pytest.raises(
         RunError, match=r"cannot write .*checkpoint-4: .*; .*checkpoint-2 is whole, --resume_from_"
     ) as e:
@@ -454,14 +458,17 @@ def test_a_gradient_that_is_not_finite_names_its_side(weight: str, side: str, cl
     assert torch.isfinite(parameter).all()
 
 
-def test_gradients_under_a_scaler_are_left_to_it(make: Any) -> None:
+def test_gradients_under_a_scaler_are_left_to_it(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make("out", [*ACCUMULATE, *NEVER], "scratch")
-    bad = {"encoder": torch.tensor(float("inf"))}
+    norms = {"encoder": torch.tensor(float("inf")), "decoder": torch.tensor(1.0), REST: torch.tensor(1.0)}
+    monkeypatch.setattr(trainer_module, "gradient_norms", lambda model, scaler: norms)
+    monkeypatch.setattr(trainer, "_backward", lambda *_: torch.tensor(1.0))
     trainer.accelerator.scaler = object()
-    trainer._watch_gradients(bad)
+    trainer.training_step(trainer.model, {})
+    assert trainer._non_finite.found() is None
     trainer.accelerator.scaler = None
-    with pytest.raises(RunError):
-        trainer._watch_gradients(bad)
+    trainer.training_step(trainer.model, {})
+    assert trainer._non_finite.found() == "the gradient of the encoder is inf at step 1"
 
 
 @pytest.mark.parametrize("flags", [["--save_steps", "4"], ["--logging_steps", "4"], []])
@@ -469,7 +476,7 @@ def test_where_no_step_waits_nothing_bad_is_saved_or_logged(flags: list[str], ma
     """As on a GPU: looked at when saving, when logging, and at the end."""
     defaults = ["--save_steps", "50", "--logging_steps", "50", "--eval_strategy", "no"]
     trainer = make("out", [*ACCUMULATE, *defaults, *flags], "kd")
-    trainer._watch = lambda values: trainer._non_finite.watch(values, trainer.state.global_step + 1)
+    trainer.remove_callback(NonFinite)
 
     def poison() -> None:
         trainer.model.decoder.final_layer_norm.weight.data[0] = float("nan")
