@@ -87,7 +87,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as transformers does, but into a folder beside the run's checkpoints, and rename what is complete."""
-        self._non_finite.check(self.args)
+        self._check_finite()
         args, run = self.args, self._run
         final = run / f"{PREFIX}{self.state.global_step}"
         staged = run / STAGING / final.name
@@ -118,13 +118,10 @@ class CheckpointingTrainer(Seq2SeqTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student; every file of an ordinary folder is replaced when all are complete, the config last."""
-        self._non_finite.check(self.args)
-        student: Any = self.model
-        for name in filter(None, of_all(not_finite(student))):
-            raise bad_number(f"the weight {name} is not finite after step {self.state.global_step}", self.args)
         if _internal_call:  # a checkpoint, which is staged as a whole
             super().save_model(output_dir, _internal_call)
             return
+        self._check_finite()
         folder = self._run if output_dir is None else Path(output_dir)
         staged = folder / STAGING / "model"
         with writing(folder, folder):
@@ -135,6 +132,12 @@ class CheckpointingTrainer(Seq2SeqTrainer):
                 for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
                     os.replace(path, folder / path.name)
                 recover(folder)
+
+    def _check_finite(self) -> None:
+        self._non_finite.check(self.args)
+        student: Any = self.model
+        for name in filter(None, of_all(not_finite(student))):
+            raise bad_number(f"the weight {name} is not finite after step {self.state.global_step}", self.args)
 
     # ---- Resuming ----
 

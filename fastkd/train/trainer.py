@@ -24,6 +24,26 @@ from .processes import count
 from .resumable import CheckpointingTrainer
 from .sharding import is_asked_for, is_sharded, shard, whole
 
+# The methods of transformers that fastkd overrides though they are not public: the parameters that it relies on, and
+# why there is no other way. A test holds the installed transformers to this.
+PRIVATE = {
+    "Trainer._get_train_sampler": (
+        ("train_dataset",),
+        "no argument takes a sampler, and SpanCorruption's tells an example's epoch, also to data workers",
+    ),
+    "Trainer._save_checkpoint": (
+        ("model", "trial"),
+        "no event comes before a checkpoint is written, and one that is not complete must have no checkpoint's name",
+    ),
+    "T5PreTrainedModel._init_weights": (
+        ("module",),
+        "transformers' own hook for the first weights of a new model, here of EncT5's head and prompt",
+    ),
+    "T5Attention.forward": (
+        ("hidden_states",),
+        "heads are pruned inside of attention, and its table of relative positions is passed on between layers",
+    ),
+}
 PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
 
 

@@ -391,7 +391,8 @@ def test_a_student_is_never_saved_by_half(make: Any, tmp_path: Path, monkeypatch
 
 
 def test_what_is_a_whole_checkpoint(tmp_path: Path) -> None:
-    good = {"trainer_state.json": '{"global_step": 3}', "model.safetensors": "", "optimizer.pt": ""}
+    weights = "\2\0\0\0\0\0\0\0{}"  # no tensors: the length of the header, and the header
+    good = {"trainer_state.json": '{"global_step": 3}', "model.safetensors": weights, "optimizer.pt": ""}
     cases: list[tuple[dict[str, str], str | None]] = [
         (good, None),
         ({"trainer_state.json": '{"global_step": 3}', "global_step3": ""}, None),  # DeepSpeed's
@@ -401,6 +402,7 @@ def test_what_is_a_whole_checkpoint(tmp_path: Path) -> None:
         ({k: v for k, v in good.items() if k != "trainer_state.json"}, "no trainer_state.json"),
         ({k: v for k, v in good.items() if k != "optimizer.pt"}, "no state of the optimizer"),
         ({k: v for k, v in good.items() if k != "model.safetensors"}, "no weights"),
+        ({**good, "model.safetensors": weights[:-1]}, "weights cannot be read"),
     ]
     for number, (content, reason) in enumerate(cases):
         folder = tmp_path / f"checkpoint-{number}"
