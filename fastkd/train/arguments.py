@@ -65,6 +65,11 @@ class TransformersArguments(Seq2SeqTrainingArguments):
 
     _argument_group_name = "transformers.Seq2SeqTrainingArguments"
 
+    @property
+    def n_gpu(self) -> int:
+        """The GPUs of this process: the first, where it sees several; with more, transformers takes DataParallel."""
+        return min(super().n_gpu, 1)
+
 
 class _TheirParser(Parser, HfArgumentParser):
     """Transformers' parser, with errors of ours."""

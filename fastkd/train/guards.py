@@ -13,8 +13,23 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints import last_checkpoint
-from .errors import RunError
+from .errors import InputError, RunError
 from .processes import count, of_all, patient_group
+
+
+def check_arguments(args: Any) -> None:
+    """Raise InputError for transformers' arguments by which a training would fail later, or say wrong numbers."""
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs in one process: torch's DataParallel is not supported; start one process for each with "
+            "torchrun, or show one alone with CUDA_VISIBLE_DEVICES"
+        )
+    by_steps = args.eval_strategy == args.save_strategy == "steps"
+    if args.load_best_model_at_end and by_steps and args.eval_steps != args.save_steps:
+        raise InputError(
+            f"--load_best_model_at_end: checkpoints every {args.save_steps:g} steps and evaluations every "
+            f"{args.eval_steps:g} leave the best one unsaved; give --save_steps and --eval_steps the same value"
+        )
 
 
 class Signals:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from .callbacks import Ends, LossBar, WindowedValues, mean_of_windows
 from .checkpoints import PREFIX, STAGING, flush, publish, recover, way_back, writing
 from .errors import Interrupted, RunError, out_of_memory
-from .guards import NonFinite, Signals, StopOnSignal, bad_number
+from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments
 from .processes import is_lost_process, of_all
 from .sharding import not_finite
 
@@ -39,6 +39,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_arguments(self.args)
         self.args = copy.copy(self.args)  # the caller's stay as they are
         # The filter would wait for every step's loss, and hide what stops the run here.
         self.args.logging_nan_inf_filter = False

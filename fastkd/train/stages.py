@@ -22,6 +22,7 @@ from .capture import is_enct5
 from .errors import InputError
 from .evaluate import classify, generate
 from .flags import FastkdArguments, chosen_method
+from .guards import check_arguments
 from .identity import digest, recipe
 from .loading import load_config, load_model, load_tokenizer, load_weights, unsharded
 from .methods import METHODS, Method
@@ -172,7 +173,11 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
 
 
 def check_optimizer(args: TransformersArguments) -> None:
-    """Raise InputError if the optimizer or the schedule cannot be made, before anybody waits for a teacher."""
+    """Raise InputError if the optimizer or the schedule cannot be made, before anybody waits for a teacher.
+
+    Or if the best checkpoint, which is to be loaded, might be none.
+    """
+    check_arguments(args)
     parameter = torch.nn.Parameter(torch.zeros(8, 8))
     warmup, steps, schedule = args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs
     assert not isinstance(schedule, str)  # it was one on the command line

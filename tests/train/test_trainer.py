@@ -11,11 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import AutoTokenizer, T5ForConditionalGeneration, TrainerCallback, default_data_collator
+from transformers import (
+    AutoTokenizer,
+    Seq2SeqTrainingArguments,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+    default_data_collator,
+)
 
 from fastkd.train.data import SpanCorruption
+from fastkd.train.errors import InputError, RunError, out_of_memory
 from fastkd.train.evaluate import token_scores
+from fastkd.train.guards import check_arguments
+from fastkd.train.methods import METHODS
 from fastkd.train.optimizer import gradient_norms
+from fastkd.train.trainer import DistillTrainer
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -271,3 +281,58 @@ def test_the_embedding_has_its_own_learning_rate(tiny: Callable[..., Any], make_
     assert {rates[id(p)] for name, p in model.named_parameters() if name != "shared.weight"} == {0.5}
     assert rates[id(model.shared.weight)] == 0.25
     assert groups[-1]["weight_decay"] == groups[0]["weight_decay"] == 0.01
+
+
+def test_one_process_takes_one_gpu(
+    arguments: Callable[..., Any], make_trainer: Callable[..., Any], tiny: Callable[..., Any]
+) -> None:
+    """Of several that it sees, as without torchrun; transformers alone would wrap the student in DataParallel."""
+    args = arguments("--per_device_train_batch_size", "8")
+    args._n_gpu = 2
+    assert (args.n_gpu, args.train_batch_size, args.parallel_mode.value) == (1, 8, "not_parallel")
+    plain = Seq2SeqTrainingArguments(output_dir=args.output_dir, use_cpu=True)
+    plain._n_gpu = 2
+    with pytest.raises(InputError, match=r"2 GPUs in one process: .*torchrun"):
+        DistillTrainer(tiny(), plain, method=METHODS["scratch"])
+
+
+def test_the_best_checkpoint_must_be_one_that_there_is(arguments: Callable[..., Any]) -> None:
+    """A checkpoint every fourth step, the best figure in the second: transformers would load none, and say nothing."""
+    flags = ["--load_best_model_at_end", "true", "--save_strategy", "steps", "--eval_strategy", "steps"]
+    for save, evaluate in (("4", "4"), ("0.25", "0.25")):
+        check_arguments(arguments(*flags, "--save_steps", save, "--eval_steps", evaluate))
+    for save, evaluate in (("4", "2"), ("0.4", "0.2")):
+        with pytest.raises(InputError, match=f"every {save} steps and evaluations every {evaluate} leave the best one"):
+            check_arguments(arguments(*flags, "--save_steps", save, "--eval_steps", evaluate))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError("Unable to allocate 1.0 TiB for an array"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_the_plan(
+    error: Exception, make_trainer: Callable[..., Any], tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    trainer = make_trainer(tiny(), "scratch")
+    monkeypatch.setattr(trainer, "compute_loss", full)
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    said = str(caught.value)
+    assert said.startswith(f"out of memory ({str(error) or 'MemoryError'})") and "\n" not in said
+    for part in ("python -m fastkd.train.plan", "--per_device_train_batch_size", "no checkpoint was saved"):
+        assert part in said
+
+
+def test_other_errors_are_not_of_memory(make_trainer: Callable[..., Any], tiny: Callable[..., Any]) -> None:
+    assert out_of_memory(RuntimeError("shapes cannot be multiplied")) is None
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)  # as torch says it itself
+    assert "python -m fastkd.train.plan" in str(out_of_memory(caught.value))
