@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import writing
 from .processes import agreed, by_first, is_first
 
 
@@ -41,7 +43,7 @@ def cached(
     folder = cache / f"{kind}-{key(settings)}"
     if agreed(folder.is_dir()):
         return folder, True
-    with _scratch(cache, kind) as made:
+    with writing("cache_dir", cache), _scratch(cache, kind) as made:
         if by_all:
             make(made)
         else:
@@ -79,12 +81,19 @@ def _keep(made: Path, folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def replace_folder(target: Path, make: Callable[[Path], object]) -> None:
-    """Fill a new folder by `make(folder)` and put it in `target`'s place only when it is complete."""
+    """Fill a new folder by `make(folder)` and put it in `target`'s place, or a link's, only when it is complete."""
+    target = Path(os.path.realpath(target))
     with _scratch(target.parent, target.name) as made:
         make(made)
+        old = made.with_name("old")
         if target.exists():
-            target.rename(made.with_name("old"))
-        made.rename(target)
+            target.rename(old)
+        try:
+            made.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
 
 
 def copy_folder(source: Path, target: Path) -> None:

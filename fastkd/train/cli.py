@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(_reason(error))
         return 1
     except KeyboardInterrupt:
-        _say("interrupted; --resume_from_checkpoint last continues from a checkpoint")
+        _say("interrupted while nothing was trained: the same command starts, or resumes, again")
         return 130
     return 0
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
 
 
 class InputError(Exception):
@@ -44,3 +48,21 @@ def closest(given: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the most similar known word, or nothing if none is similar."""
     match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.75)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what only writing meets
+
+
+@contextlib.contextmanager
+def writing(flag: str, folder: object) -> Iterator[None]:
+    """Turn what a full or read-only disk makes any library raise into a RunError that names a flag and its folder."""
+    try:
+        yield
+    except Exception as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))  # by libraries in Rust
+        number = int(said[1]) if said else getattr(error, "errno", None)
+        if number not in _DISK:
+            raise
+        where = getattr(error, "filename", None)
+        what = f"--{flag} {folder}" + (f" ({where})" if where else "")
+        raise RunError(f"cannot write to {what}: {os.strerror(number)}; make room there, or give another") from error

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from .processes import is_first
+from .processes import is_first, of_all, own_part
 from .sharding import is_sharded
 from .tokenizer import special_tokens
 
@@ -129,21 +129,26 @@ def _in_batches(
     batch_size: int,
     title: str | None,
 ) -> list[str]:
-    """Return `answer(input_ids and attention_mask of a batch)` for all sources, those of like length together."""
-    device, mode = next(model.parameters()).device, model.training
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
-    outputs = [""] * len(sources)
+    """Return `answer(input_ids and attention_mask of a batch)` for all sources, those of like length together.
+
+    Processes share them, unless they share the model's weights, which takes all of them for every batch.
+    """
+    device, mode, shares = next(model.parameters()).device, model.training, not is_sharded(model)
+    order: Sequence[int] = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
+    order = own_part(order) if shares else order
+    answers: dict[int, str] = {}
     model.eval()
-    bar = tqdm(total=len(sources), desc=title, unit="text", disable=title is None or not is_first())
+    bar = tqdm(total=len(order), desc=title, unit="text", disable=title is None or not is_first())
     try:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = tokenizer.pad({"input_ids": [list(sources[i]) for i in batch]}, return_tensors="pt").to(device)
             ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            for i, text in zip(batch, answer(ids), strict=True):
-                outputs[i] = text
+            answers.update(zip(batch, answer(ids), strict=True))
             bar.update(len(batch))
     finally:
         bar.close()
         model.train(mode)
-    return outputs
+    for others in of_all(answers) if shares else ():
+        answers |= others
+    return [answers[i] for i in range(len(sources))]

@@ -15,7 +15,7 @@ from typing import Any
 
 from .arguments import TransformersArguments
 from .checkpoints import checkpoints, fault, last_checkpoint, recover
-from .errors import InputError, Interrupted, RunError
+from .errors import InputError, Interrupted, RunError, writing
 from .flags import FastkdArguments
 from .identity import RECORD
 from .processes import by_first, is_first
@@ -142,7 +142,8 @@ def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None
     """
     by_first(lambda: _begin(out, is_used, identity))
     try:
-        yield
+        with writing("output_dir", out):
+            yield
     except BaseException as error:
         back = ""
         if is_first() and is_used and not _has_made(out):

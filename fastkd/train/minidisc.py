@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from . import cost
 from .arguments import TransformersArguments
-from .cache import cached, key
+from .cache import cached, copy_folder, key
 from .checkpoints import last_checkpoint, recover
 from .errors import InputError
 from .flags import FastkdArguments
@@ -38,7 +38,7 @@ from .methods import Method
 from .prepare import Data, heading
 from .prune import Widths, importance, narrowed, normalised, of_kind, parts, skeleton, sliced, widths_at
 from .schedule import Candidate, Round, Schedule, Trial, round_from_json
-from .stages import data_seed, make_trainer
+from .stages import data_seed, end_reports, make_trainer
 from .tasks import figure_names
 from .trainer import DistillTrainer
 
@@ -425,7 +425,8 @@ class Distiller:
 
     def _train(self, made: Path, work: Path, name: str, parent: Parent, widths: Mapping[float, Widths]) -> None:
         flags = self.flags
-        args = dataclasses.replace(self.args, output_dir=str(work), resume_from_checkpoint=None)
+        title = f"{self.args.run_name or self.work.parent.name}, {name}"
+        args = dataclasses.replace(self.args, output_dir=str(work), run_name=title, resume_from_checkpoint=None)
         heading(f"Round: {name} ({', '.join(f'{100 * s:g} %' for s in widths)} pruned)")
         student = sliced(parent.model, widths[min(widths)], parent.order)
         trainer = make_trainer(
@@ -443,11 +444,15 @@ class Distiller:
             patience=flags.patience,
             sandwich_size=flags.sandwich_size,
             scores=flags.selection_metric != "token_accuracy",
+            reports=True,
         )
         assert isinstance(trainer, CandidateTrainer)
         recover(work)
         last = last_checkpoint(work) if self.resuming else None
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+        end_reports(trainer)
+        if (work / "runs").is_dir():  # TensorBoard's
+            copy_folder(work / "runs", self.work.parent / "runs" / work.name)
         trainer.best_model().save_pretrained(made)
         self.data.tokenizer.save_pretrained(made)
         record = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ T = TypeVar("T")
 
 
 _alone = False  # whether this process works for all of them
+_patience = timedelta(minutes=30)  # with the other processes, as of transformers' --ddp_timeout
 _patient: dict[Any, Any] = {}  # of the group of all processes
 
 
@@ -27,12 +29,23 @@ def is_first() -> bool:
     return count() == 1 or dist.get_rank() == 0
 
 
+def be_patient(seconds: float) -> None:
+    """Wait for other processes so long, and no longer, from the first time that there is anything to wait for."""
+    global _patience
+    _patience = timedelta(seconds=seconds)
+
+
 def patient_group() -> Any:
-    """Return a group of the CPUs of all processes that waits for days, as for a corpus that one of them reads."""
+    """Return a group of the CPUs of all processes, which waits for one that reads a corpus as long as it may take."""
     if dist.group.WORLD not in _patient:
         _patient.clear()
-        _patient[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        _patient[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=_patience)
     return _patient[dist.group.WORLD]
+
+
+def own_part(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's of the items, which all processes share."""
+    return items[dist.get_rank() :: count()] if count() > 1 else items
 
 
 def agreed(value: T) -> T:
@@ -88,7 +101,9 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def print_by_first_only() -> None:
-    """Leave standard output to the first process that torchrun started."""
+    """Leave standard output to the first process that torchrun started; letters that it cannot show become escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if launched_rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
 

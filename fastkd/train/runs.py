@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from .arguments import TransformersArguments
 from .cache import copy_folder, replace_folder
 from .card import write_card
 from .checkpoints import last_checkpoint
-from .errors import InputError
+from .errors import InputError, writing
 from .flags import FastkdArguments, chosen_method
 from .folders import DEMO, cache_folder, check_outside, is_last, is_used, output_folder, resumed, running, write_json
 from .identity import RECORD, check_same_run, examples_per_step, identity
@@ -28,7 +29,7 @@ from .loading import load_config, load_model
 from .methods import METHODS, Method
 from .metrics import signatures
 from .prepare import Data, heading
-from .processes import by_first
+from .processes import be_patient, by_first
 from .prune import order_of
 from .report import Outcome
 from .schedule import Schedule
@@ -69,6 +70,7 @@ class _Run:
 def _prepared(flags: FastkdArguments, args: TransformersArguments) -> _Run:
     """Return a run, its teacher trained and judged, but its folder as it was. Raises InputError if it cannot begin."""
     started, method = time.perf_counter(), chosen_method(flags)
+    be_patient(args.ddp_timeout)
     prunes, resuming = method.student_init == "prune", args.resume_from_checkpoint is not None
     out, cache = by_first(lambda: output_folder(args)), by_first(lambda: cache_folder(flags, args))
     used = by_first(lambda: is_used(flags, out, resuming))
@@ -81,11 +83,12 @@ def _prepared(flags: FastkdArguments, args: TransformersArguments) -> _Run:
     exact = replace(flags, teacher_dtype="float32") if prunes else flags
     given = load_given(exact, args)
     check_objective(flags, method, given)
-    data = get_run_data(flags, args, cache, given)
-    now = identity(flags, args, given, data)
-    if checkpoint is not None:
-        by_first(lambda: check_same_run(checkpoint.parent, now))
-    teacher = get_teacher(exact, args, cache, data, given) if method.needs_teacher or prunes else None
+    with writing("cache_dir", cache):
+        data = get_run_data(flags, args, cache, given)
+        now = identity(flags, args, given, data)
+        if checkpoint is not None:
+            by_first(lambda: check_same_run(checkpoint.parent, now))
+        teacher = get_teacher(exact, args, cache, data, given) if method.needs_teacher or prunes else None
     return _Run(flags, args, method, out, cache, used, checkpoint, given, data, now, teacher, started)
 
 
@@ -206,7 +209,8 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
         heading(f"Interpolated: the {name}, {part.student_layers} layers a side")
         last = "last" if resuming and last_checkpoint(folder) else None
         part = replace(part, overwrite_output_dir=overwriting or resuming)
-        train(part, replace(args, output_dir=str(folder), resume_from_checkpoint=last))
+        title = f"{args.run_name or out.name}, {name}"
+        train(part, replace(args, output_dir=str(folder), run_name=title, resume_from_checkpoint=last))
 
 
 def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -316,10 +320,17 @@ def _notes(method: Method) -> list[str]:
     return notes
 
 
-def _source_prefix(data: Data) -> str:
-    """Return the words up to a first colon that all held-out sources begin with, such as "summarize: "."""
-    words = {source.partition(": ")[0] for source in data.held_out_rows["source"][:100] if ": " in source}
-    return f"{words.pop()}: " if len(words) == 1 else ""
+_PREFIXES = {"summarization": "summarize: ", "translation": "translate .+? to .+?: "}
+
+
+def _source_prefix(flags: FastkdArguments, data: Data) -> str:
+    """Return what the flags, or else the task, put before every source; of GLUE before its first text."""
+    if flags.source_prefix is not None:
+        return flags.source_prefix
+    name, is_glue = data.task.name, bool(data.task.splits)
+    first = next(iter(data.held_out_rows["source"][:1]), "")
+    found = re.match(_PREFIXES.get(name, rf"{name} \w+: " if is_glue else ""), first)
+    return found[0] if found else ""
 
 
 def _trainers_facts(run: _Run, trainer: DistillTrainer, name: str) -> dict[str, Any]:
@@ -347,7 +358,7 @@ def _facts(run: _Run, method: Method, student: Any, teacher: Any, name: str) -> 
     dtype = str(teacher.dtype).removeprefix("torch.") if own else flags.teacher_dtype
     used = {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": dtype}
     mixed = {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
-    given, prefix = flags.train_file or flags.dataset_name, _source_prefix(data)
+    given, prefix = flags.train_file or flags.dataset_name, _source_prefix(flags, data)
     return {
         "method": name,
         "loss": method.formula,

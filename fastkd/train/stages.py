@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import Trainer, get_scheduler
+
+import fastkd
 
 from . import cost
 from .arguments import EMBEDDING_FACTOR, TransformersArguments
@@ -193,8 +197,8 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     """Return the teacher that was given, or one trained on this run's data, from the cache if it was trained before."""
     if given.teacher is not None:
         heading(f"Teacher: {flags.teacher}")
-        trainer = make_trainer(flags, args, data, given.teacher, "teacher", method=METHODS["scratch"])
-        return Teacher(given.teacher, str(flags.teacher), judge(flags, args, data, trainer, "teacher"))
+        outcome = _judged(flags, args, cache, data, given.teacher, given.digests["teacher"])
+        return Teacher(given.teacher, str(flags.teacher), outcome)
     heading("Teacher: a T5 trained from scratch")
     rate, seed = flags.teacher_learning_rate, args.seed + 1  # other corruptions and orders than the student will see
     own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
@@ -234,9 +238,37 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     if reused:
         print(f"reusing {folder}")
     model = _load_teacher(flags, args, folder, load_config(folder, "teacher"))
-    trainer = make_trainer(own_flags, own_args, data, model, "teacher", method=METHODS["scratch"])
     trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    return Teacher(model, str(folder), dataclasses.replace(judge(flags, args, data, trainer, "teacher"), **trained))
+    outcome = _judged(flags, args, cache, data, model, digest(model))
+    return Teacher(model, str(folder), dataclasses.replace(outcome, **trained))
+
+
+def _judged(
+    flags: FastkdArguments, args: TransformersArguments, cache: Path, data: Data, model: Any, known: str
+) -> Outcome:
+    """Return how a teacher does, which answers all held-out data for that only once. known: its fingerprint."""
+    settings = {
+        "version": [VERSION, fastkd.__version__, transformers.__version__],
+        "teacher": known,
+        "data": data.digest,
+        "decoding": decoding(args, data),
+        "precision": [args.bf16, args.fp16],
+        "outputs": flags.report_examples,
+    }
+
+    def make(folder: Path) -> None:
+        trainer = make_trainer(flags, args, data, model, "teacher", method=METHODS["scratch"])
+        outcome = judge(flags, args, data, trainer, "teacher")
+        found = {name: getattr(outcome, name) for name in ("loss", "token_accuracy", "metrics", "outputs")}
+        if is_first():
+            (folder / "answers.json").write_text(json.dumps(found), encoding="utf-8")
+
+    folder, reused = cached(cache, "answers", settings, make, by_all=True)
+    if reused:
+        print(f"reusing {folder}")
+    found = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    fixed: dict[str, Any] = {"steps": 0, "seconds_per_step": None, "history": []}
+    return Outcome(name="teacher", parameters=cost.parameters(model), cost=cost.measure(model), **fixed, **found)
 
 
 def check_knows_task(flags: FastkdArguments, data: Data, teacher: Teacher) -> None:
@@ -282,9 +314,19 @@ def train_student(
         student = new_student(flags, data, teacher.model if teacher else None, args.seed)
         if teacher and method.student_init == "slice":
             slice_teacher(student, teacher.model)
-    trainer = make_trainer(flags, args, data, student, name, method=method, teacher=teacher.model if teacher else None)
+    objective: dict[str, Any] = {"method": method, "teacher": teacher.model if teacher else None}
+    trainer = make_trainer(flags, args, data, student, name, reports=name == flags.method, **objective)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer, judge(flags, args, data, trainer, name)
+    outcome = judge(flags, args, data, trainer, name)
+    end_reports(trainer)
+    return trainer, outcome
+
+
+def end_reports(trainer: DistillTrainer) -> None:
+    """End the runs of trackers that would go on with the next model's."""
+    for name in trainer.args.report_to or ():
+        if name in ("wandb", "trackio", "swanlab") and is_first():
+            importlib.import_module(name).finish()
 
 
 def new_student(flags: FastkdArguments, data: Data, teacher: Any, seed: int) -> Any:
@@ -308,13 +350,16 @@ def make_trainer(
     *,
     kind: type[DistillTrainer] = DistillTrainer,
     scores: bool | None = None,
+    reports: bool = False,
     **objective: Any,
 ) -> DistillTrainer:
     """Return a trainer of `model` on the run's data.
 
-    scores: whether evaluations give the task's figures too; by default if the flags ask for it. objective: `method` and
-    what goes with it (see `kind`).
+    scores: whether evaluations give the task's figures too; by default if the flags ask for it. reports: whether it
+    writes to what `--report_to` names, where one run is of one model. objective: `method` and what goes with it (see
+    `kind`).
     """
+    args = args if reports or not args.report_to else dataclasses.replace(args, report_to="none")
     scores = args.predict_with_generate if scores is None else scores
     try:
         trainer = kind(
@@ -341,6 +386,12 @@ def _scorer(args: TransformersArguments, data: Data) -> Callable[[Any], dict[str
     return lambda model: score(model, args, data, None)[0]
 
 
+def decoding(args: TransformersArguments, data: Data) -> dict[str, Any]:
+    """Return by which settings all models of a run write."""
+    most = args.generation_max_length or data.target_tokens
+    return {"max_new_tokens": most, "num_beams": args.generation_num_beams or 1}
+
+
 def score(model: Any, args: TransformersArguments, data: Data, title: str | None) -> tuple[dict[str, float], list[str]]:
     """Return (the task's figures, outputs) of what a model writes for all held-out examples; no figures for texts."""
     rows = data.held_out_rows
@@ -354,8 +405,7 @@ def score(model: Any, args: TransformersArguments, data: Data, title: str | None
             model,
             data.tokenizer,
             rows["input_ids"],
-            max_new_tokens=args.generation_max_length or data.target_tokens,
-            num_beams=args.generation_num_beams or 1,
+            **decoding(args, data),
             kept=special if is_text else special.intersection(chain.from_iterable(rows["labels"])),
             **common,
         )

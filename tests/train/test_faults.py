@@ -698,7 +698,13 @@ def test_an_error_of_the_system_is_one_line(
     full = OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")
     monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(full))
     assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 1
-    assert capsys.readouterr().err == f"fastkd-train: [Errno {errno.EDQUOT}] Disk quota exceeded: 'some/file'\n"
+    cache = tmp_path / "cache"
+    expected = f"cannot write to --cache_dir {cache} (some/file): Disk quota exceeded; make room there, or give another"
+    assert capsys.readouterr().err == f"fastkd-train: {expected}\n"
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "some/file")
+    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(missing))
+    assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 1
+    assert capsys.readouterr().err == f"fastkd-train: {missing}\n"
     monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(OSError("a library's own")))
     with pytest.raises(OSError, match="a library's own"):
         cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out"))

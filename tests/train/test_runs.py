@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
-from fastkd.train import folders, runs
+from fastkd.train import folders, processes, runs, stages
+from fastkd.train.cache import replace_folder
+from fastkd.train.errors import writing
+from fastkd.train.tasks import TASKS
 from fastkd.train.trainer import DistillTrainer
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
@@ -346,3 +356,184 @@ def test_an_interrupt_recommends_only_what_can_be(
         assert words in one_line(capsys)
     disturb(99, twice)
     assert scratch(*SAVING, *RESUME) == 0
+
+
+# ---- What a teacher answers, and what is reported ----
+
+
+def test_a_teacher_answers_once(
+    tool: Callable[..., int],
+    saved: Callable[..., Path],
+    tiny: Callable[..., Any],
+    text_file: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    judge = stages.judge
+
+    def counted(*given: Any) -> Any:
+        asked.append(given[-1])
+        return judge(*given)
+
+    monkeypatch.setattr(stages, "judge", counted)
+    saved(tiny(), place / "t5")
+    data = ["--train_file", text_file, "--max_eval_examples", 4, "--cache_dir", "cache"]
+    flags = ["--method", "kd", *data, "--lr_scheduler_type", "constant", *SAVING]
+    assert tool(*flags, "--teacher", "t5", "--output_dir", "a") == 0
+    assert asked == ["teacher", "kd"]
+    first = json.loads((place / "a" / "metrics.json").read_text())["models"][0]
+    for more in (["--output_dir", "a", *RESUME, "--max_steps", 5], ["--output_dir", "b", "--seed", 3]):
+        asked.clear()
+        assert tool(*flags, "--teacher", "./t5", *more) == 0
+        assert asked == ["kd"]
+        again = json.loads((place / str(more[1]) / "metrics.json").read_text())["models"][0]
+        assert {**again, "cost": None} == {**first, "cost": None}
+    saved(tiny(seed=4), place / "t5")
+    for more in ([], ["--max_eval_examples", 3], ["--report_examples", 2]):
+        asked.clear()
+        assert tool(*flags, "--teacher", "t5", *more, "--output_dir", "c", "--overwrite_output_dir") == 0
+        assert asked == ["teacher", "kd"], more
+
+
+class Tracker(TrainerCallback):
+    """Takes down, as wandb would, which model's log comes while which of its runs is open."""
+
+    runs: list[tuple[str | None, set[int]]]
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.runs or self.runs[-1] is None:
+            self.runs.append((args.run_name, set()))
+        self.runs[-1][1].add(state.max_steps)
+
+    @classmethod
+    def finish(cls) -> None:
+        cls.runs.append(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--train_teacher", "--teacher_steps", 3], [("mine", {4})]),
+        (["--teacher", "t5", "--interpolated"], [("mine, assistant", {4}), ("mine, student", {4})]),
+    ],
+)
+def test_a_trackers_run_is_of_one_model(
+    flags: list[Any],
+    expected: list[Any],
+    tool: Callable[..., int],
+    saved: Callable[..., Path],
+    tiny: Callable[..., Any],
+    text_file: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the student; the teacher's training and answers are not reported."""
+    monkeypatch.setattr(Tracker, "runs", [], raising=False)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    monkeypatch.setitem(sys.modules, "wandb", Tracker)
+    saved(tiny(64, layers=2), place / "t5")
+    flags = ["--method", "mlmkd", *flags, "--report_to", "wandb", "--run_name", "mine"]
+    assert tool(*flags, "--train_file", text_file, "--max_eval_examples", 4, "--output_dir", "out") == 0
+    assert [run for run in Tracker.runs if run] == expected and Tracker.runs[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "sources", "prefix"),
+    [
+        ("text2text", {}, ["fatal error: a", "fatal error: b"], ""),
+        ("text2text", {"source_prefix": "q: "}, ["q: a: b"], "q: "),
+        ("classification", {}, ["note: a"], ""),
+        ("span_corruption", {}, ["span_corruption x: a"], ""),
+        ("summarization", {}, ["summarize: note: a"], "summarize: "),
+        ("summarization", {"source_prefix": ""}, ["summarize: a"], ""),
+        ("translation", {}, ["translate English to Old Norse: note: a"], "translate English to Old Norse: "),
+        ("sst2", {}, ["sst2 sentence: note: a"], "sst2 sentence: "),
+        ("mrpc", {}, ["mrpc sentence1: a sentence2: b"], "mrpc sentence1: "),
+        ("glue", {}, ["sst2 sentence: a", "sst2 sentence: b"], ""),
+    ],
+)
+def test_a_source_prefix_is_the_tasks_or_the_users(
+    task: str, flags: dict[str, str], sources: list[str], prefix: str
+) -> None:
+    data = SimpleNamespace(task=TASKS[task], held_out_rows={"source": sources})
+    assert runs._source_prefix(runs.FastkdArguments(**flags), data) == prefix  # type: ignore[arg-type]
+
+
+# ---- Disks, locales and other processes ----
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "Error writing bytes to file"),
+        OSError(errno.EROFS, "Read-only file system", "some/file"),
+        ValueError("I/O error: File too large (os error 27)"),
+    ],
+)
+@pytest.mark.parametrize(("stage", "flag"), [("get_run_data", "--cache_dir cache"), ("_report", "--output_dir out")])
+def test_a_disk_that_takes_no_more_is_named_by_its_flag(
+    error: Exception,
+    stage: str,
+    flag: str,
+    scratch: Callable[..., int],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(runs, stage, full)
+    assert scratch("--cache_dir", "cache", "--max_steps", 1, "--eval_strategy", "no") == 1
+    line = one_line(capsys)
+    assert line.startswith(f"fastkd-train: cannot write to {flag}")
+    assert any(words in line for words in ("No space left", "Read-only file system", "File too large"))
+    assert "some/file" in line or getattr(error, "filename", None) is None
+
+
+def test_errors_that_are_no_disks_stay_what_they_are() -> None:
+    for error in (ValueError("a mistake"), FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError("odd")):
+        with pytest.raises(type(error)) as caught, writing("output_dir", "out"):
+            raise error
+        assert caught.value is error
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            replace_folder(tmp_path / "link", lambda made: (made / "new").write_text("new"))
+    assert files(tmp_path / "real") == {"old": b"old"} and len(list(tmp_path.iterdir())) == 2
+    replace_folder(tmp_path / "link", lambda made: (made / "new").write_text("new"))
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "real").iterdir()] == ["new"]
+
+
+def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    processes.print_by_first_only()
+    print("läufe", flush=True)
+    assert written.getvalue() == b"l\\xe4ufe\n"
+
+
+def test_other_processes_are_waited_for_as_long_as_the_flag_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(processes, "_patient", {})
+    monkeypatch.setattr(processes, "_patience", None)
+    monkeypatch.setattr(processes.dist, "new_group", lambda **options: made.append(options["timeout"]))
+    processes.be_patient(7)
+    processes.patient_group()
+    assert made == [timedelta(seconds=7)]
