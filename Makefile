@@ -31,7 +31,8 @@ demo: $(VENV)/.train
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 25
 # What holds on one processor holds on another: these run once more with what NumPy's and torch's kernels fall back to.
-NUMERIC := tests/test_contract.py tests/test_attention_kl.py tests/test_cka_loss.py $(wildcard tests/test_triton_*.py)
+NUMERIC := tests/test_contract.py tests/test_attention_kl.py tests/test_cka_loss.py tests/test_gpu_rows.py \
+	$(wildcard tests/test_triton_*.py)
 
 test: $(VENV)/.test
 	-$(BIN)/python -m fastkd.doctor

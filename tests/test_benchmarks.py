@@ -77,6 +77,7 @@ def test_traffic_of_ranks(tmp_path: Path) -> None:
     assert moved["DDP"]["all-reduce"] == moved["FSDP2"]["reduce-scatter"] < moved["FSDP2"]["all-gather"]
 
 
+@pytest.mark.long
 def test_all_in_one_markdown_table() -> None:
     table = python(BENCHMARKS / "run.py", "--quick", "--markdown", "--only", "logit_kl T 32 V 1000 float32, forward")
     header = next(line for line in table.splitlines() if line.startswith("| implementation"))
@@ -120,6 +121,7 @@ def test_peak_memory(temporary: int, returned: int) -> None:
 
 
 @on_linux
+@pytest.mark.long
 def test_memory_against_length(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     script = BENCHMARKS / "memory_against_length.py"
@@ -172,6 +174,7 @@ def test_gpu_fits_in_its_time() -> None:
     assert max(map(int, listed.values())) <= 9 * 60
 
 
+@pytest.mark.long
 def test_gpu_stops_what_takes_too_long_and_goes_on(tmp_path: Path) -> None:
     """A part that hangs, with a process of its own, one that fails, one that works, and one with no time left."""
     code = f"""
@@ -220,6 +223,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_results_are_drawn(results: Path, tmp_path: Path) -> None:
     """Those of GPUs in a folder, and those of a CPU where they are named; with and without counts."""
     pytest.importorskip("matplotlib")
@@ -278,6 +282,7 @@ def test_table_of_gpus(results: Path, tmp_path: Path) -> None:
         python(script, "--results", results, "--readme", readme)
 
 
+@pytest.mark.long
 def test_one_problem_that_fails_stops_no_other(tmp_path: Path) -> None:
     code = f"""
 import sys, torch, report, bench_linear_kl, bench_logit_kl
@@ -318,6 +323,7 @@ def test_targets_are_judged() -> None:
     python("-c", code)
 
 
+@pytest.mark.long
 def test_limits_are_measured() -> None:
     """Everything but exponentials here, and work that is about what was asked for."""
     code = (

@@ -26,7 +26,6 @@ LENGTH = 32
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
-    torch.set_num_threads(1)  # faster for tensors this small, and several test processes can share the cores
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
