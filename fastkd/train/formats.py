@@ -308,6 +308,8 @@ def _feature(field: pa.Field, metadata: Any) -> Any:
     """Return what a column holds, such as a ClassLabel, or that it is no text where `datasets` knows no such type."""
     if pa.types.is_dictionary(field.type):
         field = field.with_type(field.type.value_type)
+    if pa.types.is_large_string(field.type) or pa.types.is_string_view(field.type):
+        return Value("string")
     try:
         return Features.from_arrow_schema(pa.schema([field], metadata))[field.name]
     except (ValueError, TypeError, NotImplementedError):

@@ -176,6 +176,20 @@ def test_a_tokenizer_of_texts_with_names_can_write_them(get: Callable[..., Data]
     assert texts_of(made.tokenizer, ids, ()) == made.train.rows["target"][:]
 
 
+def test_vocabularies_are_trained_on_a_part_of_large_data(
+    get: Callable[..., Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"{text} {'x' if i % 2 else 'z'}"} for i, text in enumerate(make_texts(400))]
+    path, seen = lines(tmp_path / "t.jsonl", rows), []
+    monkeypatch.setattr(
+        prepare, "train_tokenizer", lambda texts, size: seen.extend(texts) or train_tokenizer(seen, size)
+    )
+    monkeypatch.setattr(prepare, "VOCABULARY_BYTES", 5000)
+    get("--train_file", path, "--eval_file", path, tokenizer=None)
+    texts = [text for text in seen if text]
+    assert len(texts) == 134 and {text[-1] for text in texts} == {"x", "z"}
+
+
 def test_targets_that_no_output_can_equal_are_counted(
     get: Callable[..., Data], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

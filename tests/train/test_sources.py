@@ -187,6 +187,8 @@ def test_columns_that_nothing_reads_fail_no_file(read: Any, tmp_path: Path) -> N
         "deep": pa.array([[{"x": [1]}], []]),
         "map": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64())),
         "raw": pa.array([b"\xff", b""]),
+        "view": pa.array(["a", "b"], pa.string_view()),
+        "large": pa.array(["a", "b"], pa.large_string()),
     }
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     mixed = '{"text": "a", "price": 1}\n{"text": "b", "price": {"n": 1}}\n{"text": "c", "price": [1, "x", "\\ud800"]}\n'
@@ -199,6 +201,9 @@ def test_columns_that_nothing_reads_fail_no_file(read: Any, tmp_path: Path) -> N
             rows = read_rows(str(path), streaming=streaming)
             assert rows.features["text"] == datasets.Value("string")
             assert list(rows.select_columns(["text"])) == [{"text": text} for text in texts]
+    rows = read_rows(str(tmp_path / "t.parquet"))
+    assert list(rows.select_columns(["view", "large"])) == [{"view": x, "large": x} for x in "ab"]
+    assert rows.features["view"] == rows.features["large"] == datasets.Value("string")
     assert next(iter(read_rows(str(tmp_path / "t.parquet")).select_columns(["price"]))) == {"price": Decimal("1.50")}
 
 
