@@ -155,7 +155,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return lambda: gradients(plain_objective(method, (student, teacher), batch, plain_cka), student)
 
     def models_alone() -> Run:
-        from fastkd.train.trainer import without_head
+        from fastkd.train.capture import without_head
 
         def run() -> tuple[Tensor, ...]:
             hidden = []

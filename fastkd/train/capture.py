@@ -1,4 +1,4 @@
-"""What a T5 computes on its way: queries, keys and values, by forward hooks, and hidden states. No code is changed."""
+"""What a T5 computes on its way: queries, keys, values, hidden states, its head's input. No code is changed."""
 
 from __future__ import annotations
 
@@ -123,3 +123,35 @@ def _keep_output(states: list[Any], i: int) -> Callable[[Any, Any, Any], None]:
         states[i] = output[0]
 
     return keep
+
+
+@contextlib.contextmanager
+def without_head(model: Any) -> Iterator[None]:
+    """Make `model(...)` return as its "logits" what the head would have been given: hidden states [B, L, H].
+
+    The head becomes the identity while the context lasts. So every scaling of the decoder's output is applied, no
+    [B, L, V] tensor is made, no model code is edited, and it works inside DDP, whose wrapper runs as usual.
+    """
+    head = model.get_output_embeddings()
+    before = vars(head).get("forward")  # accelerate's hooks, for one, set a forward on the instance
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
+@contextlib.contextmanager
+def returning(model: Any, what: Callable[[Any], Any]) -> Iterator[None]:
+    """Make `model(...)` return `what(its output)`, also from inside DDP.
+
+    DDP waits for the gradients of all parameters that its output depends on, so it must see what the loss is made of
+    and nothing else.
+    """
+    hook = model.register_forward_hook(lambda module, inputs, output: what(output))
+    try:
+        yield
+    finally:
+        hook.remove()

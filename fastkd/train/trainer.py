@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataPar
 from transformers import PrinterCallback, ProgressCallback
 
 from .callbacks import LossBar, LossLines, StepTimer
-from .capture import PLACES, capture_hidden, capture_qkv
+from .capture import PLACES, capture_hidden, capture_qkv, returning, without_head
 from .data import EpochSampler, SpanCorruption
 from .evaluate import held_out_metrics, token_scores
 from .methods import Method
@@ -45,38 +45,6 @@ PRIVATE = {
     ),
 }
 PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
-
-
-@contextlib.contextmanager
-def without_head(model: Any) -> Iterator[None]:
-    """Make `model(...)` return as its "logits" what the head would have been given: hidden states [B, L, H].
-
-    The head becomes the identity while the context lasts. So every scaling of the decoder's output is applied, no
-    [B, L, V] tensor is made, no model code is edited, and it works inside DDP, whose wrapper runs as usual.
-    """
-    head = model.get_output_embeddings()
-    before = vars(head).get("forward")  # accelerate's hooks, for one, set a forward on the instance
-    head.forward = lambda hidden: hidden
-    try:
-        yield
-    finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
-
-
-@contextlib.contextmanager
-def returning(model: Any, what: Callable[[Any], Any]) -> Iterator[None]:
-    """Make `model(...)` return `what(its output)`, also from inside DDP.
-
-    DDP waits for the gradients of all parameters that its output depends on, so it must see what the loss is made of
-    and nothing else.
-    """
-    hook = model.register_forward_hook(lambda module, inputs, output: what(output))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def valid_positions(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
