@@ -100,8 +100,8 @@ def load_weights(
 ) -> Any:
     """Return the model of a folder or a name, whose config that is, with every weight as it was saved.
 
-    dtype: "auto" is that of the checkpoint, but float32 for one in float16, in which transformers clamps what
-    overflows in a T5 without a word. shard_on: a device of each process over which the weights are to be spread; only
+    dtype: "auto" is that of the checkpoint if it is float32 or bfloat16, else float32: in float16 T5s overflow, and
+    transformers clamps them without a word. shard_on: a device of each process over which the weights are to be spread; only
     the first process reads them.
     """
 
@@ -113,8 +113,8 @@ def load_weights(
         if saved.get("tie_word_embeddings") is False and is_tied(model):  # transformers ties a head that is not there
             found["missing_keys"] = {*found["missing_keys"], "lm_head.weight"}
         _check_whole(model, found, name, role)
-        if model.dtype == torch.float16:
-            print(f"{role} {name}: saved in float16, in which T5s overflow; it runs in float32")
+        if dtype == "auto" and model.dtype not in (torch.float32, torch.bfloat16):
+            print(f"{role} {name}: saved in {str(model.dtype).removeprefix('torch.')}, it runs in float32")
             model.float().config.dtype = torch.float32
         return model
 
