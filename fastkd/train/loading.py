@@ -101,8 +101,8 @@ def load_weights(
     """Return the model of a folder or a name, whose config that is, with every weight as it was saved.
 
     dtype: "auto" is that of the checkpoint if it is float32 or bfloat16, else float32: in float16 T5s overflow, and
-    transformers clamps them without a word. shard_on: a device of each process over which the weights are to be spread; only
-    the first process reads them.
+    transformers clamps them without a word. shard_on: a device of each process over which the weights are to be
+    spread; only the first process reads them.
     """
 
     def load() -> Any:
