@@ -255,7 +255,8 @@ def test_a_sentencepiece_model_alone_says_which_package_reads_it(
 def test_padding_on_the_left_is_undone(copied: Path) -> None:
     with_settings(copied / "tokenizer_config.json", padding_side="left", truncation_side="left")
     _, tokenizer = load_model(copied, "teacher")
-    batch = pad(tokenizer)([{"input_ids": torch.arange(3, n), "labels": torch.arange(3, n)} for n in (5, 9)])
+    texts = [torch.arange(3, n) for n in (5, 9)]
+    batch = pad(tokenizer)([{"input_ids": t, "attention_mask": torch.ones_like(t), "labels": t} for t in texts])
     assert batch["input_ids"][0].tolist() == [3, 4] + 6 * [tokenizer.pad_token_id]
     assert batch["labels"][0].tolist() == [3, 4] + 6 * [-100] and tokenizer.truncation_side == "right"
 
