@@ -151,15 +151,15 @@ def _with_files(line: Sequence[str]) -> list[str]:
     words = list(line)
     for path, settings in reversed(layers):
         replaced = {name for group in _ALTERNATIVES if given.intersection(group) for name in group} - given
-        settings = {name: value for name, value in settings.items() if name not in replaced}
-        words = [*_words(path, settings), *words]
-        given |= {name for name, value in settings.items() if value is not None and value is not False}
+        kept = {name: said for name, said in _words(path, settings).items() if name not in replaced}
+        words = [word for said in kept.values() for word in said] + words
+        given |= {name for name in kept if settings[name] is not None and settings[name] is not False}
     return words
 
 
-def _words(path: str, settings: dict[str, Any]) -> list[str]:
+def _words(path: str, settings: dict[str, Any]) -> dict[str, list[str]]:
     """Return the words that say the same as a file's settings; raise InputError with file and key if none can."""
-    words: list[str] = []
+    words: dict[str, list[str]] = {}
     actions = {action.dest: action for parser in _parsers() for action in parser._actions if action.dest != "config"}
     fields = fields_by_name()
     for key, value in settings.items():
@@ -176,7 +176,7 @@ def _words(path: str, settings: dict[str, Any]) -> list[str]:
                 raise InputError(f"expected one value, got {value!r}")
         except InputError as error:
             raise InputError(f"{path}: {key}: {str(error).removeprefix(f'--{key}: ')}") from error
-        words += said
+        words[key] = said
     return words
 
 

@@ -46,9 +46,9 @@ class ObjectiveArguments:
 
     _argument_group_name = "what to do"
 
-    method: str = _flag("mlmkd", "one of --list_methods, such as kd, miniend-e, hsm-cka and minidisc", tuple(METHODS))
+    method: str = _flag("mlmkd", "one of --list_methods, such as kd or hsm-cka", tuple(METHODS))
     config: str | None = _flag(None, "YAML file of flags without dashes, or the name of one of ours")
-    demo: bool = _flag(False, "distil a small student from nothing, beside one from scratch (configs/demo.yaml)")
+    demo: bool = _flag(False, "distil a small student, from nothing, by configs/demo.yaml")
     compare: list[str] | None = _flag(None, "folders of runs, to put into one table and picture")  # noqa: RUF009
     interpolated: bool = _flag(False, "distil an assistant of medium size first, and the student from it")
     temperature: float | None = _flag(None, "of the logit term, in place of the method's own", above=0)
@@ -89,7 +89,7 @@ class ModelArguments:
     teacher_steps: int | None = _flag(None, "of --train_teacher", above=0)
     teacher_learning_rate: float = _flag(3e-4, "of --train_teacher", above=0)
     # In float16 T5s overflow, and transformers clamps them in silence.
-    teacher_dtype: str = _flag("auto", "in which it runs; auto: as its checkpoint", ("auto", "float32", "bfloat16"))
+    teacher_dtype: str = _flag("auto", "auto is its checkpoint's", ("auto", "float32", "bfloat16"))
     teacher_sharding: str = _flag(
         "full", "of the teacher over the processes of a run, each of which gathers a layer when it computes, or all "
         "of it in each", ("full", "none"))
@@ -120,7 +120,7 @@ class PruningArguments:
 
     _argument_group_name = "pruning (minidisc, maxidisc, prune-kd, prune-pkd, --student_init prune)"
 
-    target_sparsity: float = _flag(0.9, "share of the teacher's heads, and neurons, that the student lacks")
+    target_sparsity: float = _flag(0.9, "share of heads, and neurons, that the student lacks")
     sparsity_grid: list[float] | None = _flag(  # noqa: RUF009
         None, f"sparsities of possible assistants, and the target; without it {','.join(map(str, GRID))}")
     truncation: float = _flag(0.5, "minidisc's candidates are at least as sparse", least=0, most=1)

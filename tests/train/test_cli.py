@@ -319,7 +319,10 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ["fraction.yaml: student_layers: expected a whole", "'2.5'"],
         ),
         (["--config", tmp_path / "several.yaml"], ["several.yaml: seed: expected one value, got [1, 2]"]),
-        (["--config", tmp_path / "truth.yaml"], ["truth.yaml: train_file: expected a word, got True"]),
+        (
+            ["--config", tmp_path / "truth.yaml", "--max_steps", "1"],
+            ["truth.yaml: train_file: expected a word, got True"],
+        ),
         (["--config", tmp_path / "weights.yaml"], ["weights.yaml: weights: expected logit_kl=NUMBER, 0 or above"]),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], ["use_reentrant is not supported"]),
         (["--train_sampling_strategy", "group_by_length"], ["no effect with span_corruption"]),
