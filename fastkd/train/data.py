@@ -79,16 +79,14 @@ def pack_to_arrow(
     length: int,
     path: Path,
     what: str = "training text",
-    total: int | None = None,
 ) -> datasets.Dataset:
     """Pack texts into chunks of `length` tokens, in bounded memory: into an Arrow file, which the Dataset maps.
 
-    rows: with the column "text". Those of the Dataset hold "input_ids", lists of `length` int32. total: the number of
-    texts if it is known, for the progress bar.
+    rows: with the column "text". Those of the Dataset hold "input_ids", lists of `length` int32.
     Raises InputError, calling the texts `what`, if they do not fill one chunk; no file is left then.
     """
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length)})
-    bar = tqdm(rows, desc=f"tokenising {what}", total=total, unit="text", mininterval=1)
+    bar = tqdm(rows, desc=f"tokenising {what}", unit="text", mininterval=1)
     chunks = 0
     with arrow_file(path, features) as write:
         for block in _packed(tokenizer, bar, length):
@@ -215,19 +213,17 @@ def tokenize_pairs(
     path: Path,
     *,
     cut_targets: bool = True,
-    total: int | None = None,
 ) -> tuple[datasets.Dataset, Counts]:
     """Tokenise pairs into an Arrow file; return the Dataset that maps it, and how many were cut.
 
     pairs: rows of strings "source", "target" and "task". The Dataset has them too, and "input_ids" and "labels", lists
-    of int32 that end in EOS and are, with it, at most as long as the limits, which count tokens. total: the number of
-    pairs if it is known, for the progress bar.
+    of int32 that end in EOS and are, with it, at most as long as the limits, which count tokens.
     Raises InputError for a target above its limit if cut_targets is false, and if there are no pairs; no file is left.
     """
     ids, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
     features = datasets.Features({"input_ids": ids, "labels": ids, "source": text, "target": text, "task": text})
     counts = Counts()
-    rows = tqdm(pairs, desc="tokenising pairs", total=total, unit="pair", mininterval=1)
+    rows = tqdm(pairs, desc="tokenising pairs", unit="pair", mininterval=1)
     with arrow_file(path, features) as write:
         for block in blocks(rows):
             columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in list(features)[2:]}
@@ -277,23 +273,20 @@ class Pairs(Dataset):
         return Pairs(self.rows.select(indices))
 
 
-class Classes(Dataset):
+class Classes(Pairs):
     """Tokenised pairs as examples of an EncT5: "labels" [1] is the number of the target among the classes.
 
     It is -100, which no loss counts, for a target that is none of them. Otherwise as Pairs.
     """
 
     def __init__(self, rows: datasets.Dataset, classes: Sequence[str]):
+        super().__init__(rows)
         numbers = {name: i for i, name in enumerate(classes)}
-        self.rows, self.classes = rows, list(classes)
-        self.sources = rows.select_columns(["input_ids"])
+        self.classes = list(classes)
         self.labels = [numbers.get(target, IGNORED) for target in rows["target"]]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> Item:
-        return _pair_item(self.sources[index]["input_ids"], [self.labels[index]])
+        return _pair_item(self.ids[index]["input_ids"], [self.labels[index]])
 
     def select(self, indices: Sequence[int]) -> Classes:
         """Return the examples with these numbers."""

@@ -25,8 +25,9 @@ from .data import Classes, Pairs, SpanCorruption, StreamedPairs, StreamedSpans, 
 from .errors import InputError
 from .flags import FastkdArguments
 from .processes import by_first
+from .rows import sample, store, stream
 from .sources import blocks, content_digest, data_files, hub_revision, is_saved, read_hub, read_rows
-from .tasks import TASKS, Columns, Part, Task, glue_parts, has_splits, is_glue, sample, store, stream
+from .tasks import TASKS, Columns, Part, Task, glue_parts, has_splits, is_glue
 from .tokenizer import SENTINELS, fingerprint, known_share, train_tokenizer
 
 HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --seed is, so that runs compare
@@ -182,6 +183,8 @@ def _origins(flags: FastkdArguments) -> tuple[_Origin, _Origin | None]:
     """Return where the training data and the held-out data are, None for a part of the training data."""
     glue, where = is_glue(TASKS[flags.task]), flags.train_file or flags.dataset_name or str(flags.embedded_data)
     flag = "train_file" if flags.train_file else "dataset_name" if flags.dataset_name else None
+    if flags.streaming and glue:
+        raise InputError(f"--streaming has no effect with --task {flags.task}: GLUE fits into memory")
     train = _Origin(flag, where, "train" if glue else flags.train_split)
     split = "validation" if glue else flags.eval_split
     if flags.eval_file:
@@ -204,13 +207,13 @@ def _said_by(flag: str | None) -> Iterator[None]:
 def _settings(flags: FastkdArguments, cache: Path) -> dict[str, dict[str, Any]]:
     """Return what the rows of each side depend on: the contents of files, not their names; revisions of the hub."""
     train, held_out = _origins(flags)
-    digest = functools.cache(lambda where: _digest(flags, cache, where))
+    digest = functools.cache(functools.partial(_digest, flags, cache))
     settings = {}
     for side, origin in ((TRAINING, train), (HELD_OUT, held_out or train)):
         at_most = flags.max_train_examples if side == TRAINING else flags.max_eval_examples
         is_stream = side == TRAINING and flags.streaming
         with _said_by(origin.flag):
-            found = (_stamp if is_stream else digest)(origin.where)
+            found = digest(origin.where, is_stream)
         whole = {
             "version": VERSION,
             "task": flags.task,
@@ -222,21 +225,18 @@ def _settings(flags: FastkdArguments, cache: Path) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _digest(flags: FastkdArguments, cache: Path, where: str) -> Any:
-    """Return a fingerprint of data that a flag names."""
+def _digest(flags: FastkdArguments, cache: Path, where: str, is_stream: bool) -> Any:
+    """Return a fingerprint of data that a flag names: of what nobody has the time to read twice, sizes and times."""
     task = TASKS[flags.task]
     if where == flags.embedded_data:
         return [where, corpus.fingerprint()]
     if where == flags.dataset_name and not Path(where).is_dir():
         configs = task.parts or ((task.name,) if is_glue(task) else (flags.dataset_config,))
         return [where, *(hub_revision(where, config, cache_dir=cache) for config in configs)]
+    if is_stream:
+        files = sorted(Path(where).rglob("*.arrow")) if is_saved(where) else data_files(where)
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return content_digest(where, ("*.tsv", "*.arrow") if is_glue(task) and has_splits(where) else ())
-
-
-def _stamp(where: str) -> list[list[Any]]:
-    """Return names, sizes and times of the files of a stream, which nobody has the time to read twice."""
-    files = sorted(Path(where).rglob("*.arrow")) if is_saved(where) else data_files(where)
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _rows(flags: FastkdArguments, cache: Path, settings: dict[str, dict[str, Any]], side: str) -> Any:
@@ -250,7 +250,7 @@ def _rows(flags: FastkdArguments, cache: Path, settings: dict[str, dict[str, Any
         with _said_by(origin.flag):
             _, dropped = store(_parts(flags, cache, origin, False), folder / "rows.arrow", columns=columns)
         if dropped:
-            print(f"{origin.split}: {dropped:,} rows without a source or a target were left out")
+            print(f"{origin.split}: {dropped:,} rows that lack a text were left out")
 
     if is_stream:
         with _said_by(origin.flag):
@@ -340,12 +340,12 @@ def _tokenise(
     facts: dict[str, Any] = {f"{fact}_examples": len(given)}
     _check_known(tokenizer, given, side)
     if flags.task == "span_corruption":
-        chunks = pack_to_arrow(tokenizer, given, flags.sequence_length, path, f"{side} text", len(given))
+        chunks = pack_to_arrow(tokenizer, given, flags.sequence_length, path, f"{side} text")
         facts[f"{fact}_chunks"] = len(chunks)
     else:
         cut = flags.max_target_length is not None
         try:
-            _, counts = tokenize_pairs(given, tokenizer, *limits, path, cut_targets=cut, total=len(given))
+            _, counts = tokenize_pairs(given, tokenizer, *limits, path, cut_targets=cut)
         except InputError as error:
             hint = "" if cut else "; --max_target_length cuts targets"
             raise InputError(f"{side} data: {error}{hint}") from error

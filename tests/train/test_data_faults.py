@@ -162,6 +162,18 @@ def test_names_of_special_tokens_are_text(kind: str) -> None:
         assert texts_of(tokenizer, [[*ids, tokenizer.eos_token_id]], ()) == [text]
 
 
+def test_streams_of_the_hub_and_of_glue(
+    get: Callable[..., Data], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = datasets.Dataset.from_list([{"text": text} for text in make_texts(40)]).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="one"))
+    flags = ["--streaming", "--max_steps", 1, "--eval_file", text_file]
+    assert len(list(islice(get(*flags, "--dataset_name", "someone/words").train, 3))) == 3
+    with pytest.raises(InputError, match="--streaming has no effect with --task sst2"):
+        get(*flags, "--dataset_name", "nyu-mll/glue", "--task", "sst2")
+
+
 def test_special_tokens_of_the_user_are_tokens() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<sep>"])
     assert tokenizer.convert_tokens_to_ids("<sep>") in tokenize(tokenizer, ["a<sep>b"])[0]

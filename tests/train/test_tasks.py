@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from fastkd.train import tasks
 from fastkd.train.errors import InputError
-from fastkd.train.tasks import TASKS, Columns, glue_files, glue_parts, sample, store, stream
+from fastkd.train.rows import sample, store, stream
+from fastkd.train.tasks import TASKS, Columns, glue_files, glue_parts
 
 
 def stored(task: str, rows: Any, **columns: str) -> tuple[Dataset, int]:
