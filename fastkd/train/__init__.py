@@ -1,10 +1,10 @@
 """Distillation of T5 models with fastkd's losses; `fastkd-train --help` is the way in.
 
 Reading order: cli -> arguments (flags, parser, config, checks) -> runs. A run is prepare, which makes data of the flags
-(formats, sources, tasks, rows, corpus, tokenizer, data), then stages, which make teacher and student (student, trainer on top of
-checkpoints; methods, objectives, capture, mixup) and judge them (evaluate, metrics, cost), and at last what is left to
-read (report, plots, card). A teacher is pruned, and distilled in rounds, by minidisc (prune, models, schedule). Several
-processes work together by processes and sharding; plan says beforehand what each of them will hold.
+(formats, sources, tasks, rows, corpus, tokenizer, data), then stages, which make teacher and student (student, trainer
+on top of checkpoints; methods, objectives, capture, mixup) and judge them (evaluate, metrics, cost), and at last what
+is left to read (report, plots, card). A teacher is pruned, and distilled in rounds, by minidisc (prune, models,
+schedule). Several processes work together by processes and sharding; plan says beforehand what each of them will hold.
 Needs the packages of `pip install 'fastkd[train]'`; importing this module loads none of them.
 """
 
