@@ -16,12 +16,12 @@ from .flags import FastkdArguments
 from .parser import ABOUT, DEFAULTS, JOINED, Parser, bounded, fields_by_name, help_text, kind_of, own_parser
 
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
-# Of these flags one takes the place of the others, where a later layer gives it: the demo, a file, the command line.
-_ALTERNATIVES = (
-    ("max_steps", "num_train_epochs"),
-    ("train_file", "dataset_name", "embedded_data"),
-    ("teacher", "train_teacher"),
-)
+# Flags, and those that take their place where a later layer gives them: the demo, a file, the command line.
+_DATA = ("train_file", "dataset_name", "embedded_data")
+_REPLACED_BY = {
+    "max_steps": ("num_train_epochs",), "num_train_epochs": ("max_steps",), "teacher": ("train_teacher",),
+    "train_teacher": ("teacher",), "labelled_examples": _DATA, **dict.fromkeys(_DATA, _DATA),
+}  # fmt: skip
 _LEAST = {
     "seed": 0, "data_seed": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -150,7 +150,7 @@ def _with_files(line: Sequence[str]) -> list[str]:
         layers.insert(0, config.load("demo"))
     words = list(line)
     for path, settings in reversed(layers):
-        replaced = {name for group in _ALTERNATIVES if given.intersection(group) for name in group} - given
+        replaced = {name for name, by in _REPLACED_BY.items() if given.intersection(by)} - given
         kept = {name: said for name, said in _words(path, settings).items() if name not in replaced}
         words = [word for said in kept.values() for word in said] + words
         given |= {name for name in kept if settings[name] is not None and settings[name] is not False}

@@ -10,11 +10,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .corpus import EMBEDDED
 from .models import EncT5Config, PrunedT5Config
-from .report import Outcome, fenced, listed, table
+from .outcome import Outcome
+from .page import fenced, listed, table
 
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
-_EMBEDDED = "documentation of the standard library"  # how the facts call the embedded corpus
 
 
 def write_card(
@@ -116,6 +117,6 @@ def _limits(facts: Mapping[str, Any], task: str) -> list[str]:
     for name in ("training_chunks", "training_examples"):
         if isinstance(facts.get(name), int):
             limits.append(f"Its training data were {facts[name]:,} {name.removeprefix('training_')}.")
-    if facts.get("texts") == _EMBEDDED:
-        limits.append("It has read nothing but the documentation of Python's standard library, a small English corpus.")
+    if facts.get("texts") in EMBEDDED.values():
+        limits.append(f"It has read nothing but the {facts['texts']}, a small English corpus.")
     return limits

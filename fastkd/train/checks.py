@@ -95,6 +95,12 @@ def check(flags: FastkdArguments, args: TransformersArguments, line: Collection[
         raise InputError(f"--interpolated: {flags.method} has no teacher, so nothing comes between")
     if flags.interpolated and not flags.teacher:
         raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
+    if flags.labelled_examples and (
+        flags.streaming or flags.task == "span_corruption" or method.student_init == "prune"
+    ):
+        raise InputError(
+            "--labelled_examples needs pairs in memory: not --streaming, span_corruption or a method that prunes"
+        )
     if flags.streaming and flags.embedded_data:
         raise InputError("--streaming needs --train_file or --dataset_name: embedded data fits into memory")
     if flags.streaming and args.dataloader_num_workers > 1:

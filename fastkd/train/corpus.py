@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HELD_OUT_PERCENT = 5
+# What reports call embedded data.
+EMBEDDED = {"docs": "documentation of Python's standard library", "dates": "dates as people write them, made here"}
 MIN_CHARACTERS = 20  # shorter strings are stubs such as "See help()."
 MIN_BODY_CHARACTERS = 80  # of a text to be summarised, or there is nothing to leave out
 CLASSES = 10  # packages that texts are told apart by: fewer texts than these have teach nothing

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .arguments import TransformersArguments
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  # fastkd's, known without torch
-EMBEDDED_DATA = {"docs": ("span_corruption", "text2text", "summarization", "classification")}  # the tasks it suits
+EMBEDDED_DATA = {  # the tasks it suits
+    "docs": ("span_corruption", "text2text", "summarization", "classification"),
+    "dates": ("text2text",),
+}
 GLUE = ("sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 TASKS = ("span_corruption", "text2text", "summarization", "translation", "classification", *GLUE, "glue")
 
@@ -157,7 +160,8 @@ class DataArguments:
     train_split: str = _flag("train", "split of --dataset_name to learn from")
     eval_split: str = _flag("validation", "split of --dataset_name to evaluate on")
     embedded_data: str | None = _flag(
-        None, "needs no download: documentation of Python's standard library", tuple(EMBEDDED_DATA))
+        None, "needs no download: documentation of Python's standard library; dates as people write them, and in digits",
+        tuple(EMBEDDED_DATA))
     text_column: str | None = _flag(None, "column of the text; without it, the one that fits")
     source_column: str | None = _flag(None, "column of what the encoder reads")
     target_column: str | None = _flag(None, "column of what the decoder writes")
@@ -176,6 +180,9 @@ class DataArguments:
         None, "use at most so many, the same at random in every run, of each task and class; of a stream the first",
         above=0)
     max_eval_examples: int | None = _flag(None, "use at most so many, likewise", above=0)
+    labelled_examples: int | None = _flag(
+        None, "let a student see the targets of so many training examples alone; for the others it has what the "
+        "teacher writes, or without a teacher nothing", above=0)
     report_examples: int = _flag(8, "held-out examples whose outputs the report shows", least=0)
     cache_dir: str | None = _flag(
         None, "where tokenised data, tokenizer and trained teacher are kept for other runs; without it, cache/ beside "
@@ -206,9 +213,9 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, Data
 
     @property
     def continues_given_model(self) -> bool:
-        """Whether the student starts from the weights of a model that the user gave."""
+        """Whether the student starts from the weights of a model: one that was given, or its teacher."""
         init = chosen_method(self).student_init
-        return self.student is not None or (self.teacher is not None and init == "slice") or init == "prune"
+        return self.student is not None or init in ("slice", "prune")
 
     @property
     def grid(self) -> list[float]:

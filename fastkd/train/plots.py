@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .report import Outcome
+    from .outcome import Outcome
     from .schedule import Candidate, Round, Schedule
 
 POINTS = 400  # of a curve; a panel is about 450 pixels wide

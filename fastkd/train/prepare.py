@@ -19,7 +19,7 @@ import sentencepiece
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, default_data_collator
 
-from . import corpus
+from . import corpus, dates
 from .cache import cached
 from .data import Classes, Pairs, SpanCorruption, StreamedPairs, StreamedSpans, pack_to_arrow, pad, tokenize_pairs
 from .errors import InputError
@@ -229,7 +229,7 @@ def _digest(flags: FastkdArguments, cache: Path, where: str, is_stream: bool) ->
     """Return a fingerprint of data that a flag names: of what nobody has the time to read twice, sizes and times."""
     task = TASKS[flags.task]
     if where == flags.embedded_data:
-        return [where, corpus.fingerprint()]
+        return [where, (dates if where == "dates" else corpus).fingerprint()]
     if where == flags.dataset_name and not Path(where).is_dir():
         configs = task.parts or ((task.name,) if is_glue(task) else (flags.dataset_config,))
         return [where, *(hub_revision(where, config, cache_dir=cache) for config in configs)]
@@ -270,7 +270,7 @@ def _parts(flags: FastkdArguments, cache: Path, origin: _Origin, streaming: bool
     """Return the rows of an origin as they are, with the tasks they are for."""
     task = TASKS[flags.task]
     if origin.flag is None:
-        rows: Any = _embedded(task)
+        rows: Any = _embedded(origin.where, task)
     elif task.parts or (is_glue(task) and (origin.flag == "dataset_name" or has_splits(origin.where))):
         return glue_parts(task, origin.where, origin.split, cache_dir=cache)
     elif origin.flag == "dataset_name":
@@ -280,8 +280,10 @@ def _parts(flags: FastkdArguments, cache: Path, origin: _Origin, streaming: bool
     return [(task, task.name, rows)]
 
 
-def _embedded(task: Task) -> datasets.Dataset:
-    """Return the embedded corpus as rows that suit the task."""
+def _embedded(name: str, task: Task) -> datasets.Dataset:
+    """Return embedded data as rows that suit the task."""
+    if name == "dates":
+        return datasets.Dataset.from_list([{"source": text, "target": digits} for text, digits in dates.date_pairs()])
     files = tqdm(corpus.source_files(), desc="reading the standard library", unit="file")
     if task.name == "span_corruption":
         rows = [{"text": text} for text in corpus.embedded_corpus(files)]

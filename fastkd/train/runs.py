@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 import fastkd
 
 from . import minidisc, report
-from .arguments import TransformersArguments
+from .arguments import EMBEDDING_FACTOR, TransformersArguments
 from .cache import copy_folder, replace_folder
 from .card import write_card
 from .checkpoints import last_checkpoint
+from .corpus import EMBEDDED
 from .errors import InputError, writing
 from .flags import FastkdArguments, chosen_method
 from .folders import DEMO, cache_folder, check_outside, is_last, is_used, output_folder, resumed, running, write_json
@@ -28,10 +29,10 @@ from .identity import RECORD, check_same_run, examples_per_step, identity
 from .loading import load_config, load_model
 from .methods import METHODS, Method
 from .metrics import signatures
+from .outcome import Outcome
 from .prepare import Data, heading
 from .processes import be_patient, by_first
 from .prune import order_of
-from .report import Outcome
 from .schedule import Schedule
 from .stages import (
     Given,
@@ -214,11 +215,11 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
 
 
 def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
-    """Distil a student and train the same one from scratch; write both, the teacher and a report to output_dir.
+    """Distil a student and train the same one without its teacher; write all, the teacher and a report to output_dir.
 
-    Both students see the same data in the same order for as many steps, and start from the same weights, unless the
-    distilled one is sliced from its teacher. Another demo in the same folder reuses corpus, tokenizer and teacher from
-    the cache, and replaces the students.
+    All students take as many steps. Those without a teacher learn from labels: one from scratch and, if the distilled
+    one is sliced from its teacher, one that is too, so that what the start gives and what the loss gives can be told
+    apart. Another demo in the same folder reuses data and teacher from the cache, and replaces the students.
     Raises InputError before anything is written if output_dir holds files that no demo made.
     """
     if args.resume_from_checkpoint:
@@ -235,16 +236,42 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     outcomes, config = [teacher.outcome], flags.config_text(args)
     if Path(teacher.source).is_dir():
         copy_folder(Path(teacher.source), out / "teacher")
-    for name, folder, objective in (("scratch", "scratch", METHODS["scratch"]), (flags.method, "student", method)):
-        trainer, outcome = train_student(flags, args, data, name, objective, teacher, run.given)
+    arms = {"scratch": METHODS["scratch"], flags.method: method}
+    if method.student_init == "slice" and run.given.student is None:
+        start = replace(METHODS["scratch"], student_init="slice", summary="cross-entropy, from a slice of the teacher")
+        arms = {"scratch": METHODS["scratch"], "sliced start": start, flags.method: method}
+    for name, objective in arms.items():
+        own = flags
+        if objective.student_init == "random" and run.given.student is None:
+            rate = flags.embedding_learning_rate or EMBEDDING_FACTOR * args.learning_rate
+            own = replace(flags, embedding_learning_rate=rate)
+        trainer, outcome = train_student(own, args, data, name, objective, teacher, run.given)
         outcomes.append(outcome)
-        facts = _trainers_facts(run, trainer, name)
+        facts = _trainers_facts(replace(run, flags=own), trainer, name)
         compared = outcomes if objective.needs_teacher else [outcome]
-        replace_folder(out / folder, _saver(trainer, flags, objective, facts, compared, config))
-    _report(out, flags, data, outcomes, facts, config, _notes(method))
-    print("\n".join(["", report.table(outcomes), "", report.verdict(outcomes), *_notes(method)]))
-    seconds = time.perf_counter() - run.started
-    print(f"Teacher, student, report.html, report.md and metrics.json in {out} ({seconds:.0f} s)")
+        folder = out / ("student" if objective is method else name.replace(" ", "-"))
+        replace_folder(folder, _saver(trainer, flags, objective, facts, compared, config))
+    lead = _compared(flags, data, outcomes)
+    shown = _report(out, flags, data, outcomes, facts, config, _notes(method), lead=[lead])
+    print("\n".join(["", lead, "", report.at_a_glance(outcomes, shown), "", report.verdict(outcomes)]))
+    print(f"More in report.html; models in {out} ({time.perf_counter() - run.started:.0f} s)")
+
+
+def _compared(flags: FastkdArguments, data: Data, outcomes: Sequence[Outcome]) -> str:
+    """Return what the demo compares, in words for those who do not know it."""
+    teacher, *others, student = outcomes
+    starts = {"scratch": "scratch (random first weights)", "sliced start": "sliced start (a slice of the teacher's)"}
+    alone = " and ".join(starts[o.name] for o in others)
+    labels, answers = "labels alone", ""
+    if flags.labelled_examples:
+        labels = f"{flags.labelled_examples:,} labelled examples alone"
+        answers = " its answers to the other examples,"
+    return (
+        f"The teacher has {teacher.parameters / 1e6:.2f} million parameters and has learned {flags.task} from all "
+        f"{len(data.train):,} training examples: {_texts(flags)}. The students, {student.parameters / 1e6:.2f} million "
+        f"each, take {student.steps} steps. {alone} learn from {labels}; {student.name} has the teacher, too:{answers} "
+        "its distributions and what else the method compares."
+    )
 
 
 def _saver(trainer: DistillTrainer, *description: Any) -> Callable[[Path], None]:
@@ -297,10 +324,13 @@ def _report(
     config: str,
     notes: list[str],
     schedule: Schedule | None = None,
-) -> None:
+    lead: Sequence[str] = (),
+) -> list[report.Example]:
+    """Write the report; return the examples that it shows."""
     shown = data.held_out_rows.take(min(flags.report_examples, len(data.held_out_rows)))
     examples = list(zip(shown["source"], shown["target"], strict=True))
-    report.write(out, outcomes, facts, notes, examples=examples, config=config, schedule=schedule)
+    report.write(out, outcomes, facts, notes, lead=lead, examples=examples, config=config, schedule=schedule)
+    return examples
 
 
 def _notes(method: Method) -> list[str]:
@@ -318,6 +348,11 @@ def _notes(method: Method) -> list[str]:
             "The distilled student started from a slice of its teacher; a student from scratch starts at random."
         )
     return notes
+
+
+def _texts(flags: FastkdArguments) -> str:
+    """Return what to call the data."""
+    return flags.train_file or flags.dataset_name or EMBEDDED[str(flags.embedded_data)]
 
 
 _PREFIXES = {"summarization": "summarize: ", "translation": "translate .+? to .+?: "}
@@ -358,7 +393,7 @@ def _facts(run: _Run, method: Method, student: Any, teacher: Any, name: str) -> 
     dtype = str(teacher.dtype).removeprefix("torch.") if own else flags.teacher_dtype
     used = {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": dtype}
     mixed = {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
-    given, prefix = flags.train_file or flags.dataset_name, _source_prefix(flags, data)
+    prefix = _source_prefix(flags, data)
     return {
         "method": name,
         "loss": method.formula,
@@ -371,7 +406,7 @@ def _facts(run: _Run, method: Method, student: Any, teacher: Any, name: str) -> 
         **(used if method.needs_teacher else {}),
         **({"student": flags.student} if flags.student else {"student_init": method.student_init}),
         "task": flags.task,
-        "texts": given or "documentation of the standard library",
+        "texts": _texts(flags),
         **({"dataset_config": flags.dataset_config} if flags.dataset_config else {}),
         **data.facts,
         **({"tokens_per_chunk": flags.sequence_length} if flags.task == "span_corruption" else {}),

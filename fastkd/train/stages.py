@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from transformers import Trainer, get_scheduler
@@ -23,18 +24,19 @@ from . import cost
 from .arguments import EMBEDDING_FACTOR, TransformersArguments
 from .cache import cached
 from .capture import is_enct5
+from .data import Classes, Pairs
 from .errors import InputError
 from .evaluate import classify, generate
 from .flags import FastkdArguments, chosen_method
 from .guards import check_arguments
-from .identity import digest, recipe
+from .identity import digest, examples_per_step, recipe
 from .loading import load_config, load_model, load_tokenizer, load_weights, unsharded
 from .methods import METHODS, Method
 from .metrics import score_rows
 from .models import enct5_config, enct5_from
+from .outcome import Outcome
 from .prepare import VERSION, Data, get_data, heading, with_classes
 from .processes import count, is_first
-from .report import Outcome
 from .student import is_tied, new_model, slice_teacher, smaller_config, student_config, t5_config
 from .tokenizer import fingerprint, padded_size, special_tokens
 from .trainer import DistillTrainer
@@ -307,6 +309,8 @@ def train_student(
     But the first weights are only a slice of the teacher for a method that starts so: the baseline is from scratch.
     """
     heading(f"Student: {name} ({method.summary})")
+    if flags.labelled_examples:
+        data = _labelled(flags, args, data, teacher if method.needs_teacher else None)
     student = copy.deepcopy(given.student)  # another student of the same run starts from it too
     if student is not None and data.classes and not is_enct5(student.config):
         student = enct5_from(student, data.classes)
@@ -327,6 +331,25 @@ def end_reports(trainer: DistillTrainer) -> None:
     for name in trainer.args.report_to or ():
         if name in ("wandb", "trackio", "swanlab") and is_first():
             importlib.import_module(name).finish()
+
+
+def _labelled(flags: FastkdArguments, args: TransformersArguments, data: Data, teacher: Teacher | None) -> Data:
+    """Return the data as a student learns it: with the targets of `--labelled_examples`, drawn by the seed.
+
+    Those of the others are what the teacher writes (sequence-level distillation, Kim and Rush, 2016), as many as the
+    run reads; without a teacher there are no others.
+    """
+    rows = data.train.rows.shuffle(seed=data_seed(args))
+    known = rows.take(min(flags.labelled_examples or 0, len(rows)))
+    if teacher and len(known) < len(rows):
+        others = rows.skip(len(known))
+        if args.max_steps > 0:
+            others = others.take(min(args.max_steps * examples_per_step(args), len(others)))
+        texts = _written(teacher.model, args, data, others["input_ids"], "the teacher's answers")
+        labels = data.tokenizer(text_target=texts)["input_ids"]
+        answers = datasets.Dataset.from_dict({**others.to_dict(), "target": texts, "labels": labels}, rows.features)
+        known = datasets.concatenate_datasets([known, answers])
+    return dataclasses.replace(data, train=Classes(known, data.classes) if data.classes else Pairs(known))
 
 
 def new_student(flags: FastkdArguments, data: Data, teacher: Any, seed: int) -> Any:
@@ -395,21 +418,19 @@ def decoding(args: TransformersArguments, data: Data) -> dict[str, Any]:
 def score(model: Any, args: TransformersArguments, data: Data, title: str | None) -> tuple[dict[str, float], list[str]]:
     """Return (the task's figures, outputs) of what a model writes for all held-out examples; no figures for texts."""
     rows = data.held_out_rows
+    outputs = _written(model, args, data, rows["input_ids"], title)
     is_text = data.task.name == "span_corruption"
+    return {} if is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
+
+
+def _written(model: Any, args: TransformersArguments, data: Data, sources: Any, title: str | None) -> list[str]:
+    """Return what a model writes for sources, token ids."""
     common: Any = {"batch_size": args.per_device_eval_batch_size, "title": title}
     if data.classes:
-        outputs = classify(model, data.tokenizer, rows["input_ids"], **common)
-    else:
-        special = set(special_tokens(data.tokenizer).values())
-        outputs = generate(
-            model,
-            data.tokenizer,
-            rows["input_ids"],
-            **decoding(args, data),
-            kept=special if is_text else special.intersection(chain.from_iterable(rows["labels"])),
-            **common,
-        )
-    return {} if is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
+        return classify(model, data.tokenizer, sources, **common)
+    special, is_text = set(special_tokens(data.tokenizer).values()), data.task.name == "span_corruption"
+    kept = special if is_text else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
+    return generate(model, data.tokenizer, sources, kept=kept, **decoding(args, data), **common)
 
 
 def judge(

@@ -54,7 +54,8 @@ def test_demo_twice(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixtu
     metrics = json.loads((out / "metrics.json").read_text())
     assert [m["name"] for m in metrics["models"]] == ["teacher", "scratch", metrics["run"]["method"]]
     for model in metrics["models"]:
-        assert f"{model['loss']:.4f}" in printed and f"{model['loss']:.4f}" in (out / "report.md").read_text()
+        assert f"| {100 * model['token_accuracy']:.1f} %" in printed
+        assert f"{model['loss']:.4f}" in (out / "report.md").read_text()
         assert model["steps"] == 4 and model["seconds_per_step"] > 0
     for picture in ("loss_curves.png", "term_curves.png"):
         assert (out / picture).read_bytes()[:4] == b"\x89PNG" and picture in (out / "report.md").read_text()

@@ -22,13 +22,14 @@ import pytest
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
+from fastkd.train import page as pages
 from fastkd.train import plots, report
 from fastkd.train.card import write_card
 from fastkd.train.cost import Cost
 from fastkd.train.errors import InputError
 from fastkd.train.models import enct5_from, parts
+from fastkd.train.outcome import Outcome
 from fastkd.train.prune import sliced
-from fastkd.train.report import Outcome
 from fastkd.train.schedule import Candidate, Round, Schedule, Trial
 
 NASTY = "<script>alert('x')</script> & \"q\" ```` | \u2028 \x00 \ud800 %}{{ 7*7 }}\nreference: forged"
@@ -96,9 +97,8 @@ class Page(HTMLParser):
     def said_in(self, tag: str) -> list[str]:
         return [text for name, text in self.texts if name == tag]
 
-    def column(self, title: str) -> tuple[list[str], list[bool]]:
-        index = [text for text, _ in self.rows[0]].index(title)
-        cells = [row[index] for row in self.rows[1:] if len(row) == len(self.rows[0])]
+    def figure(self, title: str) -> tuple[list[str], list[bool]]:
+        cells = next(row for row in self.rows if row[0][0] == title)[1:]
         return [text for text, _ in cells], [best for _, best in cells]
 
 
@@ -165,29 +165,29 @@ def test_outcomes_of_before() -> None:
 def test_table_written_out() -> None:
     given = Outcome("teacher", 2_900_000, 0, None, math.nan, 0.5, [])
     other = replace(SCRATCH, name="a|b", metrics={"bleu": 12.346})
-    assert report.table([given, other]) == (
-        "| model   | parameters (M) | GFLOPs | steps | s/step | held-out loss (nats/token) | token accuracy (%) "
-        "| bleu (%) |\n"
-        "|---------|----------------|--------|-------|--------|----------------------------|--------------------"
-        "|----------|\n"
-        "| teacher | 2.90           | -      | -     | -      | nan                        | 50.00              "
-        "| -        |\n"
-        "| a\\|b    | 0.50           | 0.030  | 500   | 0.050  | 4.8200                     | 29.00              "
-        "| 12.35    |"
+    assert pages.table([given, other]) == (
+        "| model   | parameters (M) | bleu (%) | token accuracy (%) | held-out loss (nats/token) | steps | s/step "
+        "| GFLOPs |\n"
+        "|---------|----------------|----------|--------------------|----------------------------|-------|--------"
+        "|--------|\n"
+        "| teacher | 2.90           | -        | 50.00              | nan                        | -     | -      "
+        "| -      |\n"
+        "| a\\|b    | 0.50           | 12.35    | 29.00              | 4.8200                     | 500   | 0.050  "
+        "| 0.030  |"
     )
 
 
 def test_columns_that_no_model_has() -> None:
     bare = Outcome("teacher", 1, 0, None, 1.0, 0.5, [], cost=Cost(latency_ms=1.0))
-    header = [cell.strip() for cell in report.table([bare]).splitlines()[0].strip("|").split("|")]
-    assert header == ["model", "parameters (M)", "held-out loss (nats/token)", "token accuracy (%)", "latency (ms)"]
+    header = [cell.strip() for cell in pages.table([bare]).splitlines()[0].strip("|").split("|")]
+    assert header == ["model", "parameters (M)", "token accuracy (%)", "held-out loss (nats/token)", "latency (ms)"]
 
 
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     models = [teacher(loss=math.nan), SCRATCH, student(token_accuracy=0.31, seconds_per_step=None)]
     report.write(tmp_path, models, {})
     page = Page(tmp_path / "report.html")
-    assert page.rows[0][0][0] == "model" and len(page.rows[0]) == 10
+    assert [text for text, _ in page.rows[0]] == ["", "teacher", "scratch", "kd"] and len(page.rows) == 10
     for title, expected in {
         "parameters (M)": [False, True, True],  # equal ones are both the best
         "GFLOPs": [False, True, True],
@@ -199,21 +199,40 @@ def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
         "latency (ms)": [False, False, False],
         "peak memory (MiB)": [False, False, True],
     }.items():
-        assert page.column(title)[1] == expected, title
-    assert page.column("held-out loss (nats/token)")[0] == ["nan", "4.8200", "4.7500"]
+        assert page.figure(title)[1] == expected, title
+    assert page.figure("held-out loss (nats/token)")[0] == ["nan", "4.8200", "4.7500"]
 
     report.write(tmp_path, [student(), student()], {})
     assert not any(best for row in Page(tmp_path / "report.html").rows for _, best in row)
 
 
 def test_verdict_points_whichever_way() -> None:
-    better = student(metrics={"rouge1": 25.5, "bleu": 3.0})
-    assert report.verdict([teacher(), SCRATCH, better]) == (
-        "kd against scratch after 500 steps each: held-out loss -0.0700 nats per token (better), token accuracy +0.50 "
-        "points, rouge1 -0.50."
+    better = student(metrics={"exact_match": 25.5, "bleu": 3.0})
+    others = [teacher(metrics={"exact_match": 30.0}), replace(SCRATCH, metrics={"exact_match": 1.25})]
+    assert report.verdict([*others, better]) == (
+        "Held-out exact match of kd: 25.5 %, +24.2 points against scratch (1.2 %), -4.5 points against teacher "
+        "(30.0 %, 5.8 times as large)."
     )
-    assert "+0.1800 nats per token (not better)" in report.verdict([SCRATCH, student(loss=5.0)])
-    assert "(not better)" in report.verdict([SCRATCH, student(loss=math.nan)])
+    assert report.verdict([SCRATCH, student(metrics={}, token_accuracy=0.25)]) == (
+        "Held-out token accuracy of kd: 25.0 %, -4.0 points against scratch (29.0 %)."
+    )
+    assert "nan points" in report.verdict([SCRATCH, student(metrics={"rouge1": math.nan})])
+
+
+def test_at_a_glance() -> None:
+    """Size, figure and answer of each: what the demo ends with."""
+    said = report.at_a_glance(
+        [teacher(), replace(SCRATCH, outputs=["x" * 99]), student()], [("a  source", "words"), ("b", "c")]
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()]
+    assert rows[0] == ["", "parameters", "rouge1", "answer to: a source"]
+    assert rows[2:] == [
+        ["teacher", "2.90 M", "30.0 %", "its"],
+        ["scratch", "0.50 M", "26.0 %", "x" * 60 + " ..."],
+        ["kd", "0.50 M", "26.0 %", "mine"],
+        ["right answer", "", "", "words"],
+    ]
+    assert "answer" not in report.at_a_glance([teacher(outputs=[])], [])
 
 
 # A run's report
@@ -222,7 +241,8 @@ def test_verdict_points_whichever_way() -> None:
 def test_a_report_holds_everything(tmp_path: Path) -> None:
     outcomes = [teacher(), SCRATCH, student()]
     examples, config = [("long " * 300, "its summary"), ("source", "the <b>reference</b>")], "a: 1\nb: '```'\n"
-    report.write(tmp_path, outcomes, FACTS | {"path": tmp_path}, ["A note."], examples=examples, config=config)
+    facts = FACTS | {"path": tmp_path}
+    report.write(tmp_path, outcomes, facts, ["A note."], lead=["What."], examples=examples, config=config)
     names = {"metrics.json", "report.md", "report.html", "loss_curves.png", "term_curves.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -234,14 +254,18 @@ def test_a_report_holds_everything(tmp_path: Path) -> None:
 
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     for part in (
-        report.table(outcomes), report.verdict(outcomes), "A note.", "](loss_curves.png)", "](term_curves.png)",
+        "What.", pages.table(outcomes), report.verdict(outcomes), "A note.", "](loss_curves.png)", "](term_curves.png)",
         "- seed: 1", "reference: its summary\nteacher: its\nkd: mine\n", "````yaml\na: 1\nb: '```'\n````",
     ):  # fmt: skip
         assert part in markdown, part
     sample = next(line for line in markdown.splitlines() if line.startswith("source: long"))
     assert len(sample) < 700 and sample.endswith(" ...")
 
+    order = ["What.", report.verdict(outcomes), pages.table(outcomes), "## Examples", "](loss_curves.png)", "## Facts"]
+    assert sorted(order, key=markdown.index) == order
+
     page = Page(tmp_path / "report.html")
+    assert page.said_in("p")[:2] == ["What.", report.verdict(outcomes)]
     texts = [text for _, text in page.texts]
     for part in (report.verdict(outcomes), "A note.", config, "long " * 300, "the <b>reference</b>", NASTY[:30]):
         assert any(part in text for text in texts), part
@@ -276,13 +300,13 @@ def test_nasty_texts_stay_texts(tmp_path: Path) -> None:
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "b"})
     shown = NASTY.replace("\ud800", "\\ud800")
     assert page.said_in("dd") == [shown, shown, shown, "a", "b", "(nothing)"] and page.said_in("pre") == [shown]
-    assert page.rows[1][0][0] == shown
+    assert page.rows[0][1][0] == shown
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
-    samples = markdown.split("## Samples")[1].split("## Configuration")[0]
+    samples = markdown.split("## Examples")[1].split("## Configuration")[0]
     assert [line.split(":")[0] for line in samples.splitlines() if line.startswith("reference")] == ["reference"] * 2
     fences = re.findall(r"^`{3,}", markdown, re.MULTILINE)
     assert fences == ["`````"] * 6  # longer than any run inside
-    assert len(report.table([student(name="a\nb")]).splitlines()) == 3
+    assert len(pages.table([student(name="a\nb")]).splitlines()) == 3
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:
@@ -409,7 +433,8 @@ def report_of(folder: Path, schedule: Schedule) -> tuple[str, list[list[str]], l
     page = Page(folder / "report.html")
     rows = [[text for text, _ in row] for row in page.rows]
     start = next(i for i, row in enumerate(rows) if row[0] == "round")
-    return (folder / "report.md").read_text(encoding="utf-8").split("## Schedule\n")[1], rows[start:], page.said_in("p")
+    markdown = (folder / "report.md").read_text(encoding="utf-8").split("## Schedule\n")[1]
+    return markdown, rows[start:], page.said_in("p")[1:]  # the first is the verdict
 
 
 def test_a_schedule_is_reported(tmp_path: Path) -> None:
@@ -611,7 +636,7 @@ def test_comparison_of_three_runs(make_run: Callable[..., Path], tmp_path: Path)
 
     markdown, page = (out / "comparison.md").read_text(), Page(out / "comparison.html")
     assert table in markdown and "](comparison.png)" in markdown
-    differences = [[text for text, _ in row] for row in page.rows[6:]]
+    differences = [[text for text, _ in row] for row in page.rows][-4:]
     expected = [["method", "kd", "kd", "mlmkd"], ["seed", "1", "2", "1"], ["extra", "-", "True", "-"]]
     assert differences == [["", "a/run", "b/run", "c"], *expected]
     assert all(re.search(r"\| *".join(map(re.escape, ["", row[0]])), markdown) for row in expected)
@@ -637,7 +662,7 @@ def test_runs_with_a_schedule_are_compared(tmp_path: Path) -> None:
     table = report.compare([tmp_path / "minidisc", tmp_path / "kd"], tmp_path / "out")
     assert [line.split()[1] for line in table.splitlines()[2:]] == ["teacher", "minidisc", "kd"]
     page = Page(tmp_path / "out" / "comparison.html")
-    assert [[text for text, _ in row] for row in page.rows[4:]] == [
+    assert [[text for text, _ in row] for row in page.rows][-2:] == [
         ["", "minidisc", "kd"],
         ["method", "minidisc", "kd"],
     ]
@@ -658,7 +683,7 @@ def test_odd_folders(make_run: Callable[..., Path], tmp_path: Path, monkeypatch:
     table = report.compare([Path("."), tmp_path / "_$x^{$<b>|"], Path("here"))
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["teacher", "run", "_$x^{$<b>\\"]
     page = Page(tmp_path / "y" / "run" / "here" / "comparison.html")
-    assert "_$x^{$<b>|" in [row[0][0] for row in page.rows] and "b" not in {tag for tag, _ in page.tags}
+    assert "_$x^{$<b>|" in [text for text, _ in page.rows[0]] and "b" not in {tag for tag, _ in page.tags}
 
 
 def test_folders_that_cannot_be_compared(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -720,7 +745,7 @@ def test_a_card_is_read_back(tmp_path: Path) -> None:
         "metrics": ["rouge1"],
     }
     for part in (
-        "from `google/t5-v1_1-base` by fastkd's method `kd`: both.", report.table([teacher(), student()]),
+        "from `google/t5-v1_1-base` by fastkd's method `kd`: both.", pages.table([teacher(), student()]),
         "'summarize: your text'", "12,345 examples", "\n- Mind.\n", "- seed: 1\n- torch: 2.13\n", "```yaml\na: 1\n```",
         "one task, summarization",
     ):  # fmt: skip
@@ -741,7 +766,7 @@ def test_only_hub_names_become_base_models(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_limits_are_those_that_hold(tmp_path: Path) -> None:
-    facts = {"texts": "documentation of the standard library", "training_chunks": 2000}
+    facts = {"texts": "documentation of Python's standard library", "training_chunks": 2000}
     card = make_card(tmp_path, facts=facts, task="span_corruption")
     for part in ("2,000 chunks", "documentation of Python's standard library", "fill in spans"):
         assert part in card.text, part

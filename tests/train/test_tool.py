@@ -149,7 +149,7 @@ def test_a_demo_of_every_embedded_task(
     if task == "span_corruption":
         assert all("<extra_id_0>" in example["source"] for example in metrics["examples"])
         assert all(example["target"].startswith("<extra_id_0>") for example in metrics["examples"])
-    assert metrics["run"]["texts"] == "documentation of the standard library" and metrics["run"]["task"] == task
+    assert metrics["run"]["texts"] == "documentation of Python's standard library" and metrics["run"]["task"] == task
     for folder in ("scratch", "student"):
         card = ModelCard.load(out / folder / "README.md")
         assert card.data.library_name == "transformers" and "distillation" in card.data.tags

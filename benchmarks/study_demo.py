@@ -1,0 +1,112 @@
+"""What the demo compares, over several seeds: what the start from a slice of the teacher gives, what the teacher adds.
+
+    python benchmarks/study_demo.py --folder runs/study --out benchmarks/results/demo.json
+
+Every seed has first weights, an order and labelled examples of its own; the teacher is one for all. Beside the demo's
+students stands one that learns from the teacher's answers as from labels, without a loss between the two models.
+FOLDER/students.jsonl gets a line for each student of each seed, and another call goes on where this one was cut off.
+Printed is the table of README: held-out exact match in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from report import machine
+
+from fastkd.train import cli
+
+ANSWERS = "teacher's answers as labels"
+# A method without a teacher has no answers either: the losses between the models stay, weighted by next to nothing.
+RUNS = {"demo": ["--demo"], "answers": ["--config", "demo", "--weights", "logit_kl=1e-9,hidden_cka=1e-9"]}
+STUDENTS = {
+    "scratch": "scratch: random start, 200 labels",
+    "sliced start": "sliced start: the same labels",
+    ANSWERS: "sliced start, teacher's answers as further labels",
+    "hsm-cka": "distilled: sliced start, answers, and the losses of `hsm-cka`",
+}
+LEAST_GAIN = 20  # points ahead of scratch, in the mean
+
+
+def run(name: str, seed: int, folder: Path, teacher: Path | None) -> list[dict[str, Any]]:
+    """Run the demo, or its companion, with one seed; return a record of each model."""
+    out = folder / f"{name}-{seed}"
+    flags = [*RUNS[name], "--seed", str(seed), "--output_dir", str(out), "--cache_dir", str(folder / "cache")]
+    flags += ["--disable_tqdm", "true", "--eval_strategy", "no"]
+    flags += ["--teacher", str(teacher)] if teacher else []
+    flags += ["--overwrite_output_dir"] if name != "demo" else []
+    if cli.main(flags):
+        raise SystemExit(f"study_demo: {' '.join(flags)} failed")
+    models = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["models"]
+    names = [ANSWERS if name == "answers" and model["name"] != "teacher" else model["name"] for model in models]
+    return [
+        {
+            "run": name,
+            "seed": seed,
+            "student": called,
+            "exact_match": model["metrics"]["exact_match"],
+            **{key: model[key] for key in ("parameters", "steps", "seconds_per_step", "token_accuracy", "loss")},
+        }
+        for called, model in zip(names, models, strict=True)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, print the table; return 0 if distillation is ahead of scratch as it must be, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--teacher", type=Path, help="that of a demo before; without it, that of the first seed's demo")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs and their records stay")
+    parser.add_argument("--out", type=Path, help="JSON file of what was measured")
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    lines = args.folder / "students.jsonl"
+    records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+    done = {(record["run"], record["seed"]) for record in records}
+    for seed, name in [(seed, name) for seed in range(1, args.seeds + 1) for name in RUNS]:
+        if (name, seed) not in done:
+            own = None if (name, seed) == ("demo", 1) else args.folder / "demo-1" / "teacher"
+            records += (new := run(name, seed, args.folder, args.teacher or own))
+            with lines.open("a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in new))
+    return tell(records, args.out)
+
+
+def tell(records: list[dict[str, Any]], out: Path | None) -> int:
+    """Print the table and whether the gain is as it must be; write both to the file that was asked for."""
+    scores = {name: {r["seed"]: r["exact_match"] for r in records if r["student"] == name} for name in STUDENTS}
+    size = {record["student"]: record["parameters"] / 1e6 for record in records}
+    teacher = next(record for record in records if record["student"] == "teacher")
+    print(f"\n| | parameters | exact match (%) | against the sliced start | ahead of scratch |\n|---|{'---:|' * 4}")
+    print(f"| teacher | {size['teacher']:.2f} M | {teacher['exact_match']:.1f} | | |")
+    for name, title in STUDENTS.items():
+        own = scores[name]
+        mean, deviation = statistics.mean(own.values()), statistics.stdev(own.values()) if len(own) > 1 else 0.0
+        start, ahead = _gains(own, scores["sliced start"]), _gains(own, scores["scratch"])
+        wins = f"{sum(gain > 0 for gain in ahead)} of {len(ahead)}"
+        print(
+            f"| {title} | {size[name]:.2f} M | {mean:.1f} +- {deviation:.1f} | "
+            f"{'' if name == 'sliced start' else f'{statistics.mean(start):+.1f}'} | "
+            f"{'' if name == 'scratch' else wins} |"
+        )
+    gains = _gains(scores["hsm-cka"], scores["scratch"])
+    is_met = min(gains) > 0 and statistics.mean(gains) >= LEAST_GAIN
+    print(f"\nahead of scratch by {statistics.mean(gains):.1f} points: {'met' if is_met else 'NOT MET'}")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": machine(), "students": records}, indent=1) + "\n", encoding="utf-8")
+    return 0 if is_met else 1
+
+
+def _gains(own: dict[int, float], others: dict[int, float]) -> list[float]:
+    return [own[seed] - others[seed] for seed in sorted(own.keys() & others.keys())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
