@@ -160,7 +160,7 @@ class DataArguments:
     train_split: str = _flag("train", "split of --dataset_name to learn from")
     eval_split: str = _flag("validation", "split of --dataset_name to evaluate on")
     embedded_data: str | None = _flag(
-        None, "needs no download: documentation of Python's standard library; dates as people write them, and in digits",
+        None, "needs no download: documentation of Python's standard library; dates in words into digits",
         tuple(EMBEDDED_DATA))
     text_column: str | None = _flag(None, "column of the text; without it, the one that fits")
     source_column: str | None = _flag(None, "column of what the encoder reads")
