@@ -19,8 +19,8 @@ _REQUIRED = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run fastkd-train and return its exit code; every code but 0 comes with one line on stderr.
 
-    0; 1 if the run cannot go on (a full disk, a loss that is no number); 2 for bad input; 130 and 143 if SIGINT or
-    SIGTERM stopped it.
+    0; 1 if the run cannot go on (a full disk, a loss that is no number); 2 for bad input; 129, 130 and 143 if
+    SIGHUP, SIGINT or SIGTERM stopped it.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if _tells(words):  # what takes no packages, and no time

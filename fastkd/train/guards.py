@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +17,8 @@ from transformers.trainer_utils import SaveStrategy
 from .checkpoints import last_checkpoint
 from .errors import InputError, RunError
 from .processes import count, of_all, patient_group
+
+_HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 def check_arguments(args: Any) -> None:
@@ -33,8 +37,9 @@ def check_arguments(args: Any) -> None:
 
 
 class Signals:
-    """Keeps the first SIGINT or SIGTERM that comes while a `with` lasts; another one ends the process at once.
+    """Keeps the first SIGINT, SIGTERM or SIGHUP that comes while a `with` lasts; another one ends the process at once.
 
+    But for SIGHUP, which shell and kernel may both send when a terminal goes, and what is printed with it.
     Only the main thread may handle signals; in others, and for signals that the process was started to ignore,
     nothing changes.
     """
@@ -46,7 +51,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self.received = 0
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in filter(None, (signal.SIGINT, signal.SIGTERM, _HANGUP)):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._keep)
         return self
@@ -57,11 +62,15 @@ class Signals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _keep(self, number: int, frame: Any) -> None:
-        if self.received and number == signal.SIGINT:
+        if number == _HANGUP:
+            for stream in (sys.stdout, sys.stderr):
+                if stream.isatty():  # and may be gone: writing there would fail
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        elif self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received:
+        elif self.received:
             raise SystemExit(128 + number)
-        self.received = number
+        self.received = self.received or number
 
 
 class StopOnSignal(TrainerCallback):

@@ -29,8 +29,8 @@ _WINDOW = "log_window_{}.pt"  # of one process, in a checkpoint
 class CheckpointingTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer whose checkpoints are whole, whose signals save, and which stops at numbers that are not finite.
 
-    `train` raises Interrupted after SIGINT or SIGTERM: the step under way is finished, logged and evaluated as it
-    would be anyway, and saved, unless `save_strategy` is "no". Raises RunError if the disk is full or read-only, if
+    `train` raises Interrupted after one of `guards.Signals`: the step under way is finished, logged and evaluated as
+    it would be anyway, and saved, unless `save_strategy` is "no". Raises RunError if the disk is full or read-only, if
     memory is short, and if a loss term, a gradient or a weight is not finite: on a CPU before the weights move, on
     other devices, where looking would make every step wait, at the next log entry and before anything is saved.
     Subclasses give their numbers to `_non_finite`, and those of the log to `_window`; what else they keep in a

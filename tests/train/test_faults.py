@@ -175,6 +175,7 @@ SIGNALLED = [*ACCUMULATE, "--logging_steps", "4", "--eval_steps", "5", "--save_s
     ("number", "event", "step"),
     [
         (signal.SIGTERM, "on_step_begin", 3),  # during a step
+        (signal.SIGHUP, "on_step_begin", 4),  # as when a connection breaks
         (signal.SIGINT, "on_step_begin", 7),  # after a checkpoint, and between two log entries
         (signal.SIGINT, "on_evaluate", 5),  # during an evaluation: it is not repeated
         (signal.SIGTERM, "on_save", 6),  # during a checkpoint: it is enough
@@ -186,13 +187,13 @@ SIGNALLED = [*ACCUMULATE, "--logging_steps", "4", "--eval_steps", "5", "--save_s
 def test_signals_save_and_the_resumed_run_ends_as_the_uninterrupted_one(
     number: signal.Signals, event: str, step: int, make: Any, tmp_path: Path
 ) -> None:
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     first = make("parts", SIGNALLED)
     first.add_callback(At(event, step, lambda: signal.raise_signal(number)))
     with pytest.raises(Interrupted, match=f"interrupted at step {step}, saved in .*checkpoint-{step}; --resume_") as e:
         first.train()
     assert e.value.exit_code == 128 + number
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert last_checkpoint(tmp_path / "parts") == tmp_path / "parts" / f"checkpoint-{step}"
     second = make("parts", SIGNALLED)
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{step}"))
