@@ -22,15 +22,28 @@ __all__ = [
     "TokenArguments",
     "average",
     "check_choice",
+    "check_constant",
     "check_mask",
     "check_normalizer",
     "check_number",
     "check_same_device",
     "check_tensor",
     "is_finite",
+    "numbers",
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+def numbers(*values: float) -> Tensor:
+    """Numbers [n] float64 as ops take them, on the CPU.
+
+    As floats they would be constants to torch.compile, which would make a graph for every value of a schedule.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in values])
 
 
 @dataclass(frozen=True)
@@ -50,15 +63,14 @@ class Objective:
         check_number("kd_weight", self.kd_weight, "that is finite", is_finite)
         check_number("ce_weight", self.ce_weight, "that is finite", is_finite)
 
-    def for_kernel(self) -> tuple[int, float, float, float, float]:
-        """The trailing arguments of every kernel: divergence code, beta, temperature, kd_weight, ce_weight."""
-        return (
-            divergence_code(self.divergence),
-            float(self.beta),
-            float(self.temperature),
-            float(self.kd_weight),
-            float(self.ce_weight),
-        )
+    @property
+    def code(self) -> int:
+        """The number that kernels know the divergence by."""
+        return divergence_code(self.divergence)
+
+    def for_op(self) -> tuple[int, Tensor]:
+        """The trailing arguments of an op: the code, and beta, temperature, kd_weight and ce_weight as one tensor."""
+        return self.code, numbers(self.beta, self.temperature, self.kd_weight, self.ce_weight)
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,10 @@ class TokenArguments:
         if self.weight is not None:
             check_tensor("weight", self.weight, shape=leading, floating=True)
             check_same_device("weight", self.weight, device)
+            check_constant("weight", self.weight)
             if _values_are_at_hand(self.weight) and not self.weight.isfinite().all():
                 raise ValueError(f"weight: expected finite numbers, got {_first(self.weight, ~self.weight.isfinite())}")
-        if objective.ce_weight != 0 and self.labels is None:
+        if self.labels is None and objective.ce_weight != 0:
             raise ValueError(f"labels: expected a tensor because ce_weight is {objective.ce_weight}, got None")
         if self.labels is not None:
             self._check_labels(self.labels, leading, device)
@@ -127,11 +140,13 @@ def average(weight: Tensor, reduction: str, normalizer: float | Tensor | None) -
     """
     if reduction != "mean":
         return weight
-    total = weight.sum() if normalizer is None else normalizer
-    if isinstance(total, Tensor):
-        total = total.detach().to(device=weight.device, dtype=weight.dtype)
-        return torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
-    return weight / total if total else torch.zeros_like(weight)
+    if normalizer is None:
+        total = weight.sum()
+    elif isinstance(normalizer, Tensor):
+        total = normalizer.detach().to(device=weight.device, dtype=weight.dtype)
+    else:
+        total = weight.new_ones(()) * normalizer  # of a number itself torch.compile would make a constant
+    return torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
 
 
 def check_normalizer(value: object, reduction: str) -> None:
@@ -142,6 +157,7 @@ def check_normalizer(value: object, reduction: str) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(value)}")
+        check_constant("normalizer", value)
         if not _values_are_at_hand(value):
             return
         value = value.item()
@@ -194,13 +210,32 @@ def check_mask(name: str, value: object, shape: Iterable[int], device: torch.dev
     check_same_device(name, value, device)
 
 
+def check_constant(name: str, value: Tensor) -> None:
+    """Raises where somebody waits for a gradient that the losses have none of."""
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that requires no gradient, as the loss has none in it, got one that does; "
+            'detach() it, or apply it to the losses of reduction="none" yourself'
+        )
+
+
 def check_same_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, that of the student, got {value.device}")
 
 
 def _values_are_at_hand(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_batched(x)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether torch.func.vmap stands between x and its values."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _first(x: Tensor, bad: Tensor) -> object:

@@ -16,6 +16,7 @@ import sys
 import torch
 
 from fastkd.backend import interpret_triton
+from fastkd.checks import numbers
 from fastkd.kernels import tuning
 
 from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
@@ -30,7 +31,7 @@ def call(dtype: torch.dtype, grams: bool, pairs: int) -> None:
     mask = [torch.empty(tokens, dtype=torch.bool)] * pairs
     wanted = [True] * pairs
     with interpret_triton():  # sends CPU tensors to the kernels, which `launches` does not start
-        loss, mean, factor = torch.ops.fastkd.cka_loss(student, teacher, mask, wanted, 1e-8, False)
+        loss, mean, factor = torch.ops.fastkd.cka_loss(student, teacher, mask, wanted, numbers(1e-8), False)
         torch.ops.fastkd.cka_loss_backward(student, teacher, mask, mean, factor, wanted, loss)
 
 

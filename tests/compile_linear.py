@@ -14,7 +14,8 @@ import itertools
 import torch
 
 from fastkd.backend import interpret_triton
-from fastkd.divergence import DIVERGENCES, divergence_code
+from fastkd.checks import Objective, numbers
+from fastkd.divergence import DIVERGENCES
 from fastkd.ops.linear_kl import _going_by
 
 from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
@@ -28,11 +29,12 @@ def call(dtype: torch.dtype, divergence: str, options: str) -> None:
     student, student_weight = torch.empty(TOKENS, width_s, dtype=dtype), torch.empty(VOCABULARY, width_s, dtype=dtype)
     teacher, teacher_weight = torch.empty(TOKENS, width_t, dtype=dtype), torch.empty(VOCABULARY, width_t, dtype=dtype)
     bias = torch.empty(VOCABULARY, dtype=dtype) if ce else None
-    objective = divergence_code(divergence), 0.5, 2.0 if ce else 1.0, float(options != "labels alone"), float(ce)
+    objective = Objective(divergence, 0.5, 2.0 if ce else 1.0, float(options != "labels alone"), float(ce))
     with interpret_triton(), _going_by("tiles"):  # sends CPU tensors to kernels, which `launches` does not start
         torch.ops.fastkd.linear_kl(
             student, student_weight, bias, teacher, teacher_weight, bias, torch.ones(TOKENS).double(),
-            torch.zeros(TOKENS, dtype=torch.int64), 1.0, 1.0, 2**30, [True, False, False], *objective,
+            torch.zeros(TOKENS, dtype=torch.int64), numbers(1.0, 1.0, 1024.0), [True, False, False],
+            *objective.for_op(),
         )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from torch.library import opcheck
 
 import fastkd
 from fastkd.backend import interpret_triton
-from fastkd.checks import Objective
+from fastkd.checks import Objective, numbers
+from fastkd.divergence import divergence_code
 
 from .cases import (
     ATTENTION_KL,
@@ -28,7 +29,8 @@ from .cases import (
     value_and_gradients,
 )
 
-OBJECTIVE = Objective("jsd", 0.3, 2.0, 0.6, 0.4).for_kernel()
+OBJECTIVE = (divergence_code("jsd"), 0.3, 2.0, 0.6, 0.4)  # of kernels, and as ops are given it:
+CODE, NUMBERS = Objective("jsd", 0.3, 2.0, 0.6, 0.4).for_op()
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +48,9 @@ def rows():
 
 def test_logit_kl_opcheck(rows):
     student, teacher, coefficient, labels = rows
-    opcheck(torch.ops.fastkd.logit_kl.default, (student, teacher, coefficient, labels, *OBJECTIVE))
-    _, stats = torch.ops.fastkd.logit_kl(student, teacher, coefficient, labels, *OBJECTIVE)
-    arguments = (student, teacher, stats, coefficient, labels, *OBJECTIVE)
+    opcheck(torch.ops.fastkd.logit_kl.default, (student, teacher, coefficient, labels, CODE, NUMBERS))
+    _, stats = torch.ops.fastkd.logit_kl(student, teacher, coefficient, labels, CODE, NUMBERS)
+    arguments = (student, teacher, stats, coefficient, labels, CODE, NUMBERS)
     opcheck(torch.ops.fastkd.logit_kl_backward.default, arguments)
 
 
@@ -66,11 +68,10 @@ def test_linear_kl_opcheck(gradients: list[bool]):
             x["teacher_bias"],
             torch.rand(5, dtype=torch.float64),
             torch.randint(0, 203, (5,)),
-            1.0,
-            1.0,
-            2048,
+            numbers(1.0, 1.0, 2**-9),
             gradients,
-            *OBJECTIVE,
+            CODE,
+            NUMBERS,
         ),
     )
 
@@ -83,7 +84,7 @@ def test_attention_kl_opcheck(gradients: list[bool], dense: bool):
     tensors = [x[name] for name in ("student_q", "student_k", "teacher_q", "teacher_k")]
     coefficient = torch.rand(2, HEADS, 5, dtype=torch.float64)
     mask = torch.rand(2, 5) < 0.7
-    constants = (False, HEADS, 0.3, 0.4, gradients, *OBJECTIVE[:2])
+    constants = (False, HEADS, gradients, CODE, numbers(0.3, 0.3, 0.4))
     opcheck(torch.ops.fastkd.attention_kl.default, (*tensors, bias, bias, coefficient, mask, *constants))
 
 
@@ -94,7 +95,7 @@ def test_relation_kl_opcheck():
     masks = [torch.rand(2, 5) < 0.7, None]
     opcheck(
         torch.ops.fastkd.relation_kl.default,
-        (*lists, coefficient, masks, [True, False], HEADS, [True, False], *OBJECTIVE[:2]),
+        (*lists, coefficient, masks, [True, False], HEADS, [True, False], CODE, numbers(0.3)),
     )
 
 
@@ -105,10 +106,10 @@ def test_unwanted_gradients_are_empty(backend: str):
     coefficient = torch.rand(2, HEADS, 5, dtype=torch.float64)
     with running_on(backend) as (_, device):
         tensors = [x[name].to(device) for name in ("student_q", "student_k", "teacher_q", "teacher_k")]
-        constants = (coefficient.to(device), None, False, HEADS, 0.3, 0.4, [False] * 3, *OBJECTIVE[:2])
+        constants = (coefficient.to(device), None, False, HEADS, [False] * 3, CODE, numbers(0.3, 0.3, 0.4))
         gradients = torch.ops.fastkd.attention_kl(*tensors, None, None, *constants)[1:]
         lists = ([tensors[0]] * 2, [tensors[2]] * 2, [coefficient.to(device)] * 2, [None] * 2)
-        gradients += tuple(torch.ops.fastkd.relation_kl(*lists, [False] * 2, HEADS, [False] * 2, *OBJECTIVE[:2])[1])
+        gradients += tuple(torch.ops.fastkd.relation_kl(*lists, [False] * 2, HEADS, [False] * 2, CODE, numbers(0.3))[1])
     assert all(gradient.shape == (0,) for gradient in gradients)
     assert len({id(gradient) for gradient in gradients}) == 5
 
@@ -302,7 +303,7 @@ def test_functions_are_public():
     student, teacher = (x.float() for x in UNRELATED.logits(4, 33))
     objective = Objective("forward_kl", 0.5, 1.0, 1.0, 0.0)
     coefficient = torch.full((4,), 0.25, dtype=torch.float64)
-    rows = fastkd.functions.LogitKL.apply(student, teacher, coefficient, None, objective)
+    rows, _ = fastkd.functions.LogitKL.apply(student, teacher, coefficient, None, *objective.for_op())
     assert torch.equal(rows.sum().float(), fastkd.logit_kl(student, teacher))
 
 

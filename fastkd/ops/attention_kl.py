@@ -11,11 +11,11 @@ B batch, Lq queries, Lk keys, A heads, Hs and Ht widths, d = H / A head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backend import backend_for, use_fused
@@ -30,8 +30,10 @@ from ..checks import (
     check_same_device,
     check_tensor,
     is_finite,
+    numbers,
 )
 from ..relative_bias import RelativeBias
+from .autograd import Function, Gradient, Scaled, apply, constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]
@@ -48,8 +50,8 @@ CHUNK_ROWS = (64, 256)
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "attention_kl(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? student_bias, "
-    "Tensor? teacher_bias, Tensor coefficient, Tensor? key_mask, bool causal, int num_heads, float student_scale, "
-    "float teacher_scale, bool[3] gradients, int divergence, float beta) "
+    "Tensor? teacher_bias, Tensor coefficient, Tensor? key_mask, bool causal, int num_heads, bool[3] gradients, "
+    "int divergence, Tensor numbers) "
     "-> (Tensor loss, Tensor grad_q, Tensor grad_k, Tensor grad_bias)"
 )
 # The same on a CPU, in csrc/cpu/attention.cpp. The gradients of q and k are overwritten, in any floating dtype; the
@@ -72,7 +74,7 @@ def empty_gradient(x: Tensor | None, wanted: bool, student: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastkd::attention_kl", lib=_library)
-def _(student_q, student_k, tq, tk, student_bias, tb, coefficient, mask, causal, num_heads, ss, ts, gradients, *_):
+def _(student_q, student_k, tq, tk, student_bias, tb, coefficient, mask, causal, num_heads, gradients, *_):
     inputs = zip((student_q, student_k, student_bias), gradients, strict=True)
     return torch.empty_like(coefficient), *(empty_gradient(x, wanted, student_q) for x, wanted in inputs)
 
@@ -127,12 +129,11 @@ def _attention_kl(
     key_mask: Tensor | None,  # [B, Lk] bool
     causal: bool,
     num_heads: int,
-    student_scale: float,
-    teacher_scale: float,
     gradients: list[bool],  # of student_q, student_k, student_bias
     divergence: int,
-    beta: float,
+    numbers: Tensor,  # [3]: beta, student_scale, teacher_scale
 ) -> tuple[Tensor, ...]:
+    beta, student_scale, teacher_scale = numbers.tolist()
     if backend_for(student_q.device)[0] == "triton":
         from ..kernels import attention_kl as kernels
 
@@ -163,61 +164,78 @@ _library.impl("attention_kl", _attention_kl, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class AttentionKL(torch.autograd.Function):
-    """The summed loss, a 0-d float64 tensor; its gradients are computed in the forward pass.
+class AttentionKL(Function):
+    """The summed loss, a 0-d float64 tensor, and the gradients, which the forward pass computes.
 
-    Arguments are those of ``torch.ops.fastkd.attention_kl`` up to ``teacher_scale``, the student's three that get
-    gradients first, and an ``Objective``.
+    Arguments are those of ``torch.ops.fastkd.attention_kl``.
     """
 
     @staticmethod
-    def forward(ctx, student_q, student_k, student_bias, teacher_q, teacher_k, teacher_bias, *rest):
-        *constants, objective = rest
-        loss, *gradients = torch.ops.fastkd.attention_kl(
-            student_q, student_k, teacher_q, teacher_k, student_bias, teacher_bias, *constants,
-            ctx.needs_input_grad[:3], *objective.for_kernel()[:2],
-        )  # fmt: skip
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if x is None else x.dtype for x in (student_q, student_k, student_bias)]
-        return loss.sum()
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        loss, *gradients = torch.ops.fastkd.attention_kl(*arguments)
+        return loss.sum(), *gradients
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        pairs = zip(ctx.needs_input_grad, ctx.saved_tensors, ctx.dtypes, strict=False)
-        gradients = [(saved * grad_loss).to(dtype) if needed else None for needed, saved, dtype in pairs]
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output)
+        ctx.dtypes = [(inputs[0] if x is None else x).dtype for x in _of_student(inputs)]
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, *_: Tensor):
+        loss, *saved = ctx.saved_tensors
+        return _for_inputs(ctx, apply(Scaled, "attention_kl", loss, grad_loss, ctx.dtypes, *saved))
 
 
-class AttentionKLPerRow(torch.autograd.Function):
+class AttentionKLPerRow(Function):
     """Losses per row, [B, A, Lq] float64; the backward pass computes scores and gradients from the inputs.
 
-    Arguments as those of :class:`AttentionKL`.
+    Arguments are those of ``torch.ops.fastkd.attention_kl``.
     """
 
     @staticmethod
-    def forward(ctx, student_q, student_k, student_bias, teacher_q, teacher_k, teacher_bias, *rest):
-        coefficient, key_mask, *constants, objective = rest
-        tensors = (student_q, student_k, teacher_q, teacher_k, student_bias, teacher_bias)
-        ctx.save_for_backward(*tensors, coefficient, key_mask)
-        ctx.constants, ctx.objective = constants, objective.for_kernel()[:2]
-        return torch.ops.fastkd.attention_kl(*tensors, coefficient, key_mask, *constants, [False] * 3, *ctx.objective)[
-            0
-        ]
+    def forward(*arguments: Any) -> Tensor:
+        *tensors_and_constants, _, divergence, numbers = arguments
+        return torch.ops.fastkd.attention_kl(*tensors_and_constants, [False] * 3, divergence, numbers)[0]
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.causal, ctx.num_heads, _, ctx.divergence, numbers = inputs
+        ctx.save_for_backward(*tensors, numbers)
+
+    @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        *tensors, coefficient, key_mask = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        _, *gradients = torch.ops.fastkd.attention_kl(
-            *tensors, coefficient * grad_loss, key_mask, *ctx.constants, needed, *ctx.objective
-        )
-        inputs = (tensors[0], tensors[1], tensors[4])
-        gradients = [
-            gradient.to(x.dtype) if want else None for want, x, gradient in zip(needed, inputs, gradients, strict=True)
-        ]
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
+        *tensors, coefficient, key_mask, numbers = ctx.saved_tensors
+        needed = [ctx.needs_input_grad[i] for i in OF_STUDENT]
+        gradients = apply(
+            _AttentionKLGradient, "attention_kl", *tensors, coefficient * grad_loss, key_mask, ctx.causal,
+            ctx.num_heads, needed, ctx.divergence, numbers,
+        )  # fmt: skip
+        return _for_inputs(ctx, gradients)
+
+
+class _AttentionKLGradient(Gradient):
+    @staticmethod
+    def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
+        _, *gradients = torch.ops.fastkd.attention_kl(*arguments)
+        inputs = [arguments[0] if x is None else x for x in _of_student(arguments)]
+        return tuple(grad.to(x.dtype) for x, grad in zip(inputs, gradients, strict=True))
+
+
+OF_STUDENT = (0, 1, 4)  # arguments that get a gradient: queries, keys and bias
+
+
+def _of_student(arguments: Sequence[Any]) -> list[Any]:
+    return [arguments[i] for i in OF_STUDENT]
+
+
+def _for_inputs(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients, each at the place of its argument."""
+    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, gradient in zip(OF_STUDENT, gradients, strict=True):
+        if ctx.needs_input_grad[i]:
+            results[i] = gradient
+    return tuple(results)
 
 
 # ---- public function ------------------------------------------------------------------------------------------------
@@ -360,15 +378,21 @@ def attention_kl(
         raise ValueError(f"causal: expected as many queries as keys, got {queries} and {keys}")
     if key_mask is not None:
         check_mask("key_mask", key_mask, [batch, keys], device)
-        key_mask = key_mask.bool()
+        key_mask = differentiable(key_mask.bool())
     if query_mask is not None:
         check_mask("query_mask", query_mask, [batch, queries], device)
-        query_mask = query_mask.bool()
+        query_mask = differentiable(query_mask.bool())
     if student_scale is None:
         student_scale = (width // num_heads) ** -0.5
     if teacher_scale is None:
         teacher_scale = (teacher_q.shape[2] // num_heads) ** -0.5
     student_q, student_k, teacher_q, teacher_k = autocast_like_linear(student_q, student_k, teacher_q, teacher_k)
+    student_q, student_k, student_bias = (
+        differentiable(student_q),
+        differentiable(student_k),
+        differentiable(student_bias),
+    )
+    teacher_q, teacher_k, teacher_bias = constant(teacher_q), constant(teacher_k), constant(teacher_bias)
 
     if not use_fused(impl, device):
         return reference.attention_kl(
@@ -391,22 +415,23 @@ def attention_kl(
         )
 
     dtype = score_dtype(student_q)
+    bias = _for_kernel(student_bias, dtype)
     arguments = (
         student_q,
         student_k,
-        _for_kernel(student_bias, dtype),
-        teacher_q.detach(),
-        teacher_k.detach(),
-        None if teacher_bias is None else _for_kernel(teacher_bias, dtype).detach(),
+        teacher_q,
+        teacher_k,
+        bias,
+        constant(_for_kernel(teacher_bias, dtype)),
         row_coefficients(
             (batch, queries, keys), num_heads, key_mask, query_mask, causal, reduction, normalizer, device
         ),
         key_mask,
         causal,
         num_heads,
-        float(student_scale),
-        float(teacher_scale),
-        objective,
+        tuple(wants_gradient(x) for x in (student_q, student_k, bias)),
+        objective.code,
+        numbers(beta, student_scale, teacher_scale),
     )
-    loss = AttentionKLPerRow.apply(*arguments) if reduction == "none" else AttentionKL.apply(*arguments)
+    loss = apply(AttentionKLPerRow, *arguments) if reduction == "none" else apply(AttentionKL, *arguments)[0]
     return loss if student_q.dtype == torch.float64 else loss.float()

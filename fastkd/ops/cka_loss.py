@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
-from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor
+from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor, numbers
+from .autograd import Function, Gradient, apply, constant, differentiable, wants_gradient
 from .chunks import equal_parts, token_chunks
 from .dtypes import autocast_like_linear, score_dtype
 from .huge_pages import in_huge_pages
@@ -49,7 +49,7 @@ WORKSPACE = 2**21
 # `gradients` says for which students the factor of the gradient is made; the others' is empty.
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
-    "cka_loss(Tensor[] student, Tensor[] teacher, Tensor?[] mask, bool[] gradients, float eps, bool squared) "
+    "cka_loss(Tensor[] student, Tensor[] teacher, Tensor?[] mask, bool[] gradients, Tensor eps, bool squared) "
     "-> (Tensor loss, Tensor[] mean, Tensor[] factor)"
 )
 _library.define(
@@ -274,10 +274,11 @@ def _cka_loss(
     teacher: Sequence[Tensor],  # [N, Dt] each
     mask: Sequence[Tensor | None],  # [N] bool each
     gradients: Sequence[bool],
-    eps: float,
+    epsilon: Tensor,  # [1]
     squared: bool,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    (eps,) = epsilon.tolist()
     if group is None and backend_for(student[0].device)[0] == "triton":
         from ..kernels import cka as kernels
 
@@ -364,33 +365,39 @@ _library.impl("cka_loss_backward", _cka_loss_backward, "CompositeExplicitAutogra
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class CKA(torch.autograd.Function):
-    """The loss of every pair, [pairs] float64.
+class CKA(Function):
+    """The loss of every pair, [pairs] float64, and what the backward pass starts from: means and factors.
 
-    Arguments: eps, squared, a process group or None, then the student's tensors, the teacher's and the masks of
-    ``torch.ops.fastkd.cka_loss`` one after the other.
+    Arguments: gradients (a tuple), squared, a process group or None, then the student's tensors, the teacher's and the
+    masks of ``torch.ops.fastkd.cka_loss`` one after the other, and eps.
     """
 
     @staticmethod
-    def forward(ctx, eps: float, squared: bool, group: ProcessGroup | None, *tensors):
-        student, teacher, mask = _split(tensors, 3)
-        gradients = ctx.needs_input_grad[3 : 3 + len(student)]
-        arguments = (student, teacher, mask, gradients, eps, squared)
+    def forward(gradients: tuple[bool, ...], squared: bool, group: ProcessGroup | None, *tensors):
         # a process group is nothing that the schema of an op can hold
         forward = torch.ops.fastkd.cka_loss if group is None else partial(_cka_loss, group=group)
-        losses, means, factors = forward(*arguments)
-        ctx.save_for_backward(*tensors, *means, *factors)
-        return losses
+        losses, means, factors = forward(*_split(tensors[:-1], 3), gradients, tensors[-1], squared)
+        return losses, *means, *factors
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses: Tensor):
-        inputs = _split(ctx.saved_tensors, 5)
-        pairs = len(inputs[0])
+    def setup_context(ctx, inputs, output) -> None:
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*inputs[3:-1], *kept)
+
+    @staticmethod
+    def backward(ctx, grad_losses: Tensor, *_: Tensor):
+        pairs = len(ctx.saved_tensors) // 5
         wanted = ctx.needs_input_grad[3 : 3 + pairs]
-        gradients = torch.ops.fastkd.cka_loss_backward(*inputs, wanted, grad_losses)
+        gradients = apply(_CKAGradient, "cka_loss", wanted, grad_losses, *ctx.saved_tensors)
         results = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-        return None, None, None, *results, *(None,) * (2 * pairs)
+        return None, None, None, *results, *(None,) * (2 * pairs + 1)
+
+
+class _CKAGradient(Gradient):
+    @staticmethod
+    def forward(op: str, gradients: tuple[bool, ...], grad_losses: Tensor, *tensors):
+        return tuple(torch.ops.fastkd.cka_loss_backward(*_split(tensors, 5), gradients, grad_losses))
 
 
 def _split(tensors: Sequence[Any], parts: int) -> list[list[Any]]:
@@ -509,13 +516,15 @@ def cka_loss(
     several = isinstance(student, (list, tuple))
     students, teachers, masks = _as_lists(student, teacher, mask)
     _check_pairs(students, teachers, masks, several, isinstance(mask, (list, tuple)))
-    masks = [None if valid is None else valid.bool() for valid in masks]
-    students, teachers = autocast_like_linear(*students), [t.detach() for t in autocast_like_linear(*teachers)]
+    masks = [None if valid is None else differentiable(valid.bool()) for valid in masks]
+    students = [differentiable(x) for x in autocast_like_linear(*students)]
+    teachers = [constant(t) for t in autocast_like_linear(*teachers)]
 
     if _use_fused(impl, students[0].device):
         flat = [x.reshape(-1, x.shape[-1]) for x in (*students, *teachers)]
         flat_masks = [None if valid is None else valid.reshape(-1) for valid in masks]
-        losses = CKA.apply(float(eps), squared, group, *flat, *flat_masks)
+        wanted = tuple(wants_gradient(x) for x in students)
+        losses, *_ = apply(CKA, wanted, squared, group, *flat, *flat_masks, numbers(eps))
         losses = losses if students[0].dtype == torch.float64 else losses.float()
     elif group is not None:
         use_fused("fused", students[0].device)  # says why it cannot

@@ -21,21 +21,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite
+from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite, numbers
 from ..distributed import sum_
 from ..divergence import divergence_code
+from .autograd import Function, Gradient, Scaled, apply, constant, differentiable, wants_gradient
 from .chunks import token_chunks
 from .divergence_rows import (
-    _OBJECTIVE,
     STATS,
     divergence_gradient,
     divergence_rows_,
@@ -45,6 +44,7 @@ from .divergence_rows import (
 )
 from .dtypes import autocast_like_linear, fp16_lift, gradient_dtype, score_dtype
 from .vocabulary_shards import (
+    OBJECTIVE,
     SHARD_ARGUMENTS,
     Facts,
     RowBlock,
@@ -76,8 +76,8 @@ GEMM_ROWS = 128
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "linear_kl(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
-    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor coefficient, Tensor? labels, float student_scale, "
-    f"float teacher_scale, int workspace_bytes, bool[3] gradients, {_OBJECTIVE}, {SHARD_ARGUMENTS}) "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor coefficient, Tensor? labels, Tensor sizes, "
+    f"bool[3] gradients, {OBJECTIVE}, {SHARD_ARGUMENTS}) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 
@@ -93,7 +93,7 @@ def _outputs(student_hidden, student_weight, student_bias, coefficient, gradient
 
 
 @torch.library.register_fake("fastkd::linear_kl", lib=_library)
-def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, labels, ss, ts, ws, gradients, *rest):
+def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, labels, sizes, gradients, *rest):
     return _outputs(student_hidden, student_weight, student_bias, coefficient, gradients)
 
 
@@ -513,19 +513,16 @@ def _linear_kl(
     teacher_bias: Tensor | None,  # [Vt]
     coefficient: Tensor,  # [T] float64
     labels: Tensor | None,  # [T] int64
-    student_scale: float,
-    teacher_scale: float,
-    workspace_bytes: int,
+    sizes: Tensor,  # [3]: student_scale, teacher_scale, workspace_mb
     gradients: list[bool],  # of student_hidden, student_weight, student_bias
     divergence: int,
-    beta: float,
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
+    numbers: Tensor,  # [4]: beta, temperature, kd_weight, ce_weight
     vocab_group: str = "",
     widest_shard: int = 0,
 ) -> tuple[Tensor, ...]:
-    objective = (divergence, beta, temperature, kd_weight, ce_weight)
+    student_scale, teacher_scale, workspace_mb = sizes.tolist()
+    workspace_bytes, objective = int(workspace_mb * 2**20), (divergence, *numbers.tolist())
+    *_, kd_weight, ce_weight = objective
     group = group_by_name(vocab_group)
     vocabulary = student_weight.shape[0]
     if teacher_weight is not None:
@@ -549,60 +546,65 @@ _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class LinearKL(torch.autograd.Function):
-    """The summed loss, a 0-d float64 tensor; its gradients are computed in the forward pass.
+class LinearKL(Function):
+    """The summed loss, a 0-d float64 tensor, and the gradients, which the forward pass computes.
 
-    Arguments are those of ``torch.ops.fastkd.linear_kl``, without ``gradients``.
+    Arguments are those of ``torch.ops.fastkd.linear_kl``.
     """
 
     @staticmethod
-    def forward(ctx, student_hidden, student_weight, student_bias, *arguments):
-        *tensors_and_scales, objective = arguments
-        loss, *gradients = torch.ops.fastkd.linear_kl(
-            student_hidden,
-            student_weight,
-            student_bias,
-            *tensors_and_scales,
-            ctx.needs_input_grad[:3],
-            *objective.for_kernel(),
-        )
-        ctx.save_for_backward(*gradients)
-        ctx.dtype, ctx.constants = student_weight.dtype, len(arguments)
-        return loss.sum()
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        loss, *gradients = torch.ops.fastkd.linear_kl(*arguments)
+        return loss.sum(), *gradients
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        pairs = zip(ctx.needs_input_grad, ctx.saved_tensors, strict=False)
-        gradients = [(saved * grad_loss).to(ctx.dtype) if needed else None for needed, saved in pairs]
-        return *gradients, *(None,) * ctx.constants
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output)
+        ctx.dtypes = [inputs[1].dtype] * 3
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, *_: Tensor):
+        loss, *saved = ctx.saved_tensors
+        return _for_inputs(ctx, apply(Scaled, "linear_kl", loss, grad_loss, ctx.dtypes, *saved))
 
 
-class LinearKLPerToken(torch.autograd.Function):
+class LinearKLPerToken(Function):
     """Losses per token, [T] float64; the backward pass computes logits and gradients from the inputs.
 
-    Arguments are those of ``torch.ops.fastkd.linear_kl``, without ``gradients``.
+    Arguments are those of ``torch.ops.fastkd.linear_kl``.
     """
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *inputs, objective = arguments
-        ctx.save_for_backward(*inputs[:8])
-        ctx.constants = inputs[8:]
-        ctx.objective = objective
-        return torch.ops.fastkd.linear_kl(*inputs, [False] * 3, *objective.for_kernel())[0]
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.fastkd.linear_kl(*arguments[:9], [False] * 3, *arguments[10:])[0]
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, _, ctx.divergence, numbers = inputs[:12]
+        ctx.save_for_backward(*tensors, numbers)
+        ctx.shard = inputs[12:]
+
+    @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        *tensors, coefficient, labels = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        _, *gradients = torch.ops.fastkd.linear_kl(
-            *tensors, coefficient * grad_loss, labels, *ctx.constants, needed, *ctx.objective.for_kernel()
-        )
-        dtype = tensors[1].dtype
-        wanted = [gradient.to(dtype) if want else None for want, gradient in zip(needed, gradients, strict=True)]
-        return *wanted, *(None,) * (5 + len(ctx.constants) + 1)
+        *tensors, coefficient, labels, sizes, numbers = ctx.saved_tensors
+        inputs = (*tensors, coefficient * grad_loss, labels, sizes)
+        constants = (ctx.needs_input_grad[:3], ctx.divergence, numbers, *ctx.shard)
+        return _for_inputs(ctx, apply(_LinearKLGradient, "linear_kl", *inputs, *constants))
+
+
+class _LinearKLGradient(Gradient):
+    @staticmethod
+    def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
+        _, *gradients = torch.ops.fastkd.linear_kl(*arguments)
+        return tuple(gradient.to(arguments[1].dtype) for gradient in gradients)
+
+
+def _for_inputs(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of the first three arguments, and None for the others."""
+    needed = ctx.needs_input_grad
+    wanted = [gradient if want else None for gradient, want in zip(gradients, needed, strict=False)]
+    return *wanted, *(None,) * (len(needed) - len(wanted))
 
 
 # ---- public function ------------------------------------------------------------------------------------------------
@@ -644,6 +646,7 @@ def _check_inputs(inputs: _Inputs, objective: Objective, tokens: TokenArguments,
     """Checks the tensors and the keywords that go with them, and applies autocast."""
     check_tensor("student_hidden", inputs.student_hidden, floating=True)
     inputs = _Inputs(*autocast_like_linear(*inputs))
+    inputs = _Inputs(*map(differentiable, inputs[:3]), *map(constant, inputs[3:]))
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
     _check_head("student", *inputs[:3], None, device, sharded)
     vocabulary = inputs.student_weight.shape[0]
@@ -657,14 +660,9 @@ def _check_inputs(inputs: _Inputs, objective: Objective, tokens: TokenArguments,
     return inputs
 
 
-def _flat_teacher(inputs: _Inputs) -> list[Tensor | None]:
-    """The teacher's hidden states [T, Ht], weight and bias, as constants."""
-    hidden, *head = (None if x is None else x.detach() for x in inputs[3:])
-    return [None if hidden is None else hidden.reshape(-1, hidden.shape[-1]), *head]
-
-
-def _wanted_gradients(*tensors: Tensor | None) -> list[bool]:
-    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+def _flat(hidden: Tensor | None) -> Tensor | None:
+    """Hidden states [T, H]"""
+    return None if hidden is None else hidden.reshape(-1, hidden.shape[-1])
 
 
 def _facts(
@@ -679,7 +677,7 @@ def _facts(
         "dtype": hidden.dtype,
         "width": hidden.shape[-1],
         "device": hidden.device.type,
-        "gradients": _wanted_gradients(*inputs[:3]),
+        "gradients": [wants_gradient(x) for x in inputs[:3]],
         "teacher": teacher is not None,
     }
     return Facts(
@@ -688,8 +686,8 @@ def _facts(
         inputs.student_weight.shape[0],
         None if inputs.teacher_weight is None else inputs.teacher_weight.shape[0],
         tokens,
-        hidden.reshape(-1, hidden.shape[-1]),
-        None if teacher is None else teacher.reshape(-1, teacher.shape[-1]),
+        _flat(hidden),
+        _flat(teacher),
         tokens.coefficients(hidden.shape[:-1], hidden.device) != 0,
     )
 
@@ -766,7 +764,7 @@ def linear_kl(
     def check() -> tuple[_Inputs, Objective, TokenArguments, bool]:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
         token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
-        local = {name: local_tensor(name, x) for name, x in token_arguments.items()}
+        local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
         tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
         check_number("student_scale", student_scale, "that is finite", is_finite)
         check_number("teacher_scale", teacher_scale, "that is finite", is_finite)
@@ -793,22 +791,22 @@ def linear_kl(
         )
 
     flat_labels = tokens.flat_labels()
+    wanted = tuple(wants_gradient(x) for x in inputs[:3])
     arguments = (
-        inputs.student_hidden.reshape(-1, inputs.student_hidden.shape[-1]),
+        _flat(inputs.student_hidden),
         inputs.student_weight,
         inputs.student_bias,
-        *_flat_teacher(inputs),
+        _flat(inputs.teacher_hidden),
+        inputs.teacher_weight,
+        inputs.teacher_bias,
         tokens.coefficients(leading, device),
         flat_labels if shard is None else shard.local_labels(flat_labels),
-        float(student_scale),
-        float(teacher_scale),
-        int((WORKSPACE_MB[device.type] if workspace_mb is None else workspace_mb) * 2**20),
+        numbers(student_scale, teacher_scale, WORKSPACE_MB[device.type] if workspace_mb is None else workspace_mb),
+        wanted,
+        *(objective if shard is None else shard).for_op(),
     )
-    for_kernel = objective if shard is None else shard
     if reduction == "none":
-        loss = LinearKLPerToken.apply(*arguments, for_kernel).reshape(leading)
-    elif any(_wanted_gradients(*inputs[:3])):
-        loss = LinearKL.apply(*arguments, for_kernel)
+        loss = apply(LinearKLPerToken, *arguments).reshape(leading)
     else:
-        loss = torch.ops.fastkd.linear_kl(*arguments, [False] * 3, *for_kernel.for_kernel())[0].sum()
+        loss, *_ = apply(LinearKL, *arguments)
     return loss if inputs.student_hidden.dtype == torch.float64 else loss.float()

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
-from .divergence_rows import _OBJECTIVE, STATS, divergence_gradient, divergence_shard_gradient, divergence_stats
+from .autograd import Function, Gradient, apply, constant, differentiable
+from .divergence_rows import STATS, divergence_gradient, divergence_shard_gradient, divergence_stats
 from .vocabulary_shards import (
+    OBJECTIVE,
     SHARD_ARGUMENTS,
     Facts,
     RowBlock,
@@ -42,11 +43,11 @@ __all__ = ["LogitKL", "logit_kl"]
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "logit_kl(Tensor student_logits, Tensor? teacher_logits, Tensor coefficient, Tensor? labels, "
-    f"{_OBJECTIVE}, {SHARD_ARGUMENTS}) -> (Tensor loss, Tensor stats)"
+    f"{OBJECTIVE}, {SHARD_ARGUMENTS}) -> (Tensor loss, Tensor stats)"
 )
 _library.define(
     "logit_kl_backward(Tensor student_logits, Tensor? teacher_logits, Tensor stats, Tensor coefficient, "
-    f"Tensor? labels, {_OBJECTIVE}, {SHARD_ARGUMENTS}) -> Tensor"
+    f"Tensor? labels, {OBJECTIVE}, {SHARD_ARGUMENTS}) -> Tensor"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -93,13 +94,8 @@ def _shared_vocabulary(student: Tensor, teacher: Tensor | None) -> tuple[Tensor,
     return student[..., :vocabulary], teacher[..., :vocabulary]
 
 
-def _group_of(rest: tuple[Any, ...]) -> ProcessGroup | None:
-    """The process group in what follows an op's objective."""
-    return group_by_name(rest[0]) if rest else None
-
-
-def _forward(student_logits, teacher_logits, coefficient, labels, *arguments):
-    objective, group = arguments[:5], _group_of(arguments[5:])
+def _forward(student_logits, teacher_logits, coefficient, labels, divergence, numbers, vocab_group="", widest_shard=0):
+    objective, group = (divergence, *numbers.tolist()), group_by_name(vocab_group)
     student, teacher = _shared_vocabulary(student_logits, teacher_logits)
     loss = torch.empty_like(coefficient)
     stats = coefficient.new_empty(coefficient.shape[0], STATS)
@@ -119,8 +115,10 @@ _library.impl("logit_kl", _forward, "CompositeExplicitAutograd")
 # ---- backward -------------------------------------------------------------------------------------------------------
 
 
-def _backward(student_logits, teacher_logits, stats, coefficient, labels, *arguments):
-    objective, group = arguments[:5], _group_of(arguments[5:])
+def _backward(
+    student_logits, teacher_logits, stats, coefficient, labels, divergence, numbers, vocab_group="", widest_shard=0
+):
+    objective, group = (divergence, *numbers.tolist()), group_by_name(vocab_group)
     row_gradient = divergence_gradient if group is None else divergence_shard_gradient
     gradient = student_logits.new_empty(student_logits.shape)
     student, teacher = _shared_vocabulary(student_logits, teacher_logits)
@@ -137,33 +135,54 @@ _library.impl("logit_kl_backward", _backward, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class LogitKL(torch.autograd.Function):
-    """Per-token losses [tokens] in float64, coefficient included; differentiable in the student's logits."""
+class LogitKL(Function):
+    """Per-token losses [tokens] in float64, coefficient included, differentiable in the student's logits.
+
+    Arguments are those of ``torch.ops.fastkd.logit_kl``, and so are the outputs: the second, statistics of the rows, is
+    what the backward pass starts from.
+    """
 
     @staticmethod
     def forward(
-        ctx,
         student_logits: Tensor,  # [T..., Vs]
         teacher_logits: Tensor | None,  # [T..., Vt]
         coefficient: Tensor,  # [tokens] float64
         labels: Tensor | None,  # [tokens] int64
-        objective: Objective,
-    ) -> Tensor:
-        loss, stats = torch.ops.fastkd.logit_kl(
-            student_logits, teacher_logits, coefficient, labels, *objective.for_kernel()
-        )
-        ctx.save_for_backward(student_logits, teacher_logits, stats, coefficient, labels)
-        ctx.objective = objective
-        return loss
+        *objective: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastkd.logit_kl(student_logits, teacher_logits, coefficient, labels, *objective)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        student_logits, teacher_logits, stats, coefficient, labels = ctx.saved_tensors
-        gradient = torch.ops.fastkd.logit_kl_backward(
-            student_logits, teacher_logits, stats, coefficient * grad_loss, labels, *ctx.objective.for_kernel()
+    def setup_context(ctx, inputs, output) -> None:
+        student_logits, teacher_logits, coefficient, labels, divergence, numbers, *shard = inputs
+        _, stats = output
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(student_logits, teacher_logits, stats, coefficient, labels, numbers)
+        ctx.divergence, ctx.shard = divergence, shard
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _: Tensor):
+        student_logits, teacher_logits, stats, coefficient, labels, numbers = ctx.saved_tensors
+        weights = coefficient * grad_loss
+        gradient = apply(
+            _LogitKLGradient,
+            "logit_kl",
+            student_logits,
+            teacher_logits,
+            stats,
+            weights,
+            labels,
+            ctx.divergence,
+            numbers,
+            *ctx.shard,
         )
-        return gradient, None, None, None, None
+        return gradient, *(None,) * (5 + len(ctx.shard))
+
+
+class _LogitKLGradient(Gradient):
+    @staticmethod
+    def forward(op: str, *arguments: Any) -> Tensor:
+        return torch.ops.fastkd.logit_kl_backward(*arguments)
 
 
 # ---- public function ------------------------------------------------------------------------------------------------
@@ -284,11 +303,12 @@ def logit_kl(
     def check() -> _Checked:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
         token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
-        local = {name: local_tensor(name, x) for name, x in token_arguments.items()}
+        local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
         tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
         student, teacher = student_logits, teacher_logits
         if group is not None:
             student, teacher = (shard_on(group, name, x, -1) for name, x in logits.items())
+        student, teacher = differentiable(student), constant(teacher)
         _check_logits(student, teacher, objective, tokens, group is not None)
         return _Checked(student, teacher, objective, tokens, use_fused(impl, student.device))
 
@@ -298,12 +318,13 @@ def logit_kl(
         return reference.logit_kl(student, teacher, shard=shard, **vars(objective), **vars(tokens))
 
     leading, flat_labels = student.shape[:-1], tokens.flat_labels()
-    loss = LogitKL.apply(
+    loss, _ = apply(
+        LogitKL,
         student,
-        None if teacher is None else teacher.detach(),
+        teacher,
         tokens.coefficients(leading, student.device),
         flat_labels if shard is None else shard.local_labels(flat_labels),
-        objective if shard is None else shard,
+        *(objective if shard is None else shard).for_op(),
     )
     loss = loss.reshape(leading) if reduction == "none" else loss.sum()
     return loss if student.dtype == torch.float64 else loss.float()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..backend import backend_for, use_fused
@@ -25,8 +24,10 @@ from ..checks import (
     check_normalizer,
     check_same_device,
     check_tensor,
+    numbers,
 )
 from .attention_kl import attend_on_cpu, check_heads, empty_gradient, row_coefficients
+from .autograd import Function, Gradient, Scaled, apply, constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
 
 __all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]
@@ -36,7 +37,7 @@ __all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "relation_kl(Tensor[] student, Tensor[] teacher, Tensor[] coefficient, Tensor?[] key_mask, bool[] causal, "
-    "int num_heads, bool[] gradients, int divergence, float beta) -> (Tensor[] loss, Tensor[] gradient)"
+    "int num_heads, bool[] gradients, int divergence, Tensor beta) -> (Tensor[] loss, Tensor[] gradient)"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -60,13 +61,14 @@ def _relation_kl(
     num_heads: int,
     gradients: list[bool],
     divergence: int,
-    beta: float,
+    beta: Tensor,  # [1]
 ) -> tuple[list[Tensor], list[Tensor]]:
+    (weight,) = beta.tolist()
     if backend_for(student[0].device)[0] == "triton":
         from ..kernels import attention_kl as kernels
 
         return kernels.relation_kl(
-            student, teacher, coefficient, key_mask, causal, num_heads, gradients, divergence, beta
+            student, teacher, coefficient, key_mask, causal, num_heads, gradients, divergence, weight
         )
     losses, results = [], []
     for x, t, weights, mask, is_causal, wanted in zip(
@@ -75,7 +77,7 @@ def _relation_kl(
         gradient = empty_gradient(x, wanted, x)
         ours, theirs = ((y, y, None, (y.shape[2] // num_heads) ** -0.5) for y in (x, t))
         written = (gradient if wanted else None, None, None)
-        losses.append(attend_on_cpu(ours, theirs, weights, mask, is_causal, divergence, beta, written, relation=True))
+        losses.append(attend_on_cpu(ours, theirs, weights, mask, is_causal, divergence, weight, written, relation=True))
         results.append(gradient)
     return losses, results
 
@@ -85,58 +87,68 @@ _library.impl("relation_kl", _relation_kl, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class RelationKL(torch.autograd.Function):
-    """The summed loss of all entries, a 0-d float64 tensor; its gradients are computed in the forward pass.
+# The arguments of both: causal (a tuple), num_heads, gradients (a tuple), the divergence's code; one after the other
+# the student's tensors, the teacher's, coefficients and key masks of ``torch.ops.fastkd.relation_kl``; and beta.
 
-    Arguments: ``Objective``, num_heads, causal (a tuple), then the student's tensors, the teacher's, coefficients and
-    key masks of ``torch.ops.fastkd.relation_kl`` one after the other.
-    """
+
+class RelationKL(Function):
+    """The summed loss of all entries, a 0-d float64 tensor, and the gradients, which the forward pass computes."""
 
     @staticmethod
-    def forward(ctx, objective: Objective, num_heads: int, causal: tuple[bool, ...], *tensors):
-        student, teacher, coefficient, key_mask = _in_four(tensors)
-        needed = ctx.needs_input_grad[3 : 3 + len(student)]
-        losses, gradients = torch.ops.fastkd.relation_kl(
-            student, teacher, coefficient, key_mask, causal, num_heads, needed, *objective.for_kernel()[:2]
+    def forward(causal: tuple[bool, ...], num_heads: int, gradients: tuple[bool, ...], divergence: int, *tensors):
+        losses, results = torch.ops.fastkd.relation_kl(
+            *_in_four(tensors[:-1]), causal, num_heads, gradients, divergence, tensors[-1]
         )
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [x.dtype for x in student]
-        return torch.stack([loss.sum() for loss in losses]).sum()
+        return torch.stack([loss.sum() for loss in losses]).sum(), *results
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        needed = ctx.needs_input_grad[3:]
-        pairs = zip(needed, ctx.saved_tensors, ctx.dtypes, strict=False)
-        gradients = [(saved * grad_loss).to(dtype) if want else None for want, saved, dtype in pairs]
-        return None, None, None, *gradients, *(None,) * (len(needed) - len(gradients))
-
-
-class RelationKLPerRow(torch.autograd.Function):
-    """Losses per row, a tuple of [B, A, L] float64; the backward pass computes scores and gradients from the inputs.
-
-    Arguments as those of :class:`RelationKL`.
-    """
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output)
+        ctx.dtypes = [x.dtype for x in _in_four(inputs[4:-1])[0]]
 
     @staticmethod
-    def forward(ctx, objective: Objective, num_heads: int, causal: tuple[bool, ...], *tensors):
-        ctx.save_for_backward(*tensors)
-        ctx.constants, ctx.objective = (causal, num_heads), objective.for_kernel()[:2]
-        inputs = _in_four(tensors)
-        losses, _ = torch.ops.fastkd.relation_kl(*inputs, *ctx.constants, [False] * len(inputs[0]), *ctx.objective)
+    def backward(ctx, grad_loss: Tensor, *_: Tensor):
+        loss, *saved = ctx.saved_tensors
+        gradients = apply(Scaled, "relation_kl", loss, grad_loss, ctx.dtypes, *saved)
+        wanted = ctx.needs_input_grad[4:]
+        results = [grad if want else None for want, grad in zip(wanted, gradients, strict=False)]
+        return *(None,) * 4, *results, *(None,) * (len(wanted) - len(results))
+
+
+class RelationKLPerRow(Function):
+    """Losses per row, a tuple of [B, A, L] float64; the backward pass computes scores and gradients from the inputs."""
+
+    @staticmethod
+    def forward(causal: tuple[bool, ...], num_heads: int, gradients: tuple[bool, ...], divergence: int, *tensors):
+        losses, _ = torch.ops.fastkd.relation_kl(
+            *_in_four(tensors[:-1]), causal, num_heads, [False] * len(causal), divergence, tensors[-1]
+        )
         return tuple(losses)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.causal, ctx.num_heads, _, ctx.divergence, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
     def backward(ctx, *grad_losses: Tensor):
-        student, teacher, coefficient, key_mask = _in_four(ctx.saved_tensors)
-        needed = ctx.needs_input_grad[3 : 3 + len(student)]
+        *tensors, beta = ctx.saved_tensors
+        student, teacher, coefficient, key_mask = _in_four(tensors)
         weights = [c * g for c, g in zip(coefficient, grad_losses, strict=True)]
-        _, gradients = torch.ops.fastkd.relation_kl(
-            student, teacher, weights, key_mask, *ctx.constants, needed, *ctx.objective
-        )
-        wanted = [g.to(x.dtype) if want else None for want, x, g in zip(needed, student, gradients, strict=True)]
-        return None, None, None, *wanted, *(None,) * (3 * len(student))
+        needed = ctx.needs_input_grad[4 : 4 + len(student)]
+        constants = (ctx.causal, ctx.num_heads, needed, ctx.divergence)
+        gradients = apply(_RelationKLGradient, "relation_kl", *constants, *student, *teacher, *weights, *key_mask, beta)
+        results = [grad if want else None for want, grad in zip(needed, gradients, strict=True)]
+        return *(None,) * 4, *results, *(None,) * (3 * len(student) + 1)
+
+
+class _RelationKLGradient(Gradient):
+    @staticmethod
+    def forward(op: str, causal: Any, num_heads: int, gradients: Any, divergence: int, *tensors):
+        inputs = _in_four(tensors[:-1])
+        _, results = torch.ops.fastkd.relation_kl(*inputs, causal, num_heads, gradients, divergence, tensors[-1])
+        return tuple(grad.to(x.dtype) for x, grad in zip(inputs[0], results, strict=True))
 
 
 def _in_four(tensors: Sequence[Any]) -> list[list[Any]]:
@@ -230,10 +242,11 @@ def relation_kl(
             raise TypeError(f"causal: expected a bool, got {type(is_causal[i]).__name__}")
         if masks[i] is not None:
             check_mask(f"key_mask{at if isinstance(key_mask, (list, tuple)) else ''}", masks[i], x.shape[:2], x.device)
-            masks[i] = masks[i].bool()
+            masks[i] = differentiable(masks[i].bool())
         check_normalizer(normalizers[i], reduction)
     check_heads(num_heads, widths)
-    students, teachers = autocast_like_linear(*students), [t.detach() for t in autocast_like_linear(*teachers)]
+    students = [differentiable(x) for x in autocast_like_linear(*students)]
+    teachers = [constant(t) for t in autocast_like_linear(*teachers)]
 
     device = students[0].device
     if not use_fused(impl, device):
@@ -261,10 +274,12 @@ def relation_kl(
     ]
     if reduction == "mean":
         coefficients = [c / len(students) for c in coefficients]
-    arguments = (objective, num_heads, tuple(is_causal), *students, *teachers, *coefficients, *masks)
+    wanted = tuple(wants_gradient(x) for x in students)
+    constants = (tuple(is_causal), num_heads, wanted, objective.code)
+    arguments = (*constants, *students, *teachers, *coefficients, *masks, numbers(beta))
     if reduction != "none":
-        loss = RelationKL.apply(*arguments)
+        loss, *_ = apply(RelationKL, *arguments)
         return loss if loss.dtype == students[0].dtype else loss.float()
-    rows = RelationKLPerRow.apply(*arguments)
+    rows = apply(RelationKLPerRow, *arguments)
     rows = tuple(loss if students[0].dtype == torch.float64 else loss.float() for loss in rows)
     return rows if several else rows[0]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "OBJECTIVE",
     "SHARD_ARGUMENTS",
     "Facts",
     "RowBlock",
@@ -52,6 +53,9 @@ __all__ = [
     "whole_row_stats",
 ]
 
+# What an op on the vocabulary is given of an Objective: the divergence's code, then beta, temperature, kd_weight and
+# ce_weight.
+OBJECTIVE = "int divergence, Tensor numbers"
 # What an op over shards is given after the objective: "" and 0 where there are none. Its labels are those of the shard.
 SHARD_ARGUMENTS = 'str vocab_group="", int widest_shard=0'
 
@@ -118,9 +122,9 @@ class VocabularyShard:
         here = (labels >= start) & (labels < stop)
         return torch.where(here, labels - start, torch.where(known, ELSEWHERE, -1))
 
-    def for_kernel(self) -> tuple:
+    def for_op(self) -> tuple:
         """The trailing arguments of an op: those of the objective, the group's name, and `widest`."""
-        return *self.objective.for_kernel(), self.group.group_name, self.widest
+        return *self.objective.for_op(), self.group.group_name, self.widest
 
 
 def group_by_name(name: str) -> ProcessGroup | None:

@@ -1,0 +1,102 @@
+"""What the autograd.Functions of all ops have in common: constants, torch.func, and that they have one derivative.
+
+They are written as torch.func wants them: `forward` without a context, and whatever `backward` needs is an input or an
+output. Under `torch.func.vmap` an op is called once for each example. What a backward pass computes is a function of
+its own, a :class:`Gradient`, so that differentiating it is an error and not silently nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Function", "Gradient", "Scaled", "apply", "constant", "differentiable", "wants_gradient"]
+
+
+def differentiable(x: Any) -> Any:
+    """x as autograd can save it: of a tensor from torch.inference_mode() another one of the same memory.
+
+    Not under torch.compile, which cannot tell.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return x
+    if not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    plain = torch.empty(0, dtype=x.dtype, device=x.device)
+    return plain.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+def constant(x: Any) -> Any:
+    """x as something that gets no gradient, whatever its requires_grad says; what is no tensor passes."""
+    return differentiable(x).detach() if isinstance(x, Tensor) else x
+
+
+def wants_gradient(x: Tensor | None) -> bool:
+    """Whether autograd records what becomes of x, at any level of torch.func's transforms."""
+    if x is None or not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.requires_grad
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) and wants_gradient(functorch.get_unwrapped(x))
+
+
+def _example(x: Any, dim: Any, i: int) -> Any:
+    return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """What ``function.apply`` returns; torch.compile, where nothing is differentiated, gets to see `forward` alone.
+
+    It would take the first of its arguments for a context, as it cannot count those of a variable number.
+    """
+    if torch.compiler.is_compiling() and not any(isinstance(x, Tensor) and wants_gradient(x) for x in arguments):
+        return function.forward(*arguments)
+    return function.apply(*arguments)
+
+
+class Function(torch.autograd.Function):
+    """One that torch.func.vmap calls once for each example."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+        def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+            results = [
+                cls.apply(*(_example(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+                for i in range(info.batch_size)
+            ]
+            if isinstance(results[0], Tensor):
+                return torch.stack(results), 0
+            return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+
+        cls.vmap = staticmethod(vmap)  # type: ignore[method-assign]
+
+
+class Gradient(Function):
+    """What a backward pass computes. The first argument is the op's name, for whoever wants its derivative."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_: Tensor):
+        raise RuntimeError(
+            f"fastkd.{ctx.op}: the gradient that its kernels compute cannot be differentiated again, as Hessians and "
+            'gradient penalties would; impl="reference" can'
+        )
+
+
+class Scaled(Gradient):
+    """Gradients that exist already times that of the loss, in their inputs' dtypes; of those not wanted an empty one.
+
+    The loss is an argument because autograd asks it whether the results depend on anything.
+    """
+
+    @staticmethod
+    def forward(op: str, loss: Tensor, grad_loss: Tensor, dtypes: Sequence[torch.dtype], *gradients: Tensor):
+        return tuple((grad * grad_loss).to(dtype) for grad, dtype in zip(gradients, dtypes, strict=True))

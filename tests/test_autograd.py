@@ -1,0 +1,323 @@
+"""The losses as autograd and torch.func see them: every op, by its kernels and by its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vmap
+
+import fastkd
+
+from .cases import (
+    CKA_LOSS,
+    LINEAR_KL,
+    LOGIT_KL,
+    OPS,
+    RELATION_KL,
+    TOKEN_OPS,
+    UNRELATED,
+    Inputs,
+    Op,
+    distance,
+    running_on,
+    to,
+    value_and_gradients,
+)
+
+over_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+over_token_ops = pytest.mark.parametrize("op", TOKEN_OPS, ids=lambda op: op.name)
+over_backends = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+over_reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def inputs_of(op: Op) -> Inputs:
+    sizes = {"tokens": 6} if op in (*TOKEN_OPS, CKA_LOSS) else {"queries": 4}
+    return to(op.make(UNRELATED, **sizes), torch.float32)
+
+
+def options_of(op: Op, inputs: Inputs) -> dict[str, Any]:
+    """Every tensor that an op takes beside its inputs."""
+    if op in TOKEN_OPS:
+        labels = torch.tensor([1, -100, 3, 4, 0, 2])
+        return {"labels": labels, "weight": torch.rand(6), "ce_weight": 0.5}
+    if op is CKA_LOSS:
+        return {"mask": torch.tensor([1, 1, 0, 1, 1, 1]).bool()}
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    return {"key_mask": mask} if op is RELATION_KL else {"key_mask": mask, "query_mask": mask}
+
+
+# ---- tensors made under torch.inference_mode() -----------------------------------------------------------------------
+
+
+def made_for_inference(x: Any) -> Any:
+    with torch.inference_mode():
+        return x.clone() if isinstance(x, Tensor) else x
+
+
+@over_ops
+@over_backends
+@over_reductions
+def test_inference_tensors(op: Op, backend: str, reduction: str):
+    """A teacher's outputs and weights, labels, masks, weights and the normalizer: as if made outside."""
+    inputs = inputs_of(op)
+    options = options_of(op, inputs) | {"reduction": reduction}
+    if reduction == "mean" and op is not CKA_LOSS:
+        options["normalizer"] = torch.tensor(3.0)
+    with running_on(backend) as (impl, device):
+        inputs, options = to(inputs, torch.float32, device), {k: _on(x, device) for k, x in options.items()}
+        loss, gradients = value_and_gradients(op, inputs, impl=impl, **options)
+        inputs = {name: x if name in op.student else made_for_inference(x) for name, x in inputs.items()}
+        options = {name: made_for_inference(x) for name, x in options.items()}
+        got, got_gradients = value_and_gradients(op, inputs, impl=impl, **options)
+    assert torch.equal(got, loss)
+    for name, gradient in gradients.items():
+        assert torch.equal(got_gradients[name], gradient), name
+
+
+def _on(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x
+
+
+@over_reductions
+def test_a_head_that_was_made_for_inference(reduction: str):
+    """Frozen weights and biases of the student: nothing but its hidden states needs a gradient."""
+    inputs = inputs_of(LINEAR_KL)
+    loss, gradients = value_and_gradients(LINEAR_KL, inputs, reduction=reduction)
+    frozen = {name: made_for_inference(x) for name, x in inputs.items()}
+    hidden = inputs["student_hidden"].clone().requires_grad_()
+    got = fastkd.linear_kl(**frozen | {"student_hidden": hidden}, reduction=reduction)
+    assert torch.equal(got, loss)
+    assert torch.equal(torch.autograd.grad(got.sum(), hidden)[0], gradients["student_hidden"])
+
+
+def test_inference_tensors_are_not_copied():
+    x = inputs_of(LOGIT_KL)
+    student, teacher = x["student_logits"].requires_grad_(), made_for_inference(x["teacher_logits"])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        fastkd.logit_kl(student, teacher)
+    assert teacher.data_ptr() in [x.data_ptr() for x in saved]
+
+
+@over_ops
+def test_under_inference_mode(op: Op):
+    inputs = inputs_of(op)
+    wanted = op.function(**inputs)
+    with torch.inference_mode():
+        assert torch.equal(op.function(**inputs), wanted)
+
+
+# ---- second derivatives ----------------------------------------------------------------------------------------------
+
+
+@over_ops
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@over_reductions
+def test_second_derivatives_are_refused(op: Op, backend: str, reduction: str):
+    """By a message with the op's name and what to do, whatever asks for them; first ones pass."""
+    with running_on(backend) as (impl, device):
+        inputs = to(inputs_of(op), torch.float32, device)
+        _, wanted = value_and_gradients(op, inputs, impl=impl, reduction=reduction)
+        for name in op.student:
+            leaf = inputs[name].detach().requires_grad_()
+            loss = op.function(**inputs | {name: leaf}, impl=impl, reduction=reduction).sum()
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            assert torch.equal(gradient, wanted[name])
+            with pytest.raises(RuntimeError, match=rf'fastkd\.{op.name}: .*impl="reference"'):
+                gradient.square().sum().backward()
+
+        def of_first(x: Tensor) -> Tensor:
+            return op.function(**inputs | {op.student[0]: x}, impl=impl, reduction=reduction).sum()
+
+        with pytest.raises(RuntimeError, match=rf'fastkd\.{op.name}: .*impl="reference"'):
+            torch.autograd.functional.hessian(of_first, inputs[op.student[0]])
+
+
+@over_ops
+def test_second_derivatives_of_the_reference(op: Op):
+    inputs = to(inputs_of(op), torch.float64)
+    name = op.student[0]
+
+    def loss(x: Tensor) -> Tensor:
+        return op.function(**inputs | {name: x}, impl="reference")
+
+    assert torch.autograd.gradgradcheck(loss, inputs[name].requires_grad_())
+
+
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+
+@over_ops
+@over_backends
+@over_reductions
+def test_func_grad(op: Op, backend: str, reduction: str):
+    with running_on(backend) as (impl, device):
+        inputs = to(inputs_of(op), torch.float32, device)
+        options = {k: _on(x, device) for k, x in options_of(op, inputs).items()} | {"reduction": reduction}
+        _, wanted = value_and_gradients(op, inputs, impl=impl, **options)
+        student = {name: inputs[name] for name in op.student}
+        got = grad(lambda student: op.function(**inputs | student, impl=impl, **options).sum())(student)
+    for name, gradient in wanted.items():
+        assert torch.equal(got[name], gradient), name
+
+
+def per_example(op: Op, impl: str) -> tuple[Callable[[Inputs], Tensor], Inputs]:
+    """A loss of one example, and three examples; heads, tables and the teacher's tensors like the rest."""
+    examples = [inputs_of(op) for _ in range(3)]
+    options = options_of(op, examples[0])
+    return lambda x: op.function(**x, impl=impl, **options), {
+        k: torch.stack([x[k] for x in examples]) for k in examples[0]
+    }
+
+
+@over_ops
+@over_backends
+def test_vmap(op: Op, backend: str):
+    """Losses and gradients for each example, as a loop over them; of kernels, to the bit."""
+
+    def alike(got: Tensor, wanted: Tensor) -> bool:
+        return distance(got, wanted) <= (1e-5 if backend == "reference" else 0)
+
+    with running_on(backend) as (impl, device):
+        loss, examples = per_example(op, impl)
+        if device.type != "cpu":
+            pytest.skip("masks are on the CPU")
+        split = [{name: x[i] for name, x in examples.items()} for i in range(3)]
+        assert alike(vmap(loss)(examples), torch.stack([loss(x) for x in split]))
+
+        def of_student(student: Inputs, others: Inputs) -> Tensor:
+            return loss(student | others)
+
+        def parts(x: Inputs) -> tuple[Inputs, Inputs]:
+            return {k: x[k] for k in op.student}, {k: v for k, v in x.items() if k not in op.student}
+
+        got = vmap(grad(of_student))(*parts(examples))
+        looped = [grad(of_student)(*parts(x)) for x in split]
+        mapped = grad(lambda student: vmap(of_student)(student, parts(examples)[1]).sum())(parts(examples)[0])
+        leaves = {name: x.clone().requires_grad_() for name, x in parts(examples)[0].items()}
+        plain = torch.autograd.grad(vmap(of_student)(leaves, parts(examples)[1]).sum(), list(leaves.values()))
+    for i, name in enumerate(op.student):
+        wanted = torch.stack([x[name] for x in looped])
+        assert alike(got[name], wanted), name
+        assert alike(mapped[name], wanted), name
+        assert alike(plain[i], wanted), name
+
+
+def test_vmap_over_labels_and_weights():
+    x = inputs_of(LOGIT_KL)
+    labels, weight = torch.randint(0, 203, (3, 6)), torch.rand(3, 6)
+
+    def loss(labels: Tensor, weight: Tensor) -> Tensor:
+        return fastkd.logit_kl(**x, labels=labels, weight=weight, ce_weight=1.0)
+
+    got = vmap(loss)(labels, weight)
+    assert torch.equal(got, torch.stack([loss(*pair) for pair in zip(labels, weight, strict=True)]))
+
+
+@over_reductions
+def test_functional_call(reduction: str):
+    """A head whose parameters are given to the call."""
+    head = torch.nn.Linear(12, 203)
+    x = inputs_of(LINEAR_KL)
+
+    class Student(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            arguments = hidden, self.head.weight, x["teacher_hidden"], x["teacher_weight"]
+            return fastkd.linear_kl(*arguments, student_bias=self.head.bias, reduction=reduction).sum()
+
+    student, hidden = Student(), x["student_hidden"]
+    got = grad(lambda parameters: functional_call(student, parameters, (hidden,)))(dict(student.named_parameters()))
+    wanted = torch.autograd.grad(student(hidden), list(student.parameters()))
+    for gradient, (name, _) in zip(wanted, student.named_parameters(), strict=True):
+        assert torch.equal(got[name], gradient.detach()), name
+
+
+# ---- what asks for a gradient that there is none of ------------------------------------------------------------------
+
+
+@over_token_ops
+@over_backends
+@pytest.mark.parametrize("name", ["weight", "normalizer"])
+def test_constants_that_require_a_gradient(op: Op, backend: str, name: str):
+    value = torch.rand(6) if name == "weight" else torch.tensor(2.0)
+    with running_on(backend) as (impl, device):
+        inputs = to(inputs_of(op), torch.float32, device)
+        value = value.to(device).requires_grad_()
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor that requires no gradient"):
+            op.function(**inputs, impl=impl, **{name: value})
+        with torch.no_grad():  # nobody waits for one here
+            op.function(**inputs, impl=impl, **{name: value})
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in ("attention_kl", "relation_kl")], ids=lambda op: op.name)
+def test_normalizers_that_require_a_gradient(op: Op):
+    with pytest.raises(ValueError, match="normalizer: expected a tensor that requires no gradient"):
+        op.function(**inputs_of(op), normalizer=torch.tensor(2.0, requires_grad=True))
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+KNOBS: dict[str, list[dict[str, list[float]]]] = {
+    "logit_kl": [
+        {"temperature": [1.0, 2.0, 3.5, 0.5]},
+        {"kd_weight": [1.0, 0.6, 0.3, 0.0], "ce_weight": [0.0, 0.4, 0.7, 1.0]},
+        {"normalizer": [3.0, 5.0, 7.5, 0.0]},
+        {"ignore_index": [-100, -5, -9, 2]},
+    ],
+    "linear_kl": [
+        {
+            "temperature": [1.0, 2.0, 3.5, 0.5],
+            "student_scale": [1.0, 0.3, 0.4, 0.5],
+            "teacher_scale": [1.0, 0.2, 0.1, 2.0],
+        },
+        {"kd_weight": [1.0, 0.6, 0.3, 0.0], "ce_weight": [0.0, 0.4, 0.7, 1.0], "workspace_mb": [1.0, 2.0, 3.0, 4.5]},
+    ],
+    "attention_kl": [{"student_scale": [1.0, 0.3, 0.4, 0.5], "teacher_scale": [1.0, 0.2, 0.1, 2.0]}],
+    "relation_kl": [{"normalizer": [3.0, 5.0, 7.5, 2.5]}],
+    "cka_loss": [{"eps": [1e-8, 1e-2, 0.5, 3.0]}],
+}
+BETA = {"beta": [0.5, 0.1, 0.2, 0.9]}
+OF_ALL = [(op, knobs) for op in OPS for knobs in KNOBS[op.name] + ([] if op is CKA_LOSS else [BETA])]
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize(("op", "knobs"), OF_ALL, ids=lambda x: getattr(x, "name", None) or "-".join(x))
+def test_knobs_that_change_do_not_recompile(op: Op, knobs: dict[str, list[float]], impl: str):
+    """Two graphs for any number of values: the first call's, and one for all that follow."""
+    if impl == "reference" and "workspace_mb" in knobs:
+        knobs = {name: values for name, values in knobs.items() if name != "workspace_mb"}
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    inputs = inputs_of(op)
+    options: dict[str, Any] = {"impl": impl}
+    if op in TOKEN_OPS:
+        options |= {"labels": torch.tensor([1, -100, 3, 4, 0, 2]).clamp_min(0), "ce_weight": 0.5}
+    if "beta" in knobs:
+        options["divergence"] = "jsd"
+
+    def loss(inputs: Inputs, values: dict[str, float]) -> Tensor:
+        return op.function(**inputs, **options | values)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    leaves = [inputs[name].requires_grad_() for name in op.student]
+    for i in range(4):
+        values = {name: each[i] for name, each in knobs.items()}
+        wanted, got = loss(inputs, values), compiled(inputs, values)
+        assert distance(got, wanted) <= 1e-6 or wanted == got == 0
+        for left, right in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+            assert distance(left, right) <= 1e-5 or left.equal(right)
+    assert graphs.frame_count <= 2
