@@ -22,7 +22,7 @@ from report import main
 from torch import Tensor
 
 import fastkd
-from fastkd.ops import linear_kl as op
+from fastkd.ops import linear_kl_gpu as op
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
 GPU_ROWS = ("eager", "Liger, Triton")

@@ -25,7 +25,8 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """log(weight * a + (1 - weight) * b)"""
     nothing = (log_a == -math.inf) & (log_b == -math.inf)  # masked in both: logaddexp has no gradient there
     log_a, log_b = log_a.masked_fill(nothing, 0), log_b.masked_fill(nothing, 0)
-    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight)).masked_fill(nothing, -math.inf)
+    share = log_a.new_ones(()) * weight  # a number's own logarithm torch.compile would take for a constant
+    return torch.logaddexp(log_a + share.log(), log_b + (-share).log1p()).masked_fill(nothing, -math.inf)
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

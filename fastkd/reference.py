@@ -61,15 +61,18 @@ def logit_kl(
         loss = scores.new_zeros(scores.shape[:-1])  # [T...]
         if teacher_logits is not None:
             vocabulary = min(scores.shape[-1], teacher_logits.shape[-1])
-            scores = scores[..., :vocabulary]
+            shared = scores[..., :vocabulary]
             target = teacher_logits.detach()[..., :vocabulary].to(dtype).masked_fill(dropped, 0)
             if kd_weight != 0:
                 # a row of nothing but -inf has no distribution: it counts as masked
-                empty = (scores == -torch.inf).all(-1) | (target == -torch.inf).all(-1)  # [T...]
+                empty = (shared == -torch.inf).all(-1) | (target == -torch.inf).all(-1)  # [T...]
                 log_q, log_p = (  # [T..., V]
-                    F.log_softmax(x.masked_fill(empty.unsqueeze(-1), 0) / temperature, -1) for x in (scores, target)
+                    F.log_softmax(x.masked_fill(empty.unsqueeze(-1), 0) / temperature, -1) for x in (shared, target)
                 )
-                loss = kd_weight * temperature**2 * DIVERGENCES[divergence](log_p, log_q, beta).masked_fill(empty, 0)
+                divergences = DIVERGENCES[divergence](log_p, log_q, beta).masked_fill(empty, 0)
+                loss = (
+                    divergences * temperature * temperature * kd_weight
+                )  # one by one: torch.compile keeps numbers free
         if labels is not None and ce_weight != 0:
             index = labels.long().masked_fill(dropped.squeeze(-1), 0).unsqueeze(-1)
             loss = loss - ce_weight * F.log_softmax(scores, -1).gather(-1, index).squeeze(-1)
@@ -79,8 +82,10 @@ def logit_kl(
             return loss
         if reduction == "sum":
             return loss.sum()
-        denominator = torch.as_tensor(weight.sum() if normalizer is None else normalizer, dtype=dtype)
-        denominator = denominator.detach().to(loss.device)
+        if isinstance(normalizer, Tensor):
+            denominator = normalizer.detach().to(loss)
+        else:
+            denominator = weight.sum() if normalizer is None else loss.new_ones(()) * normalizer
         return torch.where(denominator == 0, 0, loss.sum() / torch.where(denominator == 0, 1, denominator))
 
 
@@ -233,7 +238,7 @@ def _centred(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     dropped = ~valid.unsqueeze(1)
     x = x.double().masked_fill(dropped, 0)
     if x.shape[0]:
-        x = (x - x.detach()[valid.int().argmax()]).masked_fill(dropped, 0)
+        x = (x - x.detach()[valid.int().argmax(keepdim=True)]).masked_fill(dropped, 0)
     return (x - x.sum(0) / valid.sum().clamp_min(1)).masked_fill(dropped, 0).to(dtype)
 
 

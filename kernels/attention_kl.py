@@ -418,7 +418,7 @@ def forward_kernel(
         divergence = moment * LN2 / sum_t - shift
     elif DIVERGENCE == REVERSE_KL:
         divergence = moment * LN2 / sum_s + shift
-        mean, factor = divergence * LOG2E, coefficient * LN2  # of log(p / q), base 2
+        mean, factor = _with_infinity(divergence) * LOG2E, coefficient * LN2  # of log(p / q), base 2
     log_s, log_t = max_s + tl.log2(sum_s), max_t + tl.log2(sum_t)
     rounded = shift * LOG2E + ((max_t - log_t) - (max_s - log_s))
     row = factor.to(F), log_s, log_t, rounded, mean, saturated, sign

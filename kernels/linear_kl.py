@@ -328,7 +328,7 @@ def combine_kernel(
             row_loss = moment / full_t + log_sums
         elif DIVERGENCE == REVERSE_KL:
             row_loss = moment / full_s - log_sums
-            mean = tl.where(empty, 0.0, row_loss)
+            mean = tl.where(empty, 0.0, _with_infinity(row_loss))
         row_loss = tl.where(empty, 0.0, kd_weight * tau * tau * _with_infinity(row_loss))
     if labels is not None:
         _, valid = _load_labels(labels, row, alive, columns)

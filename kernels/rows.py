@@ -328,7 +328,7 @@ def _loss(
             mean = tl.where(coslope < slope, -coslope, slope)
         if DIVERGENCE == REVERSE_KL:
             divergence = _refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
-            mean = divergence
+            mean = _with_infinity(divergence)
         mean = tl.where(empty, 0.0, mean)
         loss = tl.where(empty, 0.0, kd_weight * tau * tau * _with_infinity(divergence))
     if label is not None:

@@ -16,7 +16,7 @@ import torch
 from fastkd.backend import interpret_triton
 from fastkd.checks import Objective, numbers
 from fastkd.divergence import DIVERGENCES
-from fastkd.ops.linear_kl import _going_by
+from fastkd.ops.linear_kl_gpu import _going_by
 
 from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
 

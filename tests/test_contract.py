@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastkd
 from fastkd.divergence import DIVERGENCES
@@ -270,6 +271,67 @@ def test_vocabularies_of_different_size(op: Op, backend: str, larger: str):
             gradient = gradient.narrow(axis, 0, 150)
         assert distance(gradient, gradients[name]) <= 1e-5, name
         assert not beyond.any()
+
+
+@over_backends
+@pytest.mark.parametrize("op", [LOGIT_KL, LINEAR_KL], ids=by_name)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_labels_that_only_the_students_vocabulary_holds(op: Op, backend: str, divergence: str, reduction: str):
+    """Cross-entropy over all of the student's columns, the divergence over those that both have."""
+    inputs = to(op.make(UNRELATED, tokens=6), torch.float32)
+    for name in [name for name in inputs if name.startswith("teacher") and not name.endswith("hidden")]:
+        inputs[name] = inputs[name].narrow(1 if op is LOGIT_KL else 0, 0, 150)
+    labels = torch.tensor([202, 150, 149, 0, -100, 180])
+    options = {"divergence": divergence, "reduction": reduction, "temperature": 2.0, "weight": torch.rand(6)}
+    apart = [{**options, "ce_weight": 0.0}, {**options, "ce_weight": 0.6, "kd_weight": 0.0}]
+    found = [oracle(op, inputs, labels=labels, **terms) for terms in apart]
+    wanted = sum(loss for loss, _ in found)
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        options |= {"labels": labels.to(device), "weight": options["weight"].to(device), "ce_weight": 0.6}
+        got, got_gradients = value_and_gradients(op, moved, impl=impl, **options)
+    assert distance(got, wanted) <= 1e-6
+    for name, gradient in got_gradients.items():
+        assert distance(gradient, sum(gradients[name] for _, gradients in found)) <= 1e-5, name
+
+
+@over_backends
+def test_labels_beyond_the_teachers_vocabulary_by_hand(backend: str):
+    hidden, weight, teacher_hidden, teacher_weight = (torch.randn(n, 4) for n in (2, 40, 2, 32))
+    labels = torch.tensor([35, 1])
+    scores, target = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+    log_q, log_p = scores[:, :32].log_softmax(-1), target.log_softmax(-1)
+    wanted = F.cross_entropy(scores, labels) + F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    with running_on(backend) as (impl, device):
+        tensors = [x.to(device) for x in (hidden, weight, teacher_hidden, teacher_weight)]
+        got = fastkd.linear_kl(*tensors, labels=labels.to(device), ce_weight=1, impl=impl)
+    assert distance(got, wanted) <= 1e-6
+
+
+@over_backends
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("op", [LOGIT_KL, LINEAR_KL], ids=by_name)
+def test_columns_masked_in_one_model(op: Op, backend: str, divergence: str, side: str):
+    """Losses as the reference has them, infinite where it says so, and gradients finite where its are."""
+    inputs = to(op.make(UNRELATED, tokens=4), torch.float32)
+    if op is LOGIT_KL:
+        inputs[f"{side}_logits"][1, 5:9] = -torch.inf
+    else:
+        inputs[f"{side}_bias"][5:9] = -torch.inf
+    loss, gradients = oracle(op, inputs, divergence=divergence, reduction="none")
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        got, got_gradients = value_and_gradients(op, moved, impl=impl, divergence=divergence, reduction="none")
+    got = got.cpu()
+    finite = loss.isfinite()
+    assert torch.equal(got.isfinite(), finite) and torch.equal(got[~finite], loss[~finite].to(got))
+    assert distance(got[finite], loss[finite]) <= 1e-6
+    for name, gradient in got_gradients.items():
+        gradient, known = gradient.cpu(), gradients[name].isfinite()
+        assert torch.equal(gradient.isfinite(), known), name
+        assert not known.any() or distance(gradient[known], gradients[name][known]) <= 1e-5, name
 
 
 @over_token_ops

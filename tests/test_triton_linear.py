@@ -17,7 +17,7 @@ from torch import Tensor
 import fastkd
 from fastkd.checks import numbers
 from fastkd.divergence import DIVERGENCES, divergence_code
-from fastkd.ops import linear_kl as op
+from fastkd.ops import linear_kl_gpu as op
 
 from .cases import LINEAR_KL, REGIMES, UNRELATED, Regime, distance, oracle, running_on, to, value_and_gradients
 
@@ -364,7 +364,7 @@ def test_work_is_shared_out_evenly():
 
 
 def test_the_way_that_is_chosen():
-    """As the table in fastkd/ops/linear_kl.py says; nothing else than 16 bits on a GPU goes by tiles."""
+    """As the table in fastkd/ops/linear_kl_gpu.py says; nothing else than 16 bits on a GPU goes by tiles."""
 
     def way(width_t: int, width_s: int, gradients: bool, divergence: str, dtype: torch.dtype = torch.bfloat16) -> bool:
         class Hidden:
@@ -373,7 +373,7 @@ def test_the_way_that_is_chosen():
             def __init__(self, width: int):
                 self.shape = (8, width)
 
-        student, teacher = (op._Head(Hidden(width), None, None, 1.0) for width in (width_s, width_t))  # type: ignore[arg-type]
+        student, teacher = (op.Head(Hidden(width), None, None, 1.0) for width in (width_s, width_t))  # type: ignore[arg-type]
         return op._by_tiles(student, teacher, gradients, divergence_code(divergence))
 
     assert way(768, 192, False, "forward_kl") and not way(768, 192, True, "forward_kl")

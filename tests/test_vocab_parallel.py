@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import re
 import zlib
 from collections.abc import Callable
@@ -146,6 +147,22 @@ def be_sure(inputs: Inputs) -> None:
     inputs["student_logits"][:, 149] = 22.0
 
 
+def narrow_teacher(columns: int) -> Callable[[Inputs], None]:
+    def change(inputs: Inputs) -> None:
+        for name in set(inputs) & {"teacher_logits", "teacher_weight", "teacher_bias"}:
+            inputs[name] = inputs[name].narrow(-1 if name == "teacher_logits" else 0, 0, columns)
+
+    return change
+
+
+def labels_of_the_student(inputs: Inputs) -> Tensor:
+    """Of its whole vocabulary, whatever the teacher's."""
+    labels = torch.randint(0, 203, labels_of(inputs).shape)
+    known = torch.tensor([202, -7, 60, 59, 150])[: len(labels)]
+    labels[: len(known)] = known
+    return labels
+
+
 def only_wider_teacher(inputs: Inputs) -> None:
     for name in ("student_weight", "student_bias"):
         inputs[name] = inputs[name][:190]
@@ -206,6 +223,17 @@ def cases(ranks: int) -> list[Case]:
             found.append(Case(f"one {name}", LOGIT_KL, uneven, change=mask_one, exact=False, options=options, **on))
         sure = {"labels": lambda x: torch.full((len(x["student_logits"]),), 149), "ce_weight": 1.0}
         found.append(Case(f"sure {backend}", LOGIT_KL, uneven, change=be_sure, options=sure, **on))
+    for op, (divergence, backend), columns in itertools.product(
+        (LOGIT_KL, LINEAR_KL),
+        (("forward_kl", "cpp"), ("jsd", "cpp"), ("jsd", "reference"), ("reverse_kl", "triton")),
+        (150, 60),
+    ):
+        starts = [sum(uneven[:rank]) for rank in range(ranks)]
+        narrow = tuple(max(0, min(n, columns - start)) for n, start in zip(uneven, starts, strict=True))
+        options = {**EVERYTHING, "divergence": divergence, "labels": labels_of_the_student}
+        name, sizes = f"{op.name} {divergence} {backend} teacher of {columns}", few if backend == "triton" else {}
+        change = narrow_teacher(columns)
+        found.append(Case(name, op, uneven, narrow, change=change, options=options, backend=backend, sizes=sizes))
     longer = (*uneven[:-1], uneven[-1] - 13)
     found.append(Case("longer teacher", LINEAR_KL, longer, uneven, change=only_wider_teacher, options=EVERYTHING))
     assert len({case.name for case in found}) == len(found)
@@ -553,10 +581,10 @@ def test_labels_count_from_the_first_column_of_a_shard():
     labels = torch.tensor([-1, 0, 2, 3, 4, 5, 6, 9])
     shards = [VocabularyShard(None, rank, (3, 0, 4), (3, 0, 2), constants) for rank in range(3)]  # type: ignore[arg-type]
     e = ELSEWHERE
-    assert shards[0].local_labels(labels).tolist() == [-1, 0, 2, e, e, -1, -1, -1]
-    assert shards[1].local_labels(labels).tolist() == [-1, e, e, e, e, -1, -1, -1]
-    assert shards[2].local_labels(labels).tolist() == [-1, e, e, 0, 1, -1, -1, -1]
-    assert [shard.widest for shard in shards] == [3, 3, 3]
+    assert shards[0].local_labels(labels).tolist() == [-1, 0, 2, e, e, e, e, -1]
+    assert shards[1].local_labels(labels).tolist() == [-1, e, e, e, e, e, e, -1]
+    assert shards[2].local_labels(labels).tolist() == [-1, e, e, 0, 1, 2, 3, -1]  # two of which the teacher has none of
+    assert [shard.widest for shard in shards] == [4, 4, 4]
 
 
 def test_a_checksum_tells_what_ranks_must_not_differ_in():

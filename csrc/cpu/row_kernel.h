@@ -367,6 +367,7 @@ struct RowKernel {
     }
     if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
     divergence = with_infinity(divergence);
+    if constexpr (D::kMoment == Moment::kStudent) stats.mean = with_infinity(stats.mean);  // the gradient becomes NaN
     double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
     if (labels) loss += objective.ce_weight * cross_entropy(row, stats);
     return loss;

@@ -403,7 +403,7 @@ struct RowKernel {
         stats.mean = divergence;
         divergence += mean_residual(stats);
       }
-      stats.mean = divergence;
+      stats.mean = with_infinity(divergence);
     }
     if constexpr (kMoment == Moment::kNone) divergence = value(stats);
     return with_infinity(divergence);

@@ -8,8 +8,7 @@ weight. The [T, V] logits never exist, and nothing is computed twice: 2 T V (Ht 
 A scalar loss fixes every token's coefficient before the pass, so the gradients are made in the forward pass and scaled
 by the upstream gradient in the backward pass. Per-token losses do not know theirs: their backward runs the op again.
 
-On a GPU there are two ways. By rows, as above, the scores of a chunk go through memory; by tiles (kernels/linear_kl.py)
-they never leave the multiprocessor, at the price of multiplying twice where gradients are wanted. `_by_tiles` chooses.
+That is linear_kl_cpu.py; on a GPU there is another way beside it (linear_kl_gpu.py).
 
 A vocabulary may be spread over the ranks of a process group (vocabulary_shards.py). Each rank multiplies its shards of
 the heads, and a chunk's rows are completed by what the ranks gather of them. Such calls go by rows.
@@ -19,9 +18,7 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,31 +27,22 @@ from torch import Tensor
 from .. import reference
 from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite, numbers
-from ..distributed import sum_
-from ..divergence import divergence_code
 from .autograd import Function, Gradient, Scaled, apply, constant, differentiable, wants_gradient
-from .chunks import token_chunks
-from .divergence_rows import (
-    STATS,
-    divergence_gradient,
-    divergence_rows_,
-    divergence_shard_gradient,
-    divergence_stats,
-    gpu_row_kernels,
-)
-from .dtypes import autocast_like_linear, fp16_lift, gradient_dtype, score_dtype
+from .dtypes import autocast_like_linear, gradient_dtype
+from .linear_kl_call import Call, Head
+from .linear_kl_cpu import on_cpu
+from .linear_kl_gpu import on_gpu
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
     Facts,
-    RowBlock,
     agree,
     group_by_name,
     local_tensor,
     shard_on,
     vocabulary_group,
-    whole_row_stats,
 )
+from .whole_rows import known_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,10 +54,6 @@ __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 # them without dropped tokens, and 2.1 GB for the gradients of all scores, which is what accumulating the weight's
 # gradient in fp32 would take. At T 1024 the last are 263 MB, and the scores are those of 512 tokens.
 WORKSPACE_MB = {"cpu": 128, "cuda": 768}
-# Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
-WIDENED_ROWS = 4096
-# A GPU's GEMM has tiles of so many rows.
-GEMM_ROWS = 128
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
@@ -97,410 +81,6 @@ def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, lab
     return _outputs(student_hidden, student_weight, student_bias, coefficient, gradients)
 
 
-class _Head(NamedTuple):
-    """One model's vocabulary projection and what goes into it."""
-
-    hidden: Tensor  # [T, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    scale: float
-
-
-class _Call(NamedTuple):
-    """What every way of computing the op is given, but for the objective."""
-
-    student: _Head
-    teacher: _Head | None  # None: cross-entropy alone
-    vocabulary: int  # that both models share; of a shard its columns
-    coefficient: Tensor  # [T] float64
-    labels: Tensor | None  # [T] int64
-    workspace_bytes: int
-    gradients: list[bool]  # of hidden states, weight, bias
-    group: ProcessGroup | None  # over whose ranks the vocabulary is spread
-    widest: int  # columns of the largest shard, or `vocabulary`: chunks have to be the same on all ranks
-
-
-def _sum_over(group: ProcessGroup | None, hidden_grad: Tensor | None) -> None:
-    """Makes a shard's gradient of the hidden states the whole vocabulary's."""
-    if group is not None and hidden_grad is not None:
-        sum_(hidden_grad, group)
-
-
-# ---- forward, with the gradients: on a CPU --------------------------------------------------------------------------
-
-
-def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight [V, H] as blocks of rows in the scores' dtype; one block, uncopied, where it is in that dtype."""
-    step = max(1, weight.shape[0]) if weight.dtype == dtype else WIDENED_ROWS
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
-        yield rows, weight[rows].to(dtype)
-
-
-def _scores_(out: Tensor, hidden: Tensor, head: _Head, vocabulary: int) -> None:
-    """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
-    hidden = hidden.to(out.dtype)
-    for columns, block in _widened(head.weight[:vocabulary], out.dtype):
-        target = out[:, columns]
-        if head.bias is None:
-            torch.addmm(target, hidden, block.t(), beta=0, alpha=head.scale, out=target)
-        else:
-            bias = head.bias[:vocabulary][columns].to(out.dtype)
-            torch.addmm(bias, hidden, block.t(), alpha=head.scale, out=target)
-
-
-class _Gradients:
-    """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
-
-    def __init__(self, student: _Head, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
-        hidden, weight, bias, self.scale = student
-        self.weight, self.dtype, self.group = weight, dtype, group
-        self.written = 0  # rows of weight_grad
-        want_hidden, want_weight, want_bias = wanted
-        # written once, and rounded then, but for what ranks add up
-        hidden_dtype = gradient_dtype(weight) if group is None else dtype
-        self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want_hidden else None
-        # fp32 even for 16-bit weights: chunks add up here
-        self.weight_grad = weight.new_empty(weight.shape, dtype=dtype) if want_weight else None
-        self.bias_grad = bias.new_zeros(bias.shape, dtype=dtype) if want_bias and bias is not None else None
-
-    def add(self, rows: Tensor | slice, hidden: Tensor, scores_grad: Tensor) -> None:
-        vocabulary = scores_grad.shape[1]
-        if self.bias_grad is not None:
-            self.bias_grad[:vocabulary] += scores_grad.sum(0)
-        if self.hidden_grad is not None:
-            grad = scores_grad.new_zeros(hidden.shape)
-            for columns, block in _widened(self.weight[:vocabulary], self.dtype):
-                grad.addmm_(scores_grad[:, columns], block, alpha=self.scale)
-            self.hidden_grad[rows] = grad.to(self.hidden_grad.dtype)
-        if self.weight_grad is not None:
-            target = self.weight_grad[:vocabulary]
-            target.addmm_(scores_grad.t(), hidden.to(self.dtype), beta=0 if self.written == 0 else 1, alpha=self.scale)
-            self.written = vocabulary
-
-    def results(self) -> tuple[Tensor, ...]:
-        """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
-        if self.weight_grad is not None:
-            self.weight_grad[self.written :] = 0  # beyond the shared vocabulary; all, where every token was dropped
-        _sum_over(self.group, self.hidden_grad)
-        gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
-        dtype = gradient_dtype(self.weight)
-        return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
-
-
-def _stats(
-    group: ProcessGroup | None,
-    student: Tensor,  # [n, V]
-    teacher: Tensor | None,  # [n, V]
-    coefficient: Tensor,  # [n]
-    labels: Tensor | None,  # [n]
-    loss: Tensor,  # [n]
-    stats: Tensor,  # [n, 7]
-    *objective: float,
-) -> None:
-    """`divergence_stats` of rows, or of the rows that the group's shards are of."""
-    if group is None:
-        divergence_stats(student, teacher, coefficient, labels, loss, stats, *objective)
-    else:
-        block = RowBlock(slice(0, len(loss)), student, teacher)
-        whole_row_stats([block], coefficient, labels, loss, stats, group, *objective)
-
-
-def _on_cpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
-    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, group, widest = call
-    dtype = score_dtype(student.hidden)
-    buffers = 1 if teacher is None else 2
-    rows_at_once = max(1, workspace_bytes // (buffers * widest * dtype.itemsize))
-    rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
-    workspace = student.hidden.new_empty(buffers, rows_at_once, vocabulary, dtype=dtype)
-    loss = torch.zeros_like(coefficient)
-    total = _Gradients(student, dtype, group, gradients)
-    for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
-        weights = coefficient[rows]
-        scores, teacher_scores = workspace[0, : len(weights)], None
-        hidden = student.hidden[rows]
-        _scores_(scores, hidden, student, vocabulary)
-        if teacher is not None:
-            teacher_scores = workspace[1, : len(weights)]
-            _scores_(teacher_scores, teacher.hidden[rows], teacher, vocabulary)
-        row_labels = None if labels is None else labels[rows]
-        row_loss = torch.empty_like(weights)
-        if any(gradients) and group is None:
-            divergence_rows_(scores, teacher_scores, weights, row_labels, row_loss, *objective)
-        else:
-            stats = weights.new_empty(len(weights), STATS)
-            _stats(group, scores, teacher_scores, weights, row_labels, row_loss, stats, *objective)
-            if any(gradients):
-                divergence_shard_gradient(scores, teacher_scores, stats, weights, row_labels, scores, *objective)
-        if any(gradients):
-            total.add(rows, hidden, scores)
-        loss[rows] = row_loss
-    return loss, *total.results()
-
-
-# ---- forward, with the gradients: on a GPU --------------------------------------------------------------------------
-
-
-def _multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
-    """out = scale * a @ b, plus what out holds if `add`: summed up in fp32 or better, of operands as they are."""
-    beta = 1 if add else 0
-    if a.shape[1] == 0:  # a shard without columns
-        if not add:
-            out.zero_()
-    elif not out.is_cuda:  # Triton's interpreter, in tests
-        dtype = torch.promote_types(out.dtype, torch.float32)
-        out.copy_(torch.addmm(out.to(dtype), a.to(dtype), b.to(dtype), beta=beta, alpha=scale))
-    elif a.dtype == b.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=scale, out=out)
-    elif a.dtype == b.dtype and a.itemsize == 2 and out.dtype == torch.float32:
-        # tensor cores multiply 16-bit operands, accumulate in fp32 and write that
-        if add and out.shape[0] == 1:  # torch takes one row for a bias then, and leaves it out
-            out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=scale)
-        else:
-            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=scale, out=out)
-
-
-class _GpuGradients:
-    """Multiplies gradients of scores into those of hidden states, weight and bias, block by block.
-
-    A block is some tokens by some of the vocabulary. Blocks of all columns write their tokens' gradients once and add
-    up the weight's; blocks of all tokens the other way round. What is added up is fp32, what is written once is not.
-    """
-
-    def __init__(
-        self,
-        student: _Head,
-        coefficient: Tensor,  # [T]
-        vocabulary: int,
-        lift: Tensor | None,  # what gradients of scores have been multiplied by
-        group: ProcessGroup | None,
-        all_tokens: bool,
-        all_columns: bool,
-        wanted: list[bool],  # of hidden states, weight, bias
-    ):
-        self.student, self.lift, self.group, self.narrow = student, lift, group, gradient_dtype(student.weight)
-        self.hidden_grad: Tensor | None = None
-        self.weight_grad: Tensor | None = None
-        self.bias_grad: Tensor | None = None
-        wide = score_dtype(student.hidden)
-        if wanted[0]:
-            self.hidden_grad = torch.empty_like(
-                student.hidden,
-                dtype=self.narrow if all_columns and group is None else wide,
-                memory_format=torch.contiguous_format,
-            )
-        if wanted[1]:
-            self.weight_grad = torch.empty_like(
-                student.weight, dtype=self.narrow if all_tokens else wide, memory_format=torch.contiguous_format
-            )
-            self.weight_grad[vocabulary:] = 0
-            # what dropped tokens hold may not reach the weight's gradient, as 0 * NaN
-            self.student = student._replace(hidden=student.hidden.masked_fill((coefficient == 0).unsqueeze(1), 0))
-        if wanted[2] and student.bias is not None:
-            self.bias_grad = student.bias.new_zeros(student.bias.shape, dtype=wide)
-
-    def add(self, rows: slice, columns: slice, scores_grad: Tensor) -> None:
-        """A block's gradient of scores [rows, columns], in the dtype of the operands."""
-        hidden, weight, _, scale = self.student
-        if self.bias_grad is not None:
-            self.bias_grad[columns] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
-        if self.hidden_grad is not None:
-            _multiply_(self.hidden_grad[rows], scores_grad, weight[columns], scale, add=columns.start > 0)
-        if self.weight_grad is not None:
-            _multiply_(self.weight_grad[columns], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
-
-    def results(self) -> Iterator[Tensor]:
-        """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
-        _sum_over(self.group, self.hidden_grad)
-        for grad in (self.hidden_grad, self.weight_grad, self.bias_grad):
-            if grad is None:
-                yield self.student.weight.new_empty(0, dtype=self.narrow)
-            else:
-                yield (grad if self.lift is None else grad.div_(self.lift)).to(self.narrow)
-
-
-def _parts(count: int, at_most: int) -> Iterator[slice]:
-    """A range in nearly equal parts of whole tiles of a GEMM."""
-    parts = -(-count // at_most)
-    step = min(at_most, -(-count // (parts * GEMM_ROWS)) * GEMM_ROWS)
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def _whole_tiles(count: int) -> int:
-    return max(1, count if count < GEMM_ROWS else count - count % GEMM_ROWS)
-
-
-def _rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, workspace: int) -> tuple[int, int]:
-    """How many tokens' scores, and how many tokens' gradients of scores, are held at a time: of so many bytes each.
-
-    Gradients are held for more tokens than scores are. Each block of them reads the weight once, and reads and writes
-    its fp32 gradient, 10 bytes a number in all, where a block of scores reads two weights, 4 bytes: sizes in a
-    proportion of three make the sum about least. Those of all tokens need no accumulator, and may take its place.
-    """
-    if tokens * gradient_row <= instead:
-        return _whole_tiles(workspace // score_row), tokens
-    score_rows = _whole_tiles(workspace // (score_row + 3 * gradient_row))
-    gradient_rows = (workspace - score_rows * score_row) // max(1, gradient_row)
-    return score_rows, max(score_rows, _whole_tiles(gradient_rows))
-
-
-def _rows(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
-    """By rows: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
-
-    An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again
-    and 2 to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be
-    narrowed. Gradients of wider operands stay where they are.
-    """
-    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, group, widest = call
-    hidden, weight = student.hidden, student.weight
-    tokens, dtype = coefficient.shape[0], score_dtype(hidden)
-    buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
-    gradient_row = 0 if in_place or not wanted else widest * weight.itemsize
-    score_row = buffers * widest * dtype.itemsize
-    weight_rows = weight.shape[0] if group is None else widest
-    instead = weight_rows * weight.shape[1] * dtype.itemsize if gradients[1] and gradient_row else -1
-    score_rows, gradient_rows = _rows_at_once(tokens, score_row, gradient_row, instead, workspace_bytes)
-    if gradient_row == 0:
-        gradient_rows = score_rows
-    score_rows, gradient_rows = min(score_rows, tokens), min(gradient_rows, tokens)
-
-    scores = hidden.new_empty(buffers, score_rows, vocabulary, dtype=dtype)
-    narrow = hidden.new_empty(gradient_rows if gradient_row else 0, vocabulary)
-    loss = torch.empty_like(coefficient)
-    lifted = coefficient if lift is None else coefficient * lift
-    total = _GpuGradients(student, coefficient, vocabulary, lift, group, gradient_rows >= tokens, True, gradients)
-    for block in _parts(tokens, gradient_rows):
-        for part in _parts(block.stop - block.start, score_rows):
-            rows = slice(block.start + part.start, block.start + part.stop)
-            both = [scores[i, : part.stop - part.start] for i in range(buffers)]
-            for target, head in zip(both, (student, teacher), strict=False):
-                assert head is not None
-                _multiply_(target, head.hidden[rows], head.weight[:vocabulary].t(), head.scale)
-                if head.bias is not None:
-                    target += head.bias[:vocabulary]
-            arguments = both[0], None if teacher is None else both[1]
-            row_labels = None if labels is None else labels[rows]
-            if wanted and in_place and group is None:
-                divergence_rows_(*arguments, coefficient[rows], row_labels, loss[rows], *objective)
-            else:
-                stats = coefficient.new_empty(part.stop - part.start, STATS)
-                _stats(group, *arguments, coefficient[rows], row_labels, loss[rows], stats, *objective)
-                if wanted:
-                    target = both[0] if in_place else narrow[part]
-                    row_gradient = divergence_gradient if group is None else divergence_shard_gradient
-                    row_gradient(*arguments, stats, lifted[rows], row_labels, target, *objective)
-        if wanted:
-            grad = both[0] if in_place else narrow[: block.stop - block.start]
-            total.add(block, slice(0, vocabulary), grad)
-    return loss, *total.results()
-
-
-def _tiles(call: _Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
-    """By tiles: statistics of all tokens at once, and gradients of all tokens for some of the vocabulary at a time.
-
-    No score is written, 2 bytes an element of gradients of 16-bit operands are, and nothing accumulates the weight's.
-    """
-    from ..kernels import linear_kl as kernels
-
-    student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, *_ = call
-    tokens, weight = coefficient.shape[0], student.weight
-    columns_at_once = min(vocabulary, _whole_tiles(workspace_bytes // (tokens * weight.itemsize)))
-    loss = torch.empty_like(coefficient)
-    lifted = coefficient if lift is None else coefficient * lift
-    stats = kernels.statistics(student, teacher, vocabulary, coefficient, labels, loss, *objective)
-    total = _GpuGradients(student, coefficient, vocabulary, lift, None, True, columns_at_once >= vocabulary, gradients)
-    if any(gradients):
-        buffer = student.hidden.new_empty(tokens * columns_at_once)
-        for columns in _parts(vocabulary, columns_at_once):
-            grad = buffer[: tokens * (columns.stop - columns.start)].view(tokens, -1)
-            kernels.gradient(student, teacher, vocabulary, lifted, labels, *stats, columns.start, grad, *objective)
-            total.add(slice(0, tokens), columns, grad)
-    return loss, *total.results()
-
-
-# ---- the way that a GPU takes ----------------------------------------------------------------------------------------
-# Counted, and not measured on any GPU. By rows an element of the scores costs memory traffic; by tiles slower FLOPs,
-# and more of them for every look beyond the first (JSD and those after it take two, gradients one more):
-#
-#                                     | by rows                     | by tiles
-#   FLOPs, no gradients               | 2 (Ht + Hs)                 | 2 (Ht + Hs) x looks
-#   FLOPs, gradients                  | 2 (Ht + 3 Hs)               | 2 (Ht + Hs) x (looks + 1) + 4 Hs
-#   bytes of scores, forward KL       | 16, with gradients 24       | 0
-#   bytes of scores, JSD              | 24, with gradients 32       | 0
-#
-# So, of 16-bit operands and with a teacher (without one half the bytes are those of a single model):
-#
-#   shape                             | forward KL, reverse KL      | JSD and those after it
-#   no gradients                      | tiles to Ht + Hs = 988      | tiles to Ht + Hs = 329
-#   gradients                         | tiles to Ht + Hs = 570      | tiles to Ht + Hs = 299
-#   768 -> 512, 4096 -> 4096          | rows                        | rows
-#   768 -> 192                        | tiles, with gradients rows  | rows
-#   256 -> 256                        | tiles                       | rows
-#
-# fp32 and fp64 operands go by rows: in full precision no tensor core multiplies them. What a wider tile would change is
-# in kernels/linear_kl.py.
-
-# What the FLOPs of a byte's time are: an H200's datasheet has 990 TFLOP/s of dense bf16 and 4.8 TB/s.
-FLOPS_PER_BYTE = 206
-# The rate of products by tiles over that of a library's GEMM, for divergences with a closed form and for others: in
-# proportion to the FLOPs made of a byte from the second-level cache, 32 in tiles of 64 x 64, 21 in those of 64 x 32,
-# and 85 in a library's 128 x 256.
-TILE_RATE = {True: 0.375, False: 0.25}
-
-_forced: str | None = None
-
-
-@contextlib.contextmanager
-def _going_by(way: str) -> Iterator[None]:
-    """Makes all calls on a GPU go by "rows" or by "tiles", for tests and benchmarks."""
-    global _forced
-    before, _forced = _forced, way
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def _gpu_ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """By rows with each row kernel that there is, and by tiles: contexts in which a call goes this way, by name."""
-
-    @contextlib.contextmanager
-    def by_rows(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-        with _going_by("rows"), kernel():
-            yield
-
-    ways: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
-        f"rows-{name}": functools.partial(by_rows, kernel) for name, kernel in gpu_row_kernels().items()
-    }
-    return ways | {"tiles": functools.partial(_going_by, "tiles")}
-
-
-def _by_tiles(student: _Head, teacher: _Head | None, gradients: bool, divergence: int) -> bool:
-    """Whether a call goes by tiles: where the counts above say that it takes less time."""
-    heads = [student] if teacher is None else [student, teacher]
-    if _forced is not None:
-        return _forced == "tiles"
-    if not student.hidden.is_cuda or any(head.hidden.itemsize != 2 for head in heads):
-        return False
-    closed = divergence < divergence_code("jsd")
-    looks = 2 if teacher is not None and not closed else 1
-    flops = sum(2 * head.hidden.shape[1] for head in heads)
-    by_rows = flops + FLOPS_PER_BYTE * 4 * len(heads) * (1 + looks + gradients)
-    return flops * (looks + gradients) / TILE_RATE[closed] < by_rows
-
-
-def _on_gpu(call: _Call, *objective: float) -> tuple[Tensor, ...]:
-    divergence, _, temperature, kd_weight, ce_weight = objective
-    lift = None
-    if call.student.weight.dtype == torch.float16 and any(call.gradients):
-        largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
-        lift = fp16_lift(largest, int(divergence))
-    by_tiles = call.group is None and _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence))
-    return (_tiles if by_tiles else _rows)(call, lift, *objective)
-
-
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
@@ -524,21 +104,23 @@ def _linear_kl(
     workspace_bytes, objective = int(workspace_mb * 2**20), (divergence, *numbers.tolist())
     *_, kd_weight, ce_weight = objective
     group = group_by_name(vocab_group)
-    vocabulary = student_weight.shape[0]
-    if teacher_weight is not None:
-        vocabulary = min(vocabulary, teacher_weight.shape[0])
-    student, teacher = _Head(student_hidden, student_weight, student_bias, student_scale), None
+    student, teacher = Head(student_hidden, student_weight, student_bias, student_scale), None
+    columns = vocabulary = student_weight.shape[0]
     if teacher_weight is not None and kd_weight != 0:
         assert teacher_hidden is not None
-        teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
-    labels = labels if ce_weight != 0 else None
-    widest = vocabulary if group is None else widest_shard
-    call = _Call(student, teacher, vocabulary, coefficient, labels, workspace_bytes, gradients, group, widest)
+        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+        vocabulary = min(vocabulary, teacher_weight.shape[0])
+    if ce_weight == 0 or labels is None:
+        columns, labels = vocabulary, None
+    elif columns > vocabulary and group is None:
+        labels = known_labels(labels, columns)
+    widest = columns if group is None else widest_shard
+    call = Call(student, teacher, vocabulary, columns, coefficient, labels, workspace_bytes, gradients, group, widest)
     if backend_for(student_hidden.device)[0] == "cpp":
-        return _on_cpu(call, *objective)
+        return on_cpu(call, *objective)
     if coefficient.shape[0] == 0:
         return tuple(x.zero_() for x in _outputs(student_hidden, student_weight, student_bias, coefficient, gradients))
-    return _on_gpu(call, *objective)
+    return on_gpu(call, *objective)
 
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
@@ -653,7 +235,6 @@ def _check_inputs(inputs: _Inputs, objective: Objective, tokens: TokenArguments,
     if inputs.teacher_hidden is not None or inputs.teacher_weight is not None:
         _check_head("teacher", *inputs[3:], leading, device, sharded)
         assert inputs.teacher_weight is not None
-        vocabulary = min(vocabulary, inputs.teacher_weight.shape[0])
     elif objective.kd_weight != 0:
         raise ValueError(f"teacher_hidden: expected a tensor because kd_weight is {objective.kd_weight}, got None")
     tokens.check(objective, leading, None if sharded else vocabulary, device)

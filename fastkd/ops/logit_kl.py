@@ -9,7 +9,7 @@ T tokens (any leading shape), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,19 +19,18 @@ from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
 from .autograd import Function, Gradient, apply, constant, differentiable
-from .divergence_rows import STATS, divergence_gradient, divergence_shard_gradient, divergence_stats
+from .divergence_rows import STATS, divergence_gradient, divergence_stats
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
     Facts,
-    RowBlock,
     agree,
     group_by_name,
     local_tensor,
     shard_on,
     vocabulary_group,
-    whole_row_stats,
 )
+from .whole_rows import RowBlock, known_labels, whole_row_gradient, whole_row_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,20 +85,32 @@ def _row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Any]]]:
         start += leading[1:].numel()
 
 
-def _shared_vocabulary(student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both cut to the vocabulary prefix that both have."""
-    if teacher is None:
-        return student, None
+def _compared(student: Tensor, teacher: Tensor | None, labels: Tensor | None, objective: Sequence[float]) -> list[Any]:
+    """What the two terms are of: [student, teacher, labels], where a term of no weight asks for nothing.
+
+    The divergence is of the columns that both models have, the cross-entropy of all that the student has.
+    """
+    *_, kd_weight, ce_weight = objective
+    labels = labels if ce_weight != 0 else None
+    if teacher is None or kd_weight == 0:
+        return [student, None, labels]
     vocabulary = min(student.shape[-1], teacher.shape[-1])
-    return student[..., :vocabulary], teacher[..., :vocabulary]
+    return [student if labels is not None else student[..., :vocabulary], teacher[..., :vocabulary], labels]
+
+
+def _in_parts(student: Tensor, teacher: Tensor | None, group: ProcessGroup | None) -> bool:
+    """Whether rows are put together from parts: shards, or a tail that the teacher has none of."""
+    return group is not None or (teacher is not None and student.shape[-1] > teacher.shape[-1])
 
 
 def _forward(student_logits, teacher_logits, coefficient, labels, divergence, numbers, vocab_group="", widest_shard=0):
     objective, group = (divergence, *numbers.tolist()), group_by_name(vocab_group)
-    student, teacher = _shared_vocabulary(student_logits, teacher_logits)
+    student, teacher, labels = _compared(student_logits, teacher_logits, labels, objective)
     loss = torch.empty_like(coefficient)
     stats = coefficient.new_empty(coefficient.shape[0], STATS)
-    if group is not None:
+    if _in_parts(student, teacher, group):
+        if labels is not None and group is None:
+            labels = known_labels(labels, student.shape[-1])
         if len(loss):
             blocks = [RowBlock(rows, s, t) for rows, (s, t) in _row_blocks(student, teacher)]
             whole_row_stats(blocks, coefficient, labels, loss, stats, group, *objective)
@@ -119,14 +130,19 @@ def _backward(
     student_logits, teacher_logits, stats, coefficient, labels, divergence, numbers, vocab_group="", widest_shard=0
 ):
     objective, group = (divergence, *numbers.tolist()), group_by_name(vocab_group)
-    row_gradient = divergence_gradient if group is None else divergence_shard_gradient
     gradient = student_logits.new_empty(student_logits.shape)
-    student, teacher = _shared_vocabulary(student_logits, teacher_logits)
-    gradient[..., student.shape[-1] :] = 0  # columns beyond the shared vocabulary
+    student, teacher, labels = _compared(student_logits, teacher_logits, labels, objective)
+    in_parts = _in_parts(student, teacher, group)
+    if in_parts and labels is not None and group is None:
+        labels = known_labels(labels, student.shape[-1])
+    gradient[..., student.shape[-1] :] = 0  # columns of neither term
     target = gradient[..., : student.shape[-1]]
     for rows, (s, t, g) in _row_blocks(student, teacher, target):
         row_labels = None if labels is None else labels[rows]
-        row_gradient(s, t, stats[rows], coefficient[rows], row_labels, g, *objective)
+        if in_parts:
+            whole_row_gradient(RowBlock(rows, s, t), stats[rows], coefficient[rows], row_labels, g, *objective)
+        else:
+            divergence_gradient(s, t, stats[rows], coefficient[rows], row_labels, g, *objective)
     return gradient
 
 
@@ -207,8 +223,7 @@ def _check_logits(student: Any, teacher: Any, objective: Objective, tokens: Toke
     if teacher is not None:
         check_tensor("teacher_logits", teacher, shape=[*leading, None], floating=True)
         check_same_device("teacher_logits", teacher, student.device)
-        vocabulary = min(vocabulary, teacher.shape[-1])
-        if vocabulary == 0 and not sharded:
+        if teacher.shape[-1] == 0 and not sharded:
             raise ValueError(f"teacher_logits: expected shape [..., V] with V > 0, got {list(teacher.shape)}")
     elif objective.kd_weight != 0:
         raise ValueError(f"teacher_logits: expected a tensor because kd_weight is {objective.kd_weight}, got None")

@@ -26,15 +26,14 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import distributed
 from ..checks import Objective, TokenArguments
-from ..divergence import divergence_code
-from .divergence_rows import ELSEWHERE, divergence_shard_stats, divergence_shard_sums
+from .divergence_rows import ELSEWHERE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,14 +42,12 @@ __all__ = [
     "OBJECTIVE",
     "SHARD_ARGUMENTS",
     "Facts",
-    "RowBlock",
     "VocabularyShard",
     "agree",
     "group_by_name",
     "local_tensor",
     "shard_on",
     "vocabulary_group",
-    "whole_row_stats",
 ]
 
 # What an op on the vocabulary is given of an Objective: the divergence's code, then beta, temperature, kd_weight and
@@ -59,11 +56,6 @@ OBJECTIVE = "int divergence, Tensor numbers"
 # What an op over shards is given after the objective: "" and 0 where there are none. Its labels are those of the shard.
 SHARD_ARGUMENTS = 'str vocab_group="", int widest_shard=0'
 
-JSD = divergence_code("jsd")
-REVERSE_KL = divergence_code("reverse_kl")
-MASKED = -1e30  # what the kernels take scores of -inf for
-INFINITE = 1e20  # divergences over it come from a masked column
-NEARLY_EQUAL = 0.1  # divergence, in nats, under which the kernels' gradient is computed with care
 # Of independent hidden states of unit variance the sums differ by about 1.4 of their norm; of copies that were rounded
 # differently on the way, by less than a hundredth.
 SAME_SUM = 0.05
@@ -109,16 +101,16 @@ class VocabularyShard:
 
     @property
     def widest(self) -> int:
-        """Columns of the largest shard, by which every rank cuts its tokens into chunks."""
-        starts_and_stops = [self._shared(self.student_columns, rank) for rank in range(len(self.student_columns))]
-        return max(stop - start for start, stop in starts_and_stops)
+        """Columns of the student's largest shard, by which every rank cuts its tokens into chunks."""
+        return max(self.student_columns)
 
     def local_labels(self, labels: Tensor | None) -> Tensor | None:
         """Labels of the whole vocabulary as this rank's kernels take them; those out of range become -1."""
         if labels is None:
             return None
-        start, stop = self._shared(self.student_columns, self.rank)
-        known = (labels >= 0) & (labels < self.vocabulary)
+        start = sum(self.student_columns[: self.rank])
+        stop = start + self.student_columns[self.rank]
+        known = (labels >= 0) & (labels < sum(self.student_columns))
         here = (labels >= start) & (labels < stop)
         return torch.where(here, labels - start, torch.where(known, ELSEWHERE, -1))
 
@@ -344,116 +336,5 @@ def agree(
         group, distributed.rank_in(group), student, None if facts.teacher_columns is None else teacher, facts.objective
     )
     shard.check_tiles()
-    facts.tokens.check_label_range(shard.vocabulary)
+    facts.tokens.check_label_range(sum(student))
     return checked, shard
-
-
-# ---- rows from their shards -----------------------------------------------------------------------------------------
-
-
-class RowBlock(NamedTuple):
-    """Some rows' shards."""
-
-    rows: slice
-    student: Tensor  # [n, V]
-    teacher: Tensor | None  # [n, V]
-
-
-def _own_stats(block: RowBlock, coefficient: Tensor, labels: Tensor | None, stats: Tensor, *objective: float) -> None:
-    """Writes [n, 7]: a shard's statistics alone; in place of the sixth the student's score at the label, if here."""
-    stats.zero_()
-    divergence_shard_stats(block.student, block.teacher, coefficient, labels, stats, *objective)
-    if labels is not None and block.student.shape[1]:
-        scores = block.student.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1).double()
-        stats[:, 5] = torch.where(labels >= 0, scores, 0)
-
-
-def _chain_rule(own: Tensor, log_p: Tensor, log_q: Tensor, tau: float) -> Tensor:
-    """[R] sum p log(p / q) from each shard's own [K, R] and the logarithms of its probabilities: never negative."""
-    ruled_out = (log_p == -torch.inf) | (log_q == -torch.inf)  # then `own` means nothing
-    own = own.masked_fill(ruled_out, 0)
-    p, q = log_p.exp(), log_q.exp()
-    # a score that is masked in all of a shard is to the ranks what it is to the kernels
-    log_ratio = torch.where(log_q == -torch.inf, -MASKED / tau, log_p - log_q)
-    near = p * (log_ratio + torch.expm1(-log_ratio))
-    excess = torch.where(log_ratio.abs() < 1, near, p * log_ratio + (q - p))
-    return (p * own + torch.where(p == 0, q, excess)).sum(0)
-
-
-def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(D, stats [R, 7], the student's scores at the labels) of the rows, from all shards' statistics [K, R, 7].
-
-    D is that of divergences with a closed form; the mean of u is theirs, too.
-    """
-    max_s, sum_s, max_t, sum_t, own, score, sum_1 = shards.unbind(-1)  # [K, R]
-
-    def top(maxima: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """The maximum of the rows, and by how much those of shards are lower."""
-        maxima = maxima.masked_fill(empty, -torch.inf)
-        highest = maxima.amax(0)
-        highest = highest.masked_fill(highest == -torch.inf, 0)
-        return highest, maxima - highest
-
-    top_s, lower_s = top(max_s, (sum_s == 0) & (sum_1 == 0))
-    top_t, lower_t = top(max_t, sum_t == 0)
-    total_s, total_t = ((sums * (lower / tau).exp()).sum(0) for sums, lower in ((sum_s, lower_s), (sum_t, lower_t)))
-    stats = torch.zeros_like(shards[0])
-    for i, column in enumerate((top_s, total_s, top_t, total_t)):
-        stats[:, i] = column
-    stats[:, 6] = (sum_1 * lower_s.exp()).sum(0)
-    log_q, log_p = (
-        sums.log() + lower / tau - total.log()
-        for sums, lower, total in ((sum_s, lower_s, total_s), (sum_t, lower_t, total_t))
-    )
-    if divergence == REVERSE_KL:
-        found = stats[:, 4] = _chain_rule(own, log_q, log_p, tau)
-    else:
-        found = _chain_rule(own, log_p, log_q, tau)
-    stats[:, 5] = found < NEARLY_EQUAL
-    return found, stats, score.sum(0)
-
-
-def _from_sums(
-    blocks: Sequence[RowBlock], coefficient: Tensor, stats: Tensor, group: ProcessGroup, *objective: float
-) -> Tensor:
-    """[R] D of the divergences without a closed form, and what their gradient needs into `stats`: a second look."""
-    sums = coefficient.new_zeros(coefficient.shape[0], 3)
-    for rows, student, teacher in blocks:
-        divergence_shard_sums(student, teacher, stats[rows], coefficient[rows], sums[rows], *objective)
-    value, mean, comean = distributed.sum_(sums, group).unbind(1)
-    saturated = comean < mean
-    stats[:, 4], stats[:, 5] = torch.where(saturated, -comean, mean), saturated
-    return value
-
-
-def whole_row_stats(
-    blocks: Sequence[RowBlock],  # of all R rows
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R], as local_labels makes them
-    loss: Tensor,  # [R]
-    stats: Tensor,  # [R, 7]
-    group: ProcessGroup,
-    *objective: float,
-) -> None:
-    """What `divergence_stats` is of whole rows: writes their loss and statistics, on every rank the same."""
-    divergence, _, tau, kd_weight, ce_weight = objective
-    labels = labels if ce_weight != 0 else None
-    own = torch.empty_like(stats)
-    for rows, student, teacher in blocks:
-        block = RowBlock(rows, student, teacher if kd_weight != 0 else None)
-        _own_stats(block, coefficient[rows], None if labels is None else labels[rows], own[rows], *objective)
-    found, whole, score = _whole(distributed.gather(own, group), tau, int(divergence))
-    loss.zero_()
-    if kd_weight != 0:
-        empty = (whole[:, 1] == 0) | (whole[:, 3] == 0)
-        if divergence >= JSD:
-            whole[:, 4:6] = 0
-            found = _from_sums(blocks, coefficient, whole, group, *objective)
-        found = torch.where(found > INFINITE, torch.inf, found)
-        whole[:, 4] = whole[:, 4].masked_fill(empty, 0)
-        loss += kd_weight * tau**2 * found.masked_fill(empty, 0)
-    if labels is not None:
-        cross_entropy = whole[:, 0] - score + whole[:, 6].log()
-        loss += ce_weight * cross_entropy.masked_fill(labels == -1, torch.nan)
-    stats.copy_(whole)
-    loss.mul_(coefficient).masked_fill_(coefficient == 0, 0)

@@ -1,0 +1,88 @@
+"""What every way of computing linear_kl is given, and how it takes rows of scores to losses and gradients.
+
+T tokens, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from ..distributed import sum_
+from .divergence_rows import divergence_gradient, divergence_stats
+from .whole_rows import RowBlock, whole_row_gradient, whole_row_stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Call", "Head", "sum_over"]
+
+
+class Head(NamedTuple):
+    """One model's vocabulary projection and what goes into it."""
+
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+
+
+class Call(NamedTuple):
+    """What every way of computing the op is given, but for the objective."""
+
+    student: Head
+    teacher: Head | None  # None: cross-entropy alone
+    vocabulary: int  # that both models share; of a shard its columns
+    columns: int  # of the student that count: all for the cross-entropy, else what both models share
+    coefficient: Tensor  # [T] float64
+    labels: Tensor | None  # [T] int64
+    workspace_bytes: int
+    gradients: list[bool]  # of hidden states, weight, bias
+    group: ProcessGroup | None  # over whose ranks the vocabulary is spread
+    widest: int  # columns of the largest shard, or `columns`: chunks have to be the same on all ranks
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether rows are put together from parts, whose kernels do it in several passes."""
+        return self.group is not None or self.columns > self.vocabulary
+
+    def stats(
+        self,
+        student: Tensor,  # [n, columns]
+        teacher: Tensor | None,  # [n, vocabulary]
+        coefficient: Tensor,  # [n]
+        labels: Tensor | None,  # [n]
+        loss: Tensor,  # [n]
+        stats: Tensor,  # [n, 7]
+        *objective: float,
+    ) -> None:
+        """Writes losses and statistics of rows."""
+        if self.in_parts:
+            block = RowBlock(slice(0, len(loss)), student, teacher)
+            whole_row_stats([block], coefficient, labels, loss, stats, self.group, *objective)
+        else:
+            divergence_stats(student, teacher, coefficient, labels, loss, stats, *objective)
+
+    def gradient(
+        self,
+        student: Tensor,  # [n, columns]
+        teacher: Tensor | None,  # [n, vocabulary]
+        stats: Tensor,  # [n, 7]
+        coefficient: Tensor,  # [n]
+        labels: Tensor | None,  # [n]
+        gradient: Tensor,  # [n, columns]; of rows in parts it may be the student
+        *objective: float,
+    ) -> None:
+        """Writes the gradients of rows."""
+        if self.in_parts:
+            block = RowBlock(slice(0, len(coefficient)), student, teacher)
+            whole_row_gradient(block, stats, coefficient, labels, gradient, *objective)
+        else:
+            divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *objective)
+
+
+def sum_over(group: ProcessGroup | None, hidden_grad: Tensor | None) -> None:
+    """Makes a shard's gradient of the hidden states the whole vocabulary's."""
+    if group is not None and hidden_grad is not None:
+        sum_(hidden_grad, group)

@@ -1,0 +1,118 @@
+"""linear_kl on a CPU: by rows, in a workspace that stays in cache.
+
+T tokens, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .chunks import token_chunks
+from .divergence_rows import STATS, divergence_rows_
+from .dtypes import gradient_dtype, score_dtype
+from .linear_kl_call import Call, Head, sum_over
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["on_cpu"]
+
+# Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
+WIDENED_ROWS = 4096
+
+
+def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight [V, H] as blocks of rows in the scores' dtype; one block, uncopied, where it is in that dtype."""
+    step = max(1, weight.shape[0]) if weight.dtype == dtype else WIDENED_ROWS
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, min(start + step, weight.shape[0]))
+        yield rows, weight[rows].to(dtype)
+
+
+def _scores_(out: Tensor, hidden: Tensor, head: Head, vocabulary: int) -> None:
+    """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
+    hidden = hidden.to(out.dtype)
+    for columns, block in _widened(head.weight[:vocabulary], out.dtype):
+        target = out[:, columns]
+        if head.bias is None:
+            torch.addmm(target, hidden, block.t(), beta=0, alpha=head.scale, out=target)
+        else:
+            bias = head.bias[:vocabulary][columns].to(out.dtype)
+            torch.addmm(bias, hidden, block.t(), alpha=head.scale, out=target)
+
+
+class _Gradients:
+    """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
+
+    def __init__(self, student: Head, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
+        hidden, weight, bias, self.scale = student
+        self.weight, self.dtype, self.group = weight, dtype, group
+        self.written = 0  # rows of weight_grad
+        want_hidden, want_weight, want_bias = wanted
+        # written once, and rounded then, but for what ranks add up
+        hidden_dtype = gradient_dtype(weight) if group is None else dtype
+        self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want_hidden else None
+        # fp32 even for 16-bit weights: chunks add up here
+        self.weight_grad = weight.new_empty(weight.shape, dtype=dtype) if want_weight else None
+        self.bias_grad = bias.new_zeros(bias.shape, dtype=dtype) if want_bias and bias is not None else None
+
+    def add(self, rows: Tensor | slice, hidden: Tensor, scores_grad: Tensor) -> None:
+        vocabulary = scores_grad.shape[1]
+        if self.bias_grad is not None:
+            self.bias_grad[:vocabulary] += scores_grad.sum(0)
+        if self.hidden_grad is not None:
+            grad = scores_grad.new_zeros(hidden.shape)
+            for columns, block in _widened(self.weight[:vocabulary], self.dtype):
+                grad.addmm_(scores_grad[:, columns], block, alpha=self.scale)
+            self.hidden_grad[rows] = grad.to(self.hidden_grad.dtype)
+        if self.weight_grad is not None:
+            target = self.weight_grad[:vocabulary]
+            target.addmm_(scores_grad.t(), hidden.to(self.dtype), beta=0 if self.written == 0 else 1, alpha=self.scale)
+            self.written = vocabulary
+
+    def results(self) -> tuple[Tensor, ...]:
+        """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
+        if self.weight_grad is not None:
+            self.weight_grad[self.written :] = 0  # beyond the shared vocabulary; all, where every token was dropped
+        sum_over(self.group, self.hidden_grad)
+        gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
+        dtype = gradient_dtype(self.weight)
+        return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
+
+
+def on_cpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
+    student, teacher, coefficient, labels, gradients = (
+        call.student, call.teacher, call.coefficient, call.labels, call.gradients,
+    )  # fmt: skip
+    dtype = score_dtype(student.hidden)
+    buffers = 1 if teacher is None else 2
+    rows_at_once = max(1, call.workspace_bytes // (buffers * call.widest * dtype.itemsize))
+    rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
+    workspace = student.hidden.new_empty(buffers, rows_at_once, call.columns, dtype=dtype)
+    loss = torch.zeros_like(coefficient)
+    total = _Gradients(student, dtype, call.group, gradients)
+    for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
+        weights = coefficient[rows]
+        scores, teacher_scores = workspace[0, : len(weights)], None
+        hidden = student.hidden[rows]
+        _scores_(scores, hidden, student, call.columns)
+        if teacher is not None:
+            teacher_scores = workspace[1, : len(weights), : call.vocabulary]
+            _scores_(teacher_scores, teacher.hidden[rows], teacher, call.vocabulary)
+        row_labels = None if labels is None else labels[rows]
+        row_loss = torch.empty_like(weights)
+        if any(gradients) and not call.in_parts:
+            divergence_rows_(scores, teacher_scores, weights, row_labels, row_loss, *objective)
+        else:
+            stats = weights.new_empty(len(weights), STATS)
+            call.stats(scores, teacher_scores, weights, row_labels, row_loss, stats, *objective)
+            if any(gradients):
+                call.gradient(scores, teacher_scores, stats, weights, row_labels, scores, *objective)
+        if any(gradients):
+            total.add(rows, hidden, scores)
+        loss[rows] = row_loss
+    return loss, *total.results()

@@ -1,0 +1,293 @@
+"""linear_kl on a GPU, by rows or by tiles.
+
+By rows the scores of a chunk go through memory; by tiles (kernels/linear_kl.py) they never leave the multiprocessor, at
+the price of multiplying twice where gradients are wanted. `_by_tiles` chooses.
+
+T tokens, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..divergence import divergence_code
+from .divergence_rows import STATS, divergence_rows_, gpu_row_kernels
+from .dtypes import fp16_lift, gradient_dtype, score_dtype
+from .linear_kl_call import Call, Head, sum_over
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["on_gpu"]
+
+# A GPU's GEMM has tiles of so many rows.
+GEMM_ROWS = 128
+
+
+def _multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
+    """out = scale * a @ b, plus what out holds if `add`: summed up in fp32 or better, of operands as they are."""
+    beta = 1 if add else 0
+    if a.shape[1] == 0:  # a shard without columns
+        if not add:
+            out.zero_()
+    elif not out.is_cuda:  # Triton's interpreter, in tests
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        out.copy_(torch.addmm(out.to(dtype), a.to(dtype), b.to(dtype), beta=beta, alpha=scale))
+    elif a.dtype == b.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=scale, out=out)
+    elif a.dtype == b.dtype and a.itemsize == 2 and out.dtype == torch.float32:
+        # tensor cores multiply 16-bit operands, accumulate in fp32 and write that
+        if add and out.shape[0] == 1:  # torch takes one row for a bias then, and leaves it out
+            out.add_(torch.mm(a, b, out_dtype=out.dtype), alpha=scale)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=scale, out=out)
+
+
+class _GpuGradients:
+    """Multiplies gradients of scores into those of hidden states, weight and bias, block by block.
+
+    A block is some tokens by some of the vocabulary. Blocks of all columns write their tokens' gradients once and add
+    up the weight's; blocks of all tokens the other way round. What is added up is fp32, what is written once is not.
+    """
+
+    def __init__(
+        self,
+        student: Head,
+        coefficient: Tensor,  # [T]
+        vocabulary: int,
+        lift: Tensor | None,  # what gradients of scores have been multiplied by
+        group: ProcessGroup | None,
+        all_tokens: bool,
+        all_columns: bool,
+        wanted: list[bool],  # of hidden states, weight, bias
+    ):
+        self.student, self.lift, self.group, self.narrow = student, lift, group, gradient_dtype(student.weight)
+        self.hidden_grad: Tensor | None = None
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
+        wide = score_dtype(student.hidden)
+        if wanted[0]:
+            self.hidden_grad = torch.empty_like(
+                student.hidden,
+                dtype=self.narrow if all_columns and group is None else wide,
+                memory_format=torch.contiguous_format,
+            )
+        if wanted[1]:
+            self.weight_grad = torch.empty_like(
+                student.weight, dtype=self.narrow if all_tokens else wide, memory_format=torch.contiguous_format
+            )
+            self.weight_grad[vocabulary:] = 0
+            # what dropped tokens hold may not reach the weight's gradient, as 0 * NaN
+            self.student = student._replace(hidden=student.hidden.masked_fill((coefficient == 0).unsqueeze(1), 0))
+        if wanted[2] and student.bias is not None:
+            self.bias_grad = student.bias.new_zeros(student.bias.shape, dtype=wide)
+
+    def add(self, rows: slice, columns: slice, scores_grad: Tensor) -> None:
+        """A block's gradient of scores [rows, columns], in the dtype of the operands."""
+        hidden, weight, _, scale = self.student
+        if self.bias_grad is not None:
+            self.bias_grad[columns] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
+        if self.hidden_grad is not None:
+            _multiply_(self.hidden_grad[rows], scores_grad, weight[columns], scale, add=columns.start > 0)
+        if self.weight_grad is not None:
+            _multiply_(self.weight_grad[columns], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
+
+    def results(self) -> Iterator[Tensor]:
+        """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
+        sum_over(self.group, self.hidden_grad)
+        for grad in (self.hidden_grad, self.weight_grad, self.bias_grad):
+            if grad is None:
+                yield self.student.weight.new_empty(0, dtype=self.narrow)
+            else:
+                yield (grad if self.lift is None else grad.div_(self.lift)).to(self.narrow)
+
+
+def _parts(count: int, at_most: int) -> Iterator[slice]:
+    """A range in nearly equal parts of whole tiles of a GEMM."""
+    parts = -(-count // at_most)
+    step = min(at_most, -(-count // (parts * GEMM_ROWS)) * GEMM_ROWS)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _whole_tiles(count: int) -> int:
+    return max(1, count if count < GEMM_ROWS else count - count % GEMM_ROWS)
+
+
+def _rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, workspace: int) -> tuple[int, int]:
+    """How many tokens' scores, and how many tokens' gradients of scores, are held at a time: of so many bytes each.
+
+    Gradients are held for more tokens than scores are. Each block of them reads the weight once, and reads and writes
+    its fp32 gradient, 10 bytes a number in all, where a block of scores reads two weights, 4 bytes: sizes in a
+    proportion of three make the sum about least. Those of all tokens need no accumulator, and may take its place.
+    """
+    if tokens * gradient_row <= instead:
+        return _whole_tiles(workspace // score_row), tokens
+    score_rows = _whole_tiles(workspace // (score_row + 3 * gradient_row))
+    gradient_rows = (workspace - score_rows * score_row) // max(1, gradient_row)
+    return score_rows, max(score_rows, _whole_tiles(gradient_rows))
+
+
+def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
+    """By rows: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
+
+    An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again
+    and 2 to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be
+    narrowed. Gradients of wider operands stay where they are.
+    """
+    student, teacher, coefficient, labels, gradients = (
+        call.student, call.teacher, call.coefficient, call.labels, call.gradients,
+    )  # fmt: skip
+    hidden, weight, columns, widest = student.hidden, student.weight, call.columns, call.widest
+    tokens, dtype = coefficient.shape[0], score_dtype(hidden)
+    buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
+    gradient_row = 0 if in_place or not wanted else widest * weight.itemsize
+    score_row = buffers * widest * dtype.itemsize
+    weight_rows = weight.shape[0] if call.group is None else widest
+    instead = weight_rows * weight.shape[1] * dtype.itemsize if gradients[1] and gradient_row else -1
+    score_rows, gradient_rows = _rows_at_once(tokens, score_row, gradient_row, instead, call.workspace_bytes)
+    if gradient_row == 0:
+        gradient_rows = score_rows
+    score_rows, gradient_rows = min(score_rows, tokens), min(gradient_rows, tokens)
+
+    scores = hidden.new_empty(buffers, score_rows, columns, dtype=dtype)
+    narrow = hidden.new_empty(gradient_rows if gradient_row else 0, columns)
+    loss = torch.empty_like(coefficient)
+    lifted = coefficient if lift is None else coefficient * lift
+    total = _GpuGradients(student, coefficient, columns, lift, call.group, gradient_rows >= tokens, True, gradients)
+    for block in _parts(tokens, gradient_rows):
+        for part in _parts(block.stop - block.start, score_rows):
+            rows = slice(block.start + part.start, block.start + part.stop)
+            both = [scores[0, : part.stop - part.start]]
+            if teacher is not None:
+                both.append(scores[1, : part.stop - part.start, : call.vocabulary])
+            for target, head in zip(both, (student, teacher), strict=False):
+                assert head is not None
+                _multiply_(target, head.hidden[rows], head.weight[: target.shape[1]].t(), head.scale)
+                if head.bias is not None:
+                    target += head.bias[: target.shape[1]]
+            arguments = both[0], None if teacher is None else both[1]
+            row_labels = None if labels is None else labels[rows]
+            if wanted and in_place and not call.in_parts:
+                divergence_rows_(*arguments, coefficient[rows], row_labels, loss[rows], *objective)
+            else:
+                stats = coefficient.new_empty(part.stop - part.start, STATS)
+                call.stats(*arguments, coefficient[rows], row_labels, loss[rows], stats, *objective)
+                if wanted:
+                    target = both[0] if in_place else narrow[part]
+                    call.gradient(*arguments, stats, lifted[rows], row_labels, target, *objective)
+        if wanted:
+            grad = both[0] if in_place else narrow[: block.stop - block.start]
+            total.add(block, slice(0, columns), grad)
+    return loss, *total.results()
+
+
+def _tiles(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
+    """By tiles: statistics of all tokens at once, and gradients of all tokens for some of the vocabulary at a time.
+
+    No score is written, 2 bytes an element of gradients of 16-bit operands are, and nothing accumulates the weight's.
+    """
+    from ..kernels import linear_kl as kernels
+
+    student, teacher, vocabulary, _, coefficient, labels, workspace_bytes, gradients, *_ = call
+    tokens, weight = coefficient.shape[0], student.weight
+    columns_at_once = min(vocabulary, _whole_tiles(workspace_bytes // (tokens * weight.itemsize)))
+    loss = torch.empty_like(coefficient)
+    lifted = coefficient if lift is None else coefficient * lift
+    stats = kernels.statistics(student, teacher, vocabulary, coefficient, labels, loss, *objective)
+    total = _GpuGradients(student, coefficient, vocabulary, lift, None, True, columns_at_once >= vocabulary, gradients)
+    if any(gradients):
+        buffer = student.hidden.new_empty(tokens * columns_at_once)
+        for columns in _parts(vocabulary, columns_at_once):
+            grad = buffer[: tokens * (columns.stop - columns.start)].view(tokens, -1)
+            kernels.gradient(student, teacher, vocabulary, lifted, labels, *stats, columns.start, grad, *objective)
+            total.add(slice(0, tokens), columns, grad)
+    return loss, *total.results()
+
+
+# ---- the way that a GPU takes ----------------------------------------------------------------------------------------
+# Counted, and not measured on any GPU. By rows an element of the scores costs memory traffic; by tiles slower FLOPs,
+# and more of them for every look beyond the first (JSD and those after it take two, gradients one more):
+#
+#                                     | by rows                     | by tiles
+#   FLOPs, no gradients               | 2 (Ht + Hs)                 | 2 (Ht + Hs) x looks
+#   FLOPs, gradients                  | 2 (Ht + 3 Hs)               | 2 (Ht + Hs) x (looks + 1) + 4 Hs
+#   bytes of scores, forward KL       | 16, with gradients 24       | 0
+#   bytes of scores, JSD              | 24, with gradients 32       | 0
+#
+# So, of 16-bit operands and with a teacher (without one half the bytes are those of a single model):
+#
+#   shape                             | forward KL, reverse KL      | JSD and those after it
+#   no gradients                      | tiles to Ht + Hs = 988      | tiles to Ht + Hs = 329
+#   gradients                         | tiles to Ht + Hs = 570      | tiles to Ht + Hs = 299
+#   768 -> 512, 4096 -> 4096          | rows                        | rows
+#   768 -> 192                        | tiles, with gradients rows  | rows
+#   256 -> 256                        | tiles                       | rows
+#
+# fp32 and fp64 operands go by rows: in full precision no tensor core multiplies them. What a wider tile would change is
+# in kernels/linear_kl.py.
+
+# What the FLOPs of a byte's time are: an H200's datasheet has 990 TFLOP/s of dense bf16 and 4.8 TB/s.
+FLOPS_PER_BYTE = 206
+# The rate of products by tiles over that of a library's GEMM, for divergences with a closed form and for others: in
+# proportion to the FLOPs made of a byte from the second-level cache, 32 in tiles of 64 x 64, 21 in those of 64 x 32,
+# and 85 in a library's 128 x 256.
+TILE_RATE = {True: 0.375, False: 0.25}
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def _going_by(way: str) -> Iterator[None]:
+    """Makes all calls on a GPU go by "rows" or by "tiles", for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _gpu_ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """By rows with each row kernel that there is, and by tiles: contexts in which a call goes this way, by name."""
+
+    @contextlib.contextmanager
+    def by_rows(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+        with _going_by("rows"), kernel():
+            yield
+
+    ways: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+        f"rows-{name}": functools.partial(by_rows, kernel) for name, kernel in gpu_row_kernels().items()
+    }
+    return ways | {"tiles": functools.partial(_going_by, "tiles")}
+
+
+def _by_tiles(student: Head, teacher: Head | None, gradients: bool, divergence: int) -> bool:
+    """Whether a call goes by tiles: where the counts above say that it takes less time."""
+    heads = [student] if teacher is None else [student, teacher]
+    if _forced is not None:
+        return _forced == "tiles"
+    if not student.hidden.is_cuda or any(head.hidden.itemsize != 2 for head in heads):
+        return False
+    closed = divergence < divergence_code("jsd")
+    looks = 2 if teacher is not None and not closed else 1
+    flops = sum(2 * head.hidden.shape[1] for head in heads)
+    by_rows = flops + FLOPS_PER_BYTE * 4 * len(heads) * (1 + looks + gradients)
+    return flops * (looks + gradients) / TILE_RATE[closed] < by_rows
+
+
+def on_gpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
+    divergence, _, temperature, kd_weight, ce_weight = objective
+    lift = None
+    if call.student.weight.dtype == torch.float16 and any(call.gradients):
+        largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
+        lift = fp16_lift(largest, int(divergence))
+    by_tiles = not call.in_parts and _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence))
+    return (_tiles if by_tiles else _rows)(call, lift, *objective)

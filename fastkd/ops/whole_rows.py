@@ -1,0 +1,221 @@
+"""Rows of scores whose statistics come in parts: shards of a row on several ranks, and students wider than teachers.
+
+A rank sums its shard up as if it were the row, and the ranks compute the same row from what they gather of these
+(vocabulary_shards.py has the maths). A student may also have columns that the teacher has none of, its tail. There the
+divergence is of the columns that both have, and the cross-entropy of all: the tail adds to its sum of exponentials, and
+its gradient is that of a row without a teacher.
+
+R rows, V columns of the student, of which the teacher has the first; K ranks. Labels count from the first column here;
+those of other ranks are ELSEWHERE, those of nobody -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..divergence import divergence_code
+from .divergence_rows import ELSEWHERE, divergence_shard_gradient, divergence_shard_stats, divergence_shard_sums
+from .dtypes import score_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["RowBlock", "known_labels", "whole_row_gradient", "whole_row_stats"]
+
+JSD = divergence_code("jsd")
+REVERSE_KL = divergence_code("reverse_kl")
+MASKED = -1e30  # what the kernels take scores of -inf for
+INFINITE = 1e20  # divergences over it come from a masked column
+NEARLY_EQUAL = 0.1  # divergence, in nats, under which the kernels' gradient is computed with care
+
+
+class RowBlock(NamedTuple):
+    """Some rows, or shards of them."""
+
+    rows: slice
+    student: Tensor  # [n, V]
+    teacher: Tensor | None  # [n, at most V]
+
+    @property
+    def shared(self) -> int:
+        """How many columns both models have; without a teacher, the student's."""
+        return self.student.shape[1] if self.teacher is None else self.teacher.shape[1]
+
+
+def known_labels(labels: Tensor, columns: int) -> Tensor:
+    """Labels of whole rows, with -1 for what is none."""
+    return labels.masked_fill((labels < 0) | (labels >= columns), -1)
+
+
+def _labels_in(labels: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Labels as those of the columns [start, stop)."""
+    if labels is None:
+        return None
+    elsewhere = torch.where(labels >= 0, ELSEWHERE, labels)
+    return torch.where((labels >= start) & (labels < stop), labels - start, elsewhere)
+
+
+def _of_tail(divergence: float, beta: float, temperature: float, kd_weight: float, ce_weight: float) -> tuple:
+    """The objective where there is no teacher."""
+    return divergence, beta, temperature, 0.0, ce_weight
+
+
+def _own_stats(block: RowBlock, coefficient: Tensor, labels: Tensor | None, stats: Tensor, *objective: float) -> None:
+    """Writes [n, 7]: a shard's statistics alone; in place of the sixth the student's score at the label, if here."""
+    stats.zero_()
+    shared, columns = block.shared, block.student.shape[1]
+    here = _labels_in(labels, 0, shared)
+    divergence_shard_stats(block.student[:, :shared], block.teacher, coefficient, here, stats, *objective)
+    if labels is None or columns == 0:
+        return
+    if shared < columns:
+        tail, here = torch.zeros_like(stats), _labels_in(labels, shared, columns)
+        divergence_shard_stats(block.student[:, shared:], None, coefficient, here, tail, *_of_tail(*objective))
+        _add_tail_(stats, tail)
+    scores = block.student.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1).double()
+    stats[:, 5] = torch.where(labels >= 0, scores, 0)
+
+
+def _add_tail_(stats: Tensor, tail: Tensor) -> None:
+    """Adds what the tail adds: to the cross-entropy's sum alone, and the maximum stays, unless there is no other."""
+    (max_s, sum_1), (max_tail, sum_tail) = ((x[:, 0], x[:, 6]) for x in (stats, tail))
+    alone = sum_1 == 0
+    added = torch.where(sum_tail == 0, 0, sum_tail * (max_tail - max_s).exp())
+    stats[:, 6] = torch.where(alone, sum_tail, sum_1 + added)
+    stats[:, 0] = torch.where(alone, max_tail, max_s)
+
+
+def _chain_rule(own: Tensor, log_p: Tensor, log_q: Tensor, tau: float) -> Tensor:
+    """[R] sum p log(p / q) from each shard's own [K, R] and the logarithms of its probabilities: never negative."""
+    ruled_out = (log_p == -torch.inf) | (log_q == -torch.inf)  # then `own` means nothing
+    own = own.masked_fill(ruled_out, 0)
+    p, q = log_p.exp(), log_q.exp()
+    # a score that is masked in all of a shard is to the ranks what it is to the kernels
+    log_ratio = torch.where(log_q == -torch.inf, -MASKED / tau, log_p - log_q)
+    near = p * (log_ratio + torch.expm1(-log_ratio))
+    excess = torch.where(log_ratio.abs() < 1, near, p * log_ratio + (q - p))
+    return (p * own + torch.where(p == 0, q, excess)).sum(0)
+
+
+def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(D, stats [R, 7], the student's scores at the labels) of the rows, from all shards' statistics [K, R, 7].
+
+    D is that of divergences with a closed form; the mean of u is theirs, too.
+    """
+    max_s, sum_s, max_t, sum_t, own, score, sum_1 = shards.unbind(-1)  # [K, R]
+
+    def top(maxima: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+        """The maximum of the rows, and by how much those of shards are lower."""
+        maxima = maxima.masked_fill(empty, -torch.inf)
+        highest = maxima.amax(0)
+        highest = highest.masked_fill(highest == -torch.inf, 0)
+        return highest, maxima - highest
+
+    # by columns that both models have where there are any, as the cross-entropy alone can do with another maximum
+    has_s = torch.where((sum_s != 0).any(0), sum_s != 0, sum_1 != 0)
+    top_s, lower_s = top(max_s, ~has_s)
+    top_t, lower_t = top(max_t, sum_t == 0)
+    total_s, total_t = ((sums * (lower / tau).exp()).sum(0) for sums, lower in ((sum_s, lower_s), (sum_t, lower_t)))
+    stats = torch.zeros_like(shards[0])
+    for i, column in enumerate((top_s, total_s, top_t, total_t)):
+        stats[:, i] = column
+    stats[:, 6] = (sum_1 * (max_s - top_s).masked_fill(sum_1 == 0, -torch.inf).exp()).sum(0)
+    log_q, log_p = (
+        sums.log() + lower / tau - total.log()
+        for sums, lower, total in ((sum_s, lower_s, total_s), (sum_t, lower_t, total_t))
+    )
+    if divergence == REVERSE_KL:
+        found = stats[:, 4] = _chain_rule(own, log_q, log_p, tau)
+    else:
+        found = _chain_rule(own, log_p, log_q, tau)
+    stats[:, 5] = found < NEARLY_EQUAL
+    return found, stats, score.sum(0)
+
+
+def _from_sums(
+    blocks: Sequence[RowBlock], coefficient: Tensor, stats: Tensor, group: ProcessGroup | None, *objective: float
+) -> Tensor:
+    """[R] D of the divergences without a closed form, and what their gradient needs into `stats`: a second look."""
+    sums = coefficient.new_zeros(coefficient.shape[0], 3)
+    for rows, student, teacher in blocks:
+        shared = student[:, : RowBlock(rows, student, teacher).shared]
+        divergence_shard_sums(shared, teacher, stats[rows], coefficient[rows], sums[rows], *objective)
+    value, mean, comean = (sums if group is None else distributed.sum_(sums, group)).unbind(1)
+    saturated = comean < mean
+    stats[:, 4], stats[:, 5] = torch.where(saturated, -comean, mean), saturated
+    return value
+
+
+def whole_row_stats(
+    blocks: Sequence[RowBlock],  # of all R rows
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    loss: Tensor,  # [R]
+    stats: Tensor,  # [R, 7]
+    group: ProcessGroup | None,
+    *objective: float,
+) -> None:
+    """What `divergence_stats` is of whole rows: writes their loss and statistics, on every rank the same."""
+    divergence, _, tau, kd_weight, ce_weight = objective
+    labels = labels if ce_weight != 0 else None
+    own = torch.empty_like(stats)
+    for rows, student, teacher in blocks:
+        block = RowBlock(rows, student, teacher if kd_weight != 0 else None)
+        _own_stats(block, coefficient[rows], None if labels is None else labels[rows], own[rows], *objective)
+    shards = own.unsqueeze(0) if group is None else distributed.gather(own, group)
+    found, whole, score = _whole(shards, tau, int(divergence))
+    loss.zero_()
+    if kd_weight != 0:
+        empty = (whole[:, 1] == 0) | (whole[:, 3] == 0)
+        if divergence >= JSD:
+            whole[:, 4:6] = 0
+            found = _from_sums(blocks, coefficient, whole, group, *objective)
+        found = torch.where(found > INFINITE, torch.inf, found)
+        if divergence == REVERSE_KL:
+            whole[:, 4] = found
+        whole[:, 4] = whole[:, 4].masked_fill(empty, 0)
+        loss += kd_weight * tau**2 * found.masked_fill(empty, 0)
+    if labels is not None:
+        cross_entropy = whole[:, 0] - score + whole[:, 6].log()
+        loss += ce_weight * cross_entropy.masked_fill(labels == -1, torch.nan)
+    stats.copy_(whole)
+    loss.mul_(coefficient).masked_fill_(coefficient == 0, 0)
+
+
+def whole_row_gradient(
+    block: RowBlock,
+    stats: Tensor,  # [n, 7]
+    coefficient: Tensor,  # [n]
+    labels: Tensor | None,  # [n]
+    gradient: Tensor,  # [n, V], may be the student
+    *objective: float,
+) -> None:
+    """Writes coefficient * d loss / d student by the statistics of whole rows."""
+    student, teacher, shared, columns = block.student, block.teacher, block.shared, block.student.shape[1]
+    divergence_shard_gradient(
+        student[:, :shared],
+        teacher,
+        stats,
+        coefficient,
+        _labels_in(labels, 0, shared),
+        gradient[:, :shared],
+        *objective,
+    )
+    if shared == columns:
+        return
+    # A logarithm of the sum of exponentials is as good as a maximum: no score is larger. It is rounded to a score's
+    # precision as a maximum is, and the sum makes up for that.
+    log_sum = stats[:, 0] + stats[:, 6].log()
+    log_sum = log_sum.masked_fill(stats[:, 6] == 0, 0)
+    tail = torch.zeros_like(stats)
+    tail[:, 0] = log_sum.to(score_dtype(student))
+    tail[:, 6] = (log_sum - tail[:, 0]).exp().masked_fill(stats[:, 6] == 0, 0)
+    here = _labels_in(labels, shared, columns)
+    divergence_shard_gradient(
+        student[:, shared:], None, tail, coefficient, here, gradient[:, shared:], *_of_tail(*objective)
+    )
