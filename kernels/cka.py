@@ -116,8 +116,16 @@ def _load_mean(matrix, column_start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _centred(x, valid, mean, F: tl.constexpr):
-    """Rows less their mean, zero where they are not valid, as an operand of x's dtype. One fused multiply-add each."""
-    return _rounded(x.to(F) - valid.to(F)[:, None] * mean[None, :], x.dtype)
+    """Rows less their mean, zero where they are not valid, as an operand of x's dtype. One fused multiply-add each.
+
+    Of wide operands two, as the mean has more digits than they: rounded it would move all rows of a gradient alike.
+    """
+    exists = valid.to(F)[:, None]
+    rounded = mean.to(F)
+    centred = x.to(F) - exists * rounded[None, :]
+    if x.dtype == F:
+        centred -= exists * (mean - rounded).to(F)[None, :]
+    return _rounded(centred, x.dtype)
 
 
 @triton.jit
@@ -181,7 +189,7 @@ def means_kernel(
     valid_count = tl.sum(valid_tokens, 0).to(tl.float64)
     mean = shift + tl.sum(total.to(tl.float64), 0) / tl.maximum(valid_count, 1)
     column = column_start + tl.arange(0, BLOCK_D)
-    tl.store(matrix[3] + column, mean.to(F), mask=column < matrix[2])
+    tl.store(matrix[3] + column, mean, mask=column < matrix[2])
     if program == 0:
         tl.store(counts + pair, valid_count)
 
@@ -514,7 +522,7 @@ class _Setting:
     """What all kernels of a launch have in common."""
 
     dtype: torch.dtype  # of operands
-    exact: torch.dtype  # of means, sums and factors: fp64 or fp32
+    exact: torch.dtype  # of sums and factors: fp64 or fp32
     masked: bool
     by_grams: bool
 
@@ -664,7 +672,7 @@ def cka_loss(
     teacher: list[Tensor],  # [N, Dt] each
     mask: list[Tensor | None],  # [N] bool each
     by_grams: list[bool],
-    mean: list[Tensor],  # [Dt + Ds] each, of (B|A), to be written
+    mean: list[Tensor],  # [Dt + Ds] float64 each, of (B|A), to be written
     factor: list[Tensor],  # [Dt + Ds, Ds], or [N, N] by Grams, each, likewise; empty where it is not wanted
     eps: float,
     squared: bool,

@@ -123,15 +123,14 @@ def test_float64(tokens: int, widths: tuple[int, int]):
 @pytest.mark.parametrize("tokens, widths", [(37, (24, 40)), (140, (20, 33))], ids=str)
 def test_an_offset_costs_nothing(tokens: int, widths: tuple[int, int]):
     """50 and 10,000 standard deviations, as fp32 holds them."""
-    for offset in (50.0, 1e4):
+    for offset in (50.0, 1e3, 1e4):
         pair, mask = [x.float() for x in hidden(tokens, widths, offset)], mask_of(tokens)
         found = run([poisoned(pair, mask)], [mask])
         truth = torch.cat([pair[1], pair[0]], 1)[mask].double().mean(0)
         assert distance(found.mean[0], truth) <= 6e-8  # one rounding
         loss, gradient = oracle(pair, mask)
         assert abs(found.loss[0].item() - loss.item()) <= 2e-7
-        # a rounded mean moves all rows of the gradient by the same
-        assert distance(found.gradients[0], gradient) <= (1e-5 if offset == 50 else 2e-3)
+        assert distance(found.gradients[0], gradient) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
