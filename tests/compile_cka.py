@@ -15,6 +15,7 @@ import sys
 
 import torch
 
+import fastkd.functions  # noqa: F401  # registers the operators
 from fastkd.backend import interpret_triton
 from fastkd.checks import numbers
 from fastkd.kernels import tuning

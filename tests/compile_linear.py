@@ -13,6 +13,7 @@ import itertools
 
 import torch
 
+import fastkd.functions  # noqa: F401  # registers the operators
 from fastkd.backend import interpret_triton
 from fastkd.checks import Objective, numbers
 from fastkd.divergence import DIVERGENCES

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import fastkd
+import fastkd.functions
 from fastkd.backend import interpret_triton
 from fastkd.checks import Objective, numbers
 from fastkd.divergence import divergence_code
