@@ -46,9 +46,8 @@ def quick_run(op: str) -> tuple[str, str]:
         return python(BENCHMARKS / f"bench_{op}.py", "--quick", "--json", file), file.read_text()
 
 
-@pytest.mark.parametrize(
-    "op", [name if name == "logit_kl" else pytest.param(name, marks=pytest.mark.long) for name in ROWS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("op", ROWS)
 def test_quick_run(op: str) -> None:
     table, text = quick_run(op)
     for name in ("fastkd", *ROWS[op]):
@@ -252,6 +251,7 @@ def test_readme_has_what_was_measured_on_gpus() -> None:
     python(BENCHMARKS / "readme_table.py", "--check")
 
 
+@pytest.mark.long
 def test_table_of_gpus(results: Path, tmp_path: Path) -> None:
     script, readme = BENCHMARKS / "readme_table.py", tmp_path / "README.md"
     begin, end = python("-c", "import readme_table as t; print(t.BEGIN); print(t.END)").splitlines()
