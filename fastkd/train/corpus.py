@@ -117,9 +117,11 @@ def fingerprint() -> dict[str, str]:
     return {"python": sys.version, "rules": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
 
 
-def is_held_out(text: str, percent: int = HELD_OUT_PERCENT) -> bool:
-    """Return whether a text is for evaluation: by its SHA-256 alone, so that its side never changes.
+def place(text: str) -> int:
+    """Return a number that depends on the text alone (Python's own ``hash`` of a string differs between runs)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
-    Neither when other texts come or go, nor between runs (Python's own ``hash`` of a string does).
-    """
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 < percent
+
+def is_held_out(text: str, percent: int = HELD_OUT_PERCENT) -> bool:
+    """Return whether a text is for evaluation: by itself alone, so that its side stays when other texts come or go."""
+    return place(text) % 100 < percent

@@ -93,7 +93,9 @@ def pack_to_arrow(
             chunks += len(block)
             write({"input_ids": pa.FixedSizeListArray.from_arrays(block.ravel(), length)})
         if not chunks:
-            raise InputError(f"too little {what}: its tokens do not fill one chunk of {length}")
+            raise InputError(
+                f"too little {what}: its tokens do not fill one chunk of {length}; --sequence_length takes less"
+            )
     return datasets.Dataset.from_file(str(path))
 
 

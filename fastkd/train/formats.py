@@ -89,7 +89,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise _not_utf8(file, f"line {number}, byte {error.start + 1} of it", start) from error
-            if number == 1 and "\0" in text[:100]:
+            if number == 1 and 3 * start.count(0) > len(start):
                 raise _not_utf8(file, "line 1, with zeros between its letters", start)
             yield number, text
 
@@ -102,7 +102,7 @@ _ENCODINGS = {
 
 def _not_utf8(file: Path, place: str, start: bytes) -> InputError:
     found = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
-    if found is None and b"\0" in start:
+    if found is None and 3 * start.count(0) > len(start):
         found = "UTF-16LE" if start[1:2] == b"\0" else "UTF-16BE"
     is_said = f"it is {found}" if found else "perhaps it is Windows-1252 (Latin-1)"
     return InputError(

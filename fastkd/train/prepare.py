@@ -260,9 +260,11 @@ def _rows(flags: FastkdArguments, cache: Path, settings: dict[str, dict[str, Any
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     if held_out is None:
         texts = rows[next(iter(task.features))]
-        rows = rows.select([i for i, text in enumerate(texts) if corpus.is_held_out(text) == (side == HELD_OUT)])
-        if not len(rows):
+        held = {i for i, text in enumerate(texts) if corpus.is_held_out(text)}
+        held = held or {min(range(len(texts)), key=lambda i: corpus.place(texts[i]))}  # of a few dozen
+        if len(held) == len(texts):
             raise InputError("too little data to hold any of it out: give --eval_file")
+        rows = rows.select([i for i in range(len(texts)) if (i in held) == (side == HELD_OUT)])
     return sample(rows, at_most) if at_most else rows
 
 

@@ -52,7 +52,7 @@ def test_texts_are_distinct_collapsed_and_from_every_kind_of_place(library: Path
 
 def test_reading_the_standard_library_imports_nothing_of_it() -> None:
     code = (
-        "import sys; from fastkd.train import corpus\n"
+        "import inspect, sys; from fastkd.train import corpus\n"  # ast imports inspect to clean strings
         "files = corpus.source_files(); before = set(sys.modules)\n"
         "files = [f for f in files if f.name in ('antigravity.py', 'this.py', 'topics.py')]\n"
         "assert len(files) == 3 and corpus.embedded_corpus(files)\n"

@@ -74,6 +74,15 @@ def test_a_sentence_a_line_trains(get: Callable[..., Data], texts: list[str], tm
     assert 5 < facts["held_out_examples"] < 40
 
 
+@pytest.mark.parametrize("count", [2, 7, 30])
+def test_something_is_held_out_of_few_texts(get: Callable[..., Data], tmp_path: Path, count: int) -> None:
+    path = lines(tmp_path / "t.jsonl", classified(count))
+    made = get("--task", "classification", "--train_file", path)
+    assert len(made.train) + len(made.held_out) == count and 1 <= len(made.held_out) < 5
+    sources = made.train.rows["source"][:] + made.held_out_rows["source"][:]
+    assert sorted(sources) == sorted(make_texts(count))
+
+
 @pytest.mark.parametrize("between", ["\n", " "])
 def test_reading_takes_no_more_memory_for_larger_files(tmp_path: Path, between: str) -> None:
     sentence = " ".join(f"word{i}" for i in range(20))
