@@ -294,7 +294,7 @@ BETA = {"beta": [0.5, 0.1, 0.2, 0.9]}
 OF_ALL = [(op, knobs) for op in OPS for knobs in KNOBS[op.name] + ([] if op is CKA_LOSS else [BETA])]
 
 
-@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("impl", ["fused", pytest.param("reference", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("op", "knobs"), OF_ALL, ids=lambda x: getattr(x, "name", None) or "-".join(x))
 def test_knobs_that_change_do_not_recompile(op: Op, knobs: dict[str, list[float]], impl: str):
     """Two graphs for any number of values: the first call's, and one for all that follow."""

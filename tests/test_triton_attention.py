@@ -279,7 +279,7 @@ def test_fp16_gradients_are_not_flushed():
 
 
 @pytest.mark.parametrize("bias", [(1, 1, 1, 1), (1, 1, 0, 1), (0, 1, 1, 1), (1, 0, 1, 1), (0, 0, 0, 1), (1, 1, 1, 0)])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_gradient_of_a_dense_bias(bias: tuple, causal: bool):
     """Summed over whatever it is broadcast along: sequences, heads, queries. Along keys the sum is zero."""
     arguments = make(batch=2, num_heads=2, bias=bias, causal=causal, queries=41)

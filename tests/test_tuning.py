@@ -103,6 +103,7 @@ def attend(causal: bool = True, queries: int = 70, divergence: str = "forward_kl
     ("bias", "dense", "forward_kl"),
     ("diagonals", "diagonals", "forward_kl"),
 ])  # fmt: skip
+@pytest.mark.long
 def test_candidates_of_attention_agree(monkeypatch: pytest.MonkeyPatch, kernel: str, bias: str, divergence: str):
     """Every one of them, put in the place of the table's."""
     plain = attend(bias=bias, divergence=divergence)

@@ -452,6 +452,7 @@ def _oracle(case: Case, inputs: Inputs, options: dict[str, Any]) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.long
 def test_results_are_those_of_the_whole_vocabulary(found: list[dict[str, Any]], ranks: int):
     """On every rank the same loss to the bit; against one process, and against the oracle in float64."""
     failed = {}
@@ -498,6 +499,7 @@ ERRORS: dict[str, str | tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.long
 def test_an_error_on_one_rank_is_one_on_all(found: list[dict[str, Any]], name: str):
     expected = ERRORS[name]
     first, others = (expected, expected) if isinstance(expected, str) else expected
@@ -506,6 +508,7 @@ def test_an_error_on_one_rank_is_one_on_all(found: list[dict[str, Any]], name: s
     assert all(rank["errors"].keys() == ERRORS.keys() for rank in found)
 
 
+@pytest.mark.long
 def test_what_a_rank_sends(found: list[dict[str, Any]]):
     """96 bytes a call; a token 56, 24 where the divergence has no closed form, and 4 for a number of its gradient."""
     facts, gathered, reduced, gradient = 96, 24 * 56, 24 * 24, 24 * 12 * 4

@@ -574,6 +574,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.long
 def test_processes_killed_stopped_and_out_of_disk_end_as_an_undisturbed_one(tmp_path: Path, text_file: Path) -> None:
     flags = [*SMALL, "--train_file", str(text_file), "--output_dir"]
     assert cli.main([*flags, str(tmp_path / "whole")]) == 0

@@ -207,6 +207,7 @@ def print_planned_and_resident(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
+@pytest.mark.long
 def test_a_process_grows_by_what_was_planned(tmp_path: Path) -> None:
     """Beside what lives the system counts what the allocator keeps for later, and what libraries take."""
     here = Path(__file__)
