@@ -162,7 +162,6 @@ def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None
 
 
 def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
-    Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)  # where a link leads to
     if is_used:
         _set_aside(out)
         print(f"what {out} holds waits in {out / PREVIOUS} until this run is complete", flush=True)
@@ -210,7 +209,8 @@ def _bring_back(out: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file that is never there by half."""
+    """Write a file that is never there by half, in a folder that is made if need be, also where a link leads."""
+    Path(os.path.realpath(path.parent)).mkdir(parents=True, exist_ok=True)
     whole = path.with_name(f".{path.name}")
     whole.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(whole, path)

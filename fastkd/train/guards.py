@@ -47,9 +47,11 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> Signals:
         self.received = 0
+        self._terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
         if threading.current_thread() is threading.main_thread():
             for number in filter(None, (signal.SIGINT, signal.SIGTERM, _HANGUP)):
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -63,9 +65,8 @@ class Signals:
 
     def _keep(self, number: int, frame: Any) -> None:
         if number == _HANGUP:
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():  # and may be gone: writing there would fail
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            for terminal in self._terminals:  # which is gone: writing there would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         elif self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         elif self.received:

@@ -231,7 +231,6 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     out, data, method, teacher = run.out, run.data, run.method, run.teacher
     assert teacher is not None
 
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / DEMO, run.identity)
     outcomes, config = [teacher.outcome], flags.config_text(args)
     if Path(teacher.source).is_dir():
