@@ -109,10 +109,11 @@ def tell(records: list[dict[str, Any]]) -> tuple[str, bool]:
     losses = _gains(scores["hsm-cka"], scores[ANSWERS])
     lines.append(
         f"\nMeans and deviations over {len(gains)} seeds, with one teacher. The distilled student is "
-        f"{statistics.mean(gains):.1f} points ahead of scratch; most of it is the start. With the teacher it is "
-        f"{statistics.mean(above):.1f} points ahead of the start with labels alone, in {sum(x > 0 for x in above)} of "
-        f"{len(above)} seeds, of which the losses between the models give {statistics.mean(losses):.1f}, and the "
-        "teacher's answers, as labels, the rest."
+        f"{statistics.mean(gains):.1f} points ahead of scratch, and most of that is the start. Of the "
+        f"{statistics.mean(above):+.1f} points against the start with labels alone (ahead in "
+        f"{sum(x > 0 for x in above)} of {len(above)} seeds), "
+        f"{statistics.mean(losses):+.1f} come from the losses between the models and the rest "
+        "from the teacher's answers, which serve as labels where there are none."
     )
     return "\n".join(lines), min(gains) > 0 and statistics.mean(gains) >= LEAST_GAIN
 

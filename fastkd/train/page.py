@@ -76,7 +76,7 @@ _OTHERS = (
 
 
 def _metric(name: str) -> _Figure:
-    return _Figure(f"{name} (%)", lambda o: o.metrics.get(name), ".2f", max)
+    return _Figure(f"{name.replace('_', ' ')} (%)", lambda o: o.metrics.get(name), ".2f", max)
 
 
 def _figures(outcomes: Sequence[Outcome]) -> list[_Figure]:
