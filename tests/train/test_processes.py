@@ -101,7 +101,7 @@ class Runs:
             *flags,
         ]
         argv += ["--per_device_train_batch_size", str(BATCH // processes // steps)]
-        self.scenarios.append({"name": name, "processes": processes, "argv": argv, **more})
+        self.scenarios.append({"name": name, "processes": processes, "argv": with_inputs(*argv), **more})
 
     def run(self) -> None:
         """Run all scenarios."""
