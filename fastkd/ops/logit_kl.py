@@ -280,13 +280,13 @@ def logit_kl(
     Args:
         student_logits: [..., Vs], float32, float64, float16 or bfloat16, of any stride. Receives the gradient.
         teacher_logits: [..., Vt], the same leading shape; a constant. Where Vs and Vt differ, both models are compared
-            over the prefix they share, renormalised there; columns beyond it get a gradient of exactly 0. May be None
-            with ``kd_weight=0``.
+            over the prefix they share, renormalised there; the cross-entropy is over all Vs columns. Without it those
+            beyond the prefix get a gradient of exactly 0. May be None with ``kd_weight=0``.
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tvd``.
         beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
         temperature: > 0.
-        weight: [...] a float for each token; 0 drops it.
-        labels: [...] integers in [0, V) or ``ignore_index``, which drops the token from both terms.
+        weight: [...] a float for each token; 0 drops it. A constant, as ``normalizer`` is.
+        labels: [...] integers in [0, Vs) or ``ignore_index``, which drops the token from both terms.
         ce_weight, kd_weight: weights of the two terms.
         reduction: ``"mean"`` divides by the sum of weights, ``"sum"`` does not, ``"none"`` returns [...].
         normalizer: with ``"mean"``, a number or 0-d tensor that replaces the sum of weights, such as
@@ -305,7 +305,10 @@ def logit_kl(
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any work.
-        RuntimeError: ``impl="fused"`` where no kernel can run.
+        RuntimeError: ``impl="fused"`` where no kernel can run; and where a fused gradient is differentiated again.
+
+    A KL is infinite where its second model has a score of -inf that its first gives a probability; then the gradient of
+    reverse KL is NaN, and that of forward KL what it tends to.
 
     With ``vocab_group`` every rank of the group has to make the call, and sends 56 bytes for every token, 24 more for
     divergences other than forward and reverse KL. An error on one rank is an error on all: a ValueError or TypeError
