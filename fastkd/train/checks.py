@@ -161,12 +161,13 @@ def check_inputs(flags: FastkdArguments, needs_data: bool) -> None:
             f"--task {flags.task} needs --train_file or --dataset_name: --embedded_data {flags.embedded_data} is for "
             f"{', '.join(EMBEDDED_DATA[flags.embedded_data])}"
         )
-    if method.needs_teacher and not (flags.teacher or flags.train_teacher):
+    needs = method.needs_teacher or method.student_init == "prune"
+    if needs and not (flags.teacher or flags.train_teacher):
         raise InputError(
             f"--method {flags.method} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to train one "
             "on the same data first"
         )
-    if flags.train_teacher and not method.needs_teacher:
+    if flags.train_teacher and not needs:
         raise InputError(f"--train_teacher has no effect with --method {flags.method}, which has no teacher")
     sizes = ["teacher_layers", "teacher_d_model", "teacher_steps"] if flags.train_teacher else []
     if not (flags.teacher or flags.train_teacher or flags.student):

@@ -21,8 +21,9 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from fastkd.train import folders, processes, runs, stages
+from fastkd.train.arguments import parse
 from fastkd.train.cache import replace_folder
-from fastkd.train.errors import writing
+from fastkd.train.errors import InputError, writing
 from fastkd.train.tasks import TASKS
 from fastkd.train.trainer import DistillTrainer
 
@@ -117,11 +118,10 @@ def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
     flag: str, value: str, output: str, used: Path
 ) -> None:
     from fastkd.train.errors import InputError
-    from fastkd.train.flags import FastkdArguments
 
     value, output = (text.format(used.parent) for text in (value, output))
     cache = Path(value) if flag == "cache_dir" else Path("cache")
-    flags = FastkdArguments(transformers_flags={flag: value})
+    flags = runs.FastkdArguments(transformers_flags={flag: value})
     setattr(flags, flag, value)
     before = files(used.parent)
     with pytest.raises(InputError, match=rf"--{flag} .* --output_dir .*, which the run replaces: choose another place"):
@@ -141,17 +141,13 @@ def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
     ],
 )
 def test_what_lies_elsewhere_is_read(flag: str, value: str, used: Path) -> None:
-    from fastkd.train.flags import FastkdArguments
-
-    flags = FastkdArguments()
+    flags = runs.FastkdArguments()
     setattr(flags, flag, value)
     folders.check_outside(Path("out"), flags, Path(value if flag == "cache_dir" else "cache"), True)
 
 
 def test_a_run_is_continued_by_the_settings_in_its_folder(used: Path) -> None:
-    from fastkd.train.flags import FastkdArguments
-
-    folders.check_outside(Path("out"), FastkdArguments(config="out/settings.yaml"), Path("cache"), False)
+    folders.check_outside(Path("out"), runs.FastkdArguments(config="out/settings.yaml"), Path("cache"), False)
 
 
 def test_the_teacher_in_the_old_run_stays(
@@ -537,3 +533,10 @@ def test_other_processes_are_waited_for_as_long_as_the_flag_says(monkeypatch: py
     processes.be_patient(7)
     processes.patient_group()
     assert made == [timedelta(seconds=7)]
+
+
+def test_what_is_pruned_is_a_teacher_whatever_the_method() -> None:
+    sizes = ["--student_layers", "1", "--student_d_model", "32", "--use_cpu"]
+    flags = ["--method", "scratch", "--student_init", "prune", "--train_file", "x", *sizes]
+    with pytest.raises(InputError, match="--method scratch needs a teacher: give --teacher"):
+        parse(flags)
