@@ -15,6 +15,7 @@ from torch.library import opcheck
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd
+from fastkd.checks import numbers
 from fastkd.ops import cka_loss as op_file
 
 from .cases import BACKENDS, CKA_LOSS, LONG_IN_TRITON, Inputs, distance, oracle, running_on, to, value_and_gradients
@@ -325,8 +326,8 @@ def test_opcheck(dtype: torch.dtype):
     student, teacher = ([pair[name] for pair in pairs] for name in ("student", "teacher"))
     masks, wanted = [torch.rand(12) < 0.7, None, None], [True, True, False]
     ops = torch.ops.fastkd
-    opcheck(ops.cka_loss.default, (student, teacher, masks, wanted, 1e-8, True))
-    losses, means, factors = ops.cka_loss(student, teacher, masks, wanted, 1e-8, False)
+    opcheck(ops.cka_loss.default, (student, teacher, masks, wanted, numbers(1e-8), True))
+    losses, means, factors = ops.cka_loss(student, teacher, masks, wanted, numbers(1e-8), False)
     assert factors[2].shape == (0,)
     opcheck(ops.cka_loss_backward.default, (student, teacher, masks, means, factors, wanted, torch.ones_like(losses)))
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastkd
+import fastkd.functions
 from fastkd import reference
+from fastkd.checks import numbers
 
 from .cases import distance, running_on
 
@@ -76,7 +77,7 @@ def run(pairs, masks=None, squared=False, wanted=None, scales=None) -> SimpleNam
     masks = [None if mask is None else mask.to(DEVICE) for mask in masks]
     op = torch.ops.fastkd
     with running_on("triton"):
-        loss, mean, factor = op.cka_loss(student, teacher, masks, wanted, EPS, squared)
+        loss, mean, factor = op.cka_loss(student, teacher, masks, wanted, numbers(EPS), squared)
     scales = torch.ones_like(loss) if scales is None else torch.tensor(scales, dtype=loss.dtype, device=DEVICE)
     with running_on("triton"):
         gradients = op.cka_loss_backward(student, teacher, masks, mean, factor, wanted, scales)
@@ -84,7 +85,7 @@ def run(pairs, masks=None, squared=False, wanted=None, scales=None) -> SimpleNam
     described = [
         [x.to("meta") if isinstance(x, Tensor) else x for x in xs] for xs in (student, teacher, masks, mean, factor)
     ]
-    fakes = op.cka_loss(*described[:3], wanted, EPS, squared)
+    fakes = op.cka_loss(*described[:3], wanted, numbers(EPS), squared)
     fakes = fakes[0], *fakes[1], *fakes[2], *op.cka_loss_backward(*described, wanted, scales.to("meta"))
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in fakes]
     return SimpleNamespace(
