@@ -115,7 +115,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if args.should_save:
-            rotate_checkpoints(str(run), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(run), args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student; every file of an ordinary folder is replaced when all are complete, the config last."""

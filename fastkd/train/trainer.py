@@ -130,6 +130,10 @@ class DistillTrainer(CheckpointingTrainer):
         self.score = score
         student: Any = self.model
         self.student_layers = method.student_layers(student.config)
+        # Other names of weights that are shared, as T5's embedding is: FSDP would save a copy for each, and
+        # transformers would miss them in a checkpoint.
+        names = {name for name, _ in student.named_parameters()}
+        self._leave_out({name for name, _ in student.named_parameters(remove_duplicate=False)} - names)
         self.teacher = None
         self.teacher_layers: dict[str, int] = {}
         self.matched_states: dict[str, list[tuple[int, int]]] = {}
@@ -204,10 +208,6 @@ class DistillTrainer(CheckpointingTrainer):
         within = {} if self.method.vocabulary_terms else self.student_layers
         blocks = [getattr(self.model, PLACES[place].stack).block[layer - 1] for place, layer in within.items()]
         shard(self.model, self.args.device, stay=[*blocks, self.model], **policy)
-        # Of weights that are shared, as T5's embedding is, FSDP gives a copy for every name.
-        student: Any = self.model
-        names = {name for name, _ in student.named_parameters()}
-        self._leave_out({name for name, _ in student.named_parameters(remove_duplicate=False)} - names)
 
     @contextlib.contextmanager
     def _compiled_blocks(self) -> Iterator[None]:
