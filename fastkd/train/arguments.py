@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from . import checks, config
 from .errors import InputError, closest
-from .flags import FastkdArguments
+from .flags import FastkdArguments, chosen_method
 from .parser import ABOUT, DEFAULTS, JOINED, Parser, bounded, fields_by_name, help_text, kind_of, own_parser
 
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
@@ -133,9 +133,7 @@ def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments
     named = sorted(name for name in {*DEFAULTS, *given} if name in theirs)
     ours = FastkdArguments(**mine, transformers_flags={name: theirs[name] for name in named})
     _settle(ours, args, given)
-    checks.check(ours, args, _names(line))
-    if not ours.compare:
-        checks.check_inputs(ours, needs_data)
+    checks.check(ours, args, _names(line), needs_data)
     return ours, args
 
 
@@ -215,7 +213,8 @@ def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str])
     if ours.streaming and loading.dispatch_batches is None:
         # Every process reads the stream and takes its part; cutting up one's batches needs them to be equally long.
         loading.dispatch_batches = False
-    if ours.embedding_learning_rate is None and not ours.continues_given_model:
+    starts_random = ours.student is None and chosen_method(ours).student_init == "random"
+    if ours.embedding_learning_rate is None and starts_random:
         ours.embedding_learning_rate = EMBEDDING_FACTOR * args.learning_rate
     if args.output_dir == "trainer_output":  # transformers' default
         args.output_dir = str(Path("runs") / ("demo" if ours.demo else "comparison" if ours.compare else ours.method))

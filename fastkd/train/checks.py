@@ -14,48 +14,33 @@ from .sharding import is_asked_for
 from .tasks import TASKS, figure_names, is_glue
 
 if TYPE_CHECKING:
-    from transformers import HfArgumentParser
+    from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-    from .arguments import TransformersArguments
-
+_NO_DEEPSPEED = "losses and checkpoints need weights as torch keeps them; --fsdp shards the student"
 # Flags of transformers that would do nothing here, or something else than they say; and what to do instead.
-_EVALUATION = "evaluation is the loss, the token accuracy and the task's figures"
-_NO_HUB = "look at the report first, then upload the folder with `hf upload`"
-_NOT_SUPPORTED = {
-    "label_smoothing_factor": "losses are fastkd's",
+_REASONS = {
+    "label_smoothing_factor use_liger_kernel liger_kernel_config": "losses are fastkd's",
     "neftune_noise_alpha": "T5 reads its embedding past it",
-    "use_liger_kernel": "losses are fastkd's",
-    "liger_kernel_config": "losses are fastkd's",
     "use_cache": "no step of training reads a cache",
     "sortish_sampler": "--train_sampling_strategy group_by_length is like it",
     "length_column_name": "lengths are those of the tokenised examples",
     "label_names": "labels are the targets of the task",
     "remove_unused_columns": "the task says which columns are read",
     "generation_config": "--generation_num_beams and --generation_max_length are",
-    "prediction_loss_only": _EVALUATION,
-    "include_for_metrics": _EVALUATION,
-    "batch_eval_metrics": _EVALUATION,
-    "eval_do_concat_batches": _EVALUATION,
-    "eval_accumulation_steps": _EVALUATION,
-    "eval_use_gather_object": _EVALUATION,
-    "bf16_full_eval": "it would leave the student in bf16; --bf16 evaluates under autocast",
-    "fp16_full_eval": "it would leave the student in fp16; --bf16 evaluates under autocast",
+    "prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches eval_accumulation_steps "
+    "eval_use_gather_object": "evaluation is the loss, the token accuracy and the task's figures",
+    "bf16_full_eval fp16_full_eval": "it would leave the student in 16 bits; --bf16 evaluates under autocast",
     "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint without it",
-    "deepspeed": "losses and checkpoints need weights as torch keeps them; --fsdp shards the student",
+    "deepspeed": _NO_DEEPSPEED,
     "parallelism_config": "--fsdp shards the student, --teacher_sharding the teacher",
     "auto_find_batch_size": "it changes what a step learns from; python -m fastkd.train.plan says what fits",
     "save_only_model": "checkpoints are there to resume from",
     "ddp_static_graph": "losses are computed outside of what DDP wraps",
     "ddp_find_unused_parameters": "every weight that learns is part of the loss, which DDP does not see",
-    "push_to_hub": _NO_HUB,
-    "hub_token": _NO_HUB,
-    "hub_model_id": _NO_HUB,
-    "hub_strategy": _NO_HUB,
-    "hub_private_repo": _NO_HUB,
-    "hub_always_push": _NO_HUB,
-    "hub_revision": _NO_HUB,
+    "push_to_hub hub_token hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision":
+        "look at the report first, then upload the folder with `hf upload`",
     "do_predict": "outputs of held-out examples are in the report",
-}
+}  # fmt: skip
 _EITHER = (
     ("train_file", "dataset_name"), ("train_file", "embedded_data"), ("dataset_name", "embedded_data"),
     ("teacher", "train_teacher"), ("student", "interpolated"), ("demo", "interpolated"),
@@ -69,16 +54,21 @@ _NOT_FOR_GLUE = (
 
 def check_supported(values: dict[str, Any], parser: HfArgumentParser) -> None:
     """Raise InputError for a value of transformers' flags that would not have its effect here."""
-    for name, why in _NOT_SUPPORTED.items():
-        value = values[name]
-        if value not in (None, False, [], parser.get_default(name)) or (value is False and parser.get_default(name)):
+    for name, why in ((name, why) for names, why in _REASONS.items() for name in names.split()):
+        value, default = values[name], parser.get_default(name)
+        if value not in (None, False, [], default) or (value is False and default):
             raise InputError(f"--{name} is not supported: {why}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise InputError(f"accelerate's DeepSpeed is not supported: {_NOT_SUPPORTED['deepspeed']}")
+        raise InputError(f"accelerate's DeepSpeed is not supported: {_NO_DEEPSPEED}")
 
 
-def check(flags: FastkdArguments, args: TransformersArguments, line: Collection[str]) -> None:
-    """Raise InputError for flags that do not go together. line: those that the command line gives itself."""
+def check(
+    flags: FastkdArguments, args: Seq2SeqTrainingArguments, line: Collection[str], needs_data: bool = True
+) -> None:
+    """Raise InputError for flags that do not go together, or if something is missing.
+
+    line: those that the command line gives itself. needs_data: whether there must be data to learn from.
+    """
     _check_transformers(flags, args)
     _check_no_effect(flags, line)
     method = chosen_method(flags)
@@ -107,9 +97,11 @@ def check(flags: FastkdArguments, args: TransformersArguments, line: Collection[
         raise InputError(f"--streaming is read by 0 or 1 --dataloader_num_workers, got {args.dataloader_num_workers}")
     if flags.streaming and not flags.teacher and not flags.student:
         raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
+    if not flags.compare:
+        _check_inputs(flags, method, needs_data)
 
 
-def _check_transformers(flags: FastkdArguments, args: TransformersArguments) -> None:
+def _check_transformers(flags: FastkdArguments, args: Seq2SeqTrainingArguments) -> None:
     if args.load_best_model_at_end and "no" in (args.eval_strategy, args.save_strategy):
         raise InputError("--load_best_model_at_end needs --eval_strategy and --save_strategy other than no")
     if args.fp16 and args.device.type == "cpu":
@@ -148,9 +140,8 @@ def _check_no_effect(flags: FastkdArguments, line: Collection[str]) -> None:
             raise InputError(f"--{name} has no effect with --task {flags.task}, {why}")
 
 
-def check_inputs(flags: FastkdArguments, needs_data: bool) -> None:
+def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> None:
     """Raise InputError if something is missing: data, a teacher, or the size of a model."""
-    method = chosen_method(flags)
     if needs_data and not flags.has_own_data and flags.embedded_data is None:
         raise InputError(
             "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data "
@@ -177,7 +168,7 @@ def check_inputs(flags: FastkdArguments, needs_data: bool) -> None:
         raise InputError(f"a model is to be made from nothing: give its {' and '.join(missing)}")
 
 
-def _check_processes(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
+def _check_processes(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method) -> None:
     """Raise InputError for what several processes cannot do together."""
     if flags.cka_over_processes and "hidden_cka" not in method.terms:
         raise InputError(f"--cka_over_processes has no effect with --method {flags.method}, which has no CKA")
@@ -193,14 +184,29 @@ def _check_processes(flags: FastkdArguments, args: TransformersArguments, method
         raise InputError(f"--demo runs in one process, got {args.world_size}")
 
 
-def _check_pruning(flags: FastkdArguments, args: TransformersArguments, method: Method) -> None:
+_NOT_WITH_PRUNING = {
+    "student": "the student is the teacher pruned",
+    "demo": "without --demo it makes all it needs, too",
+    "interpolated": "--assistants is like it",
+    "streaming": "importance and rounds need data that is read again",
+    "torch_compile": "widths change in every step",
+    "load_best_model_at_end": "rounds keep the best candidate already",
+}
+
+
+def _check_pruning(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method) -> None:
     given = [f.name for f in dataclasses.fields(PruningArguments) if getattr(flags, f.name) != f.default]
-    if method.student_init == "prune":
-        _check_selection(flags, method, given)
-        _check_sparsities(flags, method)
-        _check_beside_pruning(flags, args)
-    elif given:
-        raise InputError(f"--{given[0]} has no effect with --method {flags.method}, which does not prune its teacher")
+    if method.student_init != "prune":
+        if given:
+            raise InputError(
+                f"--{given[0]} has no effect with --method {flags.method}, which does not prune its teacher"
+            )
+        return
+    _check_selection(flags, method, given)
+    _check_sparsities(flags, method)
+    for name, why in _NOT_WITH_PRUNING.items():
+        if getattr(flags, name, None) or getattr(args, name, None):
+            raise InputError(f"--{name} is not supported with --method {flags.method}: {why}")
 
 
 def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
@@ -241,19 +247,3 @@ def _check_selection(flags: FastkdArguments, method: Method, given: Sequence[str
         raise InputError("--assistant_sparsity has no effect with --method maxidisc, which tries all of the grid")
     if flags.importance_on == "dev" and "importance_examples" in given:
         raise InputError("--importance_examples has no effect with --importance_on dev, which takes all held-out data")
-
-
-_NOT_WITH_PRUNING = {
-    "student": "the student is the teacher pruned",
-    "demo": "without --demo it makes all it needs, too",
-    "interpolated": "--assistants is like it",
-    "streaming": "importance and rounds need data that is read again",
-    "torch_compile": "widths change in every step",
-    "load_best_model_at_end": "rounds keep the best candidate already",
-}
-
-
-def _check_beside_pruning(flags: FastkdArguments, args: TransformersArguments) -> None:
-    for name, why in _NOT_WITH_PRUNING.items():
-        if getattr(flags, name, None) or getattr(args, name, None):
-            raise InputError(f"--{name} is not supported with --method {flags.method}: {why}")

@@ -17,7 +17,7 @@ from .methods import METHODS, MIXUP_DISTANCES, STUDENT_INITS, Method
 from .schedule import GRID
 
 if TYPE_CHECKING:
-    from .arguments import TransformersArguments
+    from transformers import Seq2SeqTrainingArguments
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  # fastkd's, known without torch
 EMBEDDED_DATA = {  # the tasks it suits
@@ -193,10 +193,6 @@ class DataArguments:
 
 GROUPS = (ObjectiveArguments, ModelArguments, DataArguments, PruningArguments)
 
-# Flags whose values depend on others, and those of fastkd that have no place in a configuration.
-_SETTLED = ("learning_rate", "max_steps", "num_train_epochs", "output_dir")
-_NOT_IN_CONFIG = ("config", "compare", "overwrite_output_dir", "transformers_flags")
-
 
 @dataclass
 class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, DataArguments):
@@ -204,18 +200,14 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, Data
 
     transformers_flags: dict[str, Any] = field(default_factory=dict)
 
-    def config_text(self, args: TransformersArguments) -> str:
+    def config_text(self, args: Seq2SeqTrainingArguments) -> str:
         """Return all flags as YAML, to repeat the run by."""
-        settled = {name: getattr(args, name) for name in _SETTLED}
-        ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_CONFIG}
+        depend_on_others = ("learning_rate", "max_steps", "num_train_epochs", "output_dir")
+        settled = {name: getattr(args, name) for name in depend_on_others}
+        no_place = ("config", "compare", "overwrite_output_dir", "transformers_flags")
+        ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in no_place}
         theirs = {name: v for name, v in self.transformers_flags.items() if name != "resume_from_checkpoint"}
         return config.dump({**theirs, **settled, **ours})
-
-    @property
-    def continues_given_model(self) -> bool:
-        """Whether the student starts from the weights of a model: one that was given, or its teacher."""
-        init = chosen_method(self).student_init
-        return self.student is not None or init in ("slice", "prune")
 
     @property
     def grid(self) -> list[float]:
@@ -248,9 +240,8 @@ def chosen_method(flags: FastkdArguments) -> Method:
     Raises InputError for weights of terms that the method lacks, or that leave no term.
     """
     method = METHODS[flags.method]
-    names = ["temperature", "divergence", "divergence_beta", "relation_heads", "teacher_layer"]
-    names += ["match_first_position", "student_init", "mse_states", "mixup_alpha", "mixup_distance"]
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    settings = {f.name: getattr(flags, f.name, None) for f in dataclasses.fields(Method)}
+    given = {name: value for name, value in settings.items() if value is not None}
     for term in flags.weights or {}:
         if term not in method.terms:
             known = ", ".join(method.terms)

@@ -74,13 +74,6 @@ class Parser(argparse.ArgumentParser):
         raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message))
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the examples' line breaks."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=100)
-
-
 def _boolean(text: str) -> bool:
     known = {"true": True, "yes": True, "1": True, "t": True, "y": True}
     known |= {"false": False, "no": False, "0": False, "f": False, "n": False}
@@ -88,18 +81,16 @@ def _boolean(text: str) -> bool:
 
 
 _MEANT = {"interpolated": "; it goes with any method: give --interpolated and a --method"}
-# How each annotation is read, and what it expects.
-_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "str": (str, "a word"),
-    "list[str]": (str, "words"),
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "bool": (_boolean, "true or false"),
-    "dict[str, float]": (parse_weights, "TERM=NUMBER,..."),
-    "list[float]": (parse_grid, "NUMBER,..."),
+# How each annotation is read, what it expects, and what the help calls it.
+_KINDS: dict[str, tuple[Callable[[str], Any], str, str | None]] = {
+    "str": (str, "a word", "NAME"),
+    "list[str]": (str, "words", "FOLDER ..."),
+    "int": (int, "a whole number", "N"),
+    "float": (float, "a number", "X"),
+    "bool": (_boolean, "true or false", None),
+    "dict[str, float]": (parse_weights, "TERM=NUMBER,...", "TERM=X,..."),
+    "list[float]": (parse_grid, "NUMBER,...", "X,..."),
 }
-_METAVARS = {"int": "N", "float": "X", "str": "NAME", "list[str]": "FOLDER ...", "list[float]": "X,...",
-             "dict[str, float]": "TERM=X,..."}  # fmt: skip
 ABOUT = {
     "help": "this text, and stop",
     "help_all": "every flag, and stop",
@@ -117,7 +108,7 @@ def kind_of(field: dataclasses.Field[Any]) -> str:
 def _reader(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     """Return what reads a flag's word, and raises ArgumentTypeError if it is no value that the field can have."""
     kind = kind_of(field)
-    read, expected = _KINDS[kind]
+    read, expected, _ = _KINDS[kind]
 
     def value_of(word: str) -> Any:
         try:
@@ -168,12 +159,9 @@ def fields_by_name() -> dict[str, dataclasses.Field[Any]]:
 def own_parser() -> Parser:
     """Return the parser of fastkd-train's own flags."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    for part in GROUPS:
-        for field in dataclasses.fields(part):
-            kind = kind_of(field)
-            more: dict[str, Any] = {"nargs": "?", "const": True} if kind == "bool" else {}
-            more |= {"nargs": "+"} if kind == "list[str]" else {}
-            parser.add_argument(f"--{field.name}", type=_reader(field), default=field.default, **more)
+    nargs: dict[str, dict[str, Any]] = {"bool": {"nargs": "?", "const": True}, "list[str]": {"nargs": "+"}}
+    for name, field in fields_by_name().items():
+        parser.add_argument(f"--{name}", type=_reader(field), default=field.default, **nargs.get(kind_of(field), {}))
     return parser
 
 
@@ -184,7 +172,7 @@ def help_text(everything: bool = False) -> str:
         usage="fastkd-train (--demo | --method METHOD | --config FILE) [flags]",
         description="Distil a T5 teacher into a smaller T5 student, without ever materialising vocabulary logits.",
         epilog=EXAMPLES,
-        formatter_class=_Formatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
         add_help=False,
     )
     about = parser.add_argument_group("about")
@@ -194,7 +182,7 @@ def help_text(everything: bool = False) -> str:
         group = parser.add_argument_group(part._argument_group_name)
         for field in dataclasses.fields(part):
             if everything or field.name in USUAL:
-                _explain(group, field.name, _METAVARS.get(kind_of(field)), _explained(field))
+                _explain(group, field.name, _KINDS[kind_of(field)][2], _explained(field))
     if not everything:
         group = parser.add_argument_group("training, by transformers' Seq2SeqTrainingArguments")
         for name, metavar, text in _USUAL:
