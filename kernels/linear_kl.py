@@ -240,7 +240,7 @@ def statistics_kernel(
                 pair = _pair(s, _unmasked(t), constants)
                 p, q, difference, log_ratio = pair[0], pair[1], pair[2], pair[3]
                 student_sum, teacher_sum, gap = _row_sum(q), _row_sum(p), _row_sum(difference)
-                nearly_equal = tl.abs(gap) < NEARLY_EQUAL * teacher_sum
+                nearly_equal = tl.abs(gap) < teacher_sum * NEARLY_EQUAL
                 sum_s += tl.where(nearly_equal, teacher_sum + gap, student_sum)
                 sum_t += teacher_sum
                 if labels is not None and not SEPARATE:

@@ -237,7 +237,7 @@ def _statistics(
             row = _running_constants(top_s, top_t, inv_tau, F)
             p, q, difference, log_ratio, _, _, _ = _pair(s, _unmasked(t), row)
             student_sum, teacher_sum, gap = _sum(q), _sum(p), _sum(difference)
-            nearly_equal = tl.abs(gap) < NEARLY_EQUAL * teacher_sum
+            nearly_equal = tl.abs(gap) < teacher_sum * NEARLY_EQUAL
             sum_s += tl.where(nearly_equal, teacher_sum + gap, student_sum)
             sum_t += teacher_sum
             if DIVERGENCE == FORWARD_KL:
