@@ -149,6 +149,7 @@ def test_second_derivatives_are_refused(op: Op, backend: str, reduction: str):
             torch.autograd.functional.hessian(of_first, inputs[op.student[0]])
 
 
+@pytest.mark.long
 @over_ops
 def test_second_derivatives_of_the_reference(op: Op):
     inputs = to(inputs_of(op), torch.float64)
@@ -297,7 +298,11 @@ KNOBS: dict[str, list[dict[str, list[float]]]] = {
     "cka_loss": [{"eps": [1e-8, 1e-2, 0.5, 3.0]}],
 }
 BETA = {"beta": [0.5, 0.1, 0.2, 0.9]}
-OF_ALL = [(op, knobs) for op in OPS for knobs in KNOBS[op.name] + ([] if op is CKA_LOSS else [BETA])]
+OF_ALL = [
+    pytest.param(op, knobs, marks=[pytest.mark.long] if i else [])
+    for op in OPS
+    for i, knobs in enumerate(KNOBS[op.name] + ([] if op is CKA_LOSS else [BETA]))
+]
 
 
 @pytest.mark.parametrize("impl", ["fused", pytest.param("reference", marks=pytest.mark.long)])

@@ -85,6 +85,7 @@ def test_all_in_one_markdown_table() -> None:
     assert any(row.startswith("| fastkd ") for row in rows)
 
 
+@pytest.mark.long
 def test_missing_peer_is_a_row() -> None:
     """Without Liger its row says so."""
     code = (

@@ -123,7 +123,9 @@ def test_candidates_of_cka_agree(monkeypatch: pytest.MonkeyPatch, tokens: int):
 
     def run():
         with running_on("triton"):
-            loss, mean, factor = op.cka_loss([student], [teacher], [None], [True], 1e-8, False)
+            loss, mean, factor = op.cka_loss(
+                [student], [teacher], [None], [True], torch.tensor([1e-8], dtype=torch.float64), False
+            )
             (gradient,) = op.cka_loss_backward([student], [teacher], [None], mean, factor, [True], loss)
         return loss, gradient
 

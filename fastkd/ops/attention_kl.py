@@ -178,6 +178,7 @@ class AttentionKL(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for what has none
         ctx.save_for_backward(*output)
         ctx.dtypes = [(inputs[0] if x is None else x).dtype for x in _of_student(inputs)]
 

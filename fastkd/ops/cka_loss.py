@@ -409,6 +409,7 @@ class CKA(Function):
     def setup_context(ctx, inputs, output) -> None:
         _, *kept = output
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # no zeros for what has none
         ctx.save_for_backward(*inputs[3:-1], *kept)
 
     @staticmethod

@@ -142,6 +142,7 @@ class LinearKL(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for what has none
         ctx.save_for_backward(*output)
         ctx.dtypes = [inputs[1].dtype] * 3
 

@@ -173,6 +173,7 @@ class LogitKL(Function):
         student_logits, teacher_logits, coefficient, labels, divergence, numbers, *shard = inputs
         _, stats = output
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # no zeros for what has none
         ctx.save_for_backward(student_logits, teacher_logits, stats, coefficient, labels, numbers)
         ctx.divergence, ctx.shard = divergence, shard
 

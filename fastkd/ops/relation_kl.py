@@ -104,6 +104,7 @@ class RelationKL(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for what has none
         ctx.save_for_backward(*output)
         ctx.dtypes = [x.dtype for x in _in_four(inputs[4:-1])[0]]
 

@@ -154,9 +154,10 @@ def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> N
         )
     needs = method.needs_teacher or method.student_init == "prune"
     if needs and not (flags.teacher or flags.train_teacher):
+        why = "" if method.needs_teacher else " with --student_init prune"
         raise InputError(
-            f"--method {flags.method} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to train one "
-            "on the same data first"
+            f"--method {flags.method}{why} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to "
+            "train one on the same data first"
         )
     if flags.train_teacher and not needs:
         raise InputError(f"--train_teacher has no effect with --method {flags.method}, which has no teacher")

@@ -635,8 +635,9 @@ def test_a_signal_stops_a_demo(
         return training_step(self, *args, **kwargs)
 
     monkeypatch.setattr(DistillTrainer, "training_step", signalled)
-    flags = with_inputs(*SMALL, "--method", "kd", "--demo", "--teacher_layers", 1, "--teacher_d_model", 32)
-    assert cli.main([*flags, "--train_file", str(text_file), "--output_dir", str(tmp_path / "runs" / "demo")]) == 143
+    flags = [*SMALL, "--method", "kd", "--demo", "--teacher_layers", 1, "--teacher_d_model", 32]
+    flags += ["--train_file", text_file, "--output_dir", tmp_path / "runs" / "demo"]
+    assert cli.main(with_inputs(*flags)) == 143
     lines = said(capsys.readouterr().err)
     assert lines == ["interrupted at step 2, not saved: this training keeps no checkpoints"]
     assert not list((tmp_path / "runs" / "cache").glob("teacher-*"))
