@@ -183,7 +183,9 @@ class AttentionKL(Function):
         ctx.dtypes = [(inputs[0] if x is None else x).dtype for x in _of_student(inputs)]
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_: Tensor):
+    def backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):
+        if grad_loss is None:  # nothing depends on the loss
+            return (None,) * len(ctx.needs_input_grad)
         loss, *saved = ctx.saved_tensors
         return _for_inputs(ctx, apply(Scaled, "attention_kl", loss, grad_loss, ctx.dtypes, *saved))
 

@@ -413,7 +413,9 @@ class CKA(Function):
         ctx.save_for_backward(*inputs[3:-1], *kept)
 
     @staticmethod
-    def backward(ctx, grad_losses: Tensor, *_: Tensor):
+    def backward(ctx, grad_losses: Tensor | None, *_: Tensor | None):
+        if grad_losses is None:  # nothing depends on the loss
+            return (None,) * len(ctx.needs_input_grad)
         pairs = len(ctx.saved_tensors) // 5
         wanted = ctx.needs_input_grad[3 : 3 + pairs]
         gradients = apply(_CKAGradient, "cka_loss", wanted, grad_losses, *ctx.saved_tensors)

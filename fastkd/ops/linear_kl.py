@@ -147,7 +147,9 @@ class LinearKL(Function):
         ctx.dtypes = [inputs[1].dtype] * 3
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_: Tensor):
+    def backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):
+        if grad_loss is None:  # nothing depends on the loss
+            return (None,) * len(ctx.needs_input_grad)
         loss, *saved = ctx.saved_tensors
         return _for_inputs(ctx, apply(Scaled, "linear_kl", loss, grad_loss, ctx.dtypes, *saved))
 

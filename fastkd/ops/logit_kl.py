@@ -178,7 +178,9 @@ class LogitKL(Function):
         ctx.divergence, ctx.shard = divergence, shard
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, _: Tensor):
+    def backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
+        if grad_loss is None:  # nothing depends on the loss
+            return (None,) * len(ctx.needs_input_grad)
         student_logits, teacher_logits, stats, coefficient, labels, numbers = ctx.saved_tensors
         weights = coefficient * grad_loss
         gradient = apply(

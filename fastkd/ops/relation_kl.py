@@ -109,7 +109,9 @@ class RelationKL(Function):
         ctx.dtypes = [x.dtype for x in _in_four(inputs[4:-1])[0]]
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_: Tensor):
+    def backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):
+        if grad_loss is None:  # nothing depends on the loss
+            return (None,) * len(ctx.needs_input_grad)
         loss, *saved = ctx.saved_tensors
         gradients = apply(Scaled, "relation_kl", loss, grad_loss, ctx.dtypes, *saved)
         wanted = ctx.needs_input_grad[4:]
