@@ -113,6 +113,7 @@ TABLE |= {
 # made of them, fit the registers of no GPU.
 TABLE |= {
     ("scores", 2, 0, ANY): Config((64, 64, 32), 8, 3, 255),
+    ("scores", 2, 0, "sm_80"): Config((64, 64, 32), 8, 2, 255),  # with more stages Triton 3.7 spills
     ("scores", 2, 0, "gfx942"): Config((32, 32, 32), 4, 1),
     ("scores", 4, 0, ANY): Config((32, 32, 32), 8, 2, 255),
     ("scores", 8, 0, ANY): Config((32, 32, 16), 8, 1, 255),

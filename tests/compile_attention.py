@@ -20,7 +20,7 @@ from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.kernels import attention_kl as kernels
 from fastkd.kernels import tuning
 
-from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
+from .compile_common import DTYPES, FAILS_ON_SM_100, TARGETS, in_parallel, launches, main, of_launch
 
 BATCH, HEADS, LENGTH = 2, 4, 512
 
@@ -72,7 +72,8 @@ def chosen() -> list[tuple]:
         ("sm_90", "dense", "forward_kl", "bf16", 64, 64, False),
     ]
     for target in ("sm_80", "sm_90", "sm_100"):
-        cases.append((target, "diagonals", "forward_kl", "bf16", 64, 64, False))
+        if not (target == "sm_100" and FAILS_ON_SM_100):
+            cases.append((target, "diagonals", "forward_kl", "bf16", 64, 64, False))
         cases.append((target, "relation", "forward_kl", "fp32", 64, 32, False))
         cases.append((target, "attention", "forward_kl", "fp32", 128, 128, False))
     cases += [(target, "relation", "reverse_kl", "bf16", 128, 128, True) for target in ("sm_80", "sm_100")]

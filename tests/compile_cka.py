@@ -20,7 +20,7 @@ from fastkd.backend import interpret_triton
 from fastkd.checks import numbers
 from fastkd.kernels import tuning
 
-from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
+from .compile_common import DTYPES, FAILS_ON_SM_100, TARGETS, in_parallel, launches, main, of_launch
 
 WIDTHS = 512, 768
 
@@ -53,7 +53,8 @@ def measure_candidates(case: tuple) -> list[dict]:
 
 def chosen() -> list[tuple]:
     """What the tests compile."""
-    cases = [(target, "bf16", grams, 12) for target in ("sm_80", "sm_90", "sm_100") for grams in (False, True)]
+    nvidia = ["sm_80", "sm_90"] + ["sm_100"] * (not FAILS_ON_SM_100)
+    cases = [(target, "bf16", grams, 12) for target in nvidia for grams in (False, True)]
     return [*cases, ("sm_80", "fp32", False, 2), ("sm_90", "fp32", False, 2), ("gfx942", "bf16", False, 2)]
 
 

@@ -139,11 +139,13 @@ def cka() -> list:
 def test_no_cka_kernel_spills(cka: list):
     """On NVIDIA's. AMD's compiler puts scalars aside that tell the pairs of a launch apart."""
     from .compile_cka import table
+    from .compile_common import FAILS_ON_SM_100
 
     _show("cka", table(cka))
     spilling = [kernel for kernel in cka if kernel["target"].startswith("sm_") and kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
-    assert {kernel["target"] for kernel in cka} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    targets = {"sm_80", "sm_90", "gfx942"} | ({"sm_100"} if not FAILS_ON_SM_100 else set())
+    assert {kernel["target"] for kernel in cka} == targets
 
 
 @pytest.mark.long
