@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .flags import EMBEDDED_DATA, FastkdArguments, PruningArguments, chosen_method
+from .flags import EMBEDDED_DATA, WITH_BETA, FastkdArguments, PruningArguments, chosen_method
 from .methods import Method
 from .sharding import is_asked_for
 from .tasks import TASKS, figure_names, is_glue
@@ -45,11 +45,14 @@ _EITHER = (
     ("train_file", "dataset_name"), ("train_file", "embedded_data"), ("dataset_name", "embedded_data"),
     ("teacher", "train_teacher"), ("student", "interpolated"), ("demo", "interpolated"),
 )  # fmt: skip
-_NOT_FOR_TEXTS = ("source_column", "target_column", "label_column", "source_prefix", "source_lang", "target_lang")
-_NOT_FOR_GLUE = (
-    "dataset_config", "train_split", "eval_split", "text_column", "source_column", "target_column", "source_prefix",
-    "source_lang", "target_lang",
-)  # fmt: skip
+_OF_PAIRS = "source_column target_column source_prefix source_lang target_lang"
+_NOT_READ = {
+    "span_corruption": "max_source_length max_target_length",
+    "text2text": "label_column source_lang target_lang",
+    "summarization": "label_column source_lang target_lang",
+    "translation": "text_column label_column",
+    "classification": "source_lang target_lang",
+}
 
 
 def check_supported(values: dict[str, Any], parser: HfArgumentParser) -> None:
@@ -70,9 +73,9 @@ def check(
     line: those that the command line gives itself. needs_data: whether there must be data to learn from.
     """
     _check_transformers(flags, args)
-    _check_no_effect(flags, line)
     method = chosen_method(flags)
-    _check_pruning(flags, args, method)
+    if method.student_init == "prune":
+        _check_pruning(flags, args, method)
     _check_processes(flags, args, method)
     if flags.demo and not method.needs_teacher:
         raise InputError("--demo compares a distillation method with scratch: choose another --method")
@@ -98,6 +101,7 @@ def check(
     if flags.streaming and not flags.teacher and not flags.student:
         raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
     if not flags.compare:
+        _check_no_effect(flags, method, line)
         _check_inputs(flags, method, needs_data)
 
 
@@ -125,19 +129,61 @@ def _check_transformers(flags: FastkdArguments, args: Seq2SeqTrainingArguments) 
         )
 
 
-def _check_no_effect(flags: FastkdArguments, line: Collection[str]) -> None:
-    """Raise InputError for flags of data that the task does not read."""
-    task, defaults = TASKS[flags.task], {f.name: f.default for f in dataclasses.fields(flags)}
-    if flags.task == "span_corruption":
-        names = [*_NOT_FOR_TEXTS, *(name for name in ("max_source_length", "max_target_length") if name in line)]
-        why = "which reads texts alone"
-    elif is_glue(task):
-        names, why = [*_NOT_FOR_GLUE], "whose data is laid out as GLUE's"
-    else:
-        return
-    for name in names:
-        if getattr(flags, name) != defaults[name]:
-            raise InputError(f"--{name} has no effect with --task {flags.task}, {why}")
+def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[str]) -> None:
+    """Raise InputError for flags that would do nothing beside the others, if the command line says them.
+
+    Files of flags may serve many runs; but the layout of data and the ways of pruning are of one, wherever it was said.
+    """
+    task, terms, of_method = TASKS[flags.task], method.terms, f"with --method {flags.method}, "
+    is_text, glue, no_term = flags.task == "span_corruption", is_glue(task), f"{of_method}none of whose terms it is for"
+    diverges = "logit_kl" in terms or ("mixup_kd" in terms and method.mixup_distance == "divergence")
+    prunes, picks = method.student_init == "prune", "assistants truncation tradeoff_lambda sandwich_size"
+    has_teacher, pruning = method.needs_teacher or prunes, [f.name for f in dataclasses.fields(PruningArguments)]
+    reads = f"with --task {flags.task}"
+    of_teacher = "teacher_layers teacher_d_model teacher_steps teacher_learning_rate"
+    everywhere = (
+        (f"{_OF_PAIRS} label_column", is_text, f"{reads}, which reads texts alone"),
+        (f"{_OF_PAIRS} text_column dataset_config train_split eval_split", glue, f"{reads}, whose data is GLUE's"),
+        (" ".join(pruning), not prunes, f"{of_method}which does not prune its teacher"),
+        (picks, method.schedule != "minidisc", f"{of_method}which picks no assistant"),
+        (picks, flags.assistant_sparsity is not None, "with --assistant_sparsity, which picks the assistant"),
+        ("assistant_sparsity", method.schedule == "maxidisc", f"{of_method}which tries all of the grid"),
+        (
+            "importance_examples",
+            flags.importance_on == "dev",
+            "with --importance_on dev, which takes all of it",
+        ),
+        ("train_teacher", not has_teacher, f"{of_method}which has no teacher"),
+        ("cka_over_processes", "hidden_cka" not in terms, f"{of_method}which has no CKA"),
+    )
+    on_the_line = (
+        (_NOT_READ.get(flags.task, ""), True, reads),
+        ("sequence_length", not is_text, f"{reads}: pairs have --max_source_length and --max_target_length"),
+        ("dataset_config train_split eval_split", not flags.dataset_name, "without --dataset_name"),
+        ("shuffle_buffer", not flags.streaming, "without --streaming"),
+        ("vocabulary_size", flags.teacher or flags.student, "beside a model, which brings its tokenizer"),
+        (of_teacher, not flags.train_teacher, "without --train_teacher"),
+        ("teacher_dtype teacher_sharding", not has_teacher, f"{of_method}which has no teacher"),
+        ("student_layers student_d_model student_init", flags.student, "beside --student, which is the student"),
+        ("student_layers student_d_model", prunes, "with a student that is its teacher pruned: give --target_sparsity"),
+        ("assistant_layers assistant_d_model", not flags.interpolated, "without --interpolated"),
+        ("temperature", not diverges, no_term),
+        ("divergence divergence_beta", not diverges and not method.places, no_term),
+        ("divergence_beta", method.divergence not in WITH_BETA, f"with --divergence {method.divergence}"),
+        ("relation_heads teacher_layer", not method.places, no_term),
+        ("match_first_position", not method.hidden_terms, no_term),
+        ("mse_states", "hidden_mse" not in terms, no_term),
+        ("projection_learning_rate", "hidden_linear" not in terms, no_term),
+        ("mixup_alpha", not method.mixup_terms, no_term),
+        ("mixup_distance", "mixup_kd" not in terms, no_term),
+        ("workspace_mb", not method.vocabulary_terms and not method.mixup_terms, no_term),
+    )
+    changed = {f.name for f in dataclasses.fields(flags) if getattr(flags, f.name) != f.default}
+    for given, rules in (({*line, *changed}, everywhere), (line, on_the_line)):
+        for names, has_none, why in rules:
+            found = next((name for name in names.split() if has_none and name in given), None)
+            if found:
+                raise InputError(f"--{found} has no effect {why}")
 
 
 def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> None:
@@ -159,8 +205,6 @@ def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> N
             f"--method {flags.method}{why} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to "
             "train one on the same data first"
         )
-    if flags.train_teacher and not needs:
-        raise InputError(f"--train_teacher has no effect with --method {flags.method}, which has no teacher")
     sizes = ["teacher_layers", "teacher_d_model", "teacher_steps"] if flags.train_teacher else []
     if not (flags.teacher or flags.train_teacher or flags.student):
         sizes = ["student_layers", "student_d_model"]  # no teacher to take them from
@@ -171,8 +215,6 @@ def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> N
 
 def _check_processes(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method) -> None:
     """Raise InputError for what several processes cannot do together."""
-    if flags.cka_over_processes and "hidden_cka" not in method.terms:
-        raise InputError(f"--cka_over_processes has no effect with --method {flags.method}, which has no CKA")
     if flags.cka_over_processes and not args.average_tokens_across_devices:
         raise InputError("--cka_over_processes needs --average_tokens_across_devices, which is the default")
     if args.world_size == 1:
@@ -196,21 +238,9 @@ _NOT_WITH_PRUNING = {
 
 
 def _check_pruning(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method) -> None:
-    given = [f.name for f in dataclasses.fields(PruningArguments) if getattr(flags, f.name) != f.default]
-    if method.student_init != "prune":
-        if given:
-            raise InputError(
-                f"--{given[0]} has no effect with --method {flags.method}, which does not prune its teacher"
-            )
-        return
-    _check_selection(flags, method, given)
-    _check_sparsities(flags, method)
     for name, why in _NOT_WITH_PRUNING.items():
         if getattr(flags, name, None) or getattr(args, name, None):
             raise InputError(f"--{name} is not supported with --method {flags.method}: {why}")
-
-
-def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
     grid = flags.grid
     target, sparsities = flags.target_sparsity, ", ".join(f"{sparsity:g}" for sparsity in grid)
     if target not in grid or target == 0:
@@ -232,19 +262,3 @@ def _check_sparsities(flags: FastkdArguments, method: Method) -> None:
         )
     if flags.sandwich_size == 1:
         raise InputError("--sandwich_size: expected 0 for all, or at least 2, the least and the most sparse, got 1")
-
-
-_OF_SELECTION = ("assistants", "truncation", "tradeoff_lambda", "sandwich_size")
-
-
-def _check_selection(flags: FastkdArguments, method: Method, given: Sequence[str]) -> None:
-    """Raise InputError for flags, among the given ones, that would have no effect."""
-    for name in _OF_SELECTION:
-        if name in given and method.schedule != "minidisc":
-            raise InputError(f"--{name} has no effect with --method {flags.method}, which picks no assistant")
-        if name in given and flags.assistant_sparsity is not None:
-            raise InputError(f"--{name} has no effect with --assistant_sparsity, which picks the assistant")
-    if method.schedule == "maxidisc" and flags.assistant_sparsity is not None:
-        raise InputError("--assistant_sparsity has no effect with --method maxidisc, which tries all of the grid")
-    if flags.importance_on == "dev" and "importance_examples" in given:
-        raise InputError("--importance_examples has no effect with --importance_on dev, which takes all held-out data")

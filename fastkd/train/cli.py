@@ -25,11 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if _tells(words):  # what takes no packages, and no time
         return 0
-    try:
-        _require_packages()
-    except InputError as error:
-        print(f"fastkd-train: {error}", file=sys.stderr)
-        return error.exit_code
+    if missing := [name for name in _REQUIRED if not _is_installed(name)]:
+        print(f"fastkd-train: missing {', '.join(missing)}: pip install 'fastkd[train]'", file=sys.stderr)
+        return 2
     from .. import versions
     from . import processes
 
@@ -140,12 +138,6 @@ def _list_methods() -> None:
         print(f"{name:17} {method.formula:46} {method.summary}")
     print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
     print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
-
-
-def _require_packages() -> None:
-    missing = [name for name in _REQUIRED if not _is_installed(name)]
-    if missing:
-        raise InputError(f"missing {', '.join(missing)}: pip install 'fastkd[train]'")
 
 
 def _is_installed(name: str) -> bool:

@@ -1,9 +1,8 @@
 """The embedded corpus, which a run learns from that is given no data.
 
-It is real English that every machine already has: the documentation strings of the running
-Python's standard library and the topics of ``pydoc_data/topics.py``. Files are parsed with ``ast`` and never
-imported, so collecting it runs none of their code. It serves three tasks: texts alone, (body, summary) pairs, and
-(text, package) pairs.
+It is real English that every machine already has: the documentation strings of the running Python's standard library
+and the topics of ``pydoc_data/topics.py``. Files are parsed with ``ast`` and never imported, so that none of their code
+runs. It serves three tasks: texts alone, (body, summary) pairs, and (text, package) pairs.
 """
 
 from __future__ import annotations
@@ -31,10 +30,7 @@ def _library() -> Path:
 
 
 def source_files(root: Path | None = None) -> list[Path]:
-    """Return the standard library's ``.py`` files, sorted, without tests and installed packages.
-
-    root: the folder to read; by default the running Python's standard library.
-    """
+    """Return the ``.py`` files of a folder, by default the standard library, without tests and installed packages."""
     root = root or _library()
     files = (path.relative_to(root) for path in root.rglob("*.py"))
     # Sorting on the parts, not on the string, gives one order whatever the platform's separator.
@@ -62,28 +58,20 @@ def documentation_strings(path: Path) -> Iterator[str]:
                 yield from (str(v.value) for v in node.values if isinstance(v, ast.Constant))
 
 
-def embedded_corpus(files: Iterable[Path] | None = None) -> list[str]:
-    """Return the embedded corpus: distinct texts in a fixed order, white space collapsed.
-
-    files: source files to read, by default ``source_files()``. Texts under 20 characters are dropped.
-    """
-    texts: dict[str, None] = {}  # a dict keeps the first of equal texts, in order
-    for path in source_files() if files is None else files:
-        for text in documentation_strings(path):
-            text = " ".join(text.split())
-            if len(text) >= MIN_CHARACTERS:
-                texts.setdefault(text)
-    return list(texts)
+def embedded_corpus(files: Iterable[Path]) -> list[str]:
+    """Return the distinct texts of the files in order, white space collapsed, without those of under 20 characters."""
+    texts = (" ".join(text.split()) for path in files for text in documentation_strings(path))
+    return list(dict.fromkeys(text for text in texts if len(text) >= MIN_CHARACTERS))
 
 
-def embedded_pairs(files: Iterable[Path] | None = None) -> list[tuple[str, str]]:
+def embedded_pairs(files: Iterable[Path]) -> list[tuple[str, str]]:
     """Return (body, summary) of the documentation strings that have both, white space collapsed, bodies distinct.
 
     The summary is a first paragraph of one line, the body all that follows. A body that repeats its summary, or of
-    under 80 characters, is left out. files: source files to read, by default ``source_files()``.
+    under 80 characters, is left out.
     """
     pairs: dict[str, str] = {}
-    for path in source_files() if files is None else files:
+    for path in files:
         for text in documentation_strings(path):
             first, *rest = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
             summary, body = " ".join(first.split()), " ".join("".join(rest).split())

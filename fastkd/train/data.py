@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -29,11 +29,11 @@ from .evaluate import texts_of
 from .sources import arrow_file, blocks
 from .tokenizer import special_tokens
 
-NOISE_DENSITY = 0.15
-MEAN_SPAN_LENGTH = 3.0
+NOISE_DENSITY, MEAN_SPAN_LENGTH = 0.15, 3.0
 IGNORED = -100  # the label of padding, which no loss counts
 
 Item = dict[str, torch.Tensor]
+Stream: TypeAlias = datasets.IterableDataset
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -74,15 +74,10 @@ def _packed(tokenizer: Any, rows: Iterable[Mapping[str, str]], length: int) -> I
 
 
 def pack_to_arrow(
-    tokenizer: Any,
-    rows: Iterable[Mapping[str, str]],
-    length: int,
-    path: Path,
-    what: str = "training text",
+    tokenizer: Any, rows: Iterable[Mapping[str, str]], length: int, path: Path, what: str = "training text"
 ) -> datasets.Dataset:
-    """Pack texts into chunks of `length` tokens, in bounded memory: into an Arrow file, which the Dataset maps.
+    """Pack texts into chunks of `length` tokens, "input_ids" (int32), in an Arrow file, which the Dataset maps.
 
-    rows: with the column "text". Those of the Dataset hold "input_ids", lists of `length` int32.
     Raises InputError, calling the texts `what`, if they do not fill one chunk; no file is left then.
     """
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length)})
@@ -99,11 +94,10 @@ def pack_to_arrow(
     return datasets.Dataset.from_file(str(path))
 
 
-def span_counts(length: int, density: float = NOISE_DENSITY, mean_span: float = MEAN_SPAN_LENGTH) -> tuple[int, int]:
+def span_counts(length: int) -> tuple[int, int]:
     """Return (noise tokens, noise spans) of a chunk of `length` >= 2 tokens, rounded as T5 does."""
-    noise = min(max(round(length * density), 1), length - 1)
-    spans = min(max(round(noise / mean_span), 1), length - noise)
-    return noise, spans
+    noise = min(max(round(length * NOISE_DENSITY), 1), length - 1)
+    return noise, min(max(round(noise / MEAN_SPAN_LENGTH), 1), length - noise)
 
 
 def _random_segmentation(rng: np.random.Generator, items: int, segments: int) -> np.ndarray:
@@ -157,14 +151,11 @@ class SpanCorruption(Dataset):
     """Chunks as training examples, corrupted anew in every epoch.
 
     chunks: [N, L] token ids, as an array or as the Dataset of `pack_to_arrow`. Item i + N * epoch is chunk i as that
-    epoch sees it, a dict of "input_ids" [L - noise + spans + 1] and "labels" [noise + spans + 1] (int64), equally long
-    in all items, so nothing is ever padded.
-    Raises InputError if the chunks need more sentinels than the tokenizer has.
+    epoch sees it. All items are equally long, so nothing is ever padded.
     """
 
     def __init__(self, chunks: np.ndarray | datasets.Dataset, tokenizer: Any, seed: int):
-        self.chunks = chunks
-        self.seed = seed
+        self.chunks, self.seed = chunks, seed
         length = chunks.shape[1] if isinstance(chunks, np.ndarray) else chunks.features["input_ids"].length
         self.corrupt = Corruption(tokenizer, length)
 
@@ -218,8 +209,7 @@ def tokenize_pairs(
 ) -> tuple[datasets.Dataset, Counts]:
     """Tokenise pairs into an Arrow file; return the Dataset that maps it, and how many were cut.
 
-    pairs: rows of strings "source", "target" and "task". The Dataset has them too, and "input_ids" and "labels", lists
-    of int32 that end in EOS and are, with it, at most as long as the limits, which count tokens.
+    The Dataset has the strings, too, and "input_ids" and "labels" (int32), which end in EOS within the limits.
     Raises InputError for a target above its limit if cut_targets is false, and if there are no pairs; no file is left.
     """
     ids, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
@@ -231,15 +221,15 @@ def tokenize_pairs(
             columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in list(features)[2:]}
             columns["input_ids"], sources = _cut(tokenizer, columns["source"], max_source_length)
             columns["labels"], targets = _cut(tokenizer, columns["target"], max_target_length)
-            if not cut_targets and max(targets) > max_target_length:
-                row = next(i for i, length in enumerate(targets) if length > max_target_length)
+            over = [i for i, length in enumerate(targets) if length > max_target_length]
+            if over and not cut_targets:
                 raise InputError(
-                    f"the target of pair {counts.pairs + row + 1} has {targets[row]} tokens, expected at most "
-                    f"{max_target_length}: {columns['target'][row][:60]!r}"
+                    f"the target of pair {counts.pairs + over[0] + 1} has {targets[over[0]]} tokens, expected at most "
+                    f"{max_target_length}: {columns['target'][over[0]][:60]!r}"
                 )
             counts.pairs += len(block)
             counts.cut_sources += sum(length > max_source_length for length in sources)
-            counts.cut_targets += sum(length > max_target_length for length in targets)
+            counts.cut_targets += len(over)
             whole = [i for i, length in enumerate(targets) if length <= max_target_length]
             written = texts_of(tokenizer, [columns["labels"][i] for i in whole], special_tokens(tokenizer).values())
             for given, text in zip((columns["target"][i] for i in whole), written, strict=True):
@@ -276,10 +266,7 @@ class Pairs(Dataset):
 
 
 class Classes(Pairs):
-    """Tokenised pairs as examples of an EncT5: "labels" [1] is the number of the target among the classes.
-
-    It is -100, which no loss counts, for a target that is none of them. Otherwise as Pairs.
-    """
+    """Tokenised pairs as examples of an EncT5: "labels" [1] is the number of the target among the classes, or -100."""
 
     def __init__(self, rows: datasets.Dataset, classes: Sequence[str]):
         super().__init__(rows)
@@ -328,21 +315,16 @@ def _shuffled(rows: Iterable[Any], size: int, rng: np.random.Generator) -> Itera
 class _Streamed(IterableDataset):
     """An endless stream of items: the rows again and again, in another order each time.
 
-    rows: a `datasets.IterableDataset`. shuffle_buffer: rows among which the next one is drawn, and files are shuffled
-    too; 0 keeps their order. Every iteration starts at the beginning and gives the same items, so a run resumes by
-    skipping those it has seen. Processes of a distributed run all see the whole stream, of which accelerate gives each
-    its share. One data worker may read it: several would each give all of it.
+    shuffle_buffer: rows among which the next one is drawn, and files are shuffled too; 0 keeps their order.
+    Every iteration starts at the beginning and gives the same items, so a run resumes by skipping those it has seen.
+    Processes of a distributed run all see the whole stream, of which accelerate gives each its share. One data worker
+    may read it: several would each give all of it.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, tokenizer: Any, seed: int, shuffle_buffer: int):
-        self.rows = rows
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.shuffle_buffer = shuffle_buffer
+    _epoch: Callable[[Iterable[Mapping[str, str]], int], Iterator[Item]]  # the items of one pass over rows
 
-    def _epoch(self, rows: Iterable[Mapping[str, str]], epoch: int) -> Iterator[Item]:
-        """Yield the items of one pass over `rows`."""
-        raise NotImplementedError
+    def __init__(self, rows: Stream, tokenizer: Any, seed: int, shuffle_buffer: int):
+        self.rows, self.tokenizer, self.seed, self.shuffle_buffer = rows, tokenizer, seed, shuffle_buffer
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
@@ -366,12 +348,10 @@ class StreamedSpans(_Streamed):
     """Span corruption of a corpus that is never stored: items as SpanCorruption's, from rows with the column "text".
 
     length: tokens of a chunk. In each epoch the texts are packed anew, in that epoch's order; the corruption of its
-    chunk k depends on (seed, epoch, k) alone. Raises InputError as SpanCorruption does, and if an epoch has no chunk.
+    chunk k depends on (seed, epoch, k) alone.
     """
 
-    def __init__(
-        self, rows: datasets.IterableDataset, tokenizer: Any, length: int, seed: int, shuffle_buffer: int = 10_000
-    ):
+    def __init__(self, rows: Stream, tokenizer: Any, length: int, seed: int, shuffle_buffer: int = 10_000):
         super().__init__(rows, tokenizer, seed, shuffle_buffer)
         self.corrupt = Corruption(tokenizer, length)
 
@@ -384,17 +364,9 @@ class StreamedSpans(_Streamed):
 class StreamedPairs(_Streamed):
     """Pairs that are tokenised as they come: items as those of Pairs, cut at the limits, in tokens with EOS."""
 
-    def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        tokenizer: Any,
-        max_source_length: int,
-        max_target_length: int,
-        seed: int,
-        shuffle_buffer: int = 10_000,
-    ):
+    def __init__(self, rows: Stream, tokenizer: Any, source: int, target: int, seed: int, shuffle_buffer: int = 10_000):
         super().__init__(rows, tokenizer, seed, shuffle_buffer)
-        self.limits = max_source_length, max_target_length
+        self.limits = source, target
 
     def _epoch(self, rows: Iterable[Mapping[str, str]], epoch: int) -> Iterator[Item]:
         for block in blocks(rows):
@@ -410,9 +382,7 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, size: int, seed: int):
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
+        self.size, self.seed, self.epoch = size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch the next iteration yields; transformers and accelerate call it."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  # fastkd's, known without torch
+WITH_BETA = ("jsd", "skew_kl", "skew_reverse_kl")
 EMBEDDED_DATA = {  # the tasks it suits
     "docs": ("span_corruption", "text2text", "summarization", "classification"),
     "dates": ("text2text",),

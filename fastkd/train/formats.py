@@ -53,13 +53,7 @@ def one_line(error: BaseException) -> str:
 
 def suffix(file: Path) -> str:
     """Return the suffix that names a file's format."""
-    name = file.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
-
-
-def known_suffixes() -> str:
-    """Return the suffixes that are known, in words."""
-    return ", ".join(FORMATS) + ", each also .gz"
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 @contextlib.contextmanager
@@ -332,3 +326,4 @@ FORMATS = {
     ".tsv": _table("tsv", _tsv_records),
     ".parquet": Format("parquet", _parquet_features, _parquet_rows),
 }
+KNOWN_SUFFIXES = f"{', '.join(FORMATS)}, each also .gz"

@@ -89,19 +89,18 @@ class Method:
         return [term for term in self.terms if term in MIXUP_TERMS]
 
     def student_layers(self, config: Any) -> dict[str, int]:
-        """Return the student's layer at each place: the last."""
+        """Return the last layer at each place, which is the student's."""
         return {place: _depth(config, PLACES[place].stack) for place in self.places}
 
     def teacher_layers(self, config: Any) -> dict[str, int]:
         """Return the teacher's layer at each place; raises ValueError if teacher_layer is not one of its layers."""
-        return {place: self._teacher_layer(_depth(config, PLACES[place].stack)) for place in self.places}
-
-    def _teacher_layer(self, depth: int) -> int:
+        depths = self.student_layers(config)
         if self.teacher_layer is None:
-            return TEACHER_LAYERS.get(depth, depth)
-        if not 1 <= self.teacher_layer <= depth:
-            raise ValueError(f"teacher_layer: expected 1 to {depth}, the teacher's layers, got {self.teacher_layer}")
-        return self.teacher_layer
+            return {place: TEACHER_LAYERS.get(depth, depth) for place, depth in depths.items()}
+        least = min(depths.values(), default=self.teacher_layer)
+        if not 1 <= self.teacher_layer <= least:
+            raise ValueError(f"teacher_layer: expected 1 to {least}, the teacher's layers, got {self.teacher_layer}")
+        return dict.fromkeys(depths, self.teacher_layer)
 
     def matched_states(self, student: Any, teacher: Any) -> dict[str, list[tuple[int, int]]]:
         """Return (student's, teacher's) numbers of the hidden states that each stack compares, of two `T5Config`s.
@@ -140,16 +139,13 @@ class Method:
                     f"terms: {term} expects a student as wide and as deep as its teacher, as pruning leaves it, got "
                     "(width, encoder layers, decoder layers) {} and {}".format(*shapes)
                 )
-        if not self.places:
-            return
-        for place, layer in self.teacher_layers(teacher).items():
-            self._check_heads(place, student, teacher, layer)
+        mine, its = self.student_layers(student), self.teacher_layers(teacher)
+        for place in self.places:
+            self._check_heads(
+                place, _query_width(student, place, mine[place]), _query_width(teacher, place, its[place])
+            )
 
-    def _check_heads(self, place: str, student: Any, teacher: Any, teacher_layer: int) -> None:
-        widths = [
-            _query_width(config, place, layer)
-            for config, layer in ((student, self.student_layers(student)[place]), (teacher, teacher_layer))
-        ]
+    def _check_heads(self, place: str, *widths: int) -> None:
         if not all(widths):
             raise ValueError(f"terms: {place} compares queries in a layer that pruning left without heads")
         common = math.gcd(*widths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -131,23 +132,23 @@ def _reader(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
 
 def check_bounds(value: float, bounds: Mapping[str, Any]) -> None:
     """Raise ArgumentTypeError for a number that is not finite, or not within those of the bounds that there are."""
-    holds = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
-    words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
-    limits = {name: bounds[name] for name in holds if bounds.get(name) is not None}
-    if not math.isfinite(value) or not all(holds[name](value, limit) for name, limit in limits.items()):
-        wanted = " and ".join(f"{words[name]} {limit:g}" for name, limit in limits.items()) or "finite"
+    known = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
+    limits = {name: bounds[name] for name in known if name in bounds}
+    if not math.isfinite(value) or not all(known[name](value, limit) for name, limit in limits.items()):
+        words = {"least": "at least", "most": "at most"}
+        wanted = " and ".join(f"{words.get(name, name)} {limit:g}" for name, limit in limits.items()) or "finite"
         raise argparse.ArgumentTypeError(f"must be {wanted}, got {value}")
 
 
 def bounded(read: Callable[[str], Any], least: float) -> Callable[[str], Any]:
     """Return a reader of numbers that must be at least so large."""
 
+    @functools.wraps(read)  # argparse's messages take its name
     def value_of(word: str) -> Any:
         value = read(word)
         check_bounds(value, {"least": least})
         return value
 
-    value_of.__name__ = getattr(read, "__name__", "number")  # argparse's messages take it
     return value_of
 
 

@@ -147,19 +147,15 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
     found = sorted(set(data.train.rows["target"]))
     unknown = [target for target in found if target not in known]
     if known and unknown:
-        raise InputError(
-            f"the EncT5 has no head for {data.task.name}: its classes are {', '.join(known)}, the data's "
-            f"{', '.join(found[:9])}"
-        )
+        theirs = f"its classes are {', '.join(known)}, the data's {', '.join(found[:9])}"
+        raise InputError(f"the EncT5 has no head for {data.task.name}: {theirs}")
     if len(found) > MOST_CLASSES:
         raise InputError(f"--architecture enct5: expected at most {MOST_CLASSES} different targets, got {len(found)}")
     classes = list(known) or found
     asked = sorted(set(data.held_out.rows["target"]))
     if not set(asked) & set(classes):
-        raise InputError(
-            f"held-out data: expected targets among the classes {', '.join(classes[:9])}, got only "
-            f"{', '.join(asked[:9])}"
-        )
+        expected = f"expected targets among the classes {', '.join(classes[:9])}"
+        raise InputError(f"held-out data: {expected}, got only {', '.join(asked[:9])}")
     digest = hashlib.sha256(json.dumps([data.digest, classes]).encode()).hexdigest()[:16]
     train, held_out = (Classes(side.rows, classes) for side in (data.train, data.held_out))
     collate = pad(data.tokenizer, one_label=True)
@@ -288,8 +284,8 @@ def _embedded(name: str, task: Task) -> datasets.Dataset:
         return datasets.Dataset.from_list([{"source": text, "target": digits} for text, digits in dates.date_pairs()])
     files = tqdm(corpus.source_files(), desc="reading the standard library", unit="file")
     if task.name == "span_corruption":
-        rows = [{"text": text} for text in corpus.embedded_corpus(files)]
-    elif task.name == "classification":
+        return datasets.Dataset.from_dict({"text": corpus.embedded_corpus(files)})
+    if task.name == "classification":
         rows = [{"text": text, "label": label} for text, label in corpus.embedded_classes(files)]
     else:
         rows = [{"source": body, "target": summary} for body, summary in corpus.embedded_pairs(files)]
@@ -377,11 +373,11 @@ def _check_known(tokenizer: Any, rows: datasets.Dataset, title: str) -> None:
 
 def _decoded(spans: SpanCorruption, tokenizer: Any, most: int) -> datasets.Dataset:
     """Return the first corrupted chunks as rows of pairs, with text that shows their sentinels."""
-    columns: dict[str, list[Any]] = {"input_ids": [], "source": [], "target": [], "task": []}
-    for i in range(min(most, len(spans))):
-        item = spans[i]
-        columns["input_ids"].append(item["input_ids"].tolist())
-        columns["source"].append(tokenizer.decode(item["input_ids"][:-1].tolist()))
-        columns["target"].append(tokenizer.decode(item["labels"][:-1].tolist()))
-        columns["task"].append("span_corruption")
+    items = [{name: ids.tolist() for name, ids in spans[i].items()} for i in range(min(most, len(spans)))]
+    columns = {
+        "input_ids": [item["input_ids"] for item in items],
+        "source": [tokenizer.decode(item["input_ids"][:-1]) for item in items],
+        "target": [tokenizer.decode(item["labels"][:-1]) for item in items],
+        "task": ["span_corruption"] * len(items),
+    }
     return datasets.Dataset.from_dict(columns)

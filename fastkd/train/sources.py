@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
 from .errors import InputError
-from .formats import FORMATS, Row, known_suffixes, one_line, reading, suffix
+from .formats import FORMATS, KNOWN_SUFFIXES, Row, one_line, reading, suffix
 
 BLOCK = 1000  # rows that are worked on together, or fewer:
 CHARACTERS = 1 << 22  # what they may hold, but for a single row: Arrow's limit, and memory, are far above
@@ -36,7 +36,7 @@ def data_files(where: str) -> list[Path]:
     elif path.is_dir():
         files = sorted(f for f in path.iterdir() if f.is_file() and suffix(f) in FORMATS and f.name[0] not in "._")
         if not files:
-            raise InputError(f"{where} holds no data files: expected {known_suffixes()}, or a folder saved by datasets")
+            raise InputError(f"{where} holds no data files: expected {KNOWN_SUFFIXES}, or a folder saved by datasets")
     elif glob.has_magic(where):
         files = [Path(name) for name in sorted(glob.glob(where, recursive=True)) if Path(name).is_file()]
         if not files:
@@ -45,7 +45,7 @@ def data_files(where: str) -> list[Path]:
         raise InputError(f"cannot read {where}: no such file or folder")
     for file in files:
         if suffix(file) not in FORMATS:
-            raise InputError(f"{file} has an unknown suffix: expected {known_suffixes()}")
+            raise InputError(f"{file} has an unknown suffix: expected {KNOWN_SUFFIXES}")
     formats = sorted({FORMATS[suffix(file)].name for file in files})
     if len(formats) > 1:
         raise InputError(

@@ -8,15 +8,17 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import sentencepiece
+from transformers import T5Tokenizer
+
 from .errors import InputError
 
-VOCABULARY_SIZE = 4096  # pieces, sentinels included
 # Is it normalised, and how?
 _UNUSUAL = " Two  spaces, Capitals, café cafe\u0301 \ufb01 \u2460 \uff21 ßİ,\ta tab\nand a line </s> <extra_id_0> "
 SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, as every T5 has
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE, sentinels: int = SENTINELS) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
     """Train a unigram vocabulary (Kudo, 2018, arXiv 1804.10959) and return it as a `transformers.T5Tokenizer`.
 
     texts: training texts only, so that nothing of the held-out ones leaks into the vocabulary.
@@ -24,16 +26,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
     Ids follow T5: 0 <pad>, 1 </s>, 2 <unk>, pieces, then the sentinels with <extra_id_0> last.
     White space is collapsed, so decode(encode(text)) equals " ".join(text.split()) for known characters.
     """
-    import sentencepiece
-    from transformers import T5Tokenizer
-
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
             model_type="unigram",
-            vocab_size=vocabulary_size - sentinels,
+            vocab_size=vocabulary_size - SENTINELS,
             hard_vocab_limit=False,
             character_coverage=1.0,
             # T5Tokenizer collapses white space itself and changes no character, so neither may the trainer.
@@ -49,18 +48,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
             minloglevel=2,
         )
     except RuntimeError as error:  # fewer pieces than characters, or no text at all
-        raise InputError(
-            f"cannot train a tokenizer of {vocabulary_size} pieces: {str(error).split('] ')[-1]}"
-        ) from error
+        reason = str(error).split("] ")[-1]
+        raise InputError(f"cannot train a tokenizer of {vocabulary_size} pieces: {reason}") from error
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
-    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(sentinels))]
-    return T5Tokenizer(vocab=vocabulary, extra_ids=sentinels)
+    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(SENTINELS))]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=SENTINELS)
 
 
-def padded_size(tokenizer: Any, multiple: int = 128) -> int:
-    """Return the rows of the embedding: the tokenizer's size rounded up to a multiple, as T5's 32100 -> 32128."""
-    return -(-len(tokenizer) // multiple) * multiple
+def padded_size(tokenizer: Any) -> int:
+    """Return the rows of the embedding: the tokenizer's size rounded up, as T5's 32100 -> 32128."""
+    return -(-len(tokenizer) // 128) * 128
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:

@@ -19,6 +19,7 @@ import fastkd
 from fastkd.train import arguments, cli, tasks
 from fastkd.train import flags as own
 from fastkd.train.arguments import parse
+from fastkd.train.errors import InputError
 from fastkd.train.methods import METHODS
 from fastkd.train.stages import planned_config
 from fastkd.train.student import t5_config
@@ -373,6 +374,43 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert cli.main([*flags, "--output_dir", str(tmp_path / "out")]) == 2
         assert expected in one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+IDLE = {  # what does nothing -> beside what
+    "--teacher_steps 3": "without --train_teacher",
+    "--teacher_learning_rate 1e-3": "without --train_teacher",
+    "--student_layers 2 --student s": "beside --student",
+    "--student_init slice --student s": "beside --student",
+    "--student_d_model 32 --method prune-kd": "with a student that is its teacher pruned",
+    "--assistant_layers 2": "without --interpolated",
+    "--vocabulary_size 512": "beside a model, which brings its tokenizer",
+    "--sequence_length 64 --task text2text": "with --task text2text: pairs have --max_source",
+    "--label_column c --task text2text": "with --task text2text",
+    "--source_lang en --task classification": "with --task classification",
+    "--train_split a --task text2text": "without --dataset_name",
+    "--shuffle_buffer 9": "without --streaming",
+    "--teacher_dtype float32 --method scratch": "with --method scratch, which has no teacher",
+    "--temperature 3 --method minilm": "with --method minilm, none of whose terms it is for",
+    "--temperature 3 --method mixkd": "with --method mixkd, none of whose terms it is for",
+    "--divergence jsd --method scratch": "with --method scratch, none of whose terms",
+    "--divergence_beta 0.3": "with --divergence forward_kl",
+    "--relation_heads 8": "with --method mlmkd, none of whose terms it is for",
+    "--match_first_position": "with --method mlmkd, none of whose terms it is for",
+    "--mixup_alpha 1": "with --method mlmkd, none of whose terms it is for",
+    "--projection_learning_rate 1 --method hsm-cka": "with --method hsm-cka, none of whose terms",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_a_flag_without_effect_is_refused_where_it_was_typed(words: str, tmp_path: Path) -> None:
+    """And not in a file, which may serve many runs."""
+    flag, *rest = words.split()
+    value = [] if rest[0].startswith("--") else [rest.pop(0)]
+    given = ["--train_file", "x", "--teacher", "t", *rest]
+    with pytest.raises(InputError, match=f"^{flag} has no effect {IDLE[words]}"):
+        parse([flag, *value, *given])
+    (tmp_path / "c.yaml").write_text(f"{flag[2:]}: {value[0] if value else 'true'}")
+    parse(["--config", str(tmp_path / "c.yaml"), *given])
 
 
 def test_the_demo_is_its_file_and_what_is_given_takes_the_place() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pandas
 import pytest
+from train_flags import SIZES, effective
 from transformers import ByT5Tokenizer
 
 from fastkd.train import data as data_module
@@ -38,18 +39,12 @@ def get(tokenizer: Any, tmp_path: Path) -> Callable[..., Data]:
     """get(flag, value, ...): the data that these flags ask for; every call shares a cache."""
 
     def made(*flags: Any, tokenizer: Any = tokenizer) -> Data:
-        words = [
-            "--method",
-            "scratch",
-            "--student",
-            "not loaded",
-            "--sequence_length",
-            32,
-            "--vocabulary_size",
-            512,
-            *flags,
-        ]
-        return get_data(parse([str(word) for word in words])[0], tmp_path / "cache", 0, tokenizer)
+        words = ["--method", "scratch", "--sequence_length", 32, *flags]
+        if "--streaming" in flags:
+            words += ["--student", "not loaded"]
+        else:
+            words += [*SIZES, "--vocabulary_size", 512]
+        return get_data(parse(effective(*words))[0], tmp_path / "cache", 0, tokenizer)
 
     return made
 

@@ -314,13 +314,13 @@ def test_a_flag_that_came_with_an_upgrade_resumes_at_its_default(
     assert scratch(*SAVING, "--lr_scheduler_type", "constant") == 0
     record = place / "out" / "run.json"
     was = json.loads(record.read_text())
-    for name in ("cka_over_processes", "shuffle_buffer", "contents"):  # as if they had not been there
+    for name in ("cka_over_processes", "max_train_examples", "contents"):  # as if they had not been there
         del was[name]
     record.write_text(json.dumps(was))
     flags = [*SAVING, "--lr_scheduler_type", "constant", *RESUME, "--max_steps", 5]
     capsys.readouterr()
-    assert scratch(*flags, "--shuffle_buffer", 7) == 2
-    assert one_line(capsys).endswith("cannot resume: the run was started with shuffle_buffer 10000, now it is 7")
+    assert scratch(*flags, "--max_train_examples", 7) == 2
+    assert one_line(capsys).endswith("cannot resume: the run was started with max_train_examples None, now it is 7")
     assert scratch(*flags) == 0
     record.unlink()
     assert scratch(*flags) == 2

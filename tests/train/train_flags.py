@@ -14,8 +14,24 @@ TEACHER = [
 RECIPE = ["--lr_scheduler_type", "cosine", "--adam_beta2", "0.98", "--eval_steps", "0.2"]
 
 
+def effective(*flags: Any) -> list[str]:
+    """The flags but for those of sizes, lengths and teachers that would do nothing, which fastkd-train refuses."""
+    words = [str(flag) for flag in flags]
+    said = {name[2:]: value for name, value in zip(words, [*words[1:], ""], strict=True) if name.startswith("--")}
+    method = METHODS.get(said.get("method", "mlmkd"))
+    trains = "train_teacher" in said or ("demo" in said and "teacher" not in said)
+    prunes = said.get("student_init", method and method.student_init) == "prune"
+    idle = {
+        *(TEACHER[::2] if not trains else []),
+        *(SIZES[::2] if "student" in said or prunes else []),
+        *(["--vocabulary_size"] if {"teacher", "student"} & said.keys() else []),
+        *(["--sequence_length"] if said.get("task", "span_corruption") != "span_corruption" else []),
+    }
+    return [word for i, word in enumerate(words) if word not in idle and (not i or words[i - 1] not in idle)]
+
+
 def with_inputs(*flags: Any) -> list[str]:
-    """The flags, with the embedded documentation and a teacher trained on the same data where they name none.
+    """The flags that have an effect, with the embedded documentation and a teacher trained on it where none is named.
 
     And at the rate at which a student of random weights learns in a few steps.
     """
@@ -33,4 +49,4 @@ def with_inputs(*flags: Any) -> list[str]:
     starts_random = method is not None and method.student_init == "random" and "student" not in given
     if "learning_rate" not in given and (starts_random or not given & {"teacher", "student"}):
         words += ["--learning_rate", "2e-3"]
-    return words
+    return effective(*words)
