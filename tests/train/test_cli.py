@@ -405,7 +405,7 @@ IDLE = {  # what does nothing -> beside what
 def test_a_flag_without_effect_is_refused_where_it_was_typed(words: str, tmp_path: Path) -> None:
     """And not in a file, which may serve many runs."""
     flag, *rest = words.split()
-    value = [] if rest[0].startswith("--") else [rest.pop(0)]
+    value = [rest.pop(0)] if rest and not rest[0].startswith("--") else []
     given = ["--train_file", "x", "--teacher", "t", *rest]
     with pytest.raises(InputError, match=f"^{flag} has no effect {IDLE[words]}"):
         parse([flag, *value, *given])
