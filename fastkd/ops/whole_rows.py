@@ -6,7 +6,8 @@ divergence is of the columns that both have, and the cross-entropy of all: the t
 its gradient is that of a row without a teacher.
 
 R rows, V columns of the student, of which the teacher has the first; K ranks. Labels count from the first column here;
-those of other ranks are ELSEWHERE, those of nobody -1.
+those of other ranks are ELSEWHERE, those of nobody -1. Of the statistics [R, 7] the last is here the logarithm of what
+it is to the kernels: it is relative to the maximum of the shared columns, over which a tail may be by any number.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ JSD = divergence_code("jsd")
 REVERSE_KL = divergence_code("reverse_kl")
 MASKED = -1e30  # what the kernels take scores of -inf for
 INFINITE = 1e20  # divergences over it come from a masked column
+LARGEST = 600.0  # logarithm of the largest sum that kernels are told of: to what is beside it, any larger is the same
 NEARLY_EQUAL = 0.1  # divergence, in nats, under which the kernels' gradient is computed with care
 
 
@@ -71,6 +73,7 @@ def _own_stats(block: RowBlock, coefficient: Tensor, labels: Tensor | None, stat
     shared, columns = block.shared, block.student.shape[1]
     here = _labels_in(labels, 0, shared)
     divergence_shard_stats(block.student[:, :shared], block.teacher, coefficient, here, stats, *objective)
+    stats[:, 6].log_()
     if labels is None or columns == 0:
         return
     if shared < columns:
@@ -83,10 +86,11 @@ def _own_stats(block: RowBlock, coefficient: Tensor, labels: Tensor | None, stat
 
 def _add_tail_(stats: Tensor, tail: Tensor) -> None:
     """Adds what the tail adds: to the cross-entropy's sum alone, and the maximum stays, unless there is no other."""
-    (max_s, sum_1), (max_tail, sum_tail) = ((x[:, 0], x[:, 6]) for x in (stats, tail))
-    alone = sum_1 == 0
-    added = torch.where(sum_tail == 0, 0, sum_tail * (max_tail - max_s).exp())
-    stats[:, 6] = torch.where(alone, sum_tail, sum_1 + added)
+    (max_s, log_sum), (max_tail, log_tail) = ((x[:, 0], x[:, 6]) for x in (stats, tail))
+    log_tail = log_tail.log()
+    alone = log_sum == -torch.inf
+    added = torch.where(log_tail == -torch.inf, log_tail, log_tail + (max_tail - max_s))
+    stats[:, 6] = torch.where(alone, log_tail, torch.logaddexp(log_sum, added))
     stats[:, 0] = torch.where(alone, max_tail, max_s)
 
 
@@ -107,7 +111,7 @@ def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor,
 
     D is that of divergences with a closed form; the mean of u is theirs, too.
     """
-    max_s, sum_s, max_t, sum_t, own, score, sum_1 = shards.unbind(-1)  # [K, R]
+    max_s, sum_s, max_t, sum_t, own, score, log_1 = shards.unbind(-1)  # [K, R]
 
     def top(maxima: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
         """The maximum of the rows, and by how much those of shards are lower."""
@@ -117,14 +121,14 @@ def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor,
         return highest, maxima - highest
 
     # by columns that both models have where there are any, as the cross-entropy alone can do with another maximum
-    has_s = torch.where((sum_s != 0).any(0), sum_s != 0, sum_1 != 0)
+    has_s = torch.where((sum_s != 0).any(0), sum_s != 0, log_1 != -torch.inf)
     top_s, lower_s = top(max_s, ~has_s)
     top_t, lower_t = top(max_t, sum_t == 0)
     total_s, total_t = ((sums * (lower / tau).exp()).sum(0) for sums, lower in ((sum_s, lower_s), (sum_t, lower_t)))
     stats = torch.zeros_like(shards[0])
     for i, column in enumerate((top_s, total_s, top_t, total_t)):
         stats[:, i] = column
-    stats[:, 6] = (sum_1 * (max_s - top_s).masked_fill(sum_1 == 0, -torch.inf).exp()).sum(0)
+    stats[:, 6] = torch.logsumexp(log_1 + (max_s - top_s).masked_fill(log_1 == -torch.inf, 0), 0)
     log_q, log_p = (
         sums.log() + lower / tau - total.log()
         for sums, lower, total in ((sum_s, lower_s, total_s), (sum_t, lower_t, total_t))
@@ -181,7 +185,7 @@ def whole_row_stats(
         whole[:, 4] = whole[:, 4].masked_fill(empty, 0)
         loss += kd_weight * tau**2 * found.masked_fill(empty, 0)
     if labels is not None:
-        cross_entropy = whole[:, 0] - score + whole[:, 6].log()
+        cross_entropy = whole[:, 0] - score + whole[:, 6]
         loss += ce_weight * cross_entropy.masked_fill(labels == -1, torch.nan)
     stats.copy_(whole)
     loss.mul_(coefficient).masked_fill_(coefficient == 0, 0)
@@ -197,10 +201,13 @@ def whole_row_gradient(
 ) -> None:
     """Writes coefficient * d loss / d student by the statistics of whole rows."""
     student, teacher, shared, columns = block.student, block.teacher, block.shared, block.student.shape[1]
+    log_sum = stats[:, 6]
+    of_shared = stats.clone()
+    of_shared[:, 6] = log_sum.clamp_max(LARGEST).exp()
     divergence_shard_gradient(
         student[:, :shared],
         teacher,
-        stats,
+        of_shared,
         coefficient,
         _labels_in(labels, 0, shared),
         gradient[:, :shared],
@@ -210,11 +217,11 @@ def whole_row_gradient(
         return
     # A logarithm of the sum of exponentials is as good as a maximum: no score is larger. It is rounded to a score's
     # precision as a maximum is, and the sum makes up for that.
-    log_sum = stats[:, 0] + stats[:, 6].log()
-    log_sum = log_sum.masked_fill(stats[:, 6] == 0, 0)
+    nothing = log_sum == -torch.inf
+    log_sum = (stats[:, 0] + log_sum).masked_fill(nothing, 0)
     tail = torch.zeros_like(stats)
     tail[:, 0] = log_sum.to(score_dtype(student))
-    tail[:, 6] = (log_sum - tail[:, 0]).exp().masked_fill(stats[:, 6] == 0, 0)
+    tail[:, 6] = (log_sum - tail[:, 0]).exp().masked_fill(nothing, 0)
     here = _labels_in(labels, shared, columns)
     divergence_shard_gradient(
         student[:, shared:], None, tail, coefficient, here, gradient[:, shared:], *_of_tail(*objective)
