@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd.divergence import DIVERGENCES
@@ -251,6 +252,22 @@ def test_functional_call(reduction: str):
     wanted = torch.autograd.grad(student(hidden), list(student.parameters()))
     for gradient, (name, _) in zip(wanted, student.named_parameters(), strict=True):
         assert torch.equal(got[name], gradient.detach()), name
+
+
+@over_ops
+@over_reductions
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(op: Op, reduction: str, reentrant: bool):
+    inputs = inputs_of(op)
+    _, wanted = value_and_gradients(op, inputs, reduction=reduction)
+    leaves = {name: inputs[name].requires_grad_() for name in op.student}
+
+    def loss(*student: Tensor) -> Tensor:
+        return op.function(**inputs | dict(zip(leaves, student, strict=True)), reduction=reduction).sum()
+
+    checkpoint(loss, *leaves.values(), use_reentrant=reentrant).backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None and torch.equal(leaf.grad, wanted[name]), name
 
 
 # ---- what asks for a gradient that there is none of ------------------------------------------------------------------

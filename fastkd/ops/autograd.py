@@ -7,6 +7,7 @@ its own, a :class:`Gradient`, so that differentiating it is an error and not sil
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,11 +52,18 @@ def _example(x: Any, dim: Any, i: int) -> Any:
 def apply(function: type[Function], *arguments: Any) -> Any:
     """What ``function.apply`` returns; torch.compile, where nothing is differentiated, gets to see `forward` alone.
 
-    It would take the first of its arguments for a context, as it cannot count those of a variable number.
+    It would take the first of its arguments for a context, as it cannot count those of a variable number. Nor does a
+    backward pass go the longer way, unless it is to be differentiated, or torch.func is about.
     """
-    if torch.compiler.is_compiling() and not any(isinstance(x, Tensor) and wants_gradient(x) for x in arguments):
-        return function.forward(*arguments)
-    return function.apply(*arguments)
+    if torch.compiler.is_compiling():
+        direct = not any(isinstance(x, Tensor) and wants_gradient(x) for x in arguments)
+    else:
+        direct = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    return function.forward(*arguments) if direct else function.apply(*arguments)
+
+
+# What torch binds arguments to, at every call: of a signature with names that takes longer than a small loss.
+_ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)])
 
 
 class Function(torch.autograd.Function):
@@ -63,6 +71,8 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.forward.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
 
         def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
             results = [

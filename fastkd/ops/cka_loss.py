@@ -416,9 +416,10 @@ class CKA(Function):
     def backward(ctx, grad_losses: Tensor | None, *_: Tensor | None):
         if grad_losses is None:  # nothing depends on the loss
             return (None,) * len(ctx.needs_input_grad)
-        pairs = len(ctx.saved_tensors) // 5
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no more
+        pairs = len(saved) // 5
         wanted = ctx.needs_input_grad[3 : 3 + pairs]
-        gradients = apply(_CKAGradient, "cka_loss", wanted, grad_losses, *ctx.saved_tensors)
+        gradients = apply(_CKAGradient, "cka_loss", wanted, grad_losses, *saved)
         results = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
         return None, None, None, *results, *(None,) * (2 * pairs + 1)
 
