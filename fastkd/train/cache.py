@@ -32,16 +32,19 @@ def cached(
     make: Callable[[Path], None],
     *,
     by_all: bool = False,
+    says: bool = False,
 ) -> tuple[Path, bool]:
     """Return (folder `cache/kind-<key of settings>`, whether it was there already), filled by `make(folder)` if not.
 
     settings: everything the result depends on (JSON values); other settings give another folder, so none is silently
     ignored. They are kept beside the result in made_by.json. The folder appears under its name only when complete.
     by_all: `make` is work of all processes of a run, such as a training, of which the first writes the files;
-    otherwise the first process does it while the others wait.
+    otherwise the first process does it while the others wait. says: whether what is reused is said to be.
     """
     folder = cache / f"{kind}-{key(settings)}"
     if agreed(folder.is_dir()):
+        if says:
+            print(f"reusing {folder}")
         return folder, True
     with writing("cache_dir", cache), _scratch(cache, kind) as made:
         if by_all:

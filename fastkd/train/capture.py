@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,7 +58,7 @@ def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, lis
         for place, layer in layers.items():
             attention = attention_module(model, place, layer)
             for i, projection in enumerate((attention.q, attention.k, attention.v)):
-                keep = _keeper(captured[place], i, needs_graph=is_grad_enabled())
+                keep = functools.partial(_keep, captured[place], i, is_grad_enabled())
                 hooks.callback(projection.register_forward_hook(keep).remove)
         yield captured
     for place, states in captured.items():
@@ -73,16 +75,12 @@ def attention_module(model: Any, place: str, layer: int) -> Any:
     return getattr(blocks[layer - 1].layer[where.sublayer], where.module)
 
 
-def _keeper(states: list[Any], i: int, needs_graph: bool) -> Callable[[Any, Any, torch.Tensor], None]:
-    def keep(projection: Any, inputs: Any, output: torch.Tensor) -> None:
-        if needs_graph and projection.weight.requires_grad and not output.requires_grad:
-            raise RuntimeError(
-                "captured states carry no gradient under reentrant activation checkpointing: "
-                "set its use_reentrant to False"
-            )
-        states[i] = output
-
-    return keep
+def _keep(states: list[Any], i: int, needs_graph: bool, projection: Any, inputs: Any, output: torch.Tensor) -> None:
+    if needs_graph and projection.weight.requires_grad and not output.requires_grad:
+        raise RuntimeError(
+            "captured states carry no gradient under reentrant activation checkpointing: set its use_reentrant to False"
+        )
+    states[i] = output
 
 
 def matched_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
@@ -103,26 +101,13 @@ def capture_hidden(model: Any, layers: Mapping[str, Sequence[int]]) -> Iterator[
     with contextlib.ExitStack() as hooks:
         for i, (stack_name, layer) in enumerate(wanted):
             stack = getattr(model, stack_name)
+            keep = functools.partial(operator.setitem, captured, i)
             if layer < len(stack.block):
-                hook = stack.block[layer].register_forward_pre_hook(_keep_input(captured, i))
+                hook = stack.block[layer].register_forward_pre_hook(lambda block, inputs, keep=keep: keep(inputs[0]))
             else:
-                hook = stack.register_forward_hook(_keep_output(captured, i))
+                hook = stack.register_forward_hook(lambda stack, inputs, output, keep=keep: keep(output[0]))
             hooks.callback(hook.remove)
         yield captured
-
-
-def _keep_input(states: list[Any], i: int) -> Callable[[Any, Any], None]:
-    def keep(block: Any, inputs: Any) -> None:
-        states[i] = inputs[0]
-
-    return keep
-
-
-def _keep_output(states: list[Any], i: int) -> Callable[[Any, Any, Any], None]:
-    def keep(stack: Any, inputs: Any, output: Any) -> None:
-        states[i] = output[0]
-
-    return keep
 
 
 @contextlib.contextmanager

@@ -20,25 +20,19 @@ _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
 def write_card(
     folder: Path,
-    *,
-    method: str,
     summary: str,
     teacher: str | None,
     outcomes: Sequence[Outcome],
     facts: Mapping[str, Any],
-    config: str,
-    task: str,
-    prefix: str = "",
     notes: Sequence[str] = (),
 ) -> None:
     """Write README.md into a student's `save_pretrained` folder, whose config.json says how it is loaded and asked.
 
-    method, summary: a name in METHODS and what it does. teacher: the folder or hub name that was given, or None if
-    there was none or the run trained it; only a hub name is published, as the card's base model. outcomes: the
-    student's last. facts, config, notes: see `report.write`; of the facts, "texts", "training_chunks" and
-    "training_examples" tell how little the student has read. task: a name in TASKS. prefix: what the task puts before
-    its sources.
+    summary: of its method. teacher: the folder or hub name that was given, or None if there was none or the run trained
+    it; only a hub name is published, as the card's base model. outcomes: the student's last. facts, notes: see
+    `report.write`; some facts also tell what the student is for, and how little it has read.
     """
+    task, prefix = facts["task"], facts.get("source_prefix", "")
     student, hub_name = outcomes[-1], teacher if teacher and _is_hub_name(teacher) else None
     data = ModelCardData(
         base_model=hub_name,
@@ -49,12 +43,11 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
-        origin=_origin(method, summary, hub_name, bool(teacher) or any(o.name == "teacher" for o in outcomes)),
+        origin=_origin(student.name, summary, hub_name, bool(teacher) or any(o.name == "teacher" for o in outcomes)),
         snippet=fenced(_snippet(_model_type(folder), task, prefix), "python"),
         table=table(outcomes),
         limits="\n".join(f"- {limit}" for limit in [*_limits(facts, task), *notes]),
         facts=listed(facts),
-        config=fenced(config, "yaml") if config else "",
     )
     text = str(card).encode("utf-8", errors="backslashreplace")  # as in report.md
     (folder / "README.md").write_bytes(text)

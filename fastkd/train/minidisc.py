@@ -32,6 +32,7 @@ from .cache import cached, copy_folder, key
 from .checkpoints import last_checkpoint, recover
 from .errors import InputError
 from .flags import FastkdArguments
+from .folders import write_json
 from .identity import digest, recipe
 from .loading import load_model
 from .methods import Method
@@ -42,7 +43,7 @@ from .stages import data_seed, end_reports, make_trainer
 from .tasks import figure_names
 from .trainer import DistillTrainer
 
-VERSION = 1  # raise it when a round changes what it makes, so that older ones are not reused
+VERSION = 2  # raise it when a round changes what it makes, so that older ones are not reused
 ROUND_FILE = "round.json"
 _PROGRESS_FILE = "candidates.pt"  # in a checkpoint
 
@@ -269,9 +270,7 @@ def rank(
         scores = importance(teacher, tqdm(batches, desc="measuring importance", unit="batch"))
         save_file({name: score.cpu() for name, score in scores.items()}, folder / "importance.safetensors")
 
-    folder, reused = cached(cache, "importance", settings, make)
-    if reused:
-        print(f"reusing {folder}")
+    folder, _ = cached(cache, "importance", settings, make, says=True)
     scores = load_file(folder / "importance.safetensors")
     return normalised({name: scores[name] for name in parts(teacher)}), folder.name
 
@@ -332,12 +331,11 @@ class Parent:
 
 @dataclass(frozen=True)
 class Result:
-    """A round that is done: what came of it, the folder of its model, and its log."""
+    """A round that is done: what came of it, the folder of its model, and its `DistillTrainer.trained`."""
 
     round: Round
     folder: Path
-    history: list[dict[str, float]]
-    seconds_per_step: float | None
+    trained: dict[str, Any]
 
 
 @dataclass
@@ -382,17 +380,13 @@ class Distiller:
         widths = {sparsity: widths_at(self.scores, sparsity) for sparsity in sparsities}
         settings = self._settings(parent, widths)
         work = self.work / f"round-{key(settings)}"  # other settings must not go on from its checkpoints
-        folder, reused = cached(
-            self.cache, "round", settings, lambda made: self._train(made, work, name, parent, widths)
-        )
+        make = functools.partial(self._train, work, name, parent, widths)
+        folder, _ = cached(self.cache, "round", settings, make, says=True)
         record = json.loads((folder / ROUND_FILE).read_text(encoding="utf-8"))
         done = dataclasses.replace(round_from_json(record["round"]), name=name)
-        result = Result(done, folder, record["history"], record["seconds_per_step"])
-        if reused:
-            print(f"{name}: reusing {folder}")
-        best = result.round.best
+        best = done.best
         print(f"{name}: {100 * best.sparsity:g} % pruned, {100 * best.metric:.2f} % {self.metric_name}", flush=True)
-        return result
+        return Result(done, folder, record["trained"])
 
     def parent(self, result: Result) -> Parent:
         """Return a round's model as the teacher of the next."""
@@ -423,7 +417,7 @@ class Distiller:
             **{name: getattr(args, name) for name in besides},
         }
 
-    def _train(self, made: Path, work: Path, name: str, parent: Parent, widths: Mapping[float, Widths]) -> None:
+    def _train(self, work: Path, name: str, parent: Parent, widths: Mapping[float, Widths], made: Path) -> None:
         flags = self.flags
         title = f"{self.args.run_name or self.work.parent.name}, {name}"
         args = dataclasses.replace(self.args, output_dir=str(work), run_name=title, resume_from_checkpoint=None)
@@ -455,12 +449,8 @@ class Distiller:
             copy_folder(work / "runs", self.work.parent / "runs" / work.name)
         trainer.best_model().save_pretrained(made)
         self.data.tokenizer.save_pretrained(made)
-        record = {
-            "round": dataclasses.asdict(trainer.summary(name, parent.sparsity)),
-            "history": trainer.history,
-            "seconds_per_step": trainer.seconds_per_step,
-        }
-        (made / ROUND_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        done = dataclasses.asdict(trainer.summary(name, parent.sparsity))
+        write_json(made / ROUND_FILE, {"round": done, "trained": trainer.trained})
         shutil.rmtree(work, ignore_errors=True)
 
     def _teacher(self, parent: Parent) -> Any:

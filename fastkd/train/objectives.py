@@ -16,39 +16,27 @@ from .capture import PLACES
 from .methods import SAME_SHAPE_TERMS, Method
 from .mixup import Mixup
 
+Head = tuple[torch.Tensor, torch.Tensor]  # what a head is given, [B, L, H], and its weight [V, H]
+
 
 def vocabulary_loss(
-    method: Method,
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    teacher_weight: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    *,
-    weight: torch.Tensor | None = None,
-    normalizer: torch.Tensor | float | None = None,
-    workspace_mb: float | None = None,
+    method: Method, student: Head, teacher: Head | None, labels: torch.Tensor | None, **options: Any
 ) -> torch.Tensor:
     """Return the scalar loss of a method's vocabulary terms without materialising any [tokens, V] logits.
 
-    student_hidden [B, L, Hs], student_weight [V, Hs]; teacher_hidden [B, L, Ht], teacher_weight [Vt, Ht], or None for a
-    method without teacher; labels [B, L] with -100 where nothing is to be predicted.
-    normalizer: what the sum over tokens is divided by; by default the number of labels that are not -100.
+    labels: [B, L] with -100 where nothing is to be predicted. options: weight, normalizer and workspace_mb of
+    `fastkd.linear_kl`.
     """
     return fastkd.linear_kl(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
+        *student,
+        *(teacher or (None, None)),
         labels=labels,
         ce_weight=method.terms.get("ce", 0.0),
         kd_weight=method.terms.get("logit_kl", 0.0),
         divergence=method.divergence,
         beta=method.divergence_beta,
         temperature=method.temperature,
-        weight=weight,
-        normalizer=normalizer,
-        workspace_mb=workspace_mb,
+        **options,
     )
 
 
@@ -133,65 +121,54 @@ def hidden_loss(
 def mixup_loss(
     method: Method,
     term: str,
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    teacher_weight: torch.Tensor | None,
+    student: Head,
+    teacher: Head | None,
     labels: torch.Tensor,
     mixup: Mixup,
-    *,
     normalizer: torch.Tensor | float,
-    workspace_mb: float | None = None,
+    workspace_mb: float | None,
 ) -> torch.Tensor:
     """Return the scalar loss of a method's term on mixed examples (MixKD, Liang et al., ICLR 2021, arXiv 2011.00593).
 
     "mixup_ce" (SM): lam * cross-entropy with the targets of one example of the pair + (1 - lam) * with the other's.
     "mixup_kd" (TMKD): the mean squared difference of all logits of teacher and student, or the method's divergence of
     their softmaxes, averaged over the positions that are valid in either example.
-    student_hidden [B, L, Hs], student_weight [V, Hs], teacher_hidden [B, L, Ht], teacher_weight [Vt, Ht]: of the mixed
-    examples; labels [B, L]: of the unmixed ones. normalizer: what sums over target tokens are divided by.
+    student, teacher: of the mixed examples; labels [B, L]: of the unmixed ones. normalizer: what sums over target
+    tokens are divided by.
     """
     valid, weight = labels != -100, method.terms[term]
-    student = student_hidden, student_weight
     if term == "mixup_ce":
         plain = replace(method, terms={"ce": weight})
         lam = mixup.lam.view(-1, 1).expand(labels.shape)
         common: dict[str, Any] = {"normalizer": normalizer, "workspace_mb": workspace_mb}
-        ours = vocabulary_loss(plain, *student, None, None, labels, weight=lam, **common)
-        partners = vocabulary_loss(plain, *student, None, None, labels[mixup.partner], weight=1 - lam, **common)
-        return ours + partners
+        ours = vocabulary_loss(plain, student, None, labels, weight=lam, **common)
+        return ours + vocabulary_loss(plain, student, None, labels[mixup.partner], weight=1 - lam, **common)
     union = mixup.union(valid)
     rows = union.sum() * normalizer / valid.sum().clamp_min(1)  # of the whole batch, of which this may be a part
     if method.mixup_distance == "divergence":
         plain = replace(method, terms={"logit_kl": weight})
-        teacher = teacher_hidden, teacher_weight
-        return vocabulary_loss(
-            plain, *student, *teacher, None, weight=union.float(), normalizer=rows, workspace_mb=workspace_mb
-        )
-    assert teacher_hidden is not None and teacher_weight is not None
-    errors = logit_mse(student_hidden[union], student_weight, teacher_hidden[union], teacher_weight, workspace_mb)
+        options = {"weight": union.float(), "normalizer": rows, "workspace_mb": workspace_mb}
+        return vocabulary_loss(plain, student, teacher, None, **options)
+    assert teacher is not None
+    (ours, our_weight), (theirs, their_weight) = student, teacher
+    errors = _logit_errors((ours[union], our_weight), (theirs[union], their_weight), workspace_mb)
     return weight * errors.sum() / rows
 
 
-def logit_mse(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    workspace_mb: float | None = None,
-) -> torch.Tensor:
+def _logit_errors(student: Head, teacher: Head, workspace_mb: float | None) -> torch.Tensor:
     """Return each token's mean squared difference of logits [N], over the vocabulary that both models have.
 
-    student_hidden [N, Hs], student_weight [V, Hs], teacher_hidden [N, Ht], teacher_weight [Vt, Ht]. Logits exist for a
-    chunk of tokens at a time, in workspace_mb (128 without), and are computed again in the backward pass.
+    The heads are given [N, H]. Logits exist for a chunk of tokens at a time, in workspace_mb (128 without), and are
+    computed again in the backward pass.
     """
-    vocabulary = min(len(student_weight), len(teacher_weight))
+    vocabulary = min(len(weight) for _, weight in (student, teacher))
     tokens = max(1, int((workspace_mb or 128) * 2**20 / (4 * 4 * vocabulary)))  # four fp32 buffers at the peak
+    (hidden, weight), (their_hidden, their_weight) = student, teacher
 
     def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        logits = torch.nn.functional.linear(ours, student_weight[:vocabulary]).float()
-        expected = torch.nn.functional.linear(theirs, teacher_weight[:vocabulary]).float()
+        logits = torch.nn.functional.linear(ours, weight[:vocabulary]).float()
+        expected = torch.nn.functional.linear(theirs, their_weight[:vocabulary]).float()
         return (logits - expected).square().mean(-1)
 
-    pairs = zip(student_hidden.split(tokens), teacher_hidden.split(tokens), strict=True)
+    pairs = zip(hidden.split(tokens), their_hidden.split(tokens), strict=True)
     return torch.cat([checkpoint(chunk, ours, theirs, use_reentrant=False) for ours, theirs in pairs])

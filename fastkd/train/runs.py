@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .errors import InputError, writing
 from .flags import FastkdArguments, chosen_method
 from .folders import DEMO, cache_folder, check_outside, is_last, is_used, output_folder, resumed, running, write_json
 from .identity import RECORD, check_same_run, examples_per_step, identity
-from .loading import load_config, load_model
+from .loading import Given, load_config, load_given, load_model
 from .methods import METHODS, Method
 from .metrics import signatures
 from .outcome import Outcome
@@ -35,7 +36,6 @@ from .processes import be_patient, by_first
 from .prune import order_of
 from .schedule import Schedule
 from .stages import (
-    Given,
     Teacher,
     check_knows_task,
     check_objective,
@@ -43,7 +43,6 @@ from .stages import (
     get_run_data,
     get_teacher,
     judge_saved,
-    load_given,
     planned_config,
     train_student,
 )
@@ -73,10 +72,14 @@ def _prepared(flags: FastkdArguments, args: TransformersArguments) -> _Run:
     started, method = time.perf_counter(), chosen_method(flags)
     be_patient(args.ddp_timeout)
     prunes, resuming = method.student_init == "prune", args.resume_from_checkpoint is not None
-    out, cache = by_first(lambda: output_folder(args)), by_first(lambda: cache_folder(flags, args))
-    used = by_first(lambda: is_used(flags, out, resuming))
-    by_first(lambda: check_outside(out, flags, cache, used or flags.demo))
-    checkpoint = by_first(lambda: _rounds(flags, args, out) if prunes else resumed(args, out)) if resuming else None
+
+    def places() -> tuple[Path, Path, bool, Path | None]:
+        out, cache = output_folder(args), cache_folder(flags, args)
+        used = is_used(flags, out, resuming)
+        check_outside(out, flags, cache, used or flags.demo)
+        return out, cache, used, _rounds(flags, args, out) if resuming and prunes else resumed(args, out)
+
+    out, cache, used, checkpoint = by_first(places)
     check_optimizer(args)
     if checkpoint is not None and (checkpoint / SAFE_WEIGHTS_NAME).is_file():  # FSDP reads others, and all of them
         load_model(checkpoint, "checkpoint")
@@ -105,7 +108,7 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
             flags, args, run.data, flags.method, run.method, run.teacher, run.given, run.checkpoint
         )
         outcomes = [run.teacher.outcome, outcome] if run.teacher else [outcome]
-        _leave(run, trainer, outcomes, _trainers_facts(run, trainer, flags.method))
+        _leave(run, trainer, outcomes, _facts(run, run.method, trainer.model, trainer.teacher, flags.method))
 
 
 def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -134,7 +137,7 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
         names = [f"assistant {100 * result.round.chosen:g} %" for result in results[:-1]] + [flags.method]
         judged = [judge_saved(flags, args, run.data, name, done) for name, done in zip(names, results, strict=True)]
         trainer: Any = judged[-1][0]
-        facts = _facts(run, run.method, trainer.model.config, teacher.model.config, flags.method)
+        facts = _facts(run, run.method, trainer.model, teacher.model, flags.method)
         facts |= {"pruned": f"{100 * schedule.target:g} %", "schedule_gflops": round(schedule.gflops, 1)}
         if len(results) > 1:
             copy_folder(results[-2].folder, run.out / "assistant")
@@ -159,11 +162,10 @@ def _leave(
     schedule: Schedule | None = None,
 ) -> None:
     """Write the student, its card and its report, and print the report's table."""
-    config, notes = run.flags.config_text(run.args), _notes(run.method)
-    trainer.save_model(str(run.out))
-    by_first(lambda: _describe(run.out, run.flags, run.method, facts, outcomes, config))
-    by_first(lambda: _report(run.out, run.flags, run.data, outcomes, facts, config, notes, schedule))
-    print("\n".join(["", report.table(outcomes), "", *notes, f"Student, report.html and report.md in {run.out}"]))
+    _save(run, trainer, run.method, facts, outcomes, run.out)
+    by_first(lambda: _report(run, outcomes, facts, schedule))
+    where = f"Student, report.html and report.md in {run.out}"
+    print("\n".join(["", report.table(outcomes), "", *_notes(run.method), where]))
 
 
 def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
@@ -232,7 +234,7 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
     assert teacher is not None
 
     write_json(out / DEMO, run.identity)
-    outcomes, config = [teacher.outcome], flags.config_text(args)
+    outcomes = [teacher.outcome]
     if Path(teacher.source).is_dir():
         copy_folder(Path(teacher.source), out / "teacher")
     arms = {"scratch": METHODS["scratch"], flags.method: method}
@@ -246,12 +248,12 @@ def demo(flags: FastkdArguments, args: TransformersArguments) -> None:
             own = replace(flags, embedding_learning_rate=rate)
         trainer, outcome = train_student(own, args, data, name, objective, teacher, run.given)
         outcomes.append(outcome)
-        facts = _trainers_facts(replace(run, flags=own), trainer, name)
+        facts = _facts(replace(run, flags=own), objective, trainer.model, trainer.teacher, name)
         compared = outcomes if objective.needs_teacher else [outcome]
         folder = out / ("student" if objective is method else name.replace(" ", "-"))
-        replace_folder(folder, _saver(trainer, flags, objective, facts, compared, config))
+        replace_folder(folder, partial(_save, run, trainer, objective, facts, compared))
     lead = _compared(flags, data, outcomes)
-    shown = _report(out, flags, data, outcomes, facts, config, _notes(method), lead=[lead])
+    shown = _report(run, outcomes, facts, lead=[lead])
     print("\n".join(["", lead, "", report.at_a_glance(outcomes, shown), "", report.verdict(outcomes)]))
     print(f"More in report.html; models in {out} ({time.perf_counter() - run.started:.0f} s)")
 
@@ -273,62 +275,43 @@ def _compared(flags: FastkdArguments, data: Data, outcomes: Sequence[Outcome]) -
     )
 
 
-def _saver(trainer: DistillTrainer, *description: Any) -> Callable[[Path], None]:
-    def save(folder: Path) -> None:
-        trainer.save_model(str(folder))
-        _describe(folder, *description)
-
-    return save
-
-
-def _describe(
-    folder: Path,
-    flags: FastkdArguments,
+def _save(
+    run: _Run,
+    trainer: DistillTrainer,
     method: Method,
     facts: dict[str, Any],
-    outcomes: list[Outcome],
-    config: str,
+    outcomes: Sequence[Outcome],
+    folder: Path,
 ) -> None:
-    """Write the configuration that repeats a student's run, and its model card, into the student's folder.
+    """Write a student, the configuration that repeats its run, and its model card.
 
     The card may be published, so it does not say where files lie.
     """
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    places = {name: Path(str(facts[name])).name for name in ("texts", "teacher", "student") if _is_place(facts, name)}
-    write_card(
-        folder,
-        method=outcomes[-1].name,
-        summary=method.summary,
-        teacher=flags.teacher if method.needs_teacher else None,
-        outcomes=outcomes,
-        facts=facts | places,
-        config="",
-        task=flags.task,
-        prefix=facts.get("source_prefix", ""),
-        notes=_notes(method),
-    )
+    trainer.save_model(str(folder))
 
+    def describe() -> None:
+        (folder / "config.yaml").write_text(run.flags.config_text(run.args), encoding="utf-8")
+        given = {name: Path(str(facts[name])) for name in ("texts", "teacher", "student") if name in facts}
+        names = {name: path.name for name, path in given.items() if path.is_absolute() or path.exists()}
+        teacher = run.flags.teacher if method.needs_teacher else None
+        write_card(folder, method.summary, teacher, outcomes, facts | names, _notes(method))
 
-def _is_place(facts: dict[str, Any], name: str) -> bool:
-    path = Path(str(facts.get(name, "")))
-    return name in facts and (path.is_absolute() or path.exists())
+    by_first(describe)
 
 
 def _report(
-    out: Path,
-    flags: FastkdArguments,
-    data: Data,
-    outcomes: list[Outcome],
+    run: _Run,
+    outcomes: Sequence[Outcome],
     facts: dict[str, Any],
-    config: str,
-    notes: list[str],
     schedule: Schedule | None = None,
     lead: Sequence[str] = (),
 ) -> list[report.Example]:
     """Write the report; return the examples that it shows."""
-    shown = data.held_out_rows.take(min(flags.report_examples, len(data.held_out_rows)))
+    rows = run.data.held_out_rows
+    shown = rows.take(min(run.flags.report_examples, len(rows)))
     examples = list(zip(shown["source"], shown["target"], strict=True))
-    report.write(out, outcomes, facts, notes, lead=lead, examples=examples, config=config, schedule=schedule)
+    besides: dict[str, Any] = {"config": run.flags.config_text(run.args), "schedule": schedule}
+    report.write(run.out, outcomes, facts, _notes(run.method), lead=lead, examples=examples, **besides)
     return examples
 
 
@@ -367,42 +350,30 @@ def _source_prefix(flags: FastkdArguments, data: Data) -> str:
     return found[0] if found else ""
 
 
-def _trainers_facts(run: _Run, trainer: DistillTrainer, name: str) -> dict[str, Any]:
-    student: Any = trainer.model
-    teacher = None if trainer.teacher is None else trainer.teacher.config
-    return _facts(run, trainer.method, student.config, teacher, name)
-
-
 def _facts(run: _Run, method: Method, student: Any, teacher: Any, name: str) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run of a student. student, teacher: their configs."""
+    """Return what a reader needs to judge or repeat the run of a student; teacher: None if it had none."""
     flags, args, data = run.flags, run.args, run.data
-    layers = method.teacher_layers(teacher) if method.places else {}
-    relations = {
-        "relation_heads": method.relation_heads,
-        "teacher_layers": ", ".join(f"{layer} ({place})" for place, layer in layers.items()),
-    }
-    matched = {
-        "matched_states": "; ".join(
+    facts: dict[str, Any] = {"method": name, "loss": method.formula}
+    facts |= _settings(method, "temperature", "divergence", "divergence_beta")
+    if method.places:
+        layers = method.teacher_layers(teacher.config).items()
+        facts |= _settings(method, "relation_heads")
+        facts["teacher_layers"] = ", ".join(f"{layer} ({place})" for place, layer in layers)
+    if method.hidden_terms:
+        facts["matched_states"] = "; ".join(
             f"{stack} " + ", ".join(f"{mine} to {its}" for mine, its in pairs)
-            for stack, pairs in (method.matched_states(student, teacher) if method.hidden_terms else {}).items()
-        ),
-        "match_first_position": method.match_first_position,
-    }
-    own = flags.teacher_dtype == "auto" and teacher is not None
-    dtype = str(teacher.dtype).removeprefix("torch.") if own else flags.teacher_dtype
-    used = {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": dtype}
-    mixed = {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
+            for stack, pairs in method.matched_states(student.config, teacher.config).items()
+        )
+        facts |= _settings(method, "match_first_position")
+    if method.mixup_terms:
+        facts |= _settings(method, "mixup_alpha", "mixup_distance")
+    if method.needs_teacher:
+        own = flags.teacher_dtype == "auto"
+        dtype = str(teacher.config.dtype).removeprefix("torch.") if own else flags.teacher_dtype
+        facts |= {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": dtype}
     prefix = _source_prefix(flags, data)
     return {
-        "method": name,
-        "loss": method.formula,
-        "temperature": method.temperature,
-        "divergence": method.divergence,
-        "divergence_beta": method.divergence_beta,
-        **(relations if method.places else {}),
-        **(matched if method.hidden_terms else {}),
-        **(mixed if method.mixup_terms else {}),
-        **(used if method.needs_teacher else {}),
+        **facts,
         **({"student": flags.student} if flags.student else {"student_init": method.student_init}),
         "task": flags.task,
         "texts": _texts(flags),
@@ -423,3 +394,7 @@ def _facts(run: _Run, method: Method, student: Any, teacher: Any, name: str) -> 
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _settings(method: Method, *names: str) -> dict[str, Any]:
+    return {name: getattr(method, name) for name in names}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,18 @@ from .data import Classes, Pairs
 from .errors import InputError
 from .evaluate import classify, generate
 from .flags import FastkdArguments, chosen_method
+from .folders import write_json
 from .guards import check_arguments
 from .identity import digest, examples_per_step, recipe
-from .loading import load_config, load_model, load_tokenizer, load_weights, unsharded
+from .loading import Given, load_config, load_model, load_teacher, unsharded
 from .methods import METHODS, Method
 from .metrics import score_rows
 from .models import enct5_config, enct5_from
 from .outcome import Outcome
 from .prepare import VERSION, Data, get_data, heading, with_classes
-from .processes import count, is_first
+from .processes import is_first
 from .student import is_tied, new_model, slice_teacher, smaller_config, student_config, t5_config
-from .tokenizer import fingerprint, padded_size, special_tokens
+from .tokenizer import padded_size, special_tokens
 from .trainer import DistillTrainer
 
 
@@ -49,80 +48,6 @@ class Teacher:
     model: Any
     source: str
     outcome: Outcome
-
-
-@dataclass
-class Given:
-    """The models that the user gave, and the tokenizer that they share; None for what is made here.
-
-    configs: of the models by their roles. teacher: None too for a method that needs none, whatever was given.
-    architecture: what is trained, "t5" or "enct5".
-    """
-
-    configs: dict[str, Any] = field(default_factory=dict)
-    teacher: Any = None
-    student: Any = None
-    tokenizer: Any = None
-    architecture: str = "t5"
-
-    @property
-    def classes(self) -> list[str]:
-        """The classes of an EncT5 that was given."""
-        labels: dict[int, str] = next((config.id2label for config in self.configs.values() if is_enct5(config)), {})
-        return [labels[i] for i in range(len(labels))]
-
-    @functools.cached_property
-    def digests(self) -> dict[str, str]:
-        """What tells the models that were given from others, by their roles."""
-        models = {"teacher": self.teacher, "student": self.student}
-        return {role: digest(model) for role, model in models.items() if model is not None}
-
-
-def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:
-    """Load `--teacher`, as far as the method needs it, and `--student`; their weights once all else is in order.
-
-    Raises InputError if one cannot be loaded, or if they do not go together.
-    """
-    names = {role: getattr(flags, role) for role in ("teacher", "student") if getattr(flags, role)}
-    configs = {role: load_config(name, role) for role, name in names.items()}
-    tokenizers = [load_tokenizer(name, role, configs[role]) for role, name in names.items()]
-    if len({fingerprint(tokenizer) for tokenizer in tokenizers}) > 1:
-        both = [f"{role} {names[role]} ({len(own)} pieces)" for role, own in zip(names, tokenizers, strict=True)]
-        raise InputError(f"{' and '.join(both)} have different tokenizers: expected the same, token for token")
-    labels = [config.id2label for config in configs.values() if is_enct5(config)]
-    if len(labels) == 2 and labels[0] != labels[1]:
-        its, mine = (", ".join(classes.values()) for classes in labels)
-        raise InputError(
-            f"teacher {flags.teacher} ({its}) and student {flags.student} ({mine}) have different classes: expected "
-            "the same, in the same order"
-        )
-    given = Given(configs, tokenizer=next(iter(tokenizers), None), architecture=_architecture(flags, configs))
-    method = chosen_method(flags)
-    if flags.teacher and (method.needs_teacher or method.student_init == "prune"):
-        given.teacher = _load_teacher(flags, args, flags.teacher, configs["teacher"])
-    if flags.student:
-        given.student = load_weights(flags.student, "student", configs["student"])
-    return given
-
-
-def _load_teacher(flags: FastkdArguments, args: TransformersArguments, name: str | Path, config: Any) -> Any:
-    """Return a teacher of that config, sharded if there are several processes and the flags say so."""
-    shards = flags.teacher_sharding == "full" and count() > 1
-    return load_weights(name, "teacher", config, flags.teacher_dtype, args.device if shards else None)
-
-
-def _architecture(flags: FastkdArguments, configs: dict[str, Any]) -> str:
-    """Return the flag's, or else that of the models; a student that is to become an EncT5 may be a T5."""
-    kinds = {role: "enct5" if is_enct5(config) else "t5" for role, config in configs.items()}
-    chosen = flags.architecture or next(iter(kinds.values()), "t5")
-    for role, kind in kinds.items():
-        if kind != chosen and (role, kind) != ("student", "t5"):
-            name = getattr(flags, role)
-            hint = f"; fastkd-train --method scratch --architecture enct5 --student {name} makes one of it"
-            raise InputError(
-                f"--architecture {chosen}: the {role} {name} is of another, {kind}" + (hint if kind == "t5" else "")
-            )
-    return chosen
 
 
 def data_seed(args: TransformersArguments) -> int:
@@ -204,16 +129,9 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     heading("Teacher: a T5 trained from scratch")
     rate, seed = flags.teacher_learning_rate, args.seed + 1  # other corruptions and orders than the student will see
     own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
-    own_args = dataclasses.replace(
-        args,
-        max_steps=flags.teacher_steps or 0,
-        learning_rate=rate,
-        seed=seed,
-        data_seed=None,
-        save_strategy="no",
-        load_best_model_at_end=False,
-    )
-    own_data = data.with_seed(seed)
+    own: dict[str, Any] = {"max_steps": flags.teacher_steps or 0, "learning_rate": rate, "seed": seed}
+    keeps: dict[str, Any] = {"save_strategy": "no", "load_best_model_at_end": False}
+    own_args = dataclasses.replace(args, data_seed=None, **own, **keeps)
     settings = {
         "version": VERSION,
         "data": data.digest,
@@ -227,19 +145,15 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
         config = trained_config(flags, padded_size(data.tokenizer))
         if data.classes:
             config = enct5_config(config, data.classes)
-        trainer = make_trainer(
-            own_flags, own_args, own_data, new_model(config, seed), "teacher", method=METHODS["scratch"]
-        )
+        model = new_model(config, seed)
+        trainer = make_trainer(own_flags, own_args, data.with_seed(seed), model, "teacher", method=METHODS["scratch"])
         trainer.train()
         trainer.save_model(str(folder))
-        trained = {"steps": trainer.state.global_step, "seconds_per_step": trainer.seconds_per_step}
         if is_first():
-            (folder / "training.json").write_text(json.dumps({**trained, "history": trainer.history}), encoding="utf-8")
+            write_json(folder / "training.json", trainer.trained)
 
-    folder, reused = cached(cache, "teacher", settings, make, by_all=True)
-    if reused:
-        print(f"reusing {folder}")
-    model = _load_teacher(flags, args, folder, load_config(folder, "teacher"))
+    folder, _ = cached(cache, "teacher", settings, make, by_all=True, says=True)
+    model = load_teacher(flags, args, folder, load_config(folder, "teacher"))
     trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     outcome = _judged(flags, args, cache, data, model, digest(model))
     return Teacher(model, str(folder), dataclasses.replace(outcome, **trained))
@@ -261,16 +175,12 @@ def _judged(
     def make(folder: Path) -> None:
         trainer = make_trainer(flags, args, data, model, "teacher", method=METHODS["scratch"])
         outcome = judge(flags, args, data, trainer, "teacher")
-        found = {name: getattr(outcome, name) for name in ("loss", "token_accuracy", "metrics", "outputs")}
         if is_first():
-            (folder / "answers.json").write_text(json.dumps(found), encoding="utf-8")
+            write_json(folder / "outcome.json", outcome.to_json())
 
-    folder, reused = cached(cache, "answers", settings, make, by_all=True)
-    if reused:
-        print(f"reusing {folder}")
-    found = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
-    fixed: dict[str, Any] = {"steps": 0, "seconds_per_step": None, "history": []}
-    return Outcome(name="teacher", parameters=cost.parameters(model), cost=cost.measure(model), **fixed, **found)
+    folder, _ = cached(cache, "answers", settings, make, by_all=True, says=True)
+    outcome = Outcome.from_json(json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
+    return dataclasses.replace(outcome, cost=cost.measure(model))  # of this machine
 
 
 def check_knows_task(flags: FastkdArguments, data: Data, teacher: Teacher) -> None:
@@ -290,8 +200,7 @@ def judge_saved(
     model, _ = load_model(result.folder, "student")
     trainer = make_trainer(flags, args, data, model, name, method=METHODS["scratch"])
     outcome = judge(flags, args, data, trainer, name)
-    trained = {"steps": result.round.steps, "seconds_per_step": result.seconds_per_step, "history": result.history}
-    return trainer, dataclasses.replace(outcome, **trained)
+    return trainer, dataclasses.replace(outcome, **result.trained)
 
 
 def train_student(
@@ -396,17 +305,13 @@ def make_trainer(
             embedding_learning_rate=flags.embedding_learning_rate,
             projection_learning_rate=flags.projection_learning_rate,
             cka_over_processes=flags.cka_over_processes,
-            score=_scorer(args, data) if scores and data.task.metrics else None,
+            score=(lambda model: score(model, args, data, None)[0]) if scores and data.task.metrics else None,
             **objective,
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # what transformers says of its own flags
         raise InputError(" ".join(str(error).split())) from error
     trainer.show_progress(title)
     return trainer
-
-
-def _scorer(args: TransformersArguments, data: Data) -> Callable[[Any], dict[str, float]]:
-    return lambda model: score(model, args, data, None)[0]
 
 
 def decoding(args: TransformersArguments, data: Data) -> dict[str, Any]:
@@ -447,11 +352,9 @@ def judge(
     return Outcome(
         name=name,
         parameters=cost.parameters(model),
-        steps=state.global_step,
-        seconds_per_step=trainer.seconds_per_step,
         loss=final["eval_loss"],
         token_accuracy=final["eval_token_accuracy"],
-        history=trainer.history if state.global_step else [],
+        **trainer.trained,
         metrics=metrics,
         outputs=outputs[: flags.report_examples],
         cost=cost.measure(model),

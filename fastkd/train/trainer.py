@@ -305,8 +305,8 @@ class DistillTrainer(CheckpointingTrainer):
         """Return what the loss needs of a student (possibly wrapped) or teacher: [q, k, v] of each place in `layers`.
 
         And "states", a list of the hidden states in `stacks` (see `capture.capture_hidden`), the student's projected if
-        there is a projection; the head's weight "head" [V, H]; and the head's input [B, L, H], if asked for "hidden"
-        for the batch as it is, and "mixed" for its mixed examples if there is a mixup.
+        there is a projection; and what the head is given [B, L, H] with its weight [V, H], if asked for "hidden" for
+        the batch as it is, and "mixed" for its mixed examples if there is a mixup.
         """
         bare = self.accelerator.unwrap_model(model)
         arguments = _model_arguments(bare, inputs, hidden, mixup)
@@ -319,7 +319,7 @@ class DistillTrainer(CheckpointingTrainer):
             names = ["hidden"] * hidden + ["mixed"] * (mixup is not None)
             heads_input = output.logits if output.logits.dim() == 3 else output.logits[:, None]  # of EncT5's one step
             heads_inputs = zip(names, heads_input.chunk(max(len(names), 1)), strict=False)
-            return {**captured, "states": states, **dict(heads_inputs)}
+            return {**captured, "states": states, "heads_inputs": dict(heads_inputs)}
 
         with (
             without_head(bare),
@@ -328,7 +328,8 @@ class DistillTrainer(CheckpointingTrainer):
             returning(bare, needed),
         ):
             states = model(**arguments)
-        return {**states, "head": whole(bare.get_output_embeddings().weight)}
+        head, given = whole(bare.get_output_embeddings().weight), states.pop("heads_inputs")
+        return {**states, **{name: (hidden_states, head) for name, hidden_states in given.items()}}
 
     def _terms(
         self,
@@ -342,15 +343,9 @@ class DistillTrainer(CheckpointingTrainer):
         method, masks = self.method, valid_positions(inputs)
         terms = {}
         if method.vocabulary_terms:
-            terms["+".join(method.vocabulary_terms)] = vocabulary_loss(
-                method,
-                student["hidden"],
-                student["head"],
-                teacher.get("hidden"),
-                teacher["head"] if "hidden" in teacher else None,
-                inputs["labels"],
-                normalizer=targets,
-                workspace_mb=self.workspace_mb,
+            name, heads = "+".join(method.vocabulary_terms), (student["hidden"], teacher.get("hidden"))
+            terms[name] = vocabulary_loss(
+                method, *heads, inputs["labels"], normalizer=targets, workspace_mb=self.workspace_mb
             )
         rows: dict[str, torch.Tensor | float] = {side: mask.sum() for side, mask in masks.items()}
         if targets is not None:
@@ -360,18 +355,8 @@ class DistillTrainer(CheckpointingTrainer):
             terms[place] = relation_loss(method, place, student[place], teacher[place], masks, rows)
         for term in method.mixup_terms:
             assert mixup is not None
-            terms[term] = mixup_loss(
-                method,
-                term,
-                student["mixed"],
-                student["head"],
-                teacher.get("mixed"),
-                teacher.get("head"),
-                inputs["labels"],
-                mixup,
-                normalizer=rows["decoder"],
-                workspace_mb=self.workspace_mb,
-            )
+            heads = student["mixed"], teacher.get("mixed")
+            terms[term] = mixup_loss(method, term, *heads, inputs["labels"], mixup, rows["decoder"], self.workspace_mb)
         for term in method.hidden_terms:
             compared = hidden_masks(masks, method.match_first_position)
             per_pair = [compared[stack] for stack, pairs in self.matched_states.items() for _ in pairs]
@@ -489,13 +474,20 @@ class DistillTrainer(CheckpointingTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
             states = self._states(model, inputs)
-            scores = token_scores(states["hidden"], states["head"], inputs["labels"])
+            hidden, head = states["hidden"]
+            scores = token_scores(hidden, head, inputs["labels"])
         return None, scores, inputs["labels"]
 
     @property
     def seconds_per_step(self) -> float | None:
         """Seconds per optimiser step of the last `train()`, data included and held-out evaluations not."""
         return self._timer.seconds_per_step
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """How the model came about: the steps it took, the time of one, and what the log says of them."""
+        steps = self.state.global_step
+        return {"steps": steps, "seconds_per_step": self.seconds_per_step, "history": self.history if steps else []}
 
     @property
     def history(self) -> list[dict[str, float]]:

@@ -727,10 +727,12 @@ def test_folders_that_cannot_be_compared(make_run: Callable[..., Path], tmp_path
 
 def make_card(folder: Path, **changes: Any) -> ModelCard:
     settings: dict[str, Any] = {
-        "method": "kd", "summary": "both", "teacher": None, "outcomes": [teacher(), student()], "facts": FACTS,
-        "config": "a: 1\n", "task": "summarization", "prefix": "summarize: ",
+        "summary": "both", "teacher": None, "outcomes": [teacher(), student()], "facts": FACTS,
+        "task": "summarization", "prefix": "summarize: ",
     }  # fmt: skip
-    write_card(folder, **{**settings, **changes})
+    settings |= changes
+    settings["facts"] = {"task": settings.pop("task"), "source_prefix": settings.pop("prefix"), **settings["facts"]}
+    write_card(folder, **settings)
     return ModelCard.load(folder / "README.md")
 
 
@@ -746,7 +748,7 @@ def test_a_card_is_read_back(tmp_path: Path) -> None:
     }
     for part in (
         "from `google/t5-v1_1-base` by fastkd's method `kd`: both.", pages.table([teacher(), student()]),
-        "'summarize: your text'", "12,345 examples", "\n- Mind.\n", "- seed: 1\n- torch: 2.13\n", "```yaml\na: 1\n```",
+        "'summarize: your text'", "12,345 examples", "\n- Mind.\n", "- seed: 1\n- torch: 2.13\n",
         "one task, summarization",
     ):  # fmt: skip
         assert part in card.text, part
@@ -761,7 +763,7 @@ def test_only_hub_names_become_base_models(tmp_path: Path, monkeypatch: pytest.M
         assert "base_model" not in card.data.to_dict() and "a T5 that is not published with it" in card.text
         assert given is None or given not in card.text
     assert make_card(tmp_path, teacher="t5-small").data.get("base_model") == "t5-small"
-    card = make_card(tmp_path, outcomes=[student(metrics={})], method="scratch", task="span_corruption", config="")
+    card = make_card(tmp_path, outcomes=[student(metrics={})], task="span_corruption")
     assert "without a teacher" in card.text and "metrics" not in card.data.to_dict() and "```yaml" not in card.text
 
 
@@ -776,9 +778,9 @@ def test_limits_are_those_that_hold(tmp_path: Path) -> None:
 def test_nasty_cards(tmp_path: Path) -> None:
     nasty = NASTY + "\n---\n"
     outcomes = [student(name=nasty, metrics={nasty: 1.0})]
-    card = make_card(tmp_path, outcomes=outcomes, facts={nasty: nasty}, config=nasty, prefix=nasty, summary="{{ 7*7 }}")
+    card = make_card(tmp_path, outcomes=outcomes, facts={nasty: nasty}, prefix=nasty, summary="{{ 7*7 }}")
     assert card.data.get("library_name") == "transformers" and "49" not in card.text
-    assert "\n`````yaml\n" in card.text and len(card.data.get("metrics")) == 1
+    assert "\n`````python\n" in card.text and len(card.data.get("metrics")) == 1
 
 
 @pytest.mark.parametrize("task", ["span_corruption", "translation"])
