@@ -46,10 +46,10 @@ class WindowedValues(TrainerCallback):
         self._restored: dict[str, Any] | None = None
         self._start()
 
-    def _start(self) -> None:
-        self.steps = 0
-        self.sums: dict[str, torch.Tensor] = {}
-        self.peaks: dict[str, torch.Tensor] = {}
+    def _start(self, steps: int = 0, sums: Any = None, peaks: Any = None) -> None:
+        self.steps = steps
+        self.sums: dict[str, torch.Tensor] = sums or {}
+        self.peaks: dict[str, torch.Tensor] = peaks or {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint between two log entries must keep, for `load_state_dict`."""
@@ -62,10 +62,8 @@ class WindowedValues(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start over, as a trainer may train more than once, or where the checkpoint left off."""
-        self._start()
-        if self._restored is not None:
-            self.steps, self.sums, self.peaks = (self._restored[key] for key in ("steps", "sums", "peaks"))
-            self._restored = None
+        self._start(**(self._restored or {}))
+        self._restored = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count an optimiser step, however many batches it accumulated."""

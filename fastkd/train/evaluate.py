@@ -25,17 +25,12 @@ def token_scores(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tenso
 
     hidden [B, L, H], weight [V, H], labels [B, L]; where a label is -100 both scores are 0.
     """
-    scores = [
-        _chunk_scores(h, weight, y)
-        for h, y in zip(hidden.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True)
-    ]
+    scores = []
+    for h, y in zip(hidden.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True):
+        logits = torch.nn.functional.linear(h, weight).float()  # [CHUNK, V]
+        nats = torch.nn.functional.cross_entropy(logits, y, reduction="none", ignore_index=-100)
+        scores.append(torch.stack([nats, (logits.argmax(-1) == y).float()], -1))
     return torch.cat(scores).view(*labels.shape, 2)
-
-
-def _chunk_scores(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    logits = torch.nn.functional.linear(hidden, weight).float()  # [CHUNK, V]
-    nats = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-    return torch.stack([nats, (logits.argmax(-1) == labels).float()], -1)
 
 
 def held_out_metrics(prediction: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:

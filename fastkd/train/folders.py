@@ -91,13 +91,12 @@ def check_outside(out: Path, flags: FastkdArguments, cache: Path, is_used: bool)
 
 def _inputs(flags: FastkdArguments, with_settings: bool) -> Iterator[tuple[str, Path]]:
     """Yield (flag, path) of all that is there of what the flags say is read; with_settings: read only at the start."""
-    names = ["train_file", "eval_file", "dataset_name", "teacher", "student"]
-    for name in names:
+    for name in ("train_file", "eval_file", "dataset_name", "teacher", "student"):
         value = getattr(flags, name)
         found = [] if value is None else (not os.path.lexists(value) and glob.glob(value, recursive=True)) or [value]
         yield from ((name, Path(path)) for path in found)
     settings = {**flags.transformers_flags, "config": flags.config}
-    for name in ("config", "deepspeed", "fsdp_config", "accelerator_config") if with_settings else ():
+    for name in ("config", "fsdp_config", "accelerator_config") if with_settings else ():
         value = settings.get(name)
         if isinstance(value, str) and os.path.isfile(value):  # and no name of a configuration of ours
             yield name, Path(value)

@@ -83,17 +83,15 @@ def load_tokenizer(name: str | Path, role: str, config: Any) -> Any:
     return tokenizer
 
 
-def load_model(
-    name: str | Path, role: str, dtype: torch.dtype | str = torch.float32, shard_on: torch.device | None = None
-) -> tuple[Any, Any]:
+def load_model(name: str | Path, role: str, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub: a T5 or one of its variants.
 
-    role: "teacher" or "student", for messages. No code of the repository is run. dtype, shard_on: see `load_weights`.
+    role: "teacher" or "student", for messages. No code of the repository is run. dtype: see `load_weights`.
     Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
     """
     config = load_config(name, role)
     tokenizer = load_tokenizer(name, role, config)
-    return load_weights(name, role, config, dtype, shard_on), tokenizer
+    return load_weights(name, role, config, dtype), tokenizer
 
 
 def load_weights(

@@ -141,20 +141,20 @@ class CandidateTrainer(DistillTrainer):
     def _best(self) -> dict[float, tuple[float, int]]:
         """Return each candidate's best metric so far, and the first step at which it had it."""
         best: dict[float, tuple[float, int]] = {}
-        for entry in self.state.log_history:
-            for sparsity in self.candidates:
-                metric = entry.get(_log_key(sparsity))
-                if metric is not None and (sparsity not in best or metric > best[sparsity][0]):
-                    best[sparsity] = metric, int(entry["step"])
+        for step, metrics in self._evaluations().items():
+            for sparsity, metric in metrics.items():
+                if sparsity not in best or metric > best[sparsity][0]:
+                    best[sparsity] = metric, step
         return best
 
-    def _evaluated_steps(self) -> set[int]:
-        key = _log_key(max(self.candidates))
-        return {int(entry["step"]) for entry in self.state.log_history if key in entry}
+    def _evaluations(self) -> dict[int, dict[float, float]]:
+        """Return the metrics of all candidates by step."""
+        known = [entry for entry in self.state.log_history if _log_key(max(self.candidates)) in entry]
+        return {int(entry["step"]): {s: entry[_log_key(s)] for s in self.candidates} for entry in known}
 
     def _is_out_of_patience(self) -> bool:
         last = max((step for _, step in self._best().values()), default=0)
-        return sum(step > last for step in self._evaluated_steps()) >= self.patience
+        return sum(step > last for step in self._evaluations()) >= self.patience
 
     def _is_at_end(self) -> bool:
         return super()._is_at_end() or self._is_out_of_patience()
@@ -164,7 +164,7 @@ class CandidateTrainer(DistillTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as DistillTrainer does; in the end, all candidates have been evaluated."""
         result = super().train(*args, **kwargs)
-        if self.state.global_step not in self._evaluated_steps():
+        if self.state.global_step not in self._evaluations():
             self.evaluate()
         return result
 
@@ -210,18 +210,10 @@ class CandidateTrainer(DistillTrainer):
 
     def summary(self, name: str, teacher: float | None) -> Round:
         """Return what came of the round; name, teacher: see `schedule.Round`."""
-        best = self._best()
-        candidates = [
-            Candidate(
-                sparsity,
-                cost.parameters(skeleton(self.model, widths)),
-                metric,
-                metric + self.tradeoff_lambda * sparsity,
-                step,
-            )
-            for sparsity, widths in self.candidates.items()
-            for metric, step in [best[sparsity]]
-        ]
+        candidates = []
+        for sparsity, (metric, step) in self._best().items():
+            size = cost.parameters(skeleton(self.model, self.candidates[sparsity]))
+            candidates.append(Candidate(sparsity, size, metric, metric + self.tradeoff_lambda * sparsity, step))
         steps = self.state.global_step
         return Round(name, teacher, candidates, self.kept["sparsity"], steps, self.seconds, self.gflops)
 

@@ -9,22 +9,14 @@ import torch
 from .sharding import whole
 
 
-def set_embedding_rate(optimizer: torch.optim.Optimizer, model: Any, learning_rate: float) -> None:
-    """Give the embedding `model.get_input_embeddings()` a learning rate of its own (see `set_own_rate`).
-
-    Why: T5's tied embedding starts at standard deviation 1 and is read by the head at d_model^-0.5, while projections
-    start at about d_model^-0.5. AdamW moves every weight by about its learning rate per step whatever the weight's
-    size, so one rate for all either leaves the embedding where it is or breaks the projections. Adafactor, and AdamW
-    with steps scaled by the weights' RMS (nanoT5, Nawrot, 2023, arXiv 2309.02373), solve it for every tensor; the
-    embedding is the one that matters here, and one more number is easier to follow.
-    """
-    set_own_rate(optimizer, model.get_input_embeddings(), learning_rate)
-
-
 def set_own_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, learning_rate: float) -> None:
-    """Move a module's parameters into a group of their own with `learning_rate`; its other settings stay.
+    """Move a module's parameters into a group of their own with `learning_rate`, before the scheduler is made.
 
-    For a new optimizer, before its scheduler is made.
+    Why an embedding needs one: T5's tied embedding starts at standard deviation 1 and is read by the head at
+    d_model^-0.5, while projections start at about d_model^-0.5. AdamW moves every weight by about its learning rate per
+    step whatever the weight's size, so one rate for all either leaves the embedding where it is or breaks the
+    projections. Adafactor, and AdamW with steps scaled by the weights' RMS (nanoT5, Nawrot, 2023, arXiv 2309.02373),
+    solve it for every tensor; the embedding is the one that matters here, and one more number is easier to follow.
     """
     moved = {id(parameter) for parameter in module.parameters()}
     for group in list(optimizer.param_groups):

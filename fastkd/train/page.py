@@ -81,8 +81,8 @@ def _metric(name: str) -> _Figure:
 
 def _figures(outcomes: Sequence[Outcome]) -> list[_Figure]:
     """Return the figures that at least one model has."""
-    metrics = dict.fromkeys(name for o in outcomes for name in o.metrics)
-    figures = [_SIZE, *map(_metric, metrics), *_OTHERS]
+    names = dict.fromkeys(name for o in outcomes for name in o.metrics)
+    figures = [_SIZE, *map(_metric, names), *_OTHERS]
     return [figure for figure in figures if any(figure.value(o) is not None for o in outcomes)]
 
 
@@ -162,11 +162,6 @@ class Page:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def figures(self) -> list[_Figure]:
-        """The figures that at least one model has."""
-        return _figures(self.outcomes)
-
-    @property
     def samples(self) -> list[list[tuple[str, str]]]:
         """Of each example (what, text): the source, the reference, and what each model that was asked made of it."""
         return [
@@ -186,7 +181,8 @@ class Page:
             lstrip_blocks=True,
         )
         environment.filters |= {"one_line": one_line, "fenced": fenced, "listed": listed, "table": markdown_table}
+        shown = {"page": self, "figures": _figures(self.outcomes), "table": table(self.outcomes), "shown": SHOWN}
         for end in ("md", "html"):
-            text = environment.get_template(f"page.{end}").render(page=self, table=table(self.outcomes), shown=SHOWN)
+            text = environment.get_template(f"page.{end}").render(shown)
             # Texts read from JSON may hold halves of surrogate pairs, which UTF-8 has no bytes for.
             (folder / f"{name}.{end}").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

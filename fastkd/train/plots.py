@@ -25,9 +25,8 @@ MARKERS = "osD^vPX"  # one per series, for those whom colours do not help
 
 def losses(outcomes: Sequence[Outcome]) -> bytes:
     """Draw held-out loss, and the loss each model minimises, over optimiser steps."""
-    picture = io.BytesIO()
-    with _figure(picture, "held-out loss (nats per token)", "training loss (each method's own)") as panels:
-        held_out, training = panels
+    labels = "held-out loss (nats per token)", "training loss (each method's own)"
+    with _figure(*labels) as (picture, (held_out, training)):
         for outcome in outcomes:
             if outcome.history:
                 _plot(held_out, outcome, "eval_loss", outcome.name)
@@ -39,9 +38,8 @@ def losses(outcomes: Sequence[Outcome]) -> bytes:
 
 def terms(outcomes: Sequence[Outcome]) -> bytes:
     """Draw the terms of each model's loss, and the gradient norms of encoder and decoder, over optimiser steps."""
-    picture = io.BytesIO()
     labels = "training loss by term", "encoder gradient norm", "decoder gradient norm"
-    with _figure(picture, *labels) as panels:
+    with _figure(*labels) as (picture, panels):
         by_term, *norms = panels
         for outcome in outcomes:
             for term in sorted({key for entry in outcome.history for key in entry if key.startswith("loss_")}):
@@ -68,8 +66,7 @@ def tradeoff(schedule: Schedule) -> bytes | None:
         drawings[f"held-out {metric} of the student (%)"] = _students
     if not drawings:
         return None
-    picture = io.BytesIO()
-    with _figure(picture, *drawings, over="sparsity (%)") as panels:
+    with _figure(*drawings, over="sparsity (%)") as (picture, panels):
         for axes, draw in zip(panels, drawings.values(), strict=True):
             draw(axes, schedule)
     return picture.getvalue()
@@ -158,8 +155,8 @@ def _label(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _figure(picture: io.BytesIO, *labels: str, over: str = "step") -> Iterator[Sequence[Any]]:
-    """Yield one panel per label over `over`, and write the picture in the end."""
+def _figure(*labels: str, over: str = "step") -> Iterator[tuple[io.BytesIO, Sequence[Any]]]:
+    """Yield a file, into which the picture is written in the end, and one panel per label over `over`."""
     # Its first use on a machine would print that it is building a font cache.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -173,7 +170,8 @@ def _figure(picture: io.BytesIO, *labels: str, over: str = "step") -> Iterator[S
         axes.set_xlabel(over)
         axes.set_ylabel(textwrap.fill(label, LINE))
         axes.grid(alpha=0.3)
-    yield panels
+    picture = io.BytesIO()
+    yield picture, panels
     for axes in panels:
         if axes.get_legend_handles_labels()[1]:
             for text in axes.legend().get_texts():

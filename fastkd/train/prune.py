@@ -32,13 +32,13 @@ def masked(model: Any, masks: Mapping[str, Tensor]) -> Iterator[None]:
     with contextlib.ExitStack() as hooks:
         for name, part in parts(model).items():
             if name in masks:
+
+                def multiply(module: Any, inputs: Any, mask: Tensor = masks[name], size: int = part.size) -> Any:
+                    return (inputs[0] * mask.repeat_interleave(size).to(inputs[0].dtype),)
+
                 outer = model.get_submodule(f"{name}.{part.outer}")
-                hooks.callback(outer.register_forward_pre_hook(_multiply(masks[name], part.size)).remove)
+                hooks.callback(outer.register_forward_pre_hook(multiply).remove)
         yield
-
-
-def _multiply(mask: Tensor, size: int) -> Callable[[Any, Any], tuple[Tensor]]:
-    return lambda module, inputs: (inputs[0] * mask.repeat_interleave(size).to(inputs[0].dtype),)
 
 
 def importance(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -138,7 +138,8 @@ def sliced(model: Any, widths: Widths, order: Mapping[str, Tensor] | None = None
     copies: dict[int, Tensor] = {}  # of what the model shares, so that it is not copied again and again
     for name in dict(made.named_parameters(remove_duplicate=False)):
         # Later layers of a model that shares it have no table of positions.
-        source = sources[name] if name in sources else sources[_first_table(name)]
+        first = f"{name.partition('.')[0]}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        source = sources[name] if name in sources else sources[first]
         if name in selected:
             dimension, indices = selected[name]
             state[name] = source.index_select(dimension, indices.to(source.device))
@@ -174,10 +175,6 @@ def skeleton(model: Any, widths: Widths) -> Any:
         made.generation_config = copy.deepcopy(model.generation_config)
     _tie_as(made, model)
     return made
-
-
-def _first_table(name: str) -> str:
-    return f"{name.split('.')[0]}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 def _tie_as(made: Any, model: Any) -> None:

@@ -38,15 +38,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's shard of a tensor, or all of it if it is not spread."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def not_finite(model: Any) -> str | None:
     """Return the first weight of which this process holds a number that is not finite, or None."""
-    bad = (name for name, weight in model.named_parameters() if not bool(torch.isfinite(local(weight)).all()))
-    return next(bad, None)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.to_local() if isinstance(weight, DTensor) else weight).all():
+            return str(name)
+    return None
 
 
 def shard(model: Any, device: torch.device, *, stay: Sequence[Any] = (), **policy: Any) -> Any:

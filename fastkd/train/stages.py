@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -74,12 +75,13 @@ def planned_config(method: Method, teacher: Any, d_model: int | None, layers: in
     return enct5_config(plain, ["?"]) if teacher and is_enct5(teacher) else plain
 
 
-def trained_config(flags: FastkdArguments, rows: int) -> Any:
-    """Return the `T5Config` of the teacher that `--train_teacher` makes; None without it."""
+def trained_config(flags: FastkdArguments, rows: int, classes: Sequence[str] = ()) -> Any:
+    """Return the config of the teacher that `--train_teacher` makes, an EncT5's with classes; None without the flag."""
     if not flags.train_teacher:
         return None
     assert flags.teacher_d_model and flags.teacher_layers  # the flags are checked
-    return t5_config(rows, flags.teacher_d_model, flags.teacher_layers)
+    config = t5_config(rows, flags.teacher_d_model, flags.teacher_layers)
+    return enct5_config(config, classes) if classes else config
 
 
 def check_objective(flags: FastkdArguments, method: Method, given: Given) -> None:
@@ -88,16 +90,13 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
     Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
     of no use.
     """
-    teacher, student = given.configs.get("teacher"), given.configs.get("student")
-    if teacher is None:
-        teacher = trained_config(flags, 2)
-        if teacher and given.architecture == "enct5":
-            teacher = enct5_config(teacher, ["?"])
+    classes = ["?"] if given.architecture == "enct5" else []
+    teacher = given.configs.get("teacher") or trained_config(flags, 2, classes)
     try:
-        if student is None:
-            student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
-        if given.architecture == "enct5" and not is_enct5(student):
-            student = enct5_config(student, ["?"])
+        student = given.configs.get("student")
+        student = student or planned_config(method, teacher, flags.student_d_model, flags.student_layers)
+        if classes and not is_enct5(student):
+            student = enct5_config(student, classes)
         method.check_fits(student, teacher or student)
     except ValueError as error:
         raise InputError(f"--{error}") from error
@@ -142,10 +141,7 @@ def get_teacher(flags: FastkdArguments, args: TransformersArguments, cache: Path
     }
 
     def make(folder: Path) -> None:
-        config = trained_config(flags, padded_size(data.tokenizer))
-        if data.classes:
-            config = enct5_config(config, data.classes)
-        model = new_model(config, seed)
+        model = new_model(trained_config(flags, padded_size(data.tokenizer), data.classes), seed)
         trainer = make_trainer(own_flags, own_args, data.with_seed(seed), model, "teacher", method=METHODS["scratch"])
         trainer.train()
         trainer.save_model(str(folder))
@@ -169,7 +165,7 @@ def _judged(
         "data": data.digest,
         "decoding": decoding(args, data),
         "precision": [args.bf16, args.fp16],
-        "outputs": flags.report_examples,
+        "examples": flags.report_examples,
     }
 
     def make(folder: Path) -> None:

@@ -19,7 +19,7 @@ from .evaluate import held_out_metrics, token_scores
 from .methods import Method
 from .mixup import Mixup
 from .objectives import hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
-from .optimizer import gradient_norms, set_embedding_rate, set_own_rate
+from .optimizer import gradient_norms, set_own_rate
 from .processes import count
 from .resumable import CheckpointingTrainer
 from .sharding import is_asked_for, is_sharded, shard, whole
@@ -85,11 +85,10 @@ class DistillTrainer(CheckpointingTrainer):
 
     method: a row of METHODS, or one with other settings by `dataclasses.replace`. teacher: a T5 with the student's
     vocabulary, or None if the method needs none; it is frozen, kept in evaluation mode and never part of a checkpoint.
-    workspace_mb: see `fastkd.linear_kl`. embedding_learning_rate: see `optimizer.set_embedding_rate`;
-    None gives the embedding the rate of all other weights. projection_learning_rate: that of the matrix by which
-    "hidden_linear" projects the student's hidden states to the teacher's width, one for all layers. It becomes
-    `model.hidden_projection`, so that its gradient is reduced, clipped and reset with the student's; checkpoints keep
-    it in a file of its own, and no `save_pretrained` of the student holds it.
+    workspace_mb: see `fastkd.linear_kl`. embedding_learning_rate: see `optimizer.set_own_rate`; None gives the
+    embedding the rate of all other weights. projection_learning_rate: that of the matrix by which "hidden_linear"
+    projects the student's hidden states to the teacher's width, one for all layers: `model.hidden_projection`, as a
+    part of the student; checkpoints keep it in a file of its own, and no `save_pretrained` of the student holds it.
     Batches hold input_ids and labels (-100 where there is padding), and attention_mask where there is padding.
     Evaluation gives eval_loss (nats per target token, plain cross-entropy for every method) and eval_token_accuracy;
     and, as eval_<name>, the figures that `score(student)` returns, if it is given.
@@ -236,12 +235,14 @@ class DistillTrainer(CheckpointingTrainer):
         """Return transformers' optimizer, with the embedding's own learning rate if there is one."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.embedding_learning_rate is not None:
-            set_embedding_rate(optimizer, self.model, self.embedding_learning_rate)
-        if is_new and self.projection is not None:
+        if not is_new:
+            return optimizer
+        if self.embedding_learning_rate is not None:
+            student: Any = self.model
+            set_own_rate(optimizer, student.get_input_embeddings(), self.embedding_learning_rate)
+        if self.projection is not None:
             set_own_rate(optimizer, self.projection, self.projection_learning_rate)
-        if is_new:
-            self._optimized = [list(group["params"]) for group in optimizer.param_groups]
+        self._optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
