@@ -351,6 +351,47 @@ def test_knobs_that_change_do_not_recompile(op: Op, knobs: dict[str, list[float]
     assert graphs.frame_count <= 2
 
 
+SHARED: dict[str, Callable[[Tensor, Tensor, Tensor, str], Any]] = {
+    "linear_kl": lambda x, w, _, reduction: fastkd.linear_kl(x, w, 2 * x, w, reduction=reduction),
+    "attention_kl": lambda x, y, mask, reduction: fastkd.attention_kl(
+        x,
+        x,
+        y[None].expand(2, -1, -1),
+        y[None].expand(2, -1, -1),
+        num_heads=2,
+        key_mask=mask,
+        query_mask=mask,
+        reduction=reduction,
+    ),
+    "relation_kl": lambda x, y, mask, reduction: fastkd.relation_kl(
+        [x, x], [y[None].expand(2, -1, -1)] * 2, num_heads=2, key_mask=mask, reduction=reduction
+    ),
+    "cka_loss": lambda x, y, mask, reduction: fastkd.cka_loss(
+        [x, x], [y[None].expand(2, -1, -1)] * 2, mask=mask, reduction=reduction
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@over_reductions
+def test_compiled_with_a_tensor_in_several_places(name: str, reduction: str):
+    """A mask for all entries, queries that are the keys."""
+    x, y, mask = torch.randn(2, 5, 4), torch.randn(5, 4), torch.tensor([[1, 1, 0, 1, 1], [1] * 5]).bool()
+
+    def loss(x: Tensor) -> Tensor:
+        found = SHARED[name](x, y, mask, reduction)
+        return sum(part.sum() for part in found) if isinstance(found, tuple) else found.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (loss, compiled):
+        leaf = x.clone().requires_grad_()
+        value = function(leaf)
+        found.append((value, *torch.autograd.grad(value, leaf)))
+    assert all(distance(left, right) <= 1e-6 for left, right in zip(*found, strict=True))
+
+
 # ---- properties ------------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,14 @@ def _example(x: Any, dim: Any, i: int) -> Any:
     return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
 
 
+def _told_apart(arguments: Sequence[Any]) -> list[Any]:
+    """Arguments with a view for a tensor that was there before: torch.compile takes each only once."""
+    found: list[Any] = []
+    for x in arguments:
+        found.append(x.view_as(x) if isinstance(x, Tensor) and any(x is other for other in found) else x)
+    return found
+
+
 def apply(function: type[Function], *arguments: Any) -> Any:
     """What ``function.apply`` returns; torch.compile, where nothing is differentiated, gets to see `forward` alone.
 
@@ -57,6 +65,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         direct = not any(isinstance(x, Tensor) and wants_gradient(x) for x in arguments)
+        arguments = tuple(_told_apart(arguments))
     else:
         direct = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
     return function.forward(*arguments) if direct else function.apply(*arguments)
