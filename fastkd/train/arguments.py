@@ -82,8 +82,8 @@ def _parsers() -> tuple[Parser, HfArgumentParser]:
     theirs: Any = _TheirParser(group, prog="fastkd-train", allow_abbrev=False, add_help=False)
     theirs.set_defaults(**DEFAULTS, dataloader_pin_memory=torch.cuda.is_available())
     for action in theirs._actions:
-        if action.dest in _LEAST:
-            action.type = bounded(action.type, least=_LEAST[action.dest])
+        if action.dest in _LEAST or action.type is float:
+            action.type = bounded(action.type, least=_LEAST.get(action.dest, 0))
     return own_parser(), theirs
 
 

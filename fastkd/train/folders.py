@@ -129,6 +129,9 @@ def is_used(flags: FastkdArguments, out: Path, resuming: bool) -> bool:
         )
     if not (out / RECORD).is_file() and not (out / PREVIOUS).is_dir():
         raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
+    for record in (*out.rglob(RECORD), *out.rglob(DEMO)):
+        if record.parent != out and PREVIOUS not in record.relative_to(out).parts:
+            raise InputError(f"{out} holds another run, {record.parent}: move that, or give another folder")
     return True
 
 

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from .arguments import TransformersArguments
@@ -56,6 +57,12 @@ def load_config(name: str | Path, role: str) -> Any:
             f"{role} {name}: its config.json has neither decoder_start_token_id nor pad_token_id, from which the "
             "decoder starts: add the one it was trained with (0 for T5)"
         )
+    for kind in ("pad_token_id", "decoder_start_token_id"):
+        its = getattr(config, kind)
+        if not isinstance(its, int) or not 0 <= its < config.vocab_size:
+            raise InputError(
+                f"{role} {name}: its config's {kind} is {its!r}: expected that of one of its {config.vocab_size} pieces"
+            )
     return config
 
 
@@ -275,7 +282,8 @@ def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
     if folder.is_dir():
         _check_folder(folder, role)
     elif not _may_be_on_hub(str(name)):
-        raise InputError(f"no {role} folder {name}{_similar(folder)}")
+        what = ", which is a file" if folder.is_file() else _similar(folder)
+        raise InputError(f"no {role} folder {name}{what}")
     try:
         offline = folder.is_dir() or not _hub_answers(str(name))
         yield {"local_files_only": offline, "trust_remote_code": False}
@@ -301,7 +309,12 @@ def _reason(error: Exception) -> str:
             import google.protobuf  # noqa: F401
         except ImportError:
             return "its spiece.model is read by the package protobuf, which is not installed: pip install protobuf"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, SafetensorError):
+        return f"{error}: its file of weights is cut off, or a pointer to it that git lfs pull replaces"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError | TypeError | AttributeError):  # of transformers, which expected another file
+        return f"one of its JSON files is not as save_pretrained writes it ({type(error).__name__}: {error})"
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 def _check_folder(folder: Path, role: str) -> None:

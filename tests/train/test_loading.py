@@ -89,7 +89,14 @@ def test_weights_that_are_not_those_of_the_config(kind: str, copied: Path) -> No
 def test_files_that_are_no_weights(content: bytes | None, copied: Path) -> None:
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    assert "cannot load the student in" in refusal(copied, "student")
+    said = refusal(copied, "student")
+    assert "cannot load the student in" in said and "cut off, or a pointer to it that git lfs pull replaces" in said
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", "null"), ("tokenizer.json", "{}")])
+def test_json_that_is_something_else(name: str, text: str, copied: Path) -> None:
+    (copied / name).write_text(text)
+    assert "one of its JSON files is not as save_pretrained writes it (" in refusal(copied)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,10 @@ def test_files_that_are_no_weights(content: bytes | None, copied: Path) -> None:
         ({"d_model": "wide"}, "cannot load the teacher in"),
         ({"model_type": "bert"}, "is a 'bert' model: expected one of t5, mt5"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
+        ({"dropout_rate": "0.1"}, "Validation error for field 'dropout_rate': TypeError: "),
+        ({"pad_token_id": None}, "its config's pad_token_id is None: expected that of one of its "),
+        ({"decoder_start_token_id": 99999}, "its config's decoder_start_token_id is 99999: expected that of one of "),
+        ({"decoder_start_token_id": "0"}, "its config's decoder_start_token_id is '0': expected that of one of its "),
     ],
 )
 def test_a_config_that_is_not_the_weights(settings: dict[str, Any], message: str, copied: Path) -> None:
@@ -324,7 +335,7 @@ def test_a_decoder_starts_from_padding_where_its_config_does_not_tell(
         ("./models/whole2", "; did you mean models/whole?"),
         ("models/x/y", ""),
         ("nothing like it", ""),
-        ("models/whole/model.safetensors", ""),
+        ("models/whole/model.safetensors", ", which is a file"),
     ],
 )
 def test_a_mistyped_folder_asks_nobody(

@@ -146,6 +146,17 @@ def test_what_lies_elsewhere_is_read(flag: str, value: str, used: Path) -> None:
     folders.check_outside(Path("out"), flags, Path(value if flag == "cache_dir" else "cache"), True)
 
 
+def test_a_run_in_the_folder_of_another_is_not_replaced_with_it(used: Path) -> None:
+    from fastkd.train.errors import InputError
+
+    (used / "previous-run").mkdir()
+    (used / "previous-run" / "run.json").write_text("{}")
+    assert folders.is_used(runs.FastkdArguments(overwrite_output_dir=True), used, False)
+    (used / "keep" / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=r"out holds another run, .*keep: move that, or give another folder"):
+        folders.is_used(runs.FastkdArguments(overwrite_output_dir=True), used, False)
+
+
 def test_a_run_is_continued_by_the_settings_in_its_folder(used: Path) -> None:
     folders.check_outside(Path("out"), runs.FastkdArguments(config="out/settings.yaml"), Path("cache"), False)
 
