@@ -43,13 +43,19 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
 
 
 def at_a_glance(outcomes: Sequence[Outcome], examples: Sequence[Example]) -> str:
-    """Return each model's size, what it is worth, and its answer to the first example, as a table for a terminal."""
+    """Return each model's size, what it is worth, and an answer of it, as a table for a terminal.
+
+    The answers are to the first example that the first model, a teacher, has right; to the first if it has none.
+    """
     name, figures = _headline(outcomes)
-    rows = [["", "parameters", name, *(f"answer to: {one_line(source, 60)}" for source, _ in examples[:1])]]
+    pairs = zip(examples, outcomes[0].outputs, strict=False)
+    right = next((i for i, ((_, target), output) in enumerate(pairs) if output == target), 0)
+    shown = slice(right, right + 1)
+    rows = [["", "parameters", name, *(f"answer to: {one_line(source, 60)}" for source, _ in examples[shown])]]
     for o, figure in zip(outcomes, figures, strict=True):
-        answers = [one_line(text, 60) for text in o.outputs[: len(examples[:1])]]
+        answers = [one_line(text, 60) for text in o.outputs[: len(examples)][shown]]
         rows.append([o.name, f"{o.parameters / 1e6:.2f} M", f"{figure:.1f} %", *answers])
-    rows += [["right answer", "", "", one_line(target, 60)] for _, target in examples[:1]]
+    rows += [["right answer", "", "", one_line(target, 60)] for _, target in examples[shown]]
     return markdown_table(rows)
 
 

@@ -233,6 +233,11 @@ def test_at_a_glance() -> None:
         ["right answer", "", "", "words"],
     ]
     assert "answer" not in report.at_a_glance([teacher(outputs=[])], [])
+    examples = [("first", "1"), ("second", "2"), ("third", "3")]
+    said = report.at_a_glance([teacher(outputs=["0", "2", "3"]), teacher(name="kd", outputs=["1", "1", "3"])], examples)
+    assert "answer to: second" in said  # the first that the teacher has right
+    said = report.at_a_glance([teacher(outputs=["0", "0", "0"])], examples)
+    assert "answer to: first" in said
 
 
 # A run's report
