@@ -469,7 +469,7 @@ def test_pruning_a_student_again_and_pruning_without_a_teachers_word(
     if run(tmp_path / "tuned", *flags) == 0:  # prune, then fine-tune
         assert schedule_of(tmp_path / "tuned").gflops > 0
     else:
-        assert "needs a teacher" in capsys.readouterr().err
+        assert "--student_init prune needs a teacher" in capsys.readouterr().err
     t5 = models.PrunedT5ForConditionalGeneration(models.PrunedT5Config(**_SIZES, widths=_NARROW))
     made = models.enct5_from(t5, ["a", "b"])
     assert {n: part.units for n, part in parts(made).items()} == {n: _NARROW.get(n, w) for n, w in _FULL.items()}
