@@ -376,7 +376,7 @@ def check_rows(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dty
     """Losses, then gradients."""
     assert distance(got[0], wanted[0]) <= 1e-6
     for x, y in zip(got[1:], wanted[1:], strict=True):
-        assert distance(x, y) <= 1e-5 + ROUNDING[dtype]
+        assert distance(x, y) <= 1e-5 + 2 * ROUNDING[dtype]  # the interpreter cuts off where a GPU rounds
 
 
 @pytest.mark.parametrize("way", ways(LOGIT_KL))
