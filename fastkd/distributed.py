@@ -25,7 +25,7 @@ __all__ = [
 
 
 def check_group(group: object, name: str = "group") -> None:
-    """Raises unless `group` is a process group that this process can use now."""
+    """Raises ValueError, TypeError or RuntimeError unless `group` is a process group that this process can use now."""
     if not dist.is_available():
         raise RuntimeError(f"{name}: expected None, because this build of torch has no torch.distributed")
     if group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -43,15 +43,17 @@ def check_group(group: object, name: str = "group") -> None:
 
 
 def world_size(group: dist.ProcessGroup) -> int:
+    """How many processes the group has."""
     return dist.get_world_size(group)
 
 
 def rank_in(group: dist.ProcessGroup) -> int:
+    """This process's position in the group."""
     return dist.get_rank(group)
 
 
 def sum_(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x becomes its sum over the group."""
+    """x, of any shape, becomes its sum over the group, and is returned."""
     dist.all_reduce(x, group=group)
     return x
 

@@ -1,7 +1,8 @@
 """The divergence family by name: each a function of log-probabilities, in the notation of DistiLLM and GKD.
 
-p is the teacher's distribution, q the student's. ``beta`` in (0, 1) is the mixture weight of the three members that
-have one. The position of a name in :data:`DIVERGENCES` is its code in the compiled kernels.
+p is the teacher's distribution, q the student's, [..., V] in float32 or float64, D is [...]. ``beta`` in (0, 1)
+is the mixture weight of the three members that have one. The position of a name in ``DIVERGENCES`` is its code in the
+compiled kernels.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
 }
+"""The divergences by the name that every loss takes: (log p, log q, beta) -> D(p, q)."""
 
 
 def divergence_code(name: str) -> int:

@@ -1,4 +1,8 @@
-"""The losses as modules: the constants are given once, the tensors at every call."""
+"""The losses as modules: the constants are given once, the tensors at every call.
+
+Constants that do not fit raise ValueError or TypeError where the module is made, tensors where it is called. No module
+holds a parameter or a buffer.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ class _Loss(nn.Module):
 
 
 class _TokenLoss(_Loss):
-    """The keywords that :class:`LogitKLLoss` and :class:`LinearKLLoss` share."""
+    """The keywords that ``LogitKLLoss`` and ``LinearKLLoss`` share."""
 
     def __init__(
         self,
@@ -71,9 +75,10 @@ class _TokenLoss(_Loss):
 
 
 class LogitKLLoss(_TokenLoss):
-    """:func:`fastkd.logit_kl` as a module; keywords as there.
+    """``fastkd.logit_kl`` as a module; keywords as there.
 
-    >>> loss = LogitKLLoss(temperature=2.0)(student_logits, teacher_logits, weight=mask)  # doctest: +SKIP
+    Examples:
+        >>> loss = LogitKLLoss(temperature=2.0)(student_logits, teacher_logits, weight=mask)  # doctest: +SKIP
     """
 
     def forward(
@@ -85,16 +90,18 @@ class LogitKLLoss(_TokenLoss):
         labels: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss, as ``fastkd.logit_kl`` returns it."""
         return logit_kl(
             student_logits, teacher_logits, weight=weight, labels=labels, normalizer=normalizer, **self.options
         )
 
 
 class LinearKLLoss(_TokenLoss):
-    """:func:`fastkd.linear_kl` as a module; keywords as there.
+    """``fastkd.linear_kl`` as a module; keywords as there.
 
-    >>> loss = LinearKLLoss()(student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight)
-    ... # doctest: +SKIP
+    Examples:
+        >>> criterion = LinearKLLoss()
+        >>> criterion(student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight)  # doctest: +SKIP
     """
 
     def __init__(
@@ -125,6 +132,7 @@ class LinearKLLoss(_TokenLoss):
         labels: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss, as ``fastkd.linear_kl`` returns it."""
         return linear_kl(
             student_hidden,
             student_weight,
@@ -140,7 +148,7 @@ class LinearKLLoss(_TokenLoss):
 
 
 class _AttentionLoss(_Loss):
-    """The keywords that :class:`RelationKLLoss` and :class:`AttentionKLLoss` share."""
+    """The keywords that ``RelationKLLoss`` and ``AttentionKLLoss`` share."""
 
     def __init__(
         self,
@@ -169,9 +177,10 @@ class _AttentionLoss(_Loss):
 
 
 class RelationKLLoss(_AttentionLoss):
-    """:func:`fastkd.relation_kl` as a module; keywords as there.
+    """``fastkd.relation_kl`` as a module; keywords as there.
 
-    >>> loss = RelationKLLoss(num_heads=32)([q_s, k_s, v_s], [q_t, k_t, v_t], key_mask=mask)  # doctest: +SKIP
+    Examples:
+        >>> loss = RelationKLLoss(num_heads=32)([q_s, k_s, v_s], [q_t, k_t, v_t], key_mask=mask)  # doctest: +SKIP
     """
 
     def forward(
@@ -182,13 +191,15 @@ class RelationKLLoss(_AttentionLoss):
         key_mask: Tensor | Sequence[Tensor | None] | None = None,  # [B, L]
         normalizer: float | Tensor | Sequence[float | Tensor | None] | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
+        """The loss, as ``fastkd.relation_kl`` returns it."""
         return relation_kl(student, teacher, key_mask=key_mask, normalizer=normalizer, **self.options)
 
 
 class AttentionKLLoss(_AttentionLoss):
-    """:func:`fastkd.attention_kl` as a module; keywords as there.
+    """``fastkd.attention_kl`` as a module; keywords as there.
 
-    >>> loss = AttentionKLLoss(num_heads=12)(q_s, k_s, q_t, k_t, key_mask=mask)  # doctest: +SKIP
+    Examples:
+        >>> loss = AttentionKLLoss(num_heads=12)(q_s, k_s, q_t, k_t, key_mask=mask)  # doctest: +SKIP
     """
 
     def __init__(self, *, student_scale: float | None = None, teacher_scale: float | None = None, **options) -> None:
@@ -208,6 +219,7 @@ class AttentionKLLoss(_AttentionLoss):
         query_mask: Tensor | None = None,  # [B, Lq]
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss, as ``fastkd.attention_kl`` returns it."""
         return attention_kl(
             student_q,
             student_k,
@@ -223,9 +235,10 @@ class AttentionKLLoss(_AttentionLoss):
 
 
 class CKALoss(_Loss):
-    """:func:`fastkd.cka_loss` as a module; keywords as there.
+    """``fastkd.cka_loss`` as a module; keywords as there.
 
-    >>> loss = CKALoss()(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
+    Examples:
+        >>> loss = CKALoss()(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
     """
 
     def __init__(
@@ -248,4 +261,5 @@ class CKALoss(_Loss):
         *,
         mask: Tensor | Sequence[Tensor | None] | None = None,  # [...]
     ) -> Tensor:
+        """The loss, as ``fastkd.cka_loss`` returns it."""
         return cka_loss(student, teacher, mask=mask, **self.options)

@@ -21,10 +21,15 @@ class RelativeBias:
     buckets: half of them hold one distance each, the others grow logarithmically up to ``max_distance``, and all beyond
     share the last.
 
-    table: [buckets, A], one column for each head; receives a gradient on the student's side.
-    bidirectional: True in encoders, where keys before and after the query have buckets of their own; False in decoders,
-        where all keys after it share the bucket of distance 0.
-    max_distance: T5 has 128.
+    Args:
+        table: [buckets, A], one column for each head, float32, float64, float16 or bfloat16; receives a gradient on the
+            student's side.
+        bidirectional: True in encoders, where keys before and after the query have buckets of their own, and the number
+            of buckets is even; False in decoders, where all keys after it share the bucket of distance 0.
+        max_distance: T5 has 128.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, such as fewer than 4 buckets (2 in decoders).
     """
 
     table: Tensor

@@ -331,28 +331,29 @@ def attention_kl(
     2002.10957). Scores are float32 whatever the inputs' dtype (float64 for float64 students).
 
     Args:
-        student_q, student_k: [B, Lq, Hs] and [B, Lk, Hs], as the projections make them; heads lie side by side in the
-            last dimension, each Hs / num_heads wide. Receive gradients.
+        student_q, student_k: [B, Lq, Hs] and [B, Lk, Hs], float32, float64, float16 or bfloat16, as the projections
+            make them; heads lie side by side in the last dimension, each Hs / num_heads wide. Receive gradients.
         teacher_q, teacher_k: [B, Lq, Ht] and [B, Lk, Ht]; constants. Ht may differ from Hs.
         num_heads: of both models; a divisor of Hs and of Ht.
         student_scale, teacher_scale: of the scores; by default 1 / sqrt(head width). T5 has 1.
-        student_bias, teacher_bias: a tensor that broadcasts to [B, A, Lq, Lk], or :class:`fastkd.RelativeBias`, T5's,
+        student_bias, teacher_bias: a tensor that broadcasts to [B, A, Lq, Lk], or ``fastkd.RelativeBias``, T5's,
             which is never spread out. The student's receives a gradient, in its table if it is a RelativeBias.
         key_mask: [B, Lk] bool or integer, True or not 0 where a key takes part. Others have a probability of exactly 0.
         query_mask: [B, Lq], likewise; other rows count for nothing. So do rows that have no key left.
         causal: a query sees the keys up to its own position; needs Lq equal to Lk.
-        divergence, beta: as in :func:`fastkd.logit_kl`.
+        divergence, beta: as in ``fastkd.logit_kl``.
         reduction: ``"mean"`` is over heads and over the rows that count, ``"sum"`` adds up both, ``"none"`` returns
             [B, A, Lq].
         normalizer: with ``"mean"``, a number or 0-d tensor that replaces the number of rows that count.
-        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`.
+        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see ``fastkd.doctor``.
 
     Returns:
-        A 0-d tensor, or [B, A, Lq] with ``reduction="none"``: float32, or float64 for float64 students.
+        A 0-d tensor, or [B, A, Lq] with ``reduction="none"``; float32, or float64 for float64 students. 0 where no row
+        is left to average.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any work.
-        RuntimeError: ``impl="fused"`` where no kernel can run.
+        RuntimeError: ``impl="fused"`` where no kernel can run; and where a fused gradient is differentiated again.
     """
     objective = Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     check_choice("reduction", reduction, REDUCTIONS)

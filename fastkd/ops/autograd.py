@@ -2,7 +2,7 @@
 
 They are written as torch.func wants them: `forward` without a context, and whatever `backward` needs is an input or an
 output. Under `torch.func.vmap` an op is called once for each example. What a backward pass computes is a function of
-its own, a :class:`Gradient`, so that differentiating it is an error and not silently nothing.
+its own, a ``Gradient``, so that differentiating it is an error and not silently nothing.
 """
 
 from __future__ import annotations

@@ -512,8 +512,6 @@ def cka_loss(
     Frobenius norms; hidden state matching (Dasgupta and Cohn, ICLR 2025) adds it up over matched layers. Standard
     linear CKA (Kornblith et al., 2019) is the square of that ratio, with ``squared=True``.
 
-    >>> hsm = cka_loss(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
-
     The estimate is biased: with few tokens beside their widths, independent hidden states look alike. Of width 768 they
     have a loss of 0.02 at 32 tokens, 0.34 at 1024 and 0.81 at 20,000 (0.04, 0.57 and 0.96 with ``squared=True``).
     Compare losses of equal numbers of tokens only, and give it many.
@@ -522,8 +520,8 @@ def cka_loss(
     every valid token, in either model, have nothing in common with any others: loss 1, zero gradients.
 
     Args:
-        student: [..., ds], or a list of them, such as the hidden states of some layers; receive gradients. Widths and
-            leading shapes may differ between pairs.
+        student: [..., ds], float32, float64, float16 or bfloat16, or a list of them, such as the hidden states of some
+            layers; receive gradients. Widths and leading shapes may differ between pairs.
         teacher: [..., dt], or as many of them, each with its student's leading shape; constants.
         mask: [...] bool or integer, True or not 0 where a token is valid. The others may hold anything, NaN included;
             their gradient is exactly 0. One for all pairs, or a list of one (or None) for each.
@@ -536,7 +534,7 @@ def cka_loss(
             by the number of processes: DistributedDataParallel divides by it, and leaves the parameter gradients that
             one process would have had. Every process of the group has to make the call, with pairs of the same widths;
             it may have no valid token. Not under ``torch.compile(fullgraph=True)``.
-        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`. On a CPU "fused" needs no extension.
+        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see ``fastkd.doctor``. On a CPU "fused" needs no extension.
 
     Returns:
         float32, or float64 for float64 students, whatever the inputs' dtype; ``torch.autocast`` casts the inputs as it
@@ -544,7 +542,10 @@ def cka_loss(
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any work.
-        RuntimeError: ``impl="fused"`` where no kernel can run.
+        RuntimeError: ``impl="fused"`` where no kernel can run; and where a fused gradient is differentiated again.
+
+    Examples:
+        >>> hsm = cka_loss(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
     """
     check_constants(eps, squared, reduction, group, impl)
     several = isinstance(student, (list, tuple))

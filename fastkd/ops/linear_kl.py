@@ -302,7 +302,7 @@ def linear_kl(
 ) -> Tensor:
     """Distillation loss from hidden states and vocabulary heads, without ever holding the logits.
 
-    Equal to :func:`fastkd.logit_kl` on ``student_scale * student_hidden @ student_weight.T + student_bias`` and the
+    Equal to ``fastkd.logit_kl`` on ``student_scale * student_hidden @ student_weight.T + student_bias`` and the
     teacher's logits likewise, with scores in float32 whatever the inputs' dtype (float64 for float64 students).
 
     Args:
@@ -332,7 +332,7 @@ def linear_kl(
     ranks exchange a hundred bytes first: on a GPU that waits for the device, so that such a call is no part of a CUDA
     graph, and ``torch.compile`` breaks its graph there.
 
-    The other arguments, the result and the errors are those of :func:`fastkd.logit_kl`. Under ``torch.autocast`` the
+    The other arguments, the result and the errors are those of ``fastkd.logit_kl``. Under ``torch.autocast`` the
     inputs are cast as ``F.linear`` casts them. With ``reduction="mean"`` or ``"sum"`` the gradients are computed in the
     forward pass and kept until the backward pass; with ``"none"`` the backward pass computes the logits again. On a GPU
     float32 inputs are multiplied as torch is set to: in TF32 only where ``torch.backends.cuda.matmul`` allows it.

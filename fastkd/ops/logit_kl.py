@@ -277,7 +277,7 @@ def logit_kl(
 
     ``kd_weight * temperature**2 * D(p, q) + ce_weight * cross_entropy(student_logits, labels)`` for every token, with
     ``q = softmax(student_logits / temperature)`` and ``p = softmax(teacher_logits / temperature)``. The cross-entropy
-    is taken at temperature 1. Hinton et al., 2015 (arXiv 1503.02531) for the temperature; :mod:`fastkd.divergence`
+    is taken at temperature 1. Hinton et al., 2015 (arXiv 1503.02531) for the temperature; ``fastkd.divergence``
     names the source of each divergence.
 
     Args:
@@ -300,10 +300,10 @@ def logit_kl(
             on all ranks, and labels count in the whole vocabulary. Every rank returns the loss of the whole vocabulary,
             and the gradient of its own columns. Logits that are DTensors, sharded along their last dimension over a
             one-dimensional mesh, need no ``vocab_group``, and get gradients that are DTensors.
-        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`.
+        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see ``fastkd.doctor``.
 
     Returns:
-        A 0-d tensor, or [...] with ``reduction="none"``: float32, or float64 for float64 students. 0 where no token is
+        A 0-d tensor, or [...] with ``reduction="none"``; float32, or float64 for float64 students. 0 where no token is
         left to average.
 
     Raises:

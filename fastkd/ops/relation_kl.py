@@ -92,7 +92,11 @@ _library.impl("relation_kl", _relation_kl, "CompositeExplicitAutograd")
 
 
 class RelationKL(Function):
-    """The summed loss of all entries, a 0-d float64 tensor, and the gradients, which the forward pass computes."""
+    """The summed loss of all entries, a 0-d float64 tensor, and the gradients, which the forward pass computes.
+
+    Arguments: causal (a tuple), num_heads, gradients (a tuple), divergence, then the student's tensors, the teacher's,
+    the coefficients and the key masks of ``torch.ops.fastkd.relation_kl`` one after the other, and its numbers.
+    """
 
     @staticmethod
     def forward(causal: tuple[bool, ...], num_heads: int, gradients: tuple[bool, ...], divergence: int, *tensors):
@@ -120,7 +124,10 @@ class RelationKL(Function):
 
 
 class RelationKLPerRow(Function):
-    """Losses per row, a tuple of [B, A, L] float64; the backward pass computes scores and gradients from the inputs."""
+    """Losses per row, a tuple of [B, A, L] float64; the backward pass computes scores and gradients from the inputs.
+
+    Arguments are those of ``RelationKL``.
+    """
 
     @staticmethod
     def forward(causal: tuple[bool, ...], num_heads: int, gradients: tuple[bool, ...], divergence: int, *tensors):
@@ -193,28 +200,31 @@ def relation_kl(
     MiniLMv2 (Wang et al., 2021, arXiv 2012.15828); for encoder-decoders MiniEnD (Zhang et al., 2024, arXiv 2305.12330).
     The relation heads need not be the models' attention heads. Scores are float32 whatever the inputs' dtype.
 
-    >>> relation_kl([q_s, k_s, v_s], [q_t, k_t, v_t], num_heads=32, key_mask=mask, causal=True)  # doctest: +SKIP
-
     Args:
-        student: [B, L, Hs], or a list of them; receive gradients. L and Hs may differ between entries.
+        student: [B, L, Hs], float32, float64, float16 or bfloat16, or a list of them; receive gradients. L and Hs may
+            differ between entries, the dtype may not.
         teacher: [B, L, Ht], or as many of them, each as long as the student's; constants. Ht may differ from Hs.
         num_heads: a divisor of every Hs and Ht.
         key_mask: [B, L] bool or integer, True or not 0 where a position takes part, in rows and columns: others have a
             probability of exactly 0, and no row of their own. With lists, one for all entries or a list of them.
         causal: a position sees those up to its own. Likewise.
-        divergence, beta: as in :func:`fastkd.logit_kl`.
+        divergence, beta: as in ``fastkd.logit_kl``.
         reduction: ``"mean"`` is over heads, over the positions that take part, and over entries (every entry weighs the
             same); ``"sum"`` adds up everything; ``"none"`` returns [B, A, L], of lists a tuple.
         normalizer: with ``"mean"``, a number or 0-d tensor that replaces the number of positions that take part, such
             as ``num_items_in_batch`` under gradient accumulation. One for all entries or a list of them.
-        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see :mod:`fastkd.doctor`.
+        impl: ``"auto"``, ``"reference"`` or ``"fused"``; see ``fastkd.doctor``.
 
     Returns:
-        A 0-d tensor, or what ``reduction="none"`` says: float32, or float64 for float64 students.
+        A 0-d tensor, or what ``reduction="none"`` says; float32, or float64 for float64 students. 0 where no position
+        is left to average.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any work.
-        RuntimeError: ``impl="fused"`` where no kernel can run.
+        RuntimeError: ``impl="fused"`` where no kernel can run; and where a fused gradient is differentiated again.
+
+    Examples:
+        >>> relation_kl([q_s, k_s, v_s], [q_t, k_t, v_t], num_heads=32, key_mask=mask, causal=True)  # doctest: +SKIP
     """
     objective = Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     check_choice("reduction", reduction, REDUCTIONS)
