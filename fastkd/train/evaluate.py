@@ -63,7 +63,8 @@ def texts_of(tokenizer: Any, ids: Sequence[Sequence[int]], kept: Collection[int]
     special = set(special_tokens(tokenizer).values())
     dropped = special - set(kept) | {tokenizer.pad_token_id, tokenizer.eos_token_id}
     ids = [[i for i in row if i not in dropped] for row in ids]
-    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+    # Row by row: in some versions of transformers batch_decode makes a text of no rows.
+    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in ids]
     shown = special.intersection(chain.from_iterable(ids)) - {tokenizer.unk_token_id}
     names = [name for name in tokenizer.convert_ids_to_tokens(sorted(shown)) if _drops_spaces(tokenizer, name)]
     if names:

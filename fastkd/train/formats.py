@@ -78,7 +78,9 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     start = b""
     with reading(file), _open(file) as stream:
         for number, line in enumerate(stream, 1):
-            start = start or line[:100]
+            if number == 1:
+                start = line[:100]
+                _check_is_text(file, start)
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -86,6 +88,25 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             if number == 1 and 3 * start.count(0) > len(start):
                 raise _not_utf8(file, "line 1, with zeros between its letters", start)
             yield number, text
+
+
+# How files begin that are no text, what they are, and what makes data of them.
+_BINARY = {
+    b"\x1f\x8b\x08": ("compressed by gzip", "rename it, so that its name ends in .gz"),
+    b"PK\x03\x04": ("a zip archive, or a spreadsheet", "give the files that unzip makes of it, or CSV"),
+    b"(\xb5/\xfd": ("compressed by zstd", "give what zstd -d makes of it"),
+    b"\xfd7zXZ\0": ("compressed by xz", "give what xz -d makes of it"),
+    b"BZh91AY&SY": ("compressed by bzip2", "give what bzip2 -d makes of it"),
+    b"PAR1\x15": ("Parquet", "rename it, so that its name ends in .parquet"),
+    b"ARROW1\0": ("an Arrow file", "give Parquet, or a folder of save_to_disk"),
+    b"%PDF-": ("a PDF", "give its text"),
+}
+
+
+def _check_is_text(file: Path, start: bytes) -> None:
+    for mark, (kind, advice) in _BINARY.items():
+        if start.startswith(mark):
+            raise InputError(f"{file} is no text but {kind}: {advice}")
 
 
 _ENCODINGS = {
@@ -96,8 +117,11 @@ _ENCODINGS = {
 
 def _not_utf8(file: Path, place: str, start: bytes) -> InputError:
     found = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
-    if found is None and 3 * start.count(0) > len(start):
-        found = "UTF-16LE" if start[1:2] == b"\0" else "UTF-16BE"
+    high, low = start[::2].count(0), start[1::2].count(0)
+    if found is None and 3 * (high + low) > len(start) and not (high and low):
+        found = "UTF-16LE" if low else "UTF-16BE"
+    if found is None and any(byte < 9 or 13 < byte < 27 for byte in start):
+        return InputError(f"{file} is no text: {place}, does not decode, and its first line has control characters")
     is_said = f"it is {found}" if found else "perhaps it is Windows-1252 (Latin-1)"
     return InputError(
         f"{file} is not UTF-8 text: {place}, does not decode; {is_said}, which "
@@ -271,14 +295,18 @@ def _json_features(file: Path, whole: bool) -> dict[str, Any]:
 
 
 def _json_rows(file: Path, names: list[str]) -> Iterator[Row]:
-    """Yield the objects with these columns: the keys that one lacks are None."""
+    """Yield the objects with these columns: the keys that one lacks are None, those that all lack are an error."""
+    found: dict[str, None] = {}
     for number, row in _json_objects(file):
+        found |= dict.fromkeys(row)
         values = {name: row.get(name) for name in names}
         try:
             "".join(value for value in values.values() if isinstance(value, str)).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{file}, line {number}: half of a surrogate pair, which is no character") from error
         yield values
+    if found:
+        _check_columns(file, names, list(found))
 
 
 @contextlib.contextmanager

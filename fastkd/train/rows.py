@@ -32,9 +32,11 @@ def _bound(task: Task, rows: Rows, columns: Columns) -> tuple[Rows, Bound]:
         raise ValueError(f"task: expected one with rows of its own, got {task.name!r}")
     try:
         return rows, task.bind(*_described(rows), columns)
-    except InputError:
-        if not isinstance(rows, Files) or rows.streaming:
+    except InputError as error:
+        if not isinstance(rows, Files):
             raise
+        if rows.streaming:
+            raise InputError(f"{error}; a stream has the columns of its first file, {rows.files[0]}") from error
     rows = rows.with_all_columns()
     return rows, task.bind(*_described(rows), columns)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import os
+import pickle
+import zipfile
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,9 @@ from datasets.arrow_writer import ArrowWriter
 
 from fastkd.train import formats, sources
 from fastkd.train.errors import InputError
+from fastkd.train.rows import stream
 from fastkd.train.sources import content_digest, read_hub, read_rows
+from fastkd.train.tasks import TASKS, Columns
 
 ROWS = [{"a": 'one "two"', "b": "NA"}, {"a": "007", "b": "null"}, {"a": "3.0", "b": ""}, {"a": "línea\ttab", "b": "x"}]
 
@@ -223,6 +230,33 @@ def test_other_files_need_the_columns_that_are_read(tmp_path: Path) -> None:
         list(rows)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_a_file_without_a_column_that_is_read_is_named(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    for name, rows in (("1", [{"source": "a", "target": "b"}]), ("2", [{"source": "c", "answer": "d"}] * 3)):
+        frame = pandas.DataFrame(rows)
+        path = tmp_path / "d" / f"{name}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if suffix == "parquet":
+            frame.to_parquet(path)
+        elif suffix.startswith("json"):
+            frame.to_json(path, orient="records", lines=suffix == "jsonl")
+        else:
+            frame.to_csv(path, sep="\t" if suffix == "tsv" else ",", index=False)
+    rows = read_rows(str(tmp_path / "d"), streaming=streaming)
+    message = rf"2.{suffix} lacks target, which another file has: it has the columns source, answer"
+    with pytest.raises(InputError, match=message):
+        list(rows.select_columns(["source", "target"]))
+
+
+def test_a_stream_names_the_file_whose_columns_it_has(tmp_path: Path) -> None:
+    write(tmp_path / "d" / "1.jsonl", '{"text": "a"}\n')
+    write(tmp_path / "d" / "2.jsonl", '{"sentence": "b"}\n')
+    rows = read_rows(str(tmp_path / "d"), streaming=True)
+    with pytest.raises(InputError, match=r"no column 'sentence' \(columns: text\); .* its first file, .*1.jsonl$"):
+        stream(TASKS["span_corruption"], rows, columns=Columns(text_column="sentence"))
+
+
 def test_blocks_are_bounded_by_rows_and_characters() -> None:
     rows = [{"a": "x" * size, "b": "y"} for size in (1, 1, 1, sources.CHARACTERS, 5, sources.CHARACTERS // 2 + 1, 9, 9)]
     assert [len(block) for block in sources.blocks(rows)] == [4, 4]
@@ -238,6 +272,39 @@ def test_blocks_are_bounded_by_rows_and_characters() -> None:
 def test_other_encodings_are_named(tmp_path: Path, suffix: str, encoding: str, found: str) -> None:
     path = write(tmp_path / f"t{suffix}", "text,label\nA line.\n".encode(encoding))
     with pytest.raises(InputError, match=rf"not UTF-8 text: line 1.*; it is {found}, which iconv -f {found} -t UTF-8"):
+        drain(path, False)
+
+
+def in_parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["a"]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def zipped() -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("t.jsonl", '{"text": "a"}\n')
+    return made.getvalue()
+
+
+BINARY = {
+    "gzip": (gzip.compress(b'{"text": "a"}\n'), r"no text but compressed by gzip: rename it, .* ends in \.gz$"),
+    "xz": (lzma.compress(b'{"text": "a"}\n'), "no text but compressed by xz: give what xz -d makes of it"),
+    "bzip2": (bz2.compress(b'{"text": "a"}\n'), "no text but compressed by bzip2: give what bzip2 -d makes"),
+    "zstd": (b"(\xb5/\xfd\x04\x58\x71\x00", "no text but compressed by zstd: give what zstd -d makes of it"),
+    "zip": (zipped(), "no text but a zip archive, or a spreadsheet: give the files that unzip makes"),
+    "parquet": (in_parquet(), r"no text but Parquet: rename it, so that its name ends in \.parquet$"),
+    "else": (pickle.dumps({"é": [1, 2]}), "is no text: line 1, byte 1 of it, does not decode, and .* control char"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".tsv", ".txt.gz"])
+@pytest.mark.parametrize("kind", BINARY)
+def test_what_is_no_text_is_named(tmp_path: Path, kind: str, suffix: str) -> None:
+    content, message = BINARY[kind]
+    path = write(tmp_path / f"t{suffix}", content)
+    with pytest.raises(InputError, match=message):
         drain(path, False)
 
 
