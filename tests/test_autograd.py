@@ -270,6 +270,27 @@ def test_activation_checkpointing(op: Op, reduction: str, reentrant: bool):
         assert leaf.grad is not None and torch.equal(leaf.grad, wanted[name]), name
 
 
+class Stop(torch.autograd.Function):
+    """Nothing, of which there is no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        return None
+
+
+@over_ops
+def test_a_loss_that_nothing_depends_on_asks_for_no_gradient(op: Op):
+    inputs = inputs_of(op)
+    leaves = [inputs[name].requires_grad_() for name in op.student]
+    loss = op.function(**inputs)
+    (Stop.apply(loss) + 0 * leaves[0].sum()).backward()
+    assert not leaves[0].grad.any() and all(leaf.grad is None for leaf in leaves[1:])
+
+
 # ---- what asks for a gradient that there is none of ------------------------------------------------------------------
 
 

@@ -33,7 +33,17 @@ from ..checks import (
     numbers,
 )
 from ..relative_bias import RelativeBias
-from .autograd import Function, Gradient, Scaled, apply, constant, differentiable, wants_gradient
+from .autograd import (
+    Function,
+    Gradient,
+    GradientsAhead,
+    apply,
+    constant,
+    differentiable,
+    dtypes_at,
+    for_arguments,
+    wants_gradient,
+)
 from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]
@@ -164,11 +174,16 @@ _library.impl("attention_kl", _attention_kl, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class AttentionKL(Function):
+OF_STUDENT = (0, 1, 4)  # arguments that get a gradient: queries, keys and bias
+
+
+class AttentionKL(GradientsAhead):
     """The summed loss, a 0-d float64 tensor, and the gradients, which the forward pass computes.
 
     Arguments are those of ``torch.ops.fastkd.attention_kl``.
     """
+
+    op = "attention_kl"
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -176,18 +191,8 @@ class AttentionKL(Function):
         return loss.sum(), *gradients
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # no zeros for what has none
-        ctx.save_for_backward(*output)
-        ctx.dtypes = [(inputs[0] if x is None else x).dtype for x in _of_student(inputs)]
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):
-        if grad_loss is None:  # nothing depends on the loss
-            return (None,) * len(ctx.needs_input_grad)
-        loss, *saved = ctx.saved_tensors
-        return _for_inputs(ctx, apply(Scaled, "attention_kl", loss, grad_loss, ctx.dtypes, *saved))
+    def of_student(arguments: Sequence[Any]) -> Sequence[int]:
+        return OF_STUDENT
 
 
 class AttentionKLPerRow(Function):
@@ -214,31 +219,15 @@ class AttentionKLPerRow(Function):
             _AttentionKLGradient, "attention_kl", *tensors, coefficient * grad_loss, key_mask, ctx.causal,
             ctx.num_heads, needed, ctx.divergence, numbers,
         )  # fmt: skip
-        return _for_inputs(ctx, gradients)
+        return for_arguments(ctx, OF_STUDENT, gradients)
 
 
 class _AttentionKLGradient(Gradient):
     @staticmethod
     def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
         _, *gradients = torch.ops.fastkd.attention_kl(*arguments)
-        inputs = [arguments[0] if x is None else x for x in _of_student(arguments)]
-        return tuple(grad.to(x.dtype) for x, grad in zip(inputs, gradients, strict=True))
-
-
-OF_STUDENT = (0, 1, 4)  # arguments that get a gradient: queries, keys and bias
-
-
-def _of_student(arguments: Sequence[Any]) -> list[Any]:
-    return [arguments[i] for i in OF_STUDENT]
-
-
-def _for_inputs(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients, each at the place of its argument."""
-    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for i, gradient in zip(OF_STUDENT, gradients, strict=True):
-        if ctx.needs_input_grad[i]:
-            results[i] = gradient
-    return tuple(results)
+        dtypes = dtypes_at(OF_STUDENT, arguments)
+        return tuple(gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
 
 
 # ---- public function ------------------------------------------------------------------------------------------------

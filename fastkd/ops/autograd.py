@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Function", "Gradient", "Scaled", "apply", "constant", "differentiable", "wants_gradient"]
+__all__ = [
+    "Function",
+    "Gradient",
+    "GradientsAhead",
+    "Loss",
+    "apply",
+    "constant",
+    "differentiable",
+    "for_arguments",
+    "wants_gradient",
+]
 
 
 def differentiable(x: Any) -> Any:
@@ -95,6 +105,15 @@ class Function(torch.autograd.Function):
         cls.vmap = staticmethod(vmap)  # type: ignore[method-assign]
 
 
+def for_arguments(ctx: Any, places: Sequence[int], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What `backward` returns: each gradient at the place of its argument, where one is needed, and None elsewhere."""
+    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for place, gradient in zip(places, gradients, strict=True):
+        if ctx.needs_input_grad[place]:
+            results[place] = gradient
+    return tuple(results)
+
+
 class Gradient(Function):
     """What a backward pass computes. The first argument is the op's name, for whoever wants its derivative."""
 
@@ -110,7 +129,69 @@ class Gradient(Function):
         )
 
 
-class Scaled(Gradient):
+class Loss(Function):
+    """One whose first output is a loss, and the others what the backward pass starts from.
+
+    A subclass has the class methods `keep` and `gradients` for `setup_context` and `backward`. The second is not called
+    where nothing depends on the loss.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+        def setup_context(ctx, inputs, output) -> None:
+            _, *others = output
+            ctx.mark_non_differentiable(*others)
+            ctx.set_materialize_grads(False)  # no zeros for what has none
+            cls.keep(ctx, inputs, output)
+
+        def backward(ctx, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (None,) * len(ctx.needs_input_grad) if grad_loss is None else cls.gradients(ctx, grad_loss)
+
+        cls.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    @classmethod
+    def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
+        """Saves what `gradients` needs."""
+        raise NotImplementedError
+
+    @classmethod
+    def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """A gradient, or None, for each argument."""
+        raise NotImplementedError
+
+
+class GradientsAhead(Loss):
+    """A summed loss, 0-d float64, and the gradients of the student's tensors, which the forward pass computes.
+
+    A subclass has `forward`, the op's name, and the places of the student's tensors among the arguments.
+    """
+
+    op: str
+
+    @staticmethod
+    def of_student(arguments: Sequence[Any]) -> Sequence[int]:
+        raise NotImplementedError
+
+    @classmethod
+    def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.places = cls.of_student(inputs)
+        ctx.dtypes = dtypes_at(ctx.places, inputs)
+
+    @classmethod
+    def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        loss, *saved = ctx.saved_tensors
+        return for_arguments(ctx, ctx.places, apply(_Scaled, cls.op, loss, grad_loss, ctx.dtypes, *saved))
+
+
+def dtypes_at(places: Sequence[int], arguments: Sequence[Any]) -> list[torch.dtype]:
+    """Those of the student's tensors, of which the first is always given."""
+    return [arguments[places[0] if arguments[place] is None else place].dtype for place in places]
+
+
+class _Scaled(Gradient):
     """Gradients that exist already times that of the loss, in their inputs' dtypes; of those not wanted an empty one.
 
     The loss is an argument because autograd asks it whether the results depend on anything.

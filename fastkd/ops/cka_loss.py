@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
 from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor, numbers
-from .autograd import Function, Gradient, apply, constant, differentiable, wants_gradient
+from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments, wants_gradient
 from .chunks import equal_parts, token_chunks
 from .dtypes import autocast_like_linear, score_dtype
 from .huge_pages import in_huge_pages
@@ -391,7 +391,7 @@ _library.impl("cka_loss_backward", _cka_loss_backward, "CompositeExplicitAutogra
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class CKA(Function):
+class CKA(Loss):
     """The loss of every pair, [pairs] float64, and what the backward pass starts from: means and factors.
 
     Arguments: gradients (a tuple), squared, a process group or None, then the student's tensors, the teacher's and the
@@ -405,23 +405,18 @@ class CKA(Function):
         losses, means, factors = forward(*_split(tensors[:-1], 3), gradients, tensors[-1], squared)
         return losses, *means, *factors
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    @classmethod
+    def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
         _, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)  # no zeros for what has none
         ctx.save_for_backward(*inputs[3:-1], *kept)
 
-    @staticmethod
-    def backward(ctx, grad_losses: Tensor | None, *_: Tensor | None):
-        if grad_losses is None:  # nothing depends on the loss
-            return (None,) * len(ctx.needs_input_grad)
+    @classmethod
+    def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: activation checkpointing allows no more
         pairs = len(saved) // 5
-        wanted = ctx.needs_input_grad[3 : 3 + pairs]
-        gradients = apply(_CKAGradient, "cka_loss", wanted, grad_losses, *saved)
-        results = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-        return None, None, None, *results, *(None,) * (2 * pairs + 1)
+        students = range(3, 3 + pairs)
+        wanted = tuple(ctx.needs_input_grad[i] for i in students)
+        return for_arguments(ctx, students, apply(_CKAGradient, "cka_loss", wanted, grad_loss, *saved))
 
 
 class _CKAGradient(Gradient):

@@ -27,7 +27,16 @@ from torch import Tensor
 from .. import reference
 from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite, numbers
-from .autograd import Function, Gradient, Scaled, apply, constant, differentiable, wants_gradient
+from .autograd import (
+    Function,
+    Gradient,
+    GradientsAhead,
+    apply,
+    constant,
+    differentiable,
+    for_arguments,
+    wants_gradient,
+)
 from .dtypes import autocast_like_linear, gradient_dtype
 from .linear_kl_call import Call, Head
 from .linear_kl_cpu import on_cpu
@@ -128,11 +137,16 @@ _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class LinearKL(Function):
+OF_STUDENT = (0, 1, 2)  # arguments that get a gradient: hidden states, weight and bias
+
+
+class LinearKL(GradientsAhead):
     """The summed loss, a 0-d float64 tensor, and the gradients, which the forward pass computes.
 
     Arguments are those of ``torch.ops.fastkd.linear_kl``.
     """
+
+    op = "linear_kl"
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -140,18 +154,8 @@ class LinearKL(Function):
         return loss.sum(), *gradients
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # no zeros for what has none
-        ctx.save_for_backward(*output)
-        ctx.dtypes = [inputs[1].dtype] * 3
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):
-        if grad_loss is None:  # nothing depends on the loss
-            return (None,) * len(ctx.needs_input_grad)
-        loss, *saved = ctx.saved_tensors
-        return _for_inputs(ctx, apply(Scaled, "linear_kl", loss, grad_loss, ctx.dtypes, *saved))
+    def of_student(arguments: Sequence[Any]) -> Sequence[int]:
+        return OF_STUDENT
 
 
 class LinearKLPerToken(Function):
@@ -175,7 +179,7 @@ class LinearKLPerToken(Function):
         *tensors, coefficient, labels, sizes, numbers = ctx.saved_tensors
         inputs = (*tensors, coefficient * grad_loss, labels, sizes)
         constants = (ctx.needs_input_grad[:3], ctx.divergence, numbers, *ctx.shard)
-        return _for_inputs(ctx, apply(_LinearKLGradient, "linear_kl", *inputs, *constants))
+        return for_arguments(ctx, OF_STUDENT, apply(_LinearKLGradient, "linear_kl", *inputs, *constants))
 
 
 class _LinearKLGradient(Gradient):
@@ -183,13 +187,6 @@ class _LinearKLGradient(Gradient):
     def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
         _, *gradients = torch.ops.fastkd.linear_kl(*arguments)
         return tuple(gradient.to(arguments[1].dtype) for gradient in gradients)
-
-
-def _for_inputs(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of the first three arguments, and None for the others."""
-    needed = ctx.needs_input_grad
-    wanted = [gradient if want else None for gradient, want in zip(gradients, needed, strict=False)]
-    return *wanted, *(None,) * (len(needed) - len(wanted))
 
 
 # ---- public function ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
-from .autograd import Function, Gradient, apply, constant, differentiable
+from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments
 from .divergence_rows import STATS, divergence_gradient, divergence_stats
 from .vocabulary_shards import (
     OBJECTIVE,
@@ -151,7 +151,7 @@ _library.impl("logit_kl_backward", _backward, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-class LogitKL(Function):
+class LogitKL(Loss):
     """Per-token losses [tokens] in float64, coefficient included, differentiable in the student's logits.
 
     Arguments are those of ``torch.ops.fastkd.logit_kl``, and so are the outputs: the second, statistics of the rows, is
@@ -168,19 +168,15 @@ class LogitKL(Function):
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.fastkd.logit_kl(student_logits, teacher_logits, coefficient, labels, *objective)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    @classmethod
+    def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
         student_logits, teacher_logits, coefficient, labels, divergence, numbers, *shard = inputs
         _, stats = output
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)  # no zeros for what has none
         ctx.save_for_backward(student_logits, teacher_logits, stats, coefficient, labels, numbers)
         ctx.divergence, ctx.shard = divergence, shard
 
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
-        if grad_loss is None:  # nothing depends on the loss
-            return (None,) * len(ctx.needs_input_grad)
+    @classmethod
+    def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student_logits, teacher_logits, stats, coefficient, labels, numbers = ctx.saved_tensors
         weights = coefficient * grad_loss
         gradient = apply(
@@ -195,7 +191,7 @@ class LogitKL(Function):
             numbers,
             *ctx.shard,
         )
-        return gradient, *(None,) * (5 + len(ctx.shard))
+        return for_arguments(ctx, (0,), (gradient,))
 
 
 class _LogitKLGradient(Gradient):

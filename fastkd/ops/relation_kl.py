@@ -27,7 +27,16 @@ from ..checks import (
     numbers,
 )
 from .attention_kl import attend_on_cpu, check_heads, empty_gradient, row_coefficients
-from .autograd import Function, Gradient, Scaled, apply, constant, differentiable, wants_gradient
+from .autograd import (
+    Function,
+    Gradient,
+    GradientsAhead,
+    apply,
+    constant,
+    differentiable,
+    for_arguments,
+    wants_gradient,
+)
 from .dtypes import autocast_like_linear
 
 __all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]
@@ -91,12 +100,14 @@ _library.impl("relation_kl", _relation_kl, "CompositeExplicitAutograd")
 # the student's tensors, the teacher's, coefficients and key masks of ``torch.ops.fastkd.relation_kl``; and beta.
 
 
-class RelationKL(Function):
+class RelationKL(GradientsAhead):
     """The summed loss of all entries, a 0-d float64 tensor, and the gradients, which the forward pass computes.
 
     Arguments: causal (a tuple), num_heads, gradients (a tuple), divergence, then the student's tensors, the teacher's,
     the coefficients and the key masks of ``torch.ops.fastkd.relation_kl`` one after the other, and its numbers.
     """
+
+    op = "relation_kl"
 
     @staticmethod
     def forward(causal: tuple[bool, ...], num_heads: int, gradients: tuple[bool, ...], divergence: int, *tensors):
@@ -106,21 +117,9 @@ class RelationKL(Function):
         return torch.stack([loss.sum() for loss in losses]).sum(), *results
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # no zeros for what has none
-        ctx.save_for_backward(*output)
-        ctx.dtypes = [x.dtype for x in _in_four(inputs[4:-1])[0]]
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor | None, *_: Tensor | None):
-        if grad_loss is None:  # nothing depends on the loss
-            return (None,) * len(ctx.needs_input_grad)
-        loss, *saved = ctx.saved_tensors
-        gradients = apply(Scaled, "relation_kl", loss, grad_loss, ctx.dtypes, *saved)
-        wanted = ctx.needs_input_grad[4:]
-        results = [grad if want else None for want, grad in zip(wanted, gradients, strict=False)]
-        return *(None,) * 4, *results, *(None,) * (len(wanted) - len(results))
+    def of_student(arguments: Sequence[Any]) -> Sequence[int]:
+        causal, *_ = arguments
+        return _of_student(causal)
 
 
 class RelationKLPerRow(Function):
@@ -149,8 +148,7 @@ class RelationKLPerRow(Function):
         needed = ctx.needs_input_grad[4 : 4 + len(student)]
         constants = (ctx.causal, ctx.num_heads, needed, ctx.divergence)
         gradients = apply(_RelationKLGradient, "relation_kl", *constants, *student, *teacher, *weights, *key_mask, beta)
-        results = [grad if want else None for want, grad in zip(needed, gradients, strict=True)]
-        return *(None,) * 4, *results, *(None,) * (3 * len(student) + 1)
+        return for_arguments(ctx, _of_student(ctx.causal), gradients)
 
 
 class _RelationKLGradient(Gradient):
@@ -159,6 +157,11 @@ class _RelationKLGradient(Gradient):
         inputs = _in_four(tensors[:-1])
         _, results = torch.ops.fastkd.relation_kl(*inputs, causal, num_heads, gradients, divergence, tensors[-1])
         return tuple(grad.to(x.dtype) for x, grad in zip(inputs[0], results, strict=True))
+
+
+def _of_student(causal: Sequence[bool]) -> Sequence[int]:
+    """Where the student's tensors are among the arguments."""
+    return range(4, 4 + len(causal))
 
 
 def _in_four(tensors: Sequence[Any]) -> list[list[Any]]:
