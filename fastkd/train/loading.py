@@ -7,7 +7,6 @@ errors, as is whatever else would leave a model that is not the one that was sav
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -26,6 +22,7 @@ from .arguments import TransformersArguments
 from .capture import is_enct5
 from .errors import InputError
 from .flags import FastkdArguments, chosen_method
+from .hub import from_hub
 from .identity import digest
 from .models import auto_class  # and its kinds of T5, which transformers knows from now on
 from .processes import by_first, count
@@ -35,7 +32,6 @@ from .tokenizer import fingerprint, special_tokens
 
 # T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
 FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
-HUB_SECONDS = 5.0  # for the hub to answer at all
 SHOWN = 4  # names of weights in a message
 
 
@@ -272,32 +268,22 @@ def _architecture(flags: FastkdArguments, configs: dict[str, Any]) -> str:
     return chosen
 
 
-# Folders and the hub ------------------------------------------------------------------------------------------------
+# What goes wrong ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
     """Yield the options of `from_pretrained`, and turn what goes wrong into one line about a folder or the hub."""
-    folder = Path(name)
-    if folder.is_dir():
-        _check_folder(folder, role)
-    elif not _may_be_on_hub(str(name)):
-        what = ", which is a file" if folder.is_file() else _similar(folder)
-        raise InputError(f"no {role} folder {name}{what}")
+    folder, options = Path(name), {"local_files_only": True, "trust_remote_code": False}
+    if not folder.is_dir():
+        with from_hub(str(name), role, "model", _reason) as offline:
+            yield {**options, "local_files_only": offline}
+        return
+    _check_folder(folder, role)
     try:
-        offline = folder.is_dir() or not _hub_answers(str(name))
-        yield {"local_files_only": offline, "trust_remote_code": False}
-    except InputError:
-        raise
+        yield options
     except Exception as error:  # a file that somebody else made can make its reader raise anything
-        reason = _reason(error)
-        if folder.is_dir():
-            raise InputError(f"cannot load the {role} in {name}: {reason}") from error
-        if not isinstance(error, RepositoryNotFoundError) and offline:
-            reason = "it does not answer, and nothing of that name was loaded from it before"
-        raise InputError(
-            f"no {role} folder {name}{_similar(folder)}, and no such model from the hub: {reason}"
-        ) from error
+        raise InputError(f"cannot load the {role} in {name}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -328,43 +314,3 @@ def _check_folder(folder: Path, role: str) -> None:
         inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; its folders {', '.join(inner)} have" if inner else ""
         raise InputError(f"{role} folder {folder} has no config.json: expected a save_pretrained folder of a T5{hint}")
-
-
-def _may_be_on_hub(name: str) -> bool:
-    """Return whether a name can be a model's on the hub, and is no path into a folder that exists."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" not in name or not Path(name).parent.is_dir()
-
-
-@functools.cache
-def _hub_answers(name: str) -> bool:
-    """Return whether the hub knows a model; False if it cannot be asked, when only what it gave before can be loaded.
-
-    One question that is not repeated: `from_pretrained` would repeat its own for half a minute.
-    """
-    try:
-        HfApi().model_info(name, timeout=HUB_SECONDS)
-    except RepositoryNotFoundError:
-        raise
-    except Exception:  # whatever keeps a machine from the network
-        return False
-    return True
-
-
-def _similar(path: Path) -> str:
-    """Return "; did you mean ...?" with the folders that are called nearly so, or nothing."""
-    found = _similar_folders(path)
-    return f"; did you mean {' or '.join(map(str, found))}?" if found else ""
-
-
-def _similar_folders(path: Path) -> list[Path]:
-    parents = [path.parent] if path.parent.is_dir() else _similar_folders(path.parent)
-    found = []
-    for parent in parents:
-        with contextlib.suppress(OSError):  # of others, which we may not list
-            names = [folder.name for folder in parent.iterdir() if folder.is_dir()]
-            found += [parent / name for name in difflib.get_close_matches(path.name, names)]
-    return found

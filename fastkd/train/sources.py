@@ -17,6 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from .errors import InputError
 from .formats import FORMATS, KNOWN_SUFFIXES, Row, one_line, reading, suffix
+from .hub import from_hub
 
 BLOCK = 1000  # rows that are worked on together, or fewer:
 CHARACTERS = 1 << 22  # what they may hold, but for a single row: Arrow's limit, and memory, are far above
@@ -140,25 +141,27 @@ def read_hub(name: str, config: str | None, split: str, *, cache_dir: Path, stre
     """
     if is_saved(name):
         return _saved(name, split, streaming)
-    with _of_hub(name, config, f"load split {split!r} of"):
+    with _of_hub(name):
         return datasets.load_dataset(name, config, split=split, cache_dir=str(cache_dir), streaming=streaming)
 
 
 def hub_revision(name: str, config: str | None, *, cache_dir: Path) -> str:
     """Return which revision of a data set of the hub `read_hub` reads; raises InputError as it does."""
-    with _of_hub(name, config, "load"):
+    with _of_hub(name):
         return str(datasets.load_dataset_builder(name, config, cache_dir=str(cache_dir)).hash)
 
 
 @contextlib.contextmanager
-def _of_hub(name: str, config: str | None, what: str) -> Iterator[None]:
+def _of_hub(name: str) -> Iterator[None]:
     if Path(name).exists():
         raise InputError(f"{name} was not saved by datasets: expected a folder of save_to_disk, or a name on the hub")
-    try:
-        yield
-    except Exception as error:  # of datasets, huggingface_hub and the network below: there is no common class
-        given = f"{name}, configuration {config}" if config else name
-        raise InputError(f"cannot {what} {given}: {one_line(error)}") from error
+    before = datasets.config.HF_HUB_OFFLINE
+    with from_hub(name, "data", "dataset") as offline:
+        datasets.config.HF_HUB_OFFLINE = before or offline
+        try:
+            yield
+        finally:
+            datasets.config.HF_HUB_OFFLINE = before
 
 
 def is_saved(where: str | Path) -> bool:

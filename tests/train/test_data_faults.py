@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pandas
 import pytest
+from huggingface_hub import HfApi
 from train_flags import SIZES, effective
 from transformers import ByT5Tokenizer
 
@@ -170,6 +171,7 @@ def test_streams_of_the_hub_and_of_glue(
     get: Callable[..., Data], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = datasets.Dataset.from_list([{"text": text} for text in make_texts(40)]).to_iterable_dataset()
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="one"))
     flags = ["--streaming", "--max_steps", 1, "--eval_file", text_file]
@@ -260,6 +262,7 @@ def test_other_revisions_of_the_hub_are_read_anew(get: Callable[..., Data], monk
     def load(name: str, config: str | None, *, split: str, **options: Any) -> datasets.Dataset:
         return datasets.Dataset.from_list([{"text": f"{revision[0]} {split} {i}", "label": "x"} for i in range(9)])
 
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=revision[0]))
     flags = ["--task", "classification", "--dataset_name", "someone/words"]

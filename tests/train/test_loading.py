@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,14 +12,12 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config
 
-from fastkd.train import loading
 from fastkd.train.data import pad
 from fastkd.train.errors import InputError
-from fastkd.train.loading import load_config, load_model
+from fastkd.train.loading import load_model
 from fastkd.train.models import enct5_from, parts
 from fastkd.train.prune import sliced
 from fastkd.train.student import is_tied, new_model, t5_config
@@ -324,44 +321,7 @@ def test_a_decoder_starts_from_padding_where_its_config_does_not_tell(
     assert "neither decoder_start_token_id nor pad_token_id" in refusal(copied)
 
 
-# ---- Folders and the hub ----
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("models/wohle", "; did you mean models/whole?"),
-        ("model/whole", "; did you mean models/whole?"),
-        ("./models/whole2", "; did you mean models/whole?"),
-        ("models/x/y", ""),
-        ("nothing like it", ""),
-        ("models/whole/model.safetensors", ", which is a file"),
-    ],
-)
-def test_a_mistyped_folder_asks_nobody(
-    name: str, hint: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(whole.parent, "models")
-    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("asked the hub"))
-    if name == "model/whole":  # it may be on the hub
-        monkeypatch.setattr(loading, "_hub_answers", lambda name: False)
-    with pytest.raises(InputError, match=f"^no teacher folder {re.escape(name)}{re.escape(hint)}"):
-        load_config(name, "teacher")
-
-
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def unreachable(self: HfApi, name: str, **_: Any) -> None:
-        asked.append(name)
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(HfApi, "model_info", unreachable)
-    for _ in range(2):
-        with pytest.raises(InputError, match="no such model from the hub: it does not answer"):
-            load_config("nobody/knows-this", "teacher")
-    assert asked == ["nobody/knows-this"]
+# ---- Folders ----
 
 
 def test_folders_that_hold_something_else(whole: Path, copied: Path) -> None:

@@ -435,19 +435,3 @@ def test_saved_folders(tmp_path: Path) -> None:
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"cannot read .*one"):
         read_rows(str(tmp_path / "one"))
-
-
-def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
-        asked.append((args, kwargs))
-        if args[0] == "gone":
-            raise ConnectionError("no route\nto the hub")
-        return datasets.Dataset.from_dict({"text": ["x"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(read_hub("glue", "sst2", "train", cache_dir=tmp_path)) == [{"text": "x"}]
-    assert asked == [(("glue", "sst2"), {"split": "train", "cache_dir": str(tmp_path), "streaming": False})]
-    with pytest.raises(InputError, match=r"^cannot load split 'dev' of gone, configuration c: no route to the hub$"):
-        read_hub("gone", "c", "dev", cache_dir=tmp_path)
