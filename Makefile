@@ -55,7 +55,7 @@ test-floor: $(BIN)/uv
 	$(MAKE) test VENV=build/floor LOCK=build/floor.txt TORCH='$(FLOOR)'
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -63,7 +63,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(PARTS) $(ARGS)
+	$(PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
 
 # torch first: the extension is built against it, in this environment and not in one of its own. The other stages name the
 # installed package, so that pip adds what the extra needs and builds nothing again.

@@ -1,21 +1,19 @@
-"""Every benchmark, in one table; `make bench` calls it."""
+"""Every benchmark that compares implementations, in one table; `make bench` calls it."""
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import torch
-from harness import Problem
-from report import main
 
-NO_PROBLEMS = ("bench_scaling",)  # it compares numbers of ranks, not implementations, and prints tables of its own
+from benchmarks.harness.measure import Problem
+from benchmarks.harness.report import main
+from benchmarks.ops import attention_kl, cka_loss, linear_kl, logit_kl, relation_kl
+from benchmarks.trainer import prune, train_step
+
+MODULES = (attention_kl, cka_loss, linear_kl, logit_kl, prune, relation_kl, train_step)
 
 
 def problems(device: torch.device, quick: bool = False) -> list[Problem]:
-    names = [path.stem for path in sorted(Path(__file__).parent.glob("bench_*.py")) if path.stem not in NO_PROBLEMS]
-    modules = [importlib.import_module(name) for name in names]
-    return [problem for module in modules for problem in module.problems(device, quick)]
+    return [problem for module in MODULES for problem in module.problems(device, quick)]
 
 
 if __name__ == "__main__":

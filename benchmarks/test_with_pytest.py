@@ -1,7 +1,7 @@
 """`pytest benchmarks/ --benchmark-only`: the benchmarks under pytest-benchmark, with its statistics and comparisons.
 
-All implementations of a problem are timed in turns when the first of its tests runs (harness.py says why). Every test
-then replays its samples on a clock of its own. FASTKD_BENCH_QUICK=1 takes the small shapes.
+All implementations of a problem are timed in turns when the first of its tests runs (harness/measure.py says why).
+Every test then replays its samples on a clock of its own. FASTKD_BENCH_QUICK=1 takes the small shapes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 
 import pytest
 import torch
-from harness import Problem, measure
-from run import problems
+
+from benchmarks.harness.measure import Problem, measure
+from benchmarks.run import problems
 
 QUICK = os.environ.get("FASTKD_BENCH_QUICK", "0") != "0"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

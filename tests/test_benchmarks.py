@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ROWS = {  # what each op's tables list below fastkd, its limit last
-    "attention_kl": ("reference", "torch.compile", "GEMMs"),
-    "cka_loss": ("reference", "eager", "torch.compile", "ckatorch", "torch-cka", "five GEMMs"),
-    "linear_kl": ("reference", "torch.compile", "Liger", "bare GEMMs"),
-    "logit_kl": ("reference", "torch.compile", "Liger", "copy"),
-    "relation_kl": ("reference", "torch.compile", "GEMMs"),
-    "prune": ("eager", "copy"),
-    "train_step": ("eager", "both models"),
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS = {  # what each benchmark's tables list below fastkd, its limit last
+    "ops.attention_kl": ("reference", "torch.compile", "GEMMs"),
+    "ops.cka_loss": ("reference", "eager", "torch.compile", "ckatorch", "torch-cka", "five GEMMs"),
+    "ops.linear_kl": ("reference", "torch.compile", "Liger", "bare GEMMs"),
+    "ops.logit_kl": ("reference", "torch.compile", "Liger", "copy"),
+    "ops.relation_kl": ("reference", "torch.compile", "GEMMs"),
+    "trainer.prune": ("eager", "copy"),
+    "trainer.train_step": ("eager", "both models"),
 }
 on_linux = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux resets the high-water mark"
@@ -29,44 +30,46 @@ on_linux = pytest.mark.skipif(
 
 
 def python(*arguments: str | Path) -> str:
-    """Runs Python on the arguments, with benchmarks/ importable; its output."""
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600
-    )
+    """Runs Python on the arguments, where benchmarks/ is; its output."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def module(name: str, *arguments: str | Path) -> str:
+    """Runs one of the benchmarks; its output."""
+    return python("-m", f"benchmarks.{name}", *arguments)
+
+
 @functools.cache
-def quick_run(op: str) -> tuple[str, str]:
+def quick_run(name: str) -> tuple[str, str]:
     """What a benchmark prints, and its JSON."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "out.json"
-        return python(BENCHMARKS / f"bench_{op}.py", "--quick", "--json", file), file.read_text()
+        return module(name, "--quick", "--json", file), file.read_text()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("op", ROWS)
-def test_quick_run(op: str) -> None:
-    table, text = quick_run(op)
-    for name in ("fastkd", *ROWS[op]):
-        assert f"\n{name} " in table
+@pytest.mark.parametrize("name", ROWS)
+def test_quick_run(name: str) -> None:
+    table, text = quick_run(name)
+    for row in ("fastkd", *ROWS[name]):
+        assert f"\n{row} " in table
     record = json.loads(text)
     assert record["machine"]["versions"]["torch"]
     for result in record["results"]:
         rows = result["rows"]
-        assert set(rows) == {"fastkd", *ROWS[op]}
-        for name in ("fastkd", ROWS[op][0], ROWS[op][-1]):
-            assert len(rows[name]["samples_s"]) >= 3, rows[name]["note"]
+        assert set(rows) == {"fastkd", *ROWS[name]}
+        for row in ("fastkd", ROWS[name][0], ROWS[name][-1]):
+            assert len(rows[row]["samples_s"]) >= 3, rows[row]["note"]
         # every implementation that ran computes the same gradients
-        assert all(row["error"] < 1e-5 for name, row in rows.items() if "error" in row)
+        assert all(row["error"] < 1e-5 for row in rows.values() if "error" in row)
 
 
 @pytest.mark.long
 def test_traffic_of_ranks(tmp_path: Path) -> None:
     """It is what is documented for linear_kl, and for a training step that of the weights."""
-    output = python(BENCHMARKS / "bench_scaling.py", "--quick", "--json", tmp_path / "out.json")
+    output = module("trainer.scaling", "--quick", "--json", tmp_path / "out.json")
     assert "NOT MET" not in output and "no measure of a speed-up" in output
     record = json.loads((tmp_path / "out.json").read_text())
     assert all(target["met"] for target in record["targets"])
@@ -78,7 +81,7 @@ def test_traffic_of_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_all_in_one_markdown_table() -> None:
-    table = python(BENCHMARKS / "run.py", "--quick", "--markdown", "--only", "logit_kl T 32 V 1000 float32, forward")
+    table = module("run", "--quick", "--markdown", "--only", "logit_kl T 32 V 1000 float32, forward")
     header = next(line for line in table.splitlines() if line.startswith("| implementation"))
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert all(row.count("|") == header.count("|") for row in rows)
@@ -89,10 +92,11 @@ def test_all_in_one_markdown_table() -> None:
 def test_missing_peer_is_a_row() -> None:
     """Without Liger its row says so."""
     code = (
-        "import sys, torch, bench_linear_kl as bench\n"
+        "import sys, torch\n"
         "from dataclasses import replace\n"
-        "from harness import measure\n"
-        "from report import report\n"
+        "from benchmarks.harness.measure import measure\n"
+        "from benchmarks.harness.report import report\n"
+        "from benchmarks.ops import linear_kl as bench\n"
         "sys.modules.update({'liger_kernel': None, 'liger_kernel.chunked_loss': None})\n"
         "problem = bench.problems(torch.device('cpu'), quick=True)[0]\n"
         "print(report([measure(replace(problem, implementations=('fastkd', 'Liger'), targets=()), 0)]))"
@@ -107,7 +111,7 @@ def test_peak_memory(temporary: int, returned: int) -> None:
     """The meter sees what a run allocates for a while, and leaves out what it returns."""
     code = (
         "import torch\n"
-        "from harness import MIB, peak_memory\n"
+        "from benchmarks.harness.measure import MIB, peak_memory\n"
         "def ones(mib): return torch.ones(mib * MIB, dtype=torch.uint8)\n"
         "def run():\n"
         f"    kept, passing = ones({returned}), ones({temporary})\n"
@@ -124,8 +128,8 @@ def test_peak_memory(temporary: int, returned: int) -> None:
 @pytest.mark.long
 def test_memory_against_length(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    script = BENCHMARKS / "memory_against_length.py"
-    python(script, "--lengths", "1024", "--implementations", "fastkd", "reference", "--output", tmp_path)
+    implementations = ("--implementations", "fastkd", "reference")
+    module("ops.relation_kl_memory", "--lengths", "1024", *implementations, "--output", tmp_path)
     record = json.loads((tmp_path / "relation_kl_memory.json").read_text())
     peaks = {(row["implementation"], row["length"]): row["peak_mib"] for row in record["results"]}
     # the reference holds several tensors of 2 heads * 1024 * 1024 floats
@@ -139,10 +143,11 @@ def test_memory_against_length(tmp_path: Path) -> None:
 def gpu(*arguments: str | Path) -> subprocess.CompletedProcess:
     """`make gpu` on a machine where no GPU is visible."""
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, arguments)],
+        [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
         timeout=120,
     )
 
@@ -158,10 +163,20 @@ def test_gpu_prints_its_commands(tmp_path: Path) -> None:
     done = gpu("--dry-run", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     commands = [line.removeprefix("$ ") for line in done.stdout.splitlines() if line.startswith("$ ")]
-    for text in ("pip install", "-m fastkd.doctor", "pytest", "--tool racecheck", "limits.py", f"--json {tmp_path}"):
+    for text in (
+        "pip install",
+        "-m fastkd.doctor",
+        "pytest",
+        "--tool racecheck",
+        "harness.limits",
+        f"--json {tmp_path}",
+    ):
         assert any(text in command for command in commands), text
-    for script in re.findall(r"(?:benchmarks|tests)/\w+\.py", "\n".join(commands)):
-        assert (BENCHMARKS.parent / script).is_file(), script
+    scripts = re.findall(r"tests/\w+\.py", "\n".join(commands))
+    modules = re.findall(r"-m ((?:benchmarks|tests)\.\S+)", "\n".join(commands))
+    assert len(scripts) > 10 and len(set(modules)) == 5
+    for script in (*scripts, *(name.replace(".", "/") + ".py" for name in modules)):
+        assert (ROOT / script).is_file(), script
     assert not list(tmp_path.iterdir())
     some = gpu("--dry-run", "--out", tmp_path, "table", "doctor").stdout
     assert re.findall(r"^==== (\w+)", some, re.MULTILINE) == ["table", "doctor"]
@@ -178,7 +193,8 @@ def test_gpu_fits_in_its_time() -> None:
 def test_gpu_stops_what_takes_too_long_and_goes_on(tmp_path: Path) -> None:
     """A part that hangs, with a process of its own, one that fails, one that works, and one with no time left."""
     code = f"""
-import gpu, sys
+import sys
+from benchmarks.gpu import __main__ as gpu
 def run(code):
     return lambda session: session.run(sys.executable, "-c", code)
 gpu.PARTS = {{run("import subprocess; subprocess.run(['sleep', '600'])"): 6, run("exit(3)"): 20,
@@ -186,7 +202,7 @@ gpu.PARTS = {{run("import subprocess; subprocess.run(['sleep', '600'])"): 6, run
 for part, name in zip(gpu.PARTS, ("hangs", "fails", "skips", "works", "late")):
     part.__name__ = name
 gpu.gpu_problem = lambda: None
-sys.argv = ["gpu.py", "--out", {str(tmp_path)!r}]
+sys.argv = ["gpu", "--out", {str(tmp_path)!r}]
 print("code", gpu.main())
 """
     output = python("-c", code)
@@ -208,8 +224,8 @@ print("code", gpu.main())
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what could be the results of a GPU: of a quick run here, in another machine's name."""
     folder = tmp_path_factory.mktemp("results")
-    (folder / "cpu.json").write_text(quick_run("logit_kl")[1])
-    record = json.loads(quick_run("logit_kl")[1])
+    (folder / "cpu.json").write_text(quick_run("ops.logit_kl")[1])
+    record = json.loads(quick_run("ops.logit_kl")[1])
     record["device"], record["machine"]["gpu"] = "cuda", "NVIDIA H000"
     record["limits"] = [
         {"limit": "copy", "unit": "GB/s", "rate": 20.0},
@@ -227,14 +243,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_results_are_drawn(results: Path, tmp_path: Path) -> None:
     """Those of GPUs in a folder, and those of a CPU where they are named; with and without counts."""
     pytest.importorskip("matplotlib")
-    script = BENCHMARKS / "roofline.py"
-    python(script, results, "--output", tmp_path)
-    old = BENCHMARKS / "results" / "amd-epyc-2-threads.json"
-    python(script, old, "--output", tmp_path)
+    module("gpu.roofline", results, "--output", tmp_path)
+    old = RESULTS / "amd-epyc-2-threads.json"
+    module("gpu.roofline", old, "--output", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"nvidia-h000-roofline.png", f"{old.stem}-roofline.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
     code = (
-        "import json, sys, roofline\n"
+        "import json\n"
+        "from benchmarks.gpu import roofline\n"
         f"record = json.load(open({str(results / 'nvidia-h000.json')!r}))\n"
         "copy, products = roofline.rates(record)\n"
         "assert copy == 20e9 and products == {'bf16 GEMM': 300e9}\n"
@@ -249,28 +265,28 @@ def test_results_are_drawn(results: Path, tmp_path: Path) -> None:
 
 
 def test_readme_has_what_was_measured_on_gpus() -> None:
-    python(BENCHMARKS / "readme_table.py", "--check")
+    module("gpu.readme_table", "--check")
 
 
 @pytest.mark.long
 def test_table_of_gpus(results: Path, tmp_path: Path) -> None:
-    script, readme = BENCHMARKS / "readme_table.py", tmp_path / "README.md"
-    begin, end = python("-c", "import readme_table as t; print(t.BEGIN); print(t.END)").splitlines()
+    script, readme = "gpu.readme_table", tmp_path / "README.md"
+    begin, end = python("-c", "import benchmarks.gpu.readme_table as t; print(t.BEGIN); print(t.END)").splitlines()
     readme.write_text(f"before\n\n{begin}\n{end}\n\nafter\n")
 
     def write(folder: Path) -> str:
-        python(script, "--results", folder, "--readme", readme)
-        python(script, "--results", folder, "--readme", readme, "--check")
+        module(script, "--results", folder, "--readme", readme)
+        module(script, "--results", folder, "--readme", readme, "--check")
         first = readme.read_text()
-        python(script, "--results", folder, "--readme", readme)
+        module(script, "--results", folder, "--readme", readme)
         assert readme.read_text() == first
         assert first.startswith(f"before\n\n{begin}\n") and first.endswith(f"\n{end}\n\nafter\n")
         return first
 
-    text = write(BENCHMARKS)  # no results there, least of all a CPU's
+    text = write(ROOT / "benchmarks")  # no results there, least of all a CPU's
     assert "Nothing has been measured on a GPU yet" in text and "|" not in text
     with pytest.raises(AssertionError, match="out of date"):
-        python(script, "--results", results, "--readme", readme, "--check")
+        module(script, "--results", results, "--readme", readme, "--check")
     text = write(results)
     assert "NVIDIA H000" in text and "bf16 GEMM 300 GFLOP/s" in text and "Nothing" not in text and "AMD" not in text
     header, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
@@ -280,18 +296,20 @@ def test_table_of_gpus(results: Path, tmp_path: Path) -> None:
     assert [cell.strip() for cell in lines[1][1:5]] == [""] * 4
     readme.write_text("no place for it")
     with pytest.raises(AssertionError, match="README needs these two lines"):
-        python(script, "--results", results, "--readme", readme)
+        module(script, "--results", results, "--readme", readme)
 
 
 @pytest.mark.long
 def test_one_problem_that_fails_stops_no_other(tmp_path: Path) -> None:
     code = f"""
-import sys, torch, report, bench_linear_kl, bench_logit_kl
+import sys, torch
 from dataclasses import replace
+from benchmarks.harness import report
+from benchmarks.ops import linear_kl, logit_kl
 def broken():
     raise ZeroDivisionError("broken")
 def problems(device, quick):
-    (first,), others = bench_linear_kl.problems(device, True), bench_logit_kl.problems(device, True)
+    (first,), others = linear_kl.problems(device, True), logit_kl.problems(device, True)
     return [replace(first, prepare=broken), others[1]]
 sys.argv = ["bench", "--quick", "--json", {str(tmp_path)!r}]
 try:
@@ -310,7 +328,7 @@ assert report.measured(problems(torch.device("cpu"), True), 0, -1, lambda result
 
 def test_targets_are_judged() -> None:
     code = (
-        "from harness import Target, _judge\n"
+        "from benchmarks.harness.measure import Target, _judge\n"
         "rows = {'fastkd': {'min_s': 0.05, 'peak_mib': 10.0, 'of_limit': 0.7}}\n"
         "rows['peer'] = {'min_s': 0.1, 'peak_mib': 40.0}\n"
         "for quantity, bound, measured in (('peer', 0.4, 0.5), ('ms', 49, 50), ('memory', 9, 10), "
@@ -328,7 +346,8 @@ def test_targets_are_judged() -> None:
 def test_limits_are_measured() -> None:
     """Everything but exponentials here, and work that is about what was asked for."""
     code = (
-        "import torch, limits\n"
+        "import torch\n"
+        "from benchmarks.harness import limits\n"
         "found = {x['limit']: x for x in limits.measure(torch.device('cpu'), 1e-5)}\n"
         "assert found.pop('exponentials')['rate'] is None\n"
         "assert set(found) == {'copy', 'bf16 GEMM', 'tf32 GEMM', 'fp32 GEMM'}\n"
@@ -341,7 +360,8 @@ def test_limits_are_measured() -> None:
 def test_problems_of_a_gpu_can_be_listed() -> None:
     """With every way to the result that is to be compared, and a limit and targets that exist."""
     code = (
-        "import torch, run\n"
+        "import torch\n"
+        "from benchmarks import run\n"
         "for problem in run.problems(torch.device('cuda')):\n"
         "    rows = (*problem.implementations, problem.limit)\n"
         "    for target in problem.targets:\n"

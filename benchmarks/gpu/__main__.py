@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import RESULTS, ROOT
+
 BUILD = ROOT / "build"  # ignored by git
 OVERLAY = BUILD / "gpu-venv"
 SKIPPED = -1
@@ -162,24 +163,24 @@ def sanitize(session: Session) -> int:
 
 def limits(session: Session) -> int:
     """how fast this GPU copies, multiplies and exponentiates"""
-    return session.run(session.python, "benchmarks/limits.py")
+    return session.run(session.python, "-m", "benchmarks.harness.limits")
 
 
 def bench(session: Session) -> int:
     """every benchmark beside the peers that are installed; writes OUT/<gpu>.json"""
     budget = max(10, session.end - time.monotonic() - BENCH_MARGIN)
     options = ("--json", session.out, "--budget", f"{budget:.0f}", "--seconds", "20")
-    return session.run(session.python, "benchmarks/run.py", *options)
+    return session.run(session.python, "-m", "benchmarks.run", *options)
 
 
 def roofline(session: Session) -> int:
     """draws OUT/<gpu>-roofline.png of what bench wrote"""
-    return session.run(session.python, "benchmarks/roofline.py", session.out)
+    return session.run(session.python, "-m", "benchmarks.gpu.roofline", session.out)
 
 
 def table(session: Session) -> int:
     """prints README's table of what bench wrote, and puts it there"""
-    return session.run(session.python, "benchmarks/readme_table.py", "--results", session.out)
+    return session.run(session.python, "-m", "benchmarks.gpu.readme_table", "--results", session.out)
 
 
 # Seconds that each may take: each less than nine minutes, all less than twenty-five.
@@ -204,7 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(by_name)}")
     parser.add_argument("--list", action="store_true", help="say what each part does and how long it may take")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument(
         "--seconds", type=float, default=sum(PARTS.values()), help="time for all of it (default: %(default)s)"
     )

@@ -9,10 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from roofline import OURS, RESULTS, gpu_results
+from benchmarks import RESULTS, ROOT
+from benchmarks.gpu.roofline import OURS, gpu_results
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN = "<!-- what was measured on GPUs: benchmarks/readme_table.py writes this -->"
+README = ROOT / "README.md"
+BEGIN = "<!-- what was measured on GPUs: python -m benchmarks.gpu.readme_table writes this -->"
 END = "<!-- end of what was measured on GPUs -->"
 NOTHING = "Nothing has been measured on a GPU yet, and no figure for one appears here."
 PEERS = {"eager": ("eager", "reference"), "torch.compile": ("torch.compile",), "Liger": ("Liger", "Liger, Triton")}
@@ -86,7 +87,7 @@ def main() -> None:
     text, old = generated(options.results), options.readme.read_text()
     new = replaced(old, text)
     if options.check:
-        sys.exit(f"{options.readme} is out of date: run benchmarks/readme_table.py" if new != old else 0)
+        sys.exit(f"{options.readme} is out of date: run python -m benchmarks.gpu.readme_table" if new != old else 0)
     print(text)
     options.readme.write_text(new)
 

@@ -10,8 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks import RESULTS
+
 OURS = "fastkd"
-RESULTS = Path(__file__).parent / "results"
 
 
 def gpu_results(folder: Path) -> dict[Path, dict]:

@@ -10,8 +10,9 @@ import math
 import statistics
 
 import torch
-from harness import Run, Unavailable, in_turns, noted
 from torch import Tensor
+
+from benchmarks.harness.measure import Run, Unavailable, in_turns, noted
 
 try:
     import triton

@@ -14,11 +14,12 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-import limits
 import torch
-from harness import OURS, Problem, Unavailable, measure, not_measured
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import RESULTS
+from benchmarks.harness import limits
+from benchmarks.harness.measure import OURS, Problem, Unavailable, measure, not_measured
+
 COLUMNS = ("implementation", "min ms", "median ms", "rate", "of limit", "peak MiB", "rel. error", f"time / {OURS}", "")
 
 
@@ -121,8 +122,8 @@ def measured(
 def main(problems: Callable[[torch.device, bool], list[Problem]], description: str | None) -> None:
     """The command line of every benchmark: `problems(device, quick)` lists what it measures."""
     by_hand = (
-        "Run by hand: exactness.py (errors against fp64), memory_against_length.py (peak memory, a picture) and "
-        "bench_scaling.py (bytes between processes)."
+        "By themselves: benchmarks.ops.logit_kl_exactness (errors against fp64), benchmarks.ops.relation_kl_memory "
+        "(peak memory, a picture) and benchmarks.trainer.scaling (bytes between processes)."
     )
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0], epilog=by_hand)
     default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from harness import Run, fastest, noted
-from limits import roofline
 from torch import Tensor
+
+from benchmarks.harness.limits import roofline
+from benchmarks.harness.measure import Run, fastest, noted
 
 # No library has either op. TextBrewer's losses between attention matrices are plain torch lines on [B, A, L, L] scores,
 # as "reference" and, compiled, "torch.compile" are.

@@ -1,8 +1,8 @@
 """attention_kl, forward + backward: KL between attention distributions of both models, with T5's bias or another.
 
-The limit is the op's four batched GEMMs alone, in the best chunks (attention.py): 2 B Lq Lk (Ht + 3 Hs) FLOPs, of which
-causality leaves half. Their scores go through memory, which a GPU kernel does without: there the limit is what tensor
-cores or exponential units need for it.
+The limit is the op's four batched GEMMs alone, in the best chunks (_attention.py): 2 B Lq Lk (Ht + 3 Hs) FLOPs, of
+which causality leaves half. Their scores go through memory, which a GPU kernel does without: there the limit is what
+tensor cores or exponential units need for it.
 
 B batch, L length (Lq queries, Lk keys), A heads, Ht and Hs widths of all heads.
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from attention import IMPLEMENTATIONS, LIMITS, by_heads, flops, gemms, in_registers, plain_kl
-from harness import Problem, Run, Target
-from report import main
 from torch import Tensor
 
 import fastkd
+from benchmarks.harness.measure import Problem, Run, Target
+from benchmarks.harness.report import main
+from benchmarks.ops._attention import IMPLEMENTATIONS, LIMITS, by_heads, flops, gemms, in_registers, plain_kl
 
 BUCKETS, MAX_DISTANCE = 32, 128  # T5's
 MEMORY = Target("memory", 40)

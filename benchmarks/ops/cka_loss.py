@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from harness import Problem, Run, Target, Unavailable
-from report import main
 from torch import Tensor
 
 import fastkd
+from benchmarks.harness.measure import Problem, Run, Target, Unavailable
+from benchmarks.harness.report import main
 from fastkd.ops import cka_loss as op
 
 LIMIT = "five GEMMs"

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from harness import MIB, Problem, Run, Target, Unavailable, fastest, held_to, not_importable, noted
-from report import main
 from torch import Tensor
 
 import fastkd
+from benchmarks.harness.measure import MIB, Problem, Run, Target, Unavailable, fastest, held_to, not_importable, noted
+from benchmarks.harness.report import main
 from fastkd.ops import linear_kl_gpu as op
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import Problem, Run, Target, Unavailable, held_to, not_importable
-from report import main
 from torch import Tensor
 
 import fastkd
+from benchmarks.harness.measure import Problem, Run, Target, Unavailable, held_to, not_importable
+from benchmarks.harness.report import main
 from fastkd.ops.divergence_rows import gpu_row_kernels
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")

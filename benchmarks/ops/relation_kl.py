@@ -1,6 +1,6 @@
 """relation_kl, forward + backward: KL between self-attention relations softmax(X X.T / sqrt(d)) of both models.
 
-The limit is the op's four batched GEMMs alone, in the best chunks (attention.py): 2 B L^2 (Ht + 3 Hs) FLOPs, of which
+The limit is the op's four batched GEMMs alone, in the best chunks (_attention.py): 2 B L^2 (Ht + 3 Hs) FLOPs, of which
 padding and causality leave fewer. Their scores go through memory, which a GPU kernel does without: there the limit is
 what tensor cores or exponential units need for it.
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from attention import IMPLEMENTATIONS, LIMITS, by_heads, flops, gemms, in_registers, plain_kl
-from harness import Problem, Run, Target
-from report import main
 from torch import Tensor
 
 import fastkd
+from benchmarks.harness.measure import Problem, Run, Target
+from benchmarks.harness.report import main
+from benchmarks.ops._attention import IMPLEMENTATIONS, LIMITS, by_heads, flops, gemms, in_registers, plain_kl
 
 TARGETS = (Target(LIMITS["cpu"], 1.25), Target("torch.compile", 0.5), Target("memory", 32))
 GPU_TARGETS = (Target("of limit", 0.6), Target("torch.compile", 1.0))

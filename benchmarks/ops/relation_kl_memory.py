@@ -16,10 +16,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from attention import IMPLEMENTATIONS
-from bench_relation_kl import Shape, prepare
-from harness import peak_memory
-from report import RESULTS, machine
+
+from benchmarks import RESULTS
+from benchmarks.harness.measure import peak_memory
+from benchmarks.harness.report import machine
+from benchmarks.ops._attention import IMPLEMENTATIONS
+from benchmarks.ops.relation_kl import Shape, prepare
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BATCH, HEADS, TEACHER_WIDTH, STUDENT_WIDTH = 1, 2, 128, 64

@@ -1,6 +1,6 @@
 """What the demo compares, over several seeds: what the start from a slice of the teacher gives, what the teacher adds.
 
-    python benchmarks/study_demo.py --folder runs/study --out benchmarks/results/demo.json
+    python -m benchmarks.studies.demo --folder runs/study --out benchmarks/results/demo.json
 
 Every seed has first weights, an order and labelled examples of its own; the teacher is one for all. Beside the demo's
 students stands one that learns from the teacher's answers as from labels, without a loss between the two models.
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report import machine
-
+from benchmarks import ROOT
+from benchmarks.harness.report import machine
 from fastkd.train import cli
 
 ANSWERS = "teacher's answers as labels"
@@ -32,8 +32,8 @@ STUDENTS = {
     "hsm-cka": "distilled: sliced start, answers, and the losses of `hsm-cka`",
 }
 LEAST_GAIN = 20  # points ahead of scratch, in the mean
-README = Path(__file__).parents[1] / "README.md"
-BEGIN = "<!-- the demo over seeds: benchmarks/study_demo.py --readme writes this -->"
+README = ROOT / "README.md"
+BEGIN = "<!-- the demo over seeds: python -m benchmarks.studies.demo --readme writes this -->"
 END = "<!-- end of the demo over seeds -->"
 
 
@@ -45,7 +45,7 @@ def run(name: str, seed: int, folder: Path, teacher: Path | None) -> list[dict[s
     flags += ["--teacher", str(teacher)] if teacher else []
     flags += ["--overwrite_output_dir"] if name != "demo" else []
     if cli.main(flags):
-        raise SystemExit(f"study_demo: {' '.join(flags)} failed")
+        raise SystemExit(f"benchmarks.studies.demo: {' '.join(flags)} failed")
     models = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["models"]
     names = [ANSWERS if name == "answers" and model["name"] != "teacher" else model["name"] for model in models]
     return [

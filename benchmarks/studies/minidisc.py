@@ -1,6 +1,6 @@
 """MiniDisc against MaxiDisc, and other baselines, on the embedded classification task: scores, cost, and tradeoffs.
 
-    python benchmarks/study_minidisc.py --seeds 3 --out benchmarks/results/minidisc.json
+    python -m benchmarks.studies.minidisc --seeds 3 --out benchmarks/results/minidisc.json
 
 A small EncT5 learns from which package of the standard library a documentation string comes; then each method makes a
 student of it, with several seeds. The task is that of `fastkd-train --task classification`, but with a fifth of its
@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report import machine
-
+from benchmarks.harness.report import machine
 from fastkd.train import cli, corpus
 from fastkd.train.schedule import Schedule
 

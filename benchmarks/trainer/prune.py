@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import MIB, Problem, Run, Target, noted, seconds
-from report import main
 from torch import Tensor
+
+from benchmarks.harness.measure import MIB, Problem, Run, Target, noted, seconds
+from benchmarks.harness.report import main
 
 LIMIT = "copy"
 IMPLEMENTATIONS = ("fastkd", "eager")

@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from report import machine
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness.report import machine
 from fastkd import linear_kl
 from fastkd.train.arguments import parse
 from fastkd.train.methods import METHODS

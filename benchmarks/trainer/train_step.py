@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Problem, Run, Target
-from report import main
 from torch import Tensor
+
+from benchmarks.harness.measure import Problem, Run, Target
+from benchmarks.harness.report import main
 
 LIMIT = "both models"
 IMPLEMENTATIONS = ("fastkd", "eager")
@@ -147,8 +148,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return lambda: gradients(made.compute_loss(student, batch), student)
 
     def eager() -> Run:
-        from bench_cka_loss import plain_cka
-
+        from benchmarks.ops.cka_loss import plain_cka
         from fastkd.train.methods import METHODS
 
         method = METHODS[shape.method]

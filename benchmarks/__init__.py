@@ -1,0 +1,19 @@
+"""Where the benchmark of X is. From the root of the repository, `python -m benchmarks.ops.linear_kl` runs one of them.
+
+run                   all of ops/ and trainer/ that compares implementations, in one table (`make bench`)
+ops/                  a file for each op, under its name: its problems, its peers and its floor
+  logit_kl_exactness    errors against fp64
+  relation_kl_memory    peak memory against the length, a picture
+trainer/              train_step, prune; scaling: what processes send each other
+studies/              whole trainings over seeds: means and deviations, a figure, a verdict in words
+gpu/                  `make gpu`; roofline and readme_table make a picture and README's table of its results
+harness/              how it is measured and told; limits: what a machine does at best
+results/              every sample that README's figures come from
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
