@@ -6,38 +6,11 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch  # the methods' names are to be known without it
+import torch
 
-
-@dataclass(frozen=True)
-class Place:
-    """One of the three attentions of an encoder-decoder.
-
-    stack, sublayer, module: where transformers keeps it, `<stack>.block[i].layer[sublayer].<module>`.
-    sides: whose positions queries, keys and values lie over, "encoder" or "decoder". causal: as the attention itself.
-    """
-
-    stack: str
-    sublayer: int
-    module: str
-    sides: tuple[str, str, str]
-    causal: bool
-
-
-def is_enct5(config: Any) -> bool:
-    """Return whether a config is that of `models.EncT5ForSequenceClassification`, whose decoder reads no text."""
-    return bool(config.model_type == "fastkd_enct5")
-
-
-PLACES: dict[str, Place] = {
-    "decoder_self": Place("decoder", 0, "SelfAttention", ("decoder", "decoder", "decoder"), True),
-    "decoder_cross": Place("decoder", 1, "EncDecAttention", ("decoder", "encoder", "encoder"), False),
-    "encoder_self": Place("encoder", 0, "SelfAttention", ("encoder", "encoder", "encoder"), False),
-}
+from .family import PLACES
 
 
 @contextlib.contextmanager
@@ -51,14 +24,12 @@ def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, lis
     or if gradients are on when the context is entered and off when it ran, which is what reentrant activation
     checkpointing does.
     """
-    from torch import is_grad_enabled
-
     captured: dict[str, list[Any]] = {place: [None, None, None] for place in layers}
     with contextlib.ExitStack() as hooks:
         for place, layer in layers.items():
             attention = attention_module(model, place, layer)
             for i, projection in enumerate((attention.q, attention.k, attention.v)):
-                keep = functools.partial(_keep, captured[place], i, is_grad_enabled())
+                keep = functools.partial(_keep, captured[place], i, torch.is_grad_enabled())
                 hooks.callback(projection.register_forward_hook(keep).remove)
         yield captured
     for place, states in captured.items():
@@ -81,11 +52,6 @@ def _keep(states: list[Any], i: int, needs_graph: bool, projection: Any, inputs:
             "captured states carry no gradient under reentrant activation checkpointing: set its use_reentrant to False"
         )
     states[i] = output
-
-
-def matched_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
-    """Return the teacher's layer that belongs to one of the student's: round(layer * L_T / L_S)."""
-    return round(layer * teacher_layers / student_layers)
 
 
 @contextlib.contextmanager

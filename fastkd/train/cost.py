@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .capture import is_enct5
+from .family import is_enct5
 from .sharding import is_sharded
 
 TOKENS = 128  # on both sides, as MiniEnD counts

@@ -25,9 +25,8 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .evaluate import texts_of
 from .sources import arrow_file, blocks
-from .tokenizer import special_tokens
+from .tokenizer import special_tokens, texts_of
 
 NOISE_DENSITY, MEAN_SPAN_LENGTH = 0.15, 3.0
 IGNORED = -100  # the label of padding, which no loss counts

@@ -66,3 +66,8 @@ def writing(flag: str, folder: object) -> Iterator[None]:
         where = getattr(error, "filename", None)
         what = f"--{flag} {folder}" + (f" ({where})" if where else "")
         raise RunError(f"cannot write to {what}: {os.strerror(number)}; make room there, or give another") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, for one that stands in a line of our own."""
+    return " ".join(str(error).split()) or type(error).__name__

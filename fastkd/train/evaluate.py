@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from transformers import GenerationConfig
 
 from .processes import is_first, of_all, own_part
 from .sharding import is_sharded
-from .tokenizer import special_tokens
+from .tokenizer import texts_of
 
 CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 
@@ -53,29 +51,6 @@ def classify(
         return [model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()]
 
     return _in_batches(answers, model, tokenizer, sources, batch_size, title)
-
-
-def texts_of(tokenizer: Any, ids: Sequence[Sequence[int]], kept: Collection[int]) -> list[str]:
-    """Return the texts that ids stand for, without special tokens but those of the ids `kept`.
-
-    Spaces stand around one of these, as in "a <sep> b", where the tokenizer drops them.
-    """
-    special = set(special_tokens(tokenizer).values())
-    dropped = special - set(kept) | {tokenizer.pad_token_id, tokenizer.eos_token_id}
-    ids = [[i for i in row if i not in dropped] for row in ids]
-    # Row by row: in some versions of transformers batch_decode makes a text of no rows.
-    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in ids]
-    shown = special.intersection(chain.from_iterable(ids)) - {tokenizer.unk_token_id}
-    names = [name for name in tokenizer.convert_ids_to_tokens(sorted(shown)) if _drops_spaces(tokenizer, name)]
-    if names:
-        pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
-        texts = [" ".join(pattern.sub(r" \1 ", text).split()) for text in texts]
-    return [text.strip() for text in texts]
-
-
-def _drops_spaces(tokenizer: Any, token: str) -> bool:
-    with_spaces, without = tokenizer([f"a {token} a", f"a{token}a"])["input_ids"]
-    return bool(with_spaces == without)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from . import config
 from .errors import InputError, closest
 from .methods import METHODS, MIXUP_DISTANCES, STUDENT_INITS, Method
-from .schedule import GRID
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
@@ -26,6 +25,7 @@ EMBEDDED_DATA = {  # the tasks it suits
     "dates": ("text2text",),
 }
 GLUE = ("sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # of sparsities; 0 is the teacher itself
 TASKS = ("span_corruption", "text2text", "summarization", "translation", "classification", *GLUE, "glue")
 
 
@@ -233,6 +233,17 @@ def parse_weights(text: str) -> dict[str, float]:
         if not 0 <= weights[term] < math.inf:
             raise ValueError(f"expected {term}=NUMBER, 0 or above, got {part!r}")
     return weights
+
+
+def parse_grid(text: str) -> list[float]:
+    """Return the sparsities in "NUMBER,..." in rising order; raises ValueError if one is not from 0 to below 1."""
+    try:
+        grid = sorted({float(word) for word in text.split(",")})
+    except ValueError:
+        grid = []
+    if not grid or not all(0 <= sparsity < 1 for sparsity in grid):
+        raise ValueError(f"expected NUMBER,... from 0 to below 1, got {text!r}")
+    return grid
 
 
 def chosen_method(flags: FastkdArguments) -> Method:

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Value
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 BATCH = 64  # rows of a Parquet file that are decoded together
 LONGEST = 50_000  # characters of a text; files exist that are one line, or one paragraph
@@ -44,11 +44,6 @@ JUDGED_TEXT, JUDGED_TSV, JUDGED_JSON = 10_000, 100_000, 1000  # lines, or object
 
 Row = dict[str, Any]
 _NO_TEXT = Value("null")  # the feature of columns that hold neither text nor texts by name
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks, for one that stands in a line of our own."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def suffix(file: Path) -> str:

@@ -12,8 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import InputError
-from .formats import one_line
+from .errors import InputError, one_line
 
 HUB_SECONDS = 5.0  # for the hub to answer at all
 

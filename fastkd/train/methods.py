@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .capture import PLACES, is_enct5, matched_layer
+from .family import PLACES, is_enct5, matched_layer
 
 VOCABULARY_TERMS = ("ce", "logit_kl")
 HIDDEN_TERMS = ("hidden_cka", "hidden_linear", "hidden_mse", "hidden_pkd")

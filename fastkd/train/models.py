@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import Seq2SeqSequenceClassifierOutput
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
-from .capture import is_enct5
+from .family import is_enct5
 
 
 class PrunedT5Config(T5Config):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
-from .capture import PLACES
+from .family import PLACES
 from .methods import SAME_SHAPE_TERMS, Method
 from .mixup import Mixup
 

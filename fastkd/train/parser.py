@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from .errors import InputError, closest
-from .flags import GLUE, GROUPS, USUAL, parse_weights
-from .schedule import parse_grid
+from .flags import GLUE, GROUPS, USUAL, parse_grid, parse_weights
 
 # Our defaults for transformers' flags; `--demo` has its own, configs/demo.yaml.
 DEFAULTS: dict[str, Any] = {

@@ -25,9 +25,9 @@ from fastkd.ops.cka_loss import WORKSPACE as CKA_WORKSPACE
 from fastkd.ops.linear_kl import WORKSPACE_MB
 
 from .arguments import TransformersArguments, parse
-from .capture import PLACES, is_enct5
 from .data import span_counts
 from .errors import InputError
+from .family import PLACES, is_enct5
 from .flags import FastkdArguments, chosen_method
 from .loading import load_config
 from .methods import Method

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import is_enct5
+from .family import is_enct5
 from .models import EncT5ForSequenceClassification, Part, PrunedT5ForConditionalGeneration, parts
 
 WIDTH_MULTIPLE = 8  # of neurons, as fast GEMMs want them

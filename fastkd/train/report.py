@@ -12,7 +12,6 @@ from . import plots
 from .errors import InputError
 from .outcome import Outcome, plain
 from .page import Example, Page, Picture, Table, markdown_table, one_line, table
-from .schedule import Round, Schedule, Trial
 
 FORMAT = 2  # of metrics.json; raise it when an older file cannot be compared any more
 # Facts that say what the held-out figures were measured on.
@@ -68,13 +67,15 @@ def write(
     lead: Sequence[str] = (),
     examples: Sequence[Example] = (),
     config: str = "",
-    schedule: Schedule | None = None,
+    tables: Sequence[Table] = (),
+    pictures: Sequence[Picture] = (),
+    besides: Mapping[str, Any] | None = None,
 ) -> None:
     """Write report.md, report.html, the pictures and metrics.json into `folder`, replacing older ones.
 
     outcomes: the student's last. facts: listed at the end. lead, notes: sentences above and below the table. examples:
-    what the outcomes' outputs were generated for. config: the exact configuration as YAML. schedule: the distillations
-    that led to the student, of a method that has one.
+    what the outcomes' outputs were generated for. config: the exact configuration as YAML. tables, pictures: of how the
+    student came about, shown before its curves. besides: more of that for metrics.json.
     report.html holds its pictures and needs no other file; metrics.json holds everything but the pictures.
     """
     metrics = {
@@ -84,7 +85,7 @@ def write(
         "notes": list(notes),
         "examples": [{"source": source, "target": target} for source, target in examples],
         "config": config,
-        **({"schedule": plain(schedule.to_json())} if schedule else {}),
+        **plain(besides or {}),
     }
     text = json.dumps(metrics, indent=2, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
@@ -94,107 +95,12 @@ def write(
         lead=[*lead, *([verdict(outcomes)] if len(outcomes) > 1 else [])],
         notes=notes,
         examples=examples,
-        tables=[_schedule_table(schedule)] if schedule else [],
-        pictures=[*(_choices(schedule) if schedule else []), *_curves(outcomes)],
+        tables=tables,
+        pictures=[*pictures, *_curves(outcomes)],
         config=config,
         facts=facts,
     )
     page.save(folder, "report")
-
-
-# Units of training's work and time, the largest first, and what each is in billions of operations and in seconds.
-_GFLOPS = {"EFLOP": 1e9, "PFLOP": 1e6, "TFLOP": 1e3, "GFLOP": 1.0, "MFLOP": 1e-3}
-_SECONDS = {"minutes": 60.0, "seconds": 1.0}
-
-
-def _unit(total: float, units: Mapping[str, float]) -> tuple[str, float]:
-    """Return the name and size of the largest unit that `total` is at least one of, or of the smallest."""
-    return next(((name, size) for name, size in units.items() if total >= size), list(units.items())[-1])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g}"
-
-
-def _schedule_table(schedule: Schedule) -> Table:
-    """Return the rounds of a schedule, their sums, and why its student came about as it did."""
-    work, gflops = _unit(schedule.gflops, _GFLOPS)
-    time, seconds = _unit(schedule.seconds, _SECONDS)
-    metric = f"{schedule.metric.replace('_', ' ')} (%)"
-    header = ["round", "teacher", "trained at (%)", "chosen (%)", metric, "steps", f"training {work}", time]
-
-    def sums(of: Round | Schedule) -> list[str]:
-        return [str(of.steps), f"{of.gflops / gflops:.3f}", f"{of.seconds / seconds:.2f}"]
-
-    rows = [
-        [
-            entry.name,
-            "teacher" if entry.teacher is None else f"{_percent(entry.teacher)} %",
-            ", ".join(_percent(candidate.sparsity) for candidate in entry.candidates),
-            _percent(entry.chosen),
-            f"{100 * entry.best.metric:.2f}",
-            *sums(entry),
-        ]
-        for entry in schedule.rounds
-    ]
-    meaning = (
-        "Sub-networks go by their sparsity, the share of heads and of neurons that is pruned. Training's "
-        "floating-point operations are those of linear layers, two for each multiply-accumulate, forward and "
-        "backward, the teacher's included; times leave evaluations out."
-    )
-    return Table(
-        "Schedule",
-        [header, *rows, ["sum", "", "", "", "", *sums(schedule)]],
-        [_why(schedule), meaning],
-        numbers=True,
-    )
-
-
-def _why(schedule: Schedule) -> str:
-    """Return which assistant, or which trial, was chosen and why."""
-    trial = schedule.chosen
-    if len(schedule.trials) > 1:
-        metric, score = schedule.metric.replace("_", " "), 100 * trial.student.metric
-        return (
-            f"Of {len(schedule.trials)} trials the one with {_assistants(trial)} made the best student: "
-            f"{metric} {score:.2f} %."
-        )
-    choices = [_choice(schedule, entry) for entry in trial.rounds if len(entry.candidates) > 1]
-    return " ".join(choices) or f"The student was distilled with {_assistants(trial)}: nothing was left to choose."
-
-
-def _assistants(trial: Trial) -> str:
-    places = " and ".join(f"{_percent(sparsity)} %" for sparsity in trial.assistants)
-    return f"the assistant{'s' * (len(trial.assistants) > 1)} at {places}" if places else "no assistant"
-
-
-def _choice(schedule: Schedule, entry: Round) -> str:
-    what = "the student itself" if entry is schedule.chosen.rounds[-1] else "the assistant"
-    return (
-        f"Of {len(entry.candidates)} candidates {what} at {_percent(entry.chosen)} % has the largest tradeoff, "
-        f"metric + lambda * sparsity = {entry.best.metric:.4f} + {schedule.tradeoff_lambda:g} * {entry.chosen:g} "
-        f"= {entry.best.tradeoff:.4f}."
-    )
-
-
-def _choices(schedule: Schedule) -> list[Picture]:
-    """Return the picture of what a schedule chose from; none if it had no choice."""
-    png = plots.tradeoff(schedule)
-    if png is None:
-        return []
-    notes = []
-    if any(len(entry.candidates) > 1 for entry in schedule.rounds):
-        notes.append(
-            "Sub-networks that were trained together, each at its best evaluation; the ring is the student. "
-            "The tradeoff is the metric plus lambda times the sparsity: it rises where pruning more costs less of the "
-            "metric than that. The star is its largest value; that sub-network went on."
-        )
-    if len(schedule.trials) > 1:
-        notes.append(
-            "Each trial's student over the sparsity of the assistant that it was distilled from; the star is the best "
-            "one, which was kept. A dashed line is a trial without an assistant."
-        )
-    return [Picture("tradeoff_curve.png", png, "Choices of the schedule", " ".join(notes))]
 
 
 def _curves(outcomes: Sequence[Outcome]) -> list[Picture]:

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 import fastkd
 
-from . import minidisc, report
+from . import minidisc, report, rounds_table
 from .arguments import EMBEDDING_FACTOR, TransformersArguments
 from .cache import copy_folder, replace_folder
 from .card import write_card
@@ -26,8 +26,9 @@ from .corpus import EMBEDDED
 from .errors import InputError, writing
 from .flags import FastkdArguments, chosen_method
 from .folders import DEMO, cache_folder, check_outside, is_last, is_used, output_folder, resumed, running, write_json
+from .given import Given, load_given
 from .identity import RECORD, check_same_run, examples_per_step, identity
-from .loading import Given, load_config, load_given, load_model
+from .loading import load_config, load_model
 from .methods import METHODS, Method
 from .metrics import signatures
 from .outcome import Outcome
@@ -310,8 +311,14 @@ def _report(
     rows = run.data.held_out_rows
     shown = rows.take(min(run.flags.report_examples, len(rows)))
     examples = list(zip(shown["source"], shown["target"], strict=True))
-    besides: dict[str, Any] = {"config": run.flags.config_text(run.args), "schedule": schedule}
-    report.write(run.out, outcomes, facts, _notes(run.method), lead=lead, examples=examples, **besides)
+    of_schedule: dict[str, Any] = {}
+    if schedule is not None:
+        of_schedule = {"tables": [rounds_table.table(schedule)], "pictures": rounds_table.pictures(schedule)}
+        of_schedule["besides"] = {"schedule": schedule.to_json()}
+    config = run.flags.config_text(run.args)
+    report.write(
+        run.out, outcomes, facts, _notes(run.method), lead=lead, examples=examples, config=config, **of_schedule
+    )
     return examples
 
 

@@ -7,19 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # of sparsities; 0 is the teacher itself
-
-
-def parse_grid(text: str) -> list[float]:
-    """Return the sparsities in "NUMBER,..." in rising order; raises ValueError if one is not from 0 to below 1."""
-    try:
-        grid = sorted({float(word) for word in text.split(",")})
-    except ValueError:
-        grid = []
-    if not grid or not all(0 <= sparsity < 1 for sparsity in grid):
-        raise ValueError(f"expected NUMBER,... from 0 to below 1, got {text!r}")
-    return grid
-
 
 @dataclass(frozen=True)
 class Candidate:

@@ -15,8 +15,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
-from .errors import InputError
-from .formats import FORMATS, KNOWN_SUFFIXES, Row, one_line, reading, suffix
+from .errors import InputError, one_line
+from .formats import FORMATS, KNOWN_SUFFIXES, Row, reading, suffix
 from .hub import from_hub
 
 BLOCK = 1000  # rows that are worked on together, or fewer:

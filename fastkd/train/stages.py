@@ -22,15 +22,16 @@ import fastkd
 from . import cost
 from .arguments import EMBEDDING_FACTOR, TransformersArguments
 from .cache import cached
-from .capture import is_enct5
 from .data import Classes, Pairs
 from .errors import InputError
 from .evaluate import classify, generate
+from .family import is_enct5
 from .flags import FastkdArguments, chosen_method
 from .folders import write_json
+from .given import Given, load_teacher
 from .guards import check_arguments
 from .identity import digest, examples_per_step, recipe
-from .loading import Given, load_config, load_model, load_teacher, unsharded
+from .loading import load_config, load_model, unsharded
 from .methods import METHODS, Method
 from .metrics import score_rows
 from .models import enct5_config, enct5_from

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .capture import is_enct5, matched_layer
+from .family import is_enct5, matched_layer
 from .sharding import whole
 
 HEAD_WIDTH = 32

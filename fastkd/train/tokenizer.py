@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import sentencepiece
@@ -85,3 +87,26 @@ def fingerprint(tokenizer: Any) -> str:
     shown = ["".join(words[i : i + 4]) for i in range(0, len(words), 4)] + [_UNUSUAL]
     known = [vocabulary, tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def texts_of(tokenizer: Any, ids: Sequence[Sequence[int]], kept: Collection[int]) -> list[str]:
+    """Return the texts that ids stand for, without special tokens but those of the ids `kept`.
+
+    Spaces stand around one of these, as in "a <sep> b", where the tokenizer drops them.
+    """
+    special = set(special_tokens(tokenizer).values())
+    dropped = special - set(kept) | {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    ids = [[i for i in row if i not in dropped] for row in ids]
+    # Row by row: in some versions of transformers batch_decode makes a text of no rows.
+    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in ids]
+    shown = special.intersection(chain.from_iterable(ids)) - {tokenizer.unk_token_id}
+    names = [name for name in tokenizer.convert_ids_to_tokens(sorted(shown)) if _drops_spaces(tokenizer, name)]
+    if names:
+        pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        texts = [" ".join(pattern.sub(r" \1 ", text).split()) for text in texts]
+    return [text.strip() for text in texts]
+
+
+def _drops_spaces(tokenizer: Any, token: str) -> bool:
+    with_spaces, without = tokenizer([f"a {token} a", f"a{token}a"])["input_ids"]
+    return bool(with_spaces == without)

@@ -13,9 +13,10 @@ from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataPar
 from transformers import PrinterCallback, ProgressCallback
 
 from .callbacks import LossBar, LossLines, StepTimer
-from .capture import PLACES, capture_hidden, capture_qkv, returning, without_head
+from .capture import capture_hidden, capture_qkv, returning, without_head
 from .data import EpochSampler, SpanCorruption
 from .evaluate import held_out_metrics, token_scores
+from .family import PLACES
 from .methods import Method
 from .mixup import Mixup
 from .objectives import hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
