@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.report import machine
-from fastkd.train import cli, corpus
-from fastkd.train.schedule import Schedule
+from fastkd.train import cli
+from fastkd.train.data import corpus
+from fastkd.train.minidisc.schedule import Schedule
 
 ARMS: dict[str, list[str]] = {
     "minidisc": ["--method", "minidisc"],  # whose default is that four of the candidates learn in a step

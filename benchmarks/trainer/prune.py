@@ -59,8 +59,12 @@ class Shape:
 
 def plain_pruning(model: Any, widths: dict[str, int], order: dict[str, Tensor]) -> Any:
     """The usual way."""
-    from fastkd.train.capture import is_enct5
-    from fastkd.train.models import EncT5ForSequenceClassification, PrunedT5ForConditionalGeneration, parts
+    from fastkd.train.common.family import is_enct5
+    from fastkd.train.models.architectures import (
+        EncT5ForSequenceClassification,
+        PrunedT5ForConditionalGeneration,
+        parts,
+    )
 
     kind: Any = EncT5ForSequenceClassification if is_enct5(model.config) else PrunedT5ForConditionalGeneration
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
@@ -84,8 +88,8 @@ def plain_pruning(model: Any, widths: dict[str, int], order: dict[str, Tensor]) 
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from fastkd.train.models import enct5_from
-    from fastkd.train.prune import importance, masked, normalised, order_of, sliced, widths_at
+    from fastkd.train.minidisc.prune import importance, masked, normalised, order_of, sliced, widths_at
+    from fastkd.train.models.architectures import enct5_from
 
     torch.manual_seed(0)
     start: dict[str, Any] = {"decoder_start_token_id": 0}

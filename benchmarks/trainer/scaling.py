@@ -32,10 +32,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness.report import machine
 from fastkd import linear_kl
-from fastkd.train.arguments import parse
-from fastkd.train.methods import METHODS
-from fastkd.train.sharding import shard
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train.flags.arguments import parse
+from fastkd.train.models.sharding import shard
+from fastkd.train.objectives.methods import METHODS
+from fastkd.train.training.trainer import DistillTrainer
 
 HIDDEN, TEACHER_HIDDEN = 256, 512
 A_CALL = 96  # bytes that linear_kl sends for a call; for a token, statistics and the gradient of its hidden state

@@ -76,7 +76,8 @@ def plain_relation(student: Tensor, teacher: Tensor, heads: int, mask: Tensor, c
 
 def plain_objective(method: Any, models: tuple[Any, Any], batch: dict[str, Tensor], plain_cka: Any) -> Tensor:
     """The objective of a method from what both models return and what hooks on their projections see."""
-    from fastkd.train.capture import PLACES, capture_qkv
+    from fastkd.train.common.family import PLACES
+    from fastkd.train.models.capture import capture_qkv
 
     outputs, captured = [], []
     for model, layers in zip(models, (method.student_layers, method.teacher_layers), strict=True):
@@ -135,9 +136,9 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return tuple(gradient for gradient in found if gradient is not None)
 
     def trainer(student: Any, teacher: Any) -> Any:
-        from fastkd.train.arguments import TransformersArguments
-        from fastkd.train.methods import METHODS
-        from fastkd.train.trainer import DistillTrainer
+        from fastkd.train.flags.arguments import TransformersArguments
+        from fastkd.train.objectives.methods import METHODS
+        from fastkd.train.training.trainer import DistillTrainer
 
         folder = tempfile.mkdtemp()
         args = TransformersArguments(output_dir=folder, report_to="none", use_cpu=device.type == "cpu")
@@ -149,13 +150,13 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
 
     def eager() -> Run:
         from benchmarks.ops.cka_loss import plain_cka
-        from fastkd.train.methods import METHODS
+        from fastkd.train.objectives.methods import METHODS
 
         method = METHODS[shape.method]
         return lambda: gradients(plain_objective(method, (student, teacher), batch, plain_cka), student)
 
     def models_alone() -> Run:
-        from fastkd.train.capture import without_head
+        from fastkd.train.models.capture import without_head
 
         def run() -> tuple[Tensor, ...]:
             hidden = []

@@ -1,10 +1,9 @@
 """Distillation of T5 models with fastkd's losses; `fastkd-train --help` is the way in.
 
-Reading order: cli -> arguments (flags, parser, config, checks) -> runs. A run is prepare, which makes data of the flags
-(formats, sources, tasks, rows, corpus, tokenizer, data), then stages, which make teacher and student (student, trainer
-on top of checkpoints; methods, objectives, capture, mixup) and judge them (evaluate, metrics, cost), and at last what
-is left to read (report, plots, card). A teacher is pruned, and distilled in rounds, by minidisc (prune, models,
-schedule). Several processes work together by processes and sharding; plan says beforehand what each of them will hold.
+Rooms, each of which imports only from those before it: common, models, data, objectives, judge, training, report,
+flags, stages, minidisc, runs; on top cli, and plan, which says beforehand what each process of a run will hold. A run
+goes the same way: its flags are parsed (flags), its data and models made (stages, by data and models), the student
+trained (training, by the losses of objectives) and judged (judge), and what is left to read is written (report).
 Needs the packages of `pip install 'fastkd[train]'`; importing this module loads none of them.
 """
 
@@ -17,18 +16,18 @@ from typing import Any
 LAUNCHERS = Path(__file__).parent / "launchers"  # an accelerate configuration for FSDP2, a Slurm script for two nodes
 
 _HOMES = {
-    "DistillTrainer": "trainer",
+    "DistillTrainer": "training.trainer",
     "EncT5ForSequenceClassification": "models",
-    "METHODS": "methods",
-    "Method": "methods",
+    "METHODS": "objectives.methods",
+    "Method": "objectives.methods",
     "PrunedT5ForConditionalGeneration": "models",
-    "SpanCorruption": "data",
-    "capture_qkv": "capture",
-    "embedded_corpus": "corpus",
-    "importance": "prune",
-    "slice_teacher": "student",
-    "sliced": "prune",
-    "train_tokenizer": "tokenizer",
+    "SpanCorruption": "data.examples",
+    "capture_qkv": "models.capture",
+    "embedded_corpus": "data.corpus",
+    "importance": "minidisc.prune",
+    "slice_teacher": "models.student",
+    "sliced": "minidisc.prune",
+    "train_tokenizer": "models.tokenizer",
 }
 __all__ = ["LAUNCHERS", *_HOMES]
 

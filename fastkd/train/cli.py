@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError, RunError, out_of_memory
+from .common.errors import InputError, RunError, out_of_memory
 
 _REQUIRED = (
     "torch", "numpy", "transformers", "accelerate", "sentencepiece", "datasets", "pyarrow", "yaml", "jinja2",
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkd-train: missing {', '.join(missing)}: pip install 'fastkd[train]'", file=sys.stderr)
         return 2
     from .. import versions
-    from . import processes
+    from .common import processes
 
     if (untested := versions.untested("train")) and not processes.launched_rank():
         print(f"fastkd-train: {untested}", file=sys.stderr)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reason(error: Exception) -> str:
     """Return what to say of an error that need not be a mistake of ours; raise it if it is one."""
     from .. import versions
-    from .processes import is_lost_process
+    from .common.processes import is_lost_process
 
     if is_lost_process(error):
         return "another process of this run has ended or does not answer"
@@ -70,7 +70,7 @@ def _reason(error: Exception) -> str:
 
 def _say(problem: object) -> None:
     """Write one line on stderr, unless it is another process's to write."""
-    from .processes import launched_rank
+    from .common.processes import launched_rank
 
     if not getattr(problem, "was_elsewhere", False):
         rank = launched_rank()
@@ -83,7 +83,7 @@ def _tells(words: Sequence[str]) -> bool:
     if "--version" in words:
         print(_version())
     elif "-h" in words or "--help" in words:
-        from .parser import help_text
+        from .flags.parser import help_text
 
         print(help_text(), end="")
     elif "--list_methods" in words:
@@ -109,18 +109,19 @@ def _run(words: Sequence[str]) -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()  # ours stay: these are "Loading weights" and "Writing shards"
-    from . import arguments
+    from .flags import arguments
 
     if "--help_all" in words:
         print(arguments.help_of_everything(), end="")
         return
     flags, args = arguments.parse(words)
-    from . import report, runs  # what they import takes seconds, which no mistake in a flag should cost
-    from .flags import chosen_method
+    from .flags.fields import chosen_method
+    from .report import reports
+    from .runs import runs  # what they import takes seconds, which no mistake in a flag should cost
 
     if flags.compare:
         out = Path(str(args.output_dir))
-        print(f"{report.compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
+        print(f"{reports.compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
     elif flags.interpolated:
         runs.interpolated(flags, args)
     elif chosen_method(flags).student_init == "prune":
@@ -132,7 +133,8 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _list_methods() -> None:
-    from . import config, methods
+    from .flags import config
+    from .objectives import methods
 
     for name, method in methods.METHODS.items():
         print(f"{name:17} {method.formula:46} {method.summary}")

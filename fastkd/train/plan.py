@@ -24,15 +24,15 @@ from transformers import T5Config
 from fastkd.ops.cka_loss import WORKSPACE as CKA_WORKSPACE
 from fastkd.ops.linear_kl import WORKSPACE_MB
 
-from .arguments import TransformersArguments, parse
-from .data import span_counts
-from .errors import InputError
-from .family import PLACES, is_enct5
-from .flags import FastkdArguments, chosen_method
-from .loading import load_config
-from .methods import Method
-from .prepare import EMBEDDED_LENGTH, MODEL_LENGTH
-from .stages import planned_config, trained_config
+from .common.errors import InputError
+from .common.family import PLACES, is_enct5
+from .data.examples import span_counts
+from .flags.arguments import TransformersArguments, parse
+from .flags.fields import FastkdArguments, chosen_method
+from .models.loading import load_config
+from .objectives.methods import Method
+from .stages.prepare import EMBEDDED_LENGTH, MODEL_LENGTH
+from .stages.stages import planned_config, trained_config
 
 GIB = 2**30
 FLOAT = 4  # bytes: of weights that learn, of their gradients, and of the student's hidden states between layers

@@ -13,13 +13,15 @@ import transformers
 from train_flags import RECIPE, SIZES, TEACHER, with_inputs
 from transformers import default_data_collator
 
-from fastkd.train import cli, plots
-from fastkd.train.arguments import TransformersArguments, parse
-from fastkd.train.data import SpanCorruption
-from fastkd.train.methods import METHODS, Method
-from fastkd.train.student import new_model, t5_config
-from fastkd.train.tokenizer import padded_size, train_tokenizer
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train import cli
+from fastkd.train.data.examples import SpanCorruption
+from fastkd.train.flags.arguments import TransformersArguments, parse
+from fastkd.train.minidisc import pages
+from fastkd.train.models.student import new_model, t5_config
+from fastkd.train.models.tokenizer import padded_size, train_tokenizer
+from fastkd.train.objectives.methods import METHODS, Method
+from fastkd.train.report import plots
+from fastkd.train.training.trainer import DistillTrainer
 
 LENGTH = 32
 
@@ -161,8 +163,9 @@ def tool() -> Callable[..., int]:
 
     def run(*flags: Any) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            for picture in ("losses", "terms", "tradeoff"):
+            for picture in ("losses", "terms"):
                 patch.setattr(plots, picture, lambda outcomes: b"")
+            patch.setattr(pages, "_pictures", lambda schedule: [])
             return cli.main(with_inputs(*SMALL, *flags))
 
     return run

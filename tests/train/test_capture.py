@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastkd.train.capture import PLACES, capture_qkv
+from fastkd.train.common.family import PLACES
+from fastkd.train.models.capture import capture_qkv
 
 EVERYWHERE = dict.fromkeys(PLACES, 2)
 

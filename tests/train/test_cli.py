@@ -16,13 +16,15 @@ from train_flags import RECIPE, with_inputs
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import fastkd
-from fastkd.train import arguments, cli, tasks
-from fastkd.train import flags as own
-from fastkd.train.arguments import parse
-from fastkd.train.errors import InputError
-from fastkd.train.methods import METHODS
-from fastkd.train.stages import planned_config
-from fastkd.train.student import t5_config
+from fastkd.train import cli
+from fastkd.train.common.errors import InputError
+from fastkd.train.data import tasks
+from fastkd.train.flags import arguments
+from fastkd.train.flags import fields as own
+from fastkd.train.flags.arguments import parse
+from fastkd.train.models.student import t5_config
+from fastkd.train.objectives.methods import METHODS
+from fastkd.train.stages.stages import planned_config
 
 SMALL = [
     "--use_cpu", "--student_layers", "1", "--student_d_model", "32", "--teacher_layers", "1", "--teacher_d_model", "32",
@@ -213,7 +215,7 @@ def test_attention_distillation(tmp_path: Path, text_file: Path, capsys: pytest.
 
 
 def test_half_made_artefacts_do_not_count(tmp_path: Path) -> None:
-    from fastkd.train.cache import cached, replace_folder
+    from fastkd.train.common.cache import cached, replace_folder
 
     def fail(folder: Path) -> None:
         (folder / "part").write_text("half")

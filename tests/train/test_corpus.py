@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd.train import corpus
+from fastkd.train.data import corpus
 
 SOURCE = '''"""Documentation of the module, long enough."""
 raise SystemExit("scanned modules must not run")

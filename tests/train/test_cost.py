@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from fastkd.train import cost
-from fastkd.train.student import new_model
+from fastkd.train.judge import cost
+from fastkd.train.models.student import new_model
 
 WIDTH, INNER, FORWARD, VOCABULARY, LAYERS = 32, 48, 80, 200, 2
 SIZES: dict[str, Any] = {

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer, T5TokenizerFast
 
-from fastkd.train import data, sources
-from fastkd.train.data import (
+from fastkd.train.common.errors import InputError
+from fastkd.train.data import examples as data
+from fastkd.train.data import sources
+from fastkd.train.data.examples import (
     Counts,
     EpochSampler,
     Pairs,
@@ -33,8 +35,7 @@ from fastkd.train.data import (
     span_counts,
     tokenize_pairs,
 )
-from fastkd.train.errors import InputError
-from fastkd.train.tokenizer import SENTINELS, padded_size, train_tokenizer
+from fastkd.train.models.tokenizer import SENTINELS, padded_size, train_tokenizer
 
 
 def as_rows(texts: list[str]) -> list[dict[str, str]]:

@@ -18,15 +18,15 @@ from huggingface_hub import HfApi
 from train_flags import SIZES, effective
 from transformers import ByT5Tokenizer
 
-from fastkd.train import data as data_module
-from fastkd.train import formats, prepare, sources
-from fastkd.train.arguments import parse
-from fastkd.train.data import tokenize
-from fastkd.train.errors import InputError
-from fastkd.train.evaluate import texts_of
-from fastkd.train.prepare import Data, get_data
-from fastkd.train.sources import read_rows
-from fastkd.train.tokenizer import train_tokenizer
+from fastkd.train.common.errors import InputError
+from fastkd.train.data import examples as data_module
+from fastkd.train.data import formats, sources
+from fastkd.train.data.examples import tokenize
+from fastkd.train.data.sources import read_rows
+from fastkd.train.flags.arguments import parse
+from fastkd.train.models.tokenizer import texts_of, train_tokenizer
+from fastkd.train.stages import prepare
+from fastkd.train.stages.prepare import Data, get_data
 
 SYLLABLES = ["ta", "re", "mon", "sil", "ver", "ka", "lo", "phi", "der", "ing", "ous", "un"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fastkd.train import dates
-from fastkd.train.corpus import is_held_out
-from fastkd.train.evaluate import generate
+from fastkd.train.data import dates
+from fastkd.train.data.corpus import is_held_out
+from fastkd.train.judge.evaluate import generate
 
 
 class First(random.Random):

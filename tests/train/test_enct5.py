@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, T5Config
 
 import fastkd.train.models  # noqa: F401 (registers EncT5)
-from fastkd.train import corpus, cost
-from fastkd.train.loading import load_model
-from fastkd.train.models import enct5_config, enct5_from, parts
-from fastkd.train.prune import sliced
-from fastkd.train.student import new_model, t5_config
+from fastkd.train.data import corpus
+from fastkd.train.judge import cost
+from fastkd.train.minidisc.prune import sliced
+from fastkd.train.models.architectures import enct5_config, enct5_from, parts
+from fastkd.train.models.loading import load_model
+from fastkd.train.models.student import new_model, t5_config
 
 # The words of each class, of syllables that the tokenizer knows. No class comes in the order of the alphabet.
 WORDS = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fastkd.train.data import tokenize
-from fastkd.train.evaluate import generate, texts_of
-from fastkd.train.tokenizer import train_tokenizer
+from fastkd.train.data.examples import tokenize
+from fastkd.train.judge.evaluate import generate
+from fastkd.train.models.tokenizer import texts_of, train_tokenizer
 
 OWN_WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 4, "length_penalty": -3.0, "early_stopping": True},

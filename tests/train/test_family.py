@@ -20,10 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fastkd.train.data import Corruption
-from fastkd.train.loading import load_model
-from fastkd.train.student import is_tied, new_model, slice_teacher, smaller_config, t5_config
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train.data.examples import Corruption
+from fastkd.train.models.loading import load_model
+from fastkd.train.models.student import is_tied, new_model, slice_teacher, smaller_config, t5_config
+from fastkd.train.training.trainer import DistillTrainer
 
 # Of each member: the class, whether its head is its embedding, and what its config says. ByT5 is deeper in the encoder.
 FAMILY: dict[str, tuple[Any, bool, dict[str, Any]]] = {

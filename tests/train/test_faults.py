@@ -19,14 +19,15 @@ import torch
 from train_flags import with_inputs
 from transformers import T5ForConditionalGeneration, TrainerCallback
 
-from fastkd.train import checkpoints, cli
-from fastkd.train import trainer as trainer_module
-from fastkd.train.callbacks import WindowedValues
-from fastkd.train.checkpoints import STAGING, fault, last_checkpoint, recover
-from fastkd.train.errors import Interrupted, RunError
-from fastkd.train.guards import NonFinite, Signals
-from fastkd.train.optimizer import REST
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train import cli
+from fastkd.train.common.errors import Interrupted, RunError
+from fastkd.train.training import checkpoints
+from fastkd.train.training import trainer as trainer_module
+from fastkd.train.training.callbacks import WindowedValues
+from fastkd.train.training.checkpoints import STAGING, fault, last_checkpoint, recover
+from fastkd.train.training.guards import NonFinite, Signals
+from fastkd.train.training.optimizer import REST
+from fastkd.train.training.trainer import DistillTrainer
 
 TIMES = ("runtime", "per_second")
 # 64 examples: with these, an epoch has 4 steps, and 11 steps end inside the third.
@@ -533,8 +534,9 @@ SMALL = [
 FORKS = """
 import json, os, resource, signal, sys, torch
 from pathlib import Path
-from fastkd.train import cli, runs
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train import cli
+from fastkd.train.runs import runs
+from fastkd.train.training.trainer import DistillTrainer
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 save, training_step = torch.save, DistillTrainer.training_step
@@ -646,7 +648,7 @@ def test_a_signal_stops_a_demo(
 def test_sigint_while_data_is_prepared_is_a_keyboard_interrupt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastkd.train import runs
+    from fastkd.train.runs import runs
 
     monkeypatch.setattr(runs, "get_run_data", lambda *_: signal.raise_signal(signal.SIGINT))
     assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 130
@@ -693,7 +695,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_else(
 def test_an_error_of_the_system_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastkd.train import runs
+    from fastkd.train.runs import runs
 
     def refuse(error: OSError) -> None:
         raise error

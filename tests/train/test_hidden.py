@@ -14,10 +14,10 @@ from train_flags import RECIPE, with_inputs
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from fastkd.train import cli
-from fastkd.train.methods import METHODS
-from fastkd.train.objectives import hidden_masks
-from fastkd.train.student import is_tied, new_model, slice_teacher, smaller_config, t5_config
-from fastkd.train.tokenizer import padded_size
+from fastkd.train.models.student import is_tied, new_model, slice_teacher, smaller_config, t5_config
+from fastkd.train.models.tokenizer import padded_size
+from fastkd.train.objectives.methods import METHODS
+from fastkd.train.objectives.terms import hidden_masks
 
 VARIANTS = [(tied, proj) for tied in (True, False) for proj in ("relu", "gated-gelu")]
 

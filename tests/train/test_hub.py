@@ -11,10 +11,10 @@ import datasets
 import pytest
 from huggingface_hub import HfApi
 
-from fastkd.train import hub
-from fastkd.train.errors import InputError
-from fastkd.train.loading import load_config
-from fastkd.train.sources import hub_revision, read_hub
+from fastkd.train.common import hub
+from fastkd.train.common.errors import InputError
+from fastkd.train.data.sources import hub_revision, read_hub
+from fastkd.train.models.loading import load_config
 
 
 @pytest.mark.parametrize(

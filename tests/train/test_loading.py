@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config
 
-from fastkd.train.data import pad
-from fastkd.train.errors import InputError
-from fastkd.train.loading import load_model
-from fastkd.train.models import enct5_from, parts
-from fastkd.train.prune import sliced
-from fastkd.train.student import is_tied, new_model, t5_config
-from fastkd.train.tokenizer import fingerprint, train_tokenizer
+from fastkd.train.common.errors import InputError
+from fastkd.train.data.examples import pad
+from fastkd.train.minidisc.prune import sliced
+from fastkd.train.models.architectures import enct5_from, parts
+from fastkd.train.models.loading import load_model
+from fastkd.train.models.student import is_tied, new_model, t5_config
+from fastkd.train.models.tokenizer import fingerprint, train_tokenizer
 
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 Weights = dict[str, torch.Tensor]

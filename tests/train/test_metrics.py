@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from fastkd.train.metrics import GLUE_COLUMNS, _Words, score, score_rows, signatures
-from fastkd.train.tasks import TASKS
+from fastkd.train.data.tasks import TASKS
+from fastkd.train.judge.metrics import GLUE_COLUMNS, _Words, score, score_rows, signatures
 
 
 def counted_f1(outputs: list[bool], targets: list[bool]) -> float:

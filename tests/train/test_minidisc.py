@@ -16,14 +16,16 @@ import torch
 from train_flags import with_inputs
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, TrainerCallback
 
-from fastkd.train import minidisc, models
-from fastkd.train.arguments import parse
-from fastkd.train.errors import InputError
-from fastkd.train.methods import METHODS
-from fastkd.train.minidisc import CandidateTrainer
-from fastkd.train.prune import narrowed, normalised, order_of, parts, sliced, widths_at
-from fastkd.train.schedule import GRID, Candidate, Round, Schedule, Trial, parse_grid
-from fastkd.train.tasks import TASKS, figure_names
+from fastkd.train.common.errors import InputError
+from fastkd.train.data.tasks import TASKS, figure_names
+from fastkd.train.flags.arguments import parse
+from fastkd.train.flags.fields import GRID, parse_grid
+from fastkd.train.minidisc import minidisc
+from fastkd.train.minidisc.minidisc import CandidateTrainer
+from fastkd.train.minidisc.prune import narrowed, normalised, order_of, parts, sliced, widths_at
+from fastkd.train.minidisc.schedule import Candidate, Round, Schedule, Trial
+from fastkd.train.models import architectures as models
+from fastkd.train.objectives.methods import METHODS
 
 WORDS = {"fruit": "apple pear plum fig", "metal": "iron gold zinc tin", "tree": "oak elm ash yew"}
 
@@ -444,7 +446,7 @@ def test_rounds_are_reused_only_by_what_makes_the_same(
 def test_times_leave_scoring_out(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    from fastkd.train import stages
+    from fastkd.train.stages import stages
 
     classify = stages.classify
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, T5Config
 
-from fastkd.train.capture import is_enct5
-from fastkd.train.models import (
+from fastkd.train.common.family import is_enct5
+from fastkd.train.models.architectures import (
     EncT5Config,
     EncT5ForSequenceClassification,
     PrunedT5Config,
@@ -21,7 +21,7 @@ from fastkd.train.models import (
     enct5_from,
     parts,
 )
-from fastkd.train.student import new_model
+from fastkd.train.models.student import new_model
 
 CLASSES = ["no", "maybe", "yes"]
 WIDTHS = {"encoder.block.0.layer.0.SelfAttention": 1, "decoder.block.0.layer.2.DenseReluDense": 24}

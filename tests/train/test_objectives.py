@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import T5Config
 
-from fastkd.train.capture import without_head
-from fastkd.train.methods import METHODS
+from fastkd.train.models.capture import without_head
+from fastkd.train.objectives.methods import METHODS
 
 # The rows of the table, written out once more on purpose: terms, and the temperature of the logit term.
 EXPECTED: dict[str, tuple[str, int]] = {

@@ -16,12 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, default_data_collator
 
-from fastkd.train import cost, plan
-from fastkd.train.arguments import parse
-from fastkd.train.flags import chosen_method
-from fastkd.train.models import auto_class
-from fastkd.train.student import new_model, t5_config
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train import plan
+from fastkd.train.flags.arguments import parse
+from fastkd.train.flags.fields import chosen_method
+from fastkd.train.judge import cost
+from fastkd.train.models.architectures import auto_class
+from fastkd.train.models.student import new_model, t5_config
+from fastkd.train.training.trainer import DistillTrainer
 
 TOLERANCE = 0.06
 MIB = 2**20

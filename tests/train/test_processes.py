@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from train_flags import SIZES, with_inputs
 from transformers import T5Config
 
-from fastkd.train import LAUNCHERS, processes
-from fastkd.train.arguments import TransformersArguments, parse
-from fastkd.train.checkpoints import last_checkpoint
-from fastkd.train.errors import InputError
-from fastkd.train.student import new_model
-from fastkd.train.tokenizer import padded_size
+from fastkd.train import LAUNCHERS
+from fastkd.train.common import processes
+from fastkd.train.common.errors import InputError
+from fastkd.train.flags.arguments import TransformersArguments, parse
+from fastkd.train.models.student import new_model
+from fastkd.train.models.tokenizer import padded_size
+from fastkd.train.training.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20

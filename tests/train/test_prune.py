@@ -27,10 +27,16 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from fastkd.train.capture import PLACES, capture_hidden, capture_qkv
-from fastkd.train.models import EncT5ForSequenceClassification, PrunedT5ForConditionalGeneration, enct5_from, parts
-from fastkd.train.prune import importance, masked, narrowed, normalised, order_of, sliced, widths_at
-from fastkd.train.student import is_tied, new_model
+from fastkd.train.common.family import PLACES
+from fastkd.train.minidisc.prune import importance, masked, narrowed, normalised, order_of, sliced, widths_at
+from fastkd.train.models.architectures import (
+    EncT5ForSequenceClassification,
+    PrunedT5ForConditionalGeneration,
+    enct5_from,
+    parts,
+)
+from fastkd.train.models.capture import capture_hidden, capture_qkv
+from fastkd.train.models.student import is_tied, new_model
 
 Batch = dict[str, Tensor]
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}

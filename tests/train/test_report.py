@@ -22,15 +22,18 @@ import pytest
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 
-from fastkd.train import page as pages
-from fastkd.train import plots, report
-from fastkd.train.card import write_card
-from fastkd.train.cost import Cost
-from fastkd.train.errors import InputError
-from fastkd.train.models import enct5_from, parts
-from fastkd.train.outcome import Outcome
-from fastkd.train.prune import sliced
-from fastkd.train.schedule import Candidate, Round, Schedule, Trial
+from fastkd.train.common.errors import InputError
+from fastkd.train.judge.cost import Cost
+from fastkd.train.minidisc import pages as minidisc_pages
+from fastkd.train.minidisc.pages import shown
+from fastkd.train.minidisc.prune import sliced
+from fastkd.train.minidisc.schedule import Candidate, Round, Schedule, Trial
+from fastkd.train.models.architectures import enct5_from, parts
+from fastkd.train.report import page as pages
+from fastkd.train.report import plots
+from fastkd.train.report import reports as report
+from fastkd.train.report.card import write_card
+from fastkd.train.report.outcome import Outcome
 
 NASTY = "<script>alert('x')</script> & \"q\" ```` | \u2028 \x00 \ud800 %}{{ 7*7 }}\nreference: forged"
 ADDRESS = "data:image/png;base64,"
@@ -434,7 +437,7 @@ FIXED = schedule_of(one_trial(0.6, 0.72))
 
 def report_of(folder: Path, schedule: Schedule) -> tuple[str, list[list[str]], list[str]]:
     """A report with that schedule: its section in report.md, and the table's cells and the sentences of report.html."""
-    report.write(folder, [teacher(history=[]), student(history=[])], {}, schedule=schedule)
+    report.write(folder, [teacher(history=[]), student(history=[])], {}, **shown(schedule))
     page = Page(folder / "report.html")
     rows = [[text for text, _ in row] for row in page.rows]
     start = next(i for i, row in enumerate(rows) if row[0] == "round")
@@ -524,7 +527,7 @@ SECOND = replace(SANDWICH, teacher=0.85, candidates=candidates(at_90=0.85, at_95
 def test_why_a_student_came_about(
     schedule: Schedule, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "tradeoff", lambda schedule: None)
+    monkeypatch.setattr(minidisc_pages, "_tradeoff", lambda schedule: None)
     markdown, rows, sentences = report_of(tmp_path, schedule)
     assert sentences[0] == expected and f"\n\n{expected}\n\n" in markdown
     assert len(rows) == 2 + len(schedule.rounds) and rows[-1][5] == str(schedule.steps)
@@ -537,7 +540,7 @@ def panels_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Schedule], list[Any]
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
 
     def panels(schedule: Schedule) -> list[Any]:
-        assert plots.tradeoff(schedule) == b""
+        assert minidisc_pages._tradeoff(schedule) == b""
         return figures[-1].axes
 
     return panels
@@ -597,7 +600,7 @@ def test_no_picture_without_a_choice(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     markdown, _, _ = report_of(tmp_path / "run", FIXED)
     assert not list((tmp_path / "run").glob("*.png")) and "![" not in markdown
-    assert plots.tradeoff(schedule_of(one_trial(0, 0.7))) is None
+    assert minidisc_pages._tradeoff(schedule_of(one_trial(0, 0.7))) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -663,7 +666,7 @@ def test_runs_with_a_schedule_are_compared(tmp_path: Path) -> None:
     outcomes = [teacher(history=[]), student(history=[])]
     for name, schedule in {"minidisc": MINIDISC, "kd": None}.items():
         (tmp_path / name).mkdir()
-        report.write(tmp_path / name, outcomes, {"method": name}, schedule=schedule)
+        report.write(tmp_path / name, outcomes, {"method": name}, **shown(schedule))
     table = report.compare([tmp_path / "minidisc", tmp_path / "kd"], tmp_path / "out")
     assert [line.split()[1] for line in table.splitlines()[2:]] == ["teacher", "minidisc", "kd"]
     page = Page(tmp_path / "out" / "comparison.html")

@@ -20,12 +20,14 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from fastkd.train import folders, processes, runs, stages
-from fastkd.train.arguments import parse
-from fastkd.train.cache import replace_folder
-from fastkd.train.errors import InputError, writing
-from fastkd.train.tasks import TASKS
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train.common import processes
+from fastkd.train.common.cache import replace_folder
+from fastkd.train.common.errors import InputError, writing
+from fastkd.train.data.tasks import TASKS
+from fastkd.train.flags.arguments import parse
+from fastkd.train.runs import runs
+from fastkd.train.stages import folders, stages
+from fastkd.train.training.trainer import DistillTrainer
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
 RESUME = ["--resume_from_checkpoint", "last"]
@@ -117,7 +119,7 @@ def used(place: Path) -> Path:
 def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
     flag: str, value: str, output: str, used: Path
 ) -> None:
-    from fastkd.train.errors import InputError
+    from fastkd.train.common.errors import InputError
 
     value, output = (text.format(used.parent) for text in (value, output))
     cache = Path(value) if flag == "cache_dir" else Path("cache")
@@ -147,7 +149,7 @@ def test_what_lies_elsewhere_is_read(flag: str, value: str, used: Path) -> None:
 
 
 def test_a_run_in_the_folder_of_another_is_not_replaced_with_it(used: Path) -> None:
-    from fastkd.train.errors import InputError
+    from fastkd.train.common.errors import InputError
 
     (used / "previous-run").mkdir()
     (used / "previous-run" / "run.json").write_text("{}")

@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.arrow_writer import ArrowWriter
 
-from fastkd.train import formats, sources
-from fastkd.train.errors import InputError
-from fastkd.train.rows import stream
-from fastkd.train.sources import content_digest, read_hub, read_rows
-from fastkd.train.tasks import TASKS, Columns
+from fastkd.train.common.errors import InputError
+from fastkd.train.data import formats, sources
+from fastkd.train.data.rows import stream
+from fastkd.train.data.sources import content_digest, read_hub, read_rows
+from fastkd.train.data.tasks import TASKS, Columns
 
 ROWS = [{"a": 'one "two"', "b": "NA"}, {"a": "007", "b": "null"}, {"a": "3.0", "b": ""}, {"a": "línea\ttab", "b": "x"}]
 

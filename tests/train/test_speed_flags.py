@@ -14,9 +14,10 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import T5ForConditionalGeneration, default_data_collator
 
-from fastkd.train.capture import PLACES, attention_module
-from fastkd.train.data import SpanCorruption
-from fastkd.train.loading import load_model
+from fastkd.train.common.family import PLACES
+from fastkd.train.data.examples import SpanCorruption
+from fastkd.train.models.capture import attention_module
+from fastkd.train.models.loading import load_model
 
 NEVER = ["--save_strategy", "no", "--eval_strategy", "no"]
 

@@ -11,10 +11,10 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
-from fastkd.train import tasks
-from fastkd.train.errors import InputError
-from fastkd.train.rows import sample, store, stream
-from fastkd.train.tasks import TASKS, Columns, glue_files, glue_parts
+from fastkd.train.common.errors import InputError
+from fastkd.train.data import tasks
+from fastkd.train.data.rows import sample, store, stream
+from fastkd.train.data.tasks import TASKS, Columns, glue_files, glue_parts
 
 
 def stored(task: str, rows: Any, **columns: str) -> tuple[Dataset, int]:

@@ -21,14 +21,17 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
-from fastkd.train import cli, config, corpus, stages
-from fastkd.train.arguments import parse
-from fastkd.train.errors import InputError
-from fastkd.train.methods import METHODS
-from fastkd.train.metrics import GLUE_COLUMNS, score_rows
-from fastkd.train.tasks import TASKS, figure_names
-from fastkd.train.tokenizer import train_tokenizer
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train import cli
+from fastkd.train.common.errors import InputError
+from fastkd.train.data import corpus
+from fastkd.train.data.tasks import TASKS, figure_names
+from fastkd.train.flags import config
+from fastkd.train.flags.arguments import parse
+from fastkd.train.judge.metrics import GLUE_COLUMNS, score_rows
+from fastkd.train.models.tokenizer import train_tokenizer
+from fastkd.train.objectives.methods import METHODS
+from fastkd.train.stages import stages
+from fastkd.train.training.trainer import DistillTrainer
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
 CONSTANT = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]  # so that a run may become longer
@@ -87,7 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tokenizer: Any, saved: Callable[..., Path], place: Path) -> Path:
     """A teacher 128 wide, of 3 layers a side, as it comes from the generator: nobody trained it."""
-    from fastkd.train.student import new_model, t5_config
+    from fastkd.train.models.student import new_model, t5_config
 
     return saved(new_model(t5_config(512, 128, 3), seed=9), place / "teacher")
 

@@ -19,13 +19,13 @@ from transformers import (
     default_data_collator,
 )
 
-from fastkd.train.data import SpanCorruption
-from fastkd.train.errors import InputError, RunError, out_of_memory
-from fastkd.train.evaluate import token_scores
-from fastkd.train.guards import check_arguments
-from fastkd.train.methods import METHODS
-from fastkd.train.optimizer import gradient_norms
-from fastkd.train.trainer import DistillTrainer
+from fastkd.train.common.errors import InputError, RunError, out_of_memory
+from fastkd.train.data.examples import SpanCorruption
+from fastkd.train.judge.evaluate import token_scores
+from fastkd.train.objectives.methods import METHODS
+from fastkd.train.training.guards import check_arguments
+from fastkd.train.training.optimizer import gradient_norms
+from fastkd.train.training.trainer import DistillTrainer
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

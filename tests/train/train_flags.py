@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastkd.train.methods import METHODS
+from fastkd.train.objectives.methods import METHODS
 
 SIZES = ["--student_layers", "1", "--student_d_model", "32"]
 TEACHER = [

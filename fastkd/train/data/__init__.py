@@ -1,0 +1,1 @@
+"""From files, folders and hubs to what a model reads."""

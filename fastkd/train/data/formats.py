@@ -1,0 +1,352 @@
+"""The formats of files: text, JSONL, CSV, TSV and Parquet, each also compressed by gzip.
+
+Files are parsed here, a row at a time and only in the columns that are asked for, so that a column which nothing reads
+fails no file, memory does not grow with it, and every mistake is reported with its file and line. Nothing is guessed:
+CSV and TSV values stay the text they are ("NA", "007"), JSON strings stay strings, which pandas makes dates of.
+What divides a file into rows and values:
+
+- Text: a row is a paragraph, lines up to a blank one, in files where blank lines follow at least one line in a hundred
+  (of the first 10,000); in others every line is a row. A row of more than 50,000 characters is cut into several.
+- CSV: quotes enclose values, which may then hold commas, line breaks and doubled quotes, as `csv.writer` and pandas
+  write them.
+- TSV: the same, if every quote of the file stands where those would put it: around a value, or doubled inside of one.
+  Where one does not (in the first 100,000 lines), quotes are text, as in GLUE's files, and tabs always separate; also
+  where values would span lines each of which has all the columns.
+- JSONL: an object a line; .json may also be one array. Columns are the keys of the first 1,000 objects; those that come
+  later are found where they are asked for, but not in a stream.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, Value
+
+from ..common.errors import InputError, one_line
+
+BATCH = 64  # rows of a Parquet file that are decoded together
+LONGEST = 50_000  # characters of a text; files exist that are one line, or one paragraph
+JUDGED_TEXT, JUDGED_TSV, JUDGED_JSON = 10_000, 100_000, 1000  # lines, or objects, by which a file is judged
+
+Row = dict[str, Any]
+_NO_TEXT = Value("null")  # the feature of columns that hold neither text nor texts by name
+
+
+def suffix(file: Path) -> str:
+    """Return the suffix that names a file's format."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what the file system and gzip may raise into an InputError."""
+    try:
+        yield
+    except EOFError as error:
+        raise InputError(f"{file} is truncated: its compressed data ends early") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{file} is no valid gzip file: {one_line(error)}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {(error.strerror or 'unknown error').lower()}") from error
+
+
+def _open(file: Path) -> Any:
+    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line with its end) of a UTF-8 file, with or without a byte order mark."""
+    start = b""
+    with reading(file), _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                start = line[:100]
+                _check_is_text(file, start)
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(file, f"line {number}, byte {error.start + 1} of it", start) from error
+            if number == 1 and 3 * start.count(0) > len(start):
+                raise _not_utf8(file, "line 1, with zeros between its letters", start)
+            yield number, text
+
+
+# How files begin that are no text, what they are, and what makes data of them.
+_BINARY = {
+    b"\x1f\x8b\x08": ("compressed by gzip", "rename it, so that its name ends in .gz"),
+    b"PK\x03\x04": ("a zip archive, or a spreadsheet", "give the files that unzip makes of it, or CSV"),
+    b"(\xb5/\xfd": ("compressed by zstd", "give what zstd -d makes of it"),
+    b"\xfd7zXZ\0": ("compressed by xz", "give what xz -d makes of it"),
+    b"BZh91AY&SY": ("compressed by bzip2", "give what bzip2 -d makes of it"),
+    b"PAR1\x15": ("Parquet", "rename it, so that its name ends in .parquet"),
+    b"ARROW1\0": ("an Arrow file", "give Parquet, or a folder of save_to_disk"),
+    b"%PDF-": ("a PDF", "give its text"),
+}
+
+
+def _check_is_text(file: Path, start: bytes) -> None:
+    for mark, (kind, advice) in _BINARY.items():
+        if start.startswith(mark):
+            raise InputError(f"{file} is no text but {kind}: {advice}")
+
+
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+
+
+def _not_utf8(file: Path, place: str, start: bytes) -> InputError:
+    found = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
+    high, low = start[::2].count(0), start[1::2].count(0)
+    if found is None and 3 * (high + low) > len(start) and not (high and low):
+        found = "UTF-16LE" if low else "UTF-16BE"
+    if found is None and any(byte < 9 or 13 < byte < 27 for byte in start):
+        return InputError(f"{file} is no text: {place}, does not decode, and its first line has control characters")
+    is_said = f"it is {found}" if found else "perhaps it is Windows-1252 (Latin-1)"
+    return InputError(
+        f"{file} is not UTF-8 text: {place}, does not decode; {is_said}, which "
+        f"iconv -f {found or 'WINDOWS-1252'} -t UTF-8 OLD > NEW converts"
+    )
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of one format are read.
+
+    features: (file, whether all of it may be read) -> what each column holds, as far as it is known.
+    rows: (file, columns) -> its rows, of these columns; raises InputError with file and line.
+    """
+
+    name: str
+    features: Callable[[Path, bool], dict[str, Any]]
+    rows: Callable[[Path, list[str]], Iterator[Row]]
+
+
+def _texts(file: Path, names: list[str]) -> Iterator[Row]:
+    """Yield texts, white space collapsed. A blank line may hold spaces."""
+    in_paragraphs, size = _has_paragraphs(file), 0
+    parts: list[str] = []
+    for piece in (piece for _, line in _lines(file) for piece in _pieces(line)):
+        part = " ".join(piece.split())
+        if parts and (not part or not in_paragraphs or size + len(part) > LONGEST):
+            yield {"text": " ".join(parts)}
+            parts, size = [], 0
+        if part:
+            parts.append(part)
+            size += len(part)
+    if parts:
+        yield {"text": " ".join(parts)}
+
+
+def _has_paragraphs(file: Path) -> bool:
+    lines, gaps, after_blank = 0, 0, False
+    for _, line in islice(_lines(file), JUDGED_TEXT):
+        is_blank = line.isspace()
+        if not is_blank:
+            gaps += after_blank and lines > 0
+            lines += 1
+        after_blank = is_blank
+    return 0 < lines <= 100 * gaps
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """Yield a line in pieces of at most LONGEST characters, cut behind a space if there is one."""
+    start = 0
+    while start < len(line):
+        end = start + LONGEST
+        if end < len(line):
+            end = line.rfind(" ", start, end) + 1 or end
+        yield line[start:end]
+        start = end
+
+
+def _csv_records(file: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the last line, fields) of each record, the header's too, blank lines left out."""
+    csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is below the length of a document
+    reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
+    try:
+        yield from ((reader.line_num, fields) for fields in reader if fields)
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: {one_line(error)}") from error
+
+
+def _tsv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, fields) as `_csv_records`, or by tabs alone where quotes are text."""
+    if _quotes_enclose(file):
+        yield from _csv_records(file, "\t")
+        return
+    for number, line in _lines(file):
+        line = line.rstrip("\r\n")
+        if line:
+            yield number, line.split("\t")
+
+
+_ENCLOSED = r'"[^"]*(?:""[^"]*)*'  # and the quote that ends it, if it ends on this line
+_RECORD = re.compile(rf'(?:(?:[^"\t]*|{_ENCLOSED}")\t)*(?:[^"\t]*|{_ENCLOSED}"|(?P<open>{_ENCLOSED}))')
+
+
+def _quotes_enclose(file: Path) -> bool:
+    """Return whether each quote of a TSV file begins or ends a value, or is doubled inside of one."""
+    is_open, opened = False, False
+    tabs: set[int] = set()
+    for _, line in islice(_lines(file), JUDGED_TSV):
+        line = line.rstrip("\r\n")
+        if is_open or '"' in line:
+            record = _RECORD.fullmatch('"' * is_open + line)
+            if record is None:
+                return False
+            is_open = record["open"] is not None
+            opened |= is_open
+        if line:
+            tabs.add(line.count("\t"))
+    # Where values seem to span lines, each of which has all the columns, quotes of different rows only look like pairs.
+    return not is_open and not (opened and len(tabs) == 1 and tabs != {0})
+
+
+def _table(name: str, records: Callable[[Path], Iterator[tuple[int, list[str]]]]) -> Format:
+    """Return the format of files whose first record names the columns; all values are strings."""
+
+    def header(records: Iterator[tuple[int, list[str]]], file: Path) -> list[str]:
+        _, names = next(records, (0, []))
+        if not names:
+            raise InputError(f"{file} is empty: expected a first line that names the columns")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{file}: two columns are named {twice!r}")
+        return names
+
+    def features(file: Path, whole: bool) -> dict[str, Any]:
+        return dict.fromkeys(header(records(file), file), Value("string"))
+
+    def rows(file: Path, names: list[str]) -> Iterator[Row]:
+        lines = records(file)
+        every = header(lines, file)
+        _check_columns(file, names, every)
+        for number, fields in lines:
+            if len(fields) > len(every):
+                raise InputError(f"{file}, line {number}: expected {len(every)} fields, got {len(fields)}")
+            # Fields missing at the end are None, which "" is not.
+            values = dict(zip(every, fields, strict=False))
+            yield {name: values.get(name) for name in names}
+
+    return Format(name, features, rows)
+
+
+def _check_columns(file: Path, names: list[str], every: list[str]) -> None:
+    lacking = [name for name in names if name not in every]
+    if lacking:
+        raise InputError(
+            f"{file} lacks {', '.join(lacking)}, which another file has: it has the columns {', '.join(every)}"
+        )
+
+
+def _json_objects(file: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (line number, object) of each line; or of a .json file that is one array, (the array's line, object)."""
+    lines = _lines(file)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        is_array = suffix(file) == ".json" and line.lstrip().startswith("[")
+        text = line + "".join(rest for _, rest in lines) if is_array else line.strip()
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            at = number + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else number
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+            raise InputError(f"{file}, line {at}: malformed JSON, {reason[0].lower()}{reason[1:]}") from error
+        for row in value if is_array else [value]:
+            if not isinstance(row, dict):
+                raise InputError(f"{file}, line {number}: expected a JSON object, got {json.dumps(row)[:40]}")
+            yield number, row
+
+
+def _json_features(file: Path, whole: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _, row in islice(_json_objects(file), None if whole else JUDGED_JSON):
+        for name, value in row.items():
+            if isinstance(value, str):
+                found[name] = Value("string")
+            elif isinstance(value, dict):
+                known = found.get(name)
+                found[name] = (known if isinstance(known, dict) else {}) | dict.fromkeys(value, Value("string"))
+            else:
+                found.setdefault(name, _NO_TEXT)
+    return found
+
+
+def _json_rows(file: Path, names: list[str]) -> Iterator[Row]:
+    """Yield the objects with these columns: the keys that one lacks are None, those that all lack are an error."""
+    found: dict[str, None] = {}
+    for number, row in _json_objects(file):
+        found |= dict.fromkeys(row)
+        values = {name: row.get(name) for name in names}
+        try:
+            "".join(value for value in values.values() if isinstance(value, str)).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{file}, line {number}: half of a surrogate pair, which is no character") from error
+        yield values
+    if found:
+        _check_columns(file, names, list(found))
+
+
+@contextlib.contextmanager
+def _parquet(file: Path) -> Iterator[pq.ParquetFile]:
+    with reading(file), _open(file) as stream:
+        # Parquet is read from its end, which gzip cannot: a compressed one is unpacked, into memory.
+        source = io.BytesIO(stream.read()) if isinstance(stream, gzip.GzipFile) else stream
+        try:
+            yield pq.ParquetFile(source)
+        except pa.ArrowException as error:
+            raise InputError(f"{file} is no valid Parquet file: {one_line(error)}") from error
+
+
+def _parquet_features(file: Path, whole: bool) -> dict[str, Any]:
+    with _parquet(file) as table:
+        schema = table.schema_arrow
+    return {field.name: _feature(field, schema.metadata) for field in schema}
+
+
+def _feature(field: pa.Field, metadata: Any) -> Any:
+    """Return what a column holds, such as a ClassLabel, or that it is no text where `datasets` knows no such type."""
+    if pa.types.is_dictionary(field.type):
+        field = field.with_type(field.type.value_type)
+    if pa.types.is_large_string(field.type) or pa.types.is_string_view(field.type):
+        return Value("string")
+    try:
+        return Features.from_arrow_schema(pa.schema([field], metadata))[field.name]
+    except (ValueError, TypeError, NotImplementedError):
+        return _NO_TEXT
+
+
+def _parquet_rows(file: Path, names: list[str]) -> Iterator[Row]:
+    with _parquet(file) as table:
+        _check_columns(file, names, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=BATCH, columns=names):
+            yield from batch.to_pylist()
+
+
+_JSON = Format("jsonl", _json_features, _json_rows)
+FORMATS = {
+    ".txt": Format("text", lambda file, whole: {"text": Value("string")}, _texts),
+    ".jsonl": _JSON,
+    ".json": _JSON,
+    ".csv": _table("csv", _csv_records),
+    ".tsv": _table("tsv", _tsv_records),
+    ".parquet": Format("parquet", _parquet_features, _parquet_rows),
+}
+KNOWN_SUFFIXES = f"{', '.join(FORMATS)}, each also .gz"

@@ -1,0 +1,114 @@
+"""What a model learns from rows: texts or pairs, written to an Arrow file or as a stream, and samples of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from ..common.errors import InputError
+from .formats import Row
+from .sources import Files, Rows, arrow_file, blocks
+from .tasks import Bound, Columns, Part, Task
+
+SAMPLE_SEED = 20  # fixed, whatever --seed is, so that runs compare
+FEW_CLASSES = 100  # different targets of a task; more are texts
+
+
+def _described(rows: Rows) -> tuple[dict[str, Any], list[str]]:
+    """Return (features, column names), those of the first row if a stream does not know its own."""
+    if rows.column_names is not None:
+        return dict(rows.features or {}), list(rows.column_names)
+    first = next(iter(rows), None)
+    if first is None:
+        raise InputError("no rows: the data is empty")
+    return dict(Dataset.from_list([first]).features), list(first)
+
+
+def _bound(task: Task, rows: Rows, columns: Columns) -> tuple[Rows, Bound]:
+    if task.bind is None:
+        raise ValueError(f"task: expected one with rows of its own, got {task.name!r}")
+    try:
+        return rows, task.bind(*_described(rows), columns)
+    except InputError as error:
+        if not isinstance(rows, Files):
+            raise
+        if rows.streaming:
+            raise InputError(f"{error}; a stream has the columns of its first file, {rows.files[0]}") from error
+    rows = rows.with_all_columns()
+    return rows, task.bind(*_described(rows), columns)
+
+
+def _learnt(part: Part, columns: Columns) -> Iterator[Row | None]:
+    """Yield what a model learns from each row, None from one that lacks a text; raises InputError if all do."""
+    task, title, rows = part
+    rows, (used, texts) = _bound(task, rows, columns)
+    is_empty = True
+    for row in rows.select_columns(used):
+        made = texts(row)
+        is_empty &= not all(made)
+        yield dict(zip(task.features, (*made, title), strict=False)) if all(made) else None
+    if is_empty:
+        raise _nothing(task, title)
+
+
+def _nothing(task: Task, title: str) -> InputError:
+    return InputError(f"{title}: no row has " + ("a text" if len(task.features) == 1 else "both a source and a target"))
+
+
+def store(parts: Sequence[Part], path: Path, *, columns: Columns) -> tuple[Dataset, int]:
+    """Write the texts, or pairs, of all parts to an Arrow file; return (the Dataset that maps it, rows dropped).
+
+    Texts are rows "text", pairs "source", "target" and "task". Rows are dropped where one of them is blank or missing.
+    Raises InputError if columns are absent, if a label is unknown, or if nothing is left of a part.
+    """
+    dropped = 0
+
+    def kept() -> Iterator[Row]:
+        nonlocal dropped
+        for part in parts:
+            for row in _learnt(part, columns):
+                if row is None:
+                    dropped += 1
+                else:
+                    yield row
+
+    with arrow_file(path, parts[0][0].features) as write:
+        for block in blocks(kept()):
+            write({name: [row[name] for row in block] for name in block[0]})
+    return Dataset.from_file(str(path)), dropped
+
+
+def stream(task: Task, rows: Any, *, columns: Columns) -> IterableDataset:
+    """Return a stream of the texts, or pairs, of a stream of rows; as `store`, but what is dropped is not counted."""
+    rows, (used, texts) = _bound(task, rows, columns)
+
+    def convert(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+        made = [texts(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        kept = [(*row, task.name) for row in made if all(row)]
+        return {name: [row[i] for row in kept] for i, name in enumerate(task.features)}
+
+    made = rows.select_columns(used).map(convert, batched=True, remove_columns=used, features=task.features)
+    if next(iter(made), None) is None:
+        raise _nothing(task, task.name)
+    return made
+
+
+def sample(rows: Dataset, most: int) -> Dataset:
+    """Return at most `most` rows, drawn at random: as many of each task, as far as it has so many.
+
+    Of a task with few different targets each is drawn, and as often as its share of the rows has it.
+    """
+    if len(rows) <= most:
+        return rows
+    if "task" not in rows.column_names:
+        return rows.shuffle(seed=SAMPLE_SEED).take(most)
+    table = rows.select_columns(["task", "target"]).to_pandas().sample(frac=1, random_state=SAMPLE_SEED)
+    classes = table.groupby(["task", "target"])["target"]
+    is_few = table.groupby("task")["target"].transform("nunique") <= FEW_CLASSES
+    table["place"] = (classes.cumcount() / classes.transform("size")).where(is_few, 0)
+    table["place"] = table.groupby("task")["place"].rank(method="first")  # in its task
+    table = table.sort_values("place", kind="stable")
+    return rows.select(sorted(table.index[:most]))

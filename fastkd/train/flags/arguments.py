@@ -1,0 +1,220 @@
+"""From the words of a command line to flags: fastkd-train's own, and every field of Seq2SeqTrainingArguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from ..common.errors import InputError, closest
+from . import checks, config
+from .fields import FastkdArguments, chosen_method
+from .parser import ABOUT, DEFAULTS, JOINED, Parser, bounded, fields_by_name, help_text, kind_of, own_parser
+
+EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
+# Flags, and those that take their place where a later layer gives them: the demo, a file, the command line.
+_DATA = ("train_file", "dataset_name", "embedded_data")
+_REPLACED_BY = {
+    "max_steps": ("num_train_epochs",), "num_train_epochs": ("max_steps",), "teacher": ("train_teacher",),
+    "train_teacher": ("teacher",), "labelled_examples": _DATA, **dict.fromkeys(_DATA, _DATA),
+}  # fmt: skip
+_LEAST = {
+    "seed": 0, "data_seed": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}  # fmt: skip
+# What other trainers call it.
+_ALIASES = {
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size per_gpu_train_batch_size bs bsz",
+    "per_device_eval_batch_size": "eval_batch_size test_batch_size per_gpu_eval_batch_size",
+    "gradient_accumulation_steps": "accumulation_steps grad_accum gradient_accumulation grad_accumulation_steps",
+    "learning_rate": "lr alpha_lr step_size max_lr", "lr_scheduler_type": "scheduler lr_scheduler schedule lr_schedule",
+    "weight_decay": "wd decay", "max_grad_norm": "clip grad_clip gradient_clipping clip_grad_norm max_norm",
+    "warmup_steps": "warmup warmup_ratio num_warmup_steps", "optim": "optimizer optimiser",
+    "num_train_epochs": "epochs epoch num_epochs max_epochs n_epochs",
+    "max_steps": "steps num_steps train_steps max_train_steps num_train_steps iterations total_steps",
+    "output_dir": "output out out_dir output_path output_folder save_dir save_path",
+    "max_source_length or --sequence_length": "max_length max_len max_seq_length max_seq_len seq_len seq_length "
+    "block_size model_max_length context_length",
+    "max_source_length": "max_input_length input_length source_length",
+    "max_target_length": "max_output_length output_length target_length max_new_tokens",
+    "teacher": "teacher_model teacher_path teacher_model_name_or_path teacher_name",
+    "student": "student_model student_path student_model_name_or_path student_name",
+    "teacher or --student": "model model_name model_path model_name_or_path pretrained",
+    "train_file or --dataset_name": "data dataset data_path data_dir train_data train_path train corpus input_file",
+    "eval_file": "validation_file valid_file val_file dev_file test_file eval_data eval_path validation_data",
+    "temperature": "tau temp kd_temperature distill_temperature", "divergence": "loss loss_type kl distillation_loss",
+    "weights": "alpha kd_weight ce_weight alpha_ce loss_weights lambda", "seed": "random_seed random_state",
+    "resume_from_checkpoint": "resume resume_from checkpoint ckpt", "report_to": "logger wandb tensorboard",
+    "dataloader_num_workers": "num_workers workers", "use_cpu": "cpu no_cuda device", "fsdp": "shard zero sharding",
+    "bf16": "precision dtype mixed_precision amp", "logging_steps": "log_interval log_every log_steps log_freq",
+    "eval_steps": "eval_every eval_interval evaluation_steps", "save_steps": "save_every save_interval",
+    "eval_strategy": "evaluation_strategy", "generation_num_beams": "num_beams beams beam_size",
+    "student_layers": "layers num_layers n_layers depth",
+    "student_d_model": "d_model hidden_size width dim hidden_dim student_dim",
+    "target_sparsity": "sparsity prune_ratio pruning_ratio", "max_train_examples": "max_train_samples max_samples",
+    "max_eval_examples": "max_eval_samples", "overwrite_output_dir": "overwrite force",
+}  # fmt: skip
+
+
+class TransformersArguments(Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments in a group of its own."""
+
+    _argument_group_name = "transformers.Seq2SeqTrainingArguments"
+
+    @property
+    def n_gpu(self) -> int:
+        """The GPUs of this process: the first, where it sees several; with more, transformers takes DataParallel."""
+        return min(super().n_gpu, 1)
+
+
+class _TheirParser(Parser, HfArgumentParser):
+    """Transformers' parser, with errors of ours."""
+
+
+@functools.cache
+def _parsers() -> tuple[Parser, HfArgumentParser]:
+    """Return the parsers of fastkd-train's own flags and of transformers'."""
+    group: Any = TransformersArguments
+    theirs: Any = _TheirParser(group, prog="fastkd-train", allow_abbrev=False, add_help=False)
+    theirs.set_defaults(**DEFAULTS, dataloader_pin_memory=torch.cuda.is_available())
+    for action in theirs._actions:
+        if action.dest in _LEAST or action.type is float:
+            action.type = bounded(action.type, least=_LEAST.get(action.dest, 0))
+    return own_parser(), theirs
+
+
+def help_of_everything() -> str:
+    """Return the help of every flag."""
+    theirs = _parsers()[1].format_help()
+    return help_text(everything=True) + "\n" + theirs[theirs.index(TransformersArguments._argument_group_name) :]
+
+
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    """Return "; did you mean ...?" for the flag that means what an unknown one says, or else for the most similar."""
+    name = word.lstrip("-")
+    meant = next((flag for flag, others in _ALIASES.items() if name.lower() in others.split()), None)
+    return f"; did you mean '--{meant}'?" if meant else closest(f"--{name}", [f"--{flag}" for flag in known])
+
+
+def _parsed(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return (values of fastkd-train's flags, those of transformers', words that are neither)."""
+    own, theirs = _parsers()
+    ours, rest = own.parse_known_args(words)
+    others, unknown = theirs.parse_known_args(rest)
+    return vars(ours), vars(others), unknown
+
+
+def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments, TransformersArguments]:
+    """Parse and check the flags, and before them those of the file that `--config` names, and of `--demo`.
+
+    needs_data: whether it is an error that nothing says what to learn from.
+    Raises InputError for unknown flags, keys and methods (with the closest known one) and for values out of range.
+    """
+    if not argv:
+        raise InputError("give --demo, --method or --config; --help shows what there is, with examples")
+    line = [_underscored(word) for word in argv]
+    words = _with_files(line)
+    mine, theirs, unknown = _parsed(words)
+    if unknown:
+        kind = "flag" if unknown[0].startswith("-") else "argument"
+        hint = _suggestion(unknown[0].split("=")[0], [*mine, *theirs, *ABOUT]) if kind == "flag" else ""
+        raise InputError(f"unknown {kind} {unknown[0]!r}{hint}")
+    given = _names(words)
+    _make_intervals_agree(theirs, given)
+    checks.check_supported(theirs, _parsers()[1])
+    try:
+        args = TransformersArguments(**theirs)
+    except (ValueError, TypeError, ImportError) as error:  # transformers' own checks of its arguments
+        raise InputError(" ".join(str(error).split())) from error
+    named = sorted(name for name in {*DEFAULTS, *given} if name in theirs)
+    ours = FastkdArguments(**mine, transformers_flags={name: theirs[name] for name in named})
+    _settle(ours, args, given)
+    checks.check(ours, args, _names(line), needs_data)
+    return ours, args
+
+
+def _with_files(line: Sequence[str]) -> list[str]:
+    """Return the words of the command line, behind those that stand for the keys of `--demo`'s and `--config`'s files.
+
+    The last of two equal flags counts, so those of the command line override the file's, and these the demo's.
+    """
+    first, given = _parsers()[0].parse_known_args(line)[0], _names(line)
+    layers = [config.load(first.config)] if first.config else []
+    if first.demo or ("demo" not in given and layers and layers[0][1].get("demo")):
+        layers.insert(0, config.load("demo"))
+    words = list(line)
+    for path, settings in reversed(layers):
+        replaced = {name for name, by in _REPLACED_BY.items() if given.intersection(by)} - given
+        kept = {name: said for name, said in _words(path, settings).items() if name not in replaced}
+        words = [word for said in kept.values() for word in said] + words
+        given |= {name for name in kept if settings[name] is not None and settings[name] is not False}
+    return words
+
+
+def _words(path: str, settings: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the words that say the same as a file's settings; raise InputError with file and key if none can."""
+    words: dict[str, list[str]] = {}
+    actions = {action.dest: action for parser in _parsers() for action in parser._actions if action.dest != "config"}
+    fields = fields_by_name()
+    for key, value in settings.items():
+        if key not in actions:
+            raise InputError(f"{path}: unknown key {key!r}{_suggestion(key, list(actions)).replace('--', '')}")
+        if value is False and "no" in (actions[key].choices or ()):
+            value = "no"  # as in `save_strategy: no`, which is a boolean to YAML
+        kind = kind_of(fields[key]) if key in fields else ""
+        said = config.words(key, value, joined=kind in JOINED)
+        try:
+            if kind == "str" and isinstance(value, bool | dict | list):
+                raise InputError(f"expected a word, got {value!r}")
+            if _parsed(said)[2]:
+                raise InputError(f"expected one value, got {value!r}")
+        except InputError as error:
+            raise InputError(f"{path}: {key}: {str(error).removeprefix(f'--{key}: ')}") from error
+        words[key] = said
+    return words
+
+
+def _underscored(word: str) -> str:
+    """Return a word of the command line with underscores in the flag's name, which may be written with dashes."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def _names(words: Iterable[str]) -> set[str]:
+    """Return the flags among words, without their dashes and values."""
+    return {word[2:].split("=")[0] for word in words if word.startswith("--")}
+
+
+def _make_intervals_agree(values: dict[str, Any], given: set[str]) -> None:
+    """With `--load_best_model_at_end`, let evaluations and checkpoints come together where only one was given."""
+    for what in ("strategy", "steps") if values["load_best_model_at_end"] else ():
+        for one, other in ((f"eval_{what}", f"save_{what}"), (f"save_{what}", f"eval_{what}")):
+            if one in given and other not in given and values[one] not in ("no", "best"):
+                values[other] = getattr(values[one], "value", values[one])
+
+
+def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str]) -> None:
+    """Fill in the defaults that depend on other flags: how long, and at which rates."""
+    if args.max_steps > 0:
+        if "num_train_epochs" in given and args.num_train_epochs > 0:
+            raise InputError("give --max_steps or --num_train_epochs, not both")
+        args.num_train_epochs = 0.0
+    elif args.max_steps == 0:
+        raise InputError("--max_steps must be above 0, or -1 to go by --num_train_epochs")
+    elif ours.streaming:
+        raise InputError("--streaming needs --max_steps: nobody knows the length of a stream")
+    elif args.num_train_epochs <= 0:
+        raise InputError(f"--num_train_epochs must be above 0, got {args.num_train_epochs:g}")
+    loading: Any = args.accelerator_config
+    if ours.streaming and loading.dispatch_batches is None:
+        # Every process reads the stream and takes its part; cutting up one's batches needs them to be equally long.
+        loading.dispatch_batches = False
+    starts_random = ours.student is None and chosen_method(ours).student_init == "random"
+    if ours.embedding_learning_rate is None and starts_random:
+        ours.embedding_learning_rate = EMBEDDING_FACTOR * args.learning_rate
+    if args.output_dir == "trainer_output":  # transformers' default
+        args.output_dir = str(Path("runs") / ("demo" if ours.demo else "comparison" if ours.compare else ours.method))

@@ -1,0 +1,264 @@
+"""What flags may be given together, and which of transformers' flags fastkd-train does not take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import InputError
+from ..data.tasks import TASKS, figure_names, is_glue
+from ..models.sharding import is_asked_for
+from ..objectives.methods import Method
+from .fields import EMBEDDED_DATA, WITH_BETA, FastkdArguments, PruningArguments, chosen_method
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+_NO_DEEPSPEED = "losses and checkpoints need weights as torch keeps them; --fsdp shards the student"
+# Flags of transformers that would do nothing here, or something else than they say; and what to do instead.
+_REASONS = {
+    "label_smoothing_factor use_liger_kernel liger_kernel_config": "losses are fastkd's",
+    "neftune_noise_alpha": "T5 reads its embedding past it",
+    "use_cache": "no step of training reads a cache",
+    "sortish_sampler": "--train_sampling_strategy group_by_length is like it",
+    "length_column_name": "lengths are those of the tokenised examples",
+    "label_names": "labels are the targets of the task",
+    "remove_unused_columns": "the task says which columns are read",
+    "generation_config": "--generation_num_beams and --generation_max_length are",
+    "prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches eval_accumulation_steps "
+    "eval_use_gather_object": "evaluation is the loss, the token accuracy and the task's figures",
+    "bf16_full_eval fp16_full_eval": "it would leave the student in 16 bits; --bf16 evaluates under autocast",
+    "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint without it",
+    "deepspeed": _NO_DEEPSPEED,
+    "parallelism_config": "--fsdp shards the student, --teacher_sharding the teacher",
+    "auto_find_batch_size": "it changes what a step learns from; python -m fastkd.train.plan says what fits",
+    "save_only_model": "checkpoints are there to resume from",
+    "ddp_static_graph": "losses are computed outside of what DDP wraps",
+    "ddp_find_unused_parameters": "every weight that learns is part of the loss, which DDP does not see",
+    "push_to_hub hub_token hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision":
+        "look at the report first, then upload the folder with `hf upload`",
+    "do_predict": "outputs of held-out examples are in the report",
+}  # fmt: skip
+_EITHER = (
+    ("train_file", "dataset_name"), ("train_file", "embedded_data"), ("dataset_name", "embedded_data"),
+    ("teacher", "train_teacher"), ("student", "interpolated"), ("demo", "interpolated"),
+)  # fmt: skip
+_OF_PAIRS = "source_column target_column source_prefix source_lang target_lang"
+_NOT_READ = {
+    "span_corruption": "max_source_length max_target_length",
+    "text2text": "label_column source_lang target_lang",
+    "summarization": "label_column source_lang target_lang",
+    "translation": "text_column label_column",
+    "classification": "source_lang target_lang",
+}
+
+
+def check_supported(values: dict[str, Any], parser: HfArgumentParser) -> None:
+    """Raise InputError for a value of transformers' flags that would not have its effect here."""
+    for name, why in ((name, why) for names, why in _REASONS.items() for name in names.split()):
+        value, default = values[name], parser.get_default(name)
+        if value not in (None, False, [], default) or (value is False and default):
+            raise InputError(f"--{name} is not supported: {why}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise InputError(f"accelerate's DeepSpeed is not supported: {_NO_DEEPSPEED}")
+
+
+def check(
+    flags: FastkdArguments, args: Seq2SeqTrainingArguments, line: Collection[str], needs_data: bool = True
+) -> None:
+    """Raise InputError for flags that do not go together, or if something is missing.
+
+    line: those that the command line gives itself. needs_data: whether there must be data to learn from.
+    """
+    _check_transformers(flags, args)
+    method = chosen_method(flags)
+    if method.student_init == "prune":
+        _check_pruning(flags, args, method)
+    _check_processes(flags, args, method)
+    if flags.demo and not method.needs_teacher:
+        raise InputError("--demo compares a distillation method with scratch: choose another --method")
+    if method.student_init == "slice" and not method.needs_teacher:
+        raise InputError(f"--student_init: without a term for it {flags.method} has no teacher to slice, give random")
+    for first, second in _EITHER:
+        if getattr(flags, first) and getattr(flags, second):
+            raise InputError(f"give --{first} or --{second}, not both")
+    if flags.interpolated and not method.needs_teacher:
+        raise InputError(f"--interpolated: {flags.method} has no teacher, so nothing comes between")
+    if flags.interpolated and not flags.teacher:
+        raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
+    if flags.labelled_examples and (
+        flags.streaming or flags.task == "span_corruption" or method.student_init == "prune"
+    ):
+        raise InputError(
+            "--labelled_examples needs pairs in memory: not --streaming, span_corruption or a method that prunes"
+        )
+    if flags.streaming and flags.embedded_data:
+        raise InputError("--streaming needs --train_file or --dataset_name: embedded data fits into memory")
+    if flags.streaming and args.dataloader_num_workers > 1:
+        raise InputError(f"--streaming is read by 0 or 1 --dataloader_num_workers, got {args.dataloader_num_workers}")
+    if flags.streaming and not flags.teacher and not flags.student:
+        raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
+    if not flags.compare:
+        _check_no_effect(flags, method, line)
+        _check_inputs(flags, method, needs_data)
+
+
+def _check_transformers(flags: FastkdArguments, args: Seq2SeqTrainingArguments) -> None:
+    if args.load_best_model_at_end and "no" in (args.eval_strategy, args.save_strategy):
+        raise InputError("--load_best_model_at_end needs --eval_strategy and --save_strategy other than no")
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("--fp16 needs a GPU: give --bf16, which CPUs compute in, too")
+    # Later versions of transformers call it by the first name.
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise InputError(f"--{name}: use_reentrant is not supported, states are captured on the way")
+    if flags.task == "span_corruption" and args.train_sampling_strategy != "random":
+        raise InputError("--train_sampling_strategy has no effect with span_corruption: chunks are equally long")
+    figures = figure_names(TASKS[flags.task])
+    if flags.selection_metric not in (None, "token_accuracy", *figures):
+        names = ", ".join(["token_accuracy", *figures])
+        raise InputError(f"--selection_metric: expected one of {names}, got {flags.selection_metric!r}")
+    known = ["loss", "token_accuracy", *(figures if args.predict_with_generate else [])]
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise InputError(
+            f"--metric_for_best_model: expected one of {', '.join(f'eval_{name}' for name in known)}, got {best!r}"
+            + ("" if args.predict_with_generate else " (those of generated texts need --predict_with_generate)")
+        )
+
+
+def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[str]) -> None:
+    """Raise InputError for flags that would do nothing beside the others, if the command line says them.
+
+    Files of flags may serve many runs; but the layout of data and the ways of pruning are of one, wherever it was said.
+    """
+    task, terms, of_method = TASKS[flags.task], method.terms, f"with --method {flags.method}, "
+    is_text, glue, no_term = flags.task == "span_corruption", is_glue(task), f"{of_method}none of whose terms it is for"
+    diverges = "logit_kl" in terms or ("mixup_kd" in terms and method.mixup_distance == "divergence")
+    prunes, picks = method.student_init == "prune", "assistants truncation tradeoff_lambda sandwich_size"
+    has_teacher, pruning = method.needs_teacher or prunes, [f.name for f in dataclasses.fields(PruningArguments)]
+    reads = f"with --task {flags.task}"
+    of_teacher = "teacher_layers teacher_d_model teacher_steps teacher_learning_rate"
+    everywhere = (
+        (f"{_OF_PAIRS} label_column", is_text, f"{reads}, which reads texts alone"),
+        (f"{_OF_PAIRS} text_column dataset_config train_split eval_split", glue, f"{reads}, whose data is GLUE's"),
+        (" ".join(pruning), not prunes, f"{of_method}which does not prune its teacher"),
+        (picks, method.schedule != "minidisc", f"{of_method}which picks no assistant"),
+        (picks, flags.assistant_sparsity is not None, "with --assistant_sparsity, which picks the assistant"),
+        ("assistant_sparsity", method.schedule == "maxidisc", f"{of_method}which tries all of the grid"),
+        (
+            "importance_examples",
+            flags.importance_on == "dev",
+            "with --importance_on dev, which takes all of it",
+        ),
+        ("train_teacher", not has_teacher, f"{of_method}which has no teacher"),
+        ("cka_over_processes", "hidden_cka" not in terms, f"{of_method}which has no CKA"),
+    )
+    on_the_line = (
+        (_NOT_READ.get(flags.task, ""), True, reads),
+        ("sequence_length", not is_text, f"{reads}: pairs have --max_source_length and --max_target_length"),
+        ("dataset_config train_split eval_split", not flags.dataset_name, "without --dataset_name"),
+        ("shuffle_buffer", not flags.streaming, "without --streaming"),
+        ("vocabulary_size", flags.teacher or flags.student, "beside a model, which brings its tokenizer"),
+        (of_teacher, not flags.train_teacher, "without --train_teacher"),
+        ("teacher_dtype teacher_sharding", not has_teacher, f"{of_method}which has no teacher"),
+        ("student_layers student_d_model student_init", flags.student, "beside --student, which is the student"),
+        ("student_layers student_d_model", prunes, "with a student that is its teacher pruned: give --target_sparsity"),
+        ("assistant_layers assistant_d_model", not flags.interpolated, "without --interpolated"),
+        ("temperature", not diverges, no_term),
+        ("divergence divergence_beta", not diverges and not method.places, no_term),
+        ("divergence_beta", method.divergence not in WITH_BETA, f"with --divergence {method.divergence}"),
+        ("relation_heads teacher_layer", not method.places, no_term),
+        ("match_first_position", not method.hidden_terms, no_term),
+        ("mse_states", "hidden_mse" not in terms, no_term),
+        ("projection_learning_rate", "hidden_linear" not in terms, no_term),
+        ("mixup_alpha", not method.mixup_terms, no_term),
+        ("mixup_distance", "mixup_kd" not in terms, no_term),
+        ("workspace_mb", not method.vocabulary_terms and not method.mixup_terms, no_term),
+    )
+    changed = {f.name for f in dataclasses.fields(flags) if getattr(flags, f.name) != f.default}
+    for given, rules in (({*line, *changed}, everywhere), (line, on_the_line)):
+        for names, has_none, why in rules:
+            found = next((name for name in names.split() if has_none and name in given), None)
+            if found:
+                raise InputError(f"--{found} has no effect {why}")
+
+
+def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> None:
+    """Raise InputError if something is missing: data, a teacher, or the size of a model."""
+    if needs_data and not flags.has_own_data and flags.embedded_data is None:
+        raise InputError(
+            "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data "
+            f"{' or '.join(EMBEDDED_DATA)}, or --demo"
+        )
+    if flags.embedded_data is not None and flags.task not in EMBEDDED_DATA[flags.embedded_data]:
+        raise InputError(
+            f"--task {flags.task} needs --train_file or --dataset_name: --embedded_data {flags.embedded_data} is for "
+            f"{', '.join(EMBEDDED_DATA[flags.embedded_data])}"
+        )
+    needs = method.needs_teacher or method.student_init == "prune"
+    if needs and not (flags.teacher or flags.train_teacher):
+        why = "" if method.needs_teacher else " with --student_init prune"
+        raise InputError(
+            f"--method {flags.method}{why} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to "
+            "train one on the same data first"
+        )
+    sizes = ["teacher_layers", "teacher_d_model", "teacher_steps"] if flags.train_teacher else []
+    if not (flags.teacher or flags.train_teacher or flags.student):
+        sizes = ["student_layers", "student_d_model"]  # no teacher to take them from
+    missing = [f"--{name}" for name in sizes if getattr(flags, name) is None]
+    if missing:
+        raise InputError(f"a model is to be made from nothing: give its {' and '.join(missing)}")
+
+
+def _check_processes(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method) -> None:
+    """Raise InputError for what several processes cannot do together."""
+    if flags.cka_over_processes and not args.average_tokens_across_devices:
+        raise InputError("--cka_over_processes needs --average_tokens_across_devices, which is the default")
+    if args.world_size == 1:
+        return
+    if args.torch_compile and is_asked_for(args):
+        raise InputError("--torch_compile is not supported with FSDP, which gathers weights inside of what is compiled")
+    if method.student_init == "prune":
+        raise InputError(f"--method {flags.method} runs in one process, got {args.world_size}")
+    if flags.demo:
+        raise InputError(f"--demo runs in one process, got {args.world_size}")
+
+
+_NOT_WITH_PRUNING = {
+    "student": "the student is the teacher pruned",
+    "demo": "without --demo it makes all it needs, too",
+    "interpolated": "--assistants is like it",
+    "streaming": "importance and rounds need data that is read again",
+    "torch_compile": "widths change in every step",
+    "load_best_model_at_end": "rounds keep the best candidate already",
+}
+
+
+def _check_pruning(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method) -> None:
+    for name, why in _NOT_WITH_PRUNING.items():
+        if getattr(flags, name, None) or getattr(args, name, None):
+            raise InputError(f"--{name} is not supported with --method {flags.method}: {why}")
+    grid = flags.grid
+    target, sparsities = flags.target_sparsity, ", ".join(f"{sparsity:g}" for sparsity in grid)
+    if target not in grid or target == 0:
+        raise InputError(
+            f"--target_sparsity: expected one of the grid's above 0 ({sparsities}; --sparsity_grid takes others), got "
+            f"{target:g}"
+        )
+    if flags.assistant_sparsity is not None and not 0 < flags.assistant_sparsity < target:
+        raise InputError(
+            f"--assistant_sparsity: expected one above 0 and below the target's, {target:g}, got "
+            f"{flags.assistant_sparsity:g}"
+        )
+    between = [sparsity for sparsity in grid if flags.truncation <= sparsity < target]
+    picks = method.schedule == "minidisc" and flags.assistant_sparsity is None
+    if picks and flags.assistants > len(between):
+        raise InputError(
+            f"--assistants {flags.assistants}: the grid has {len(between)} from --truncation {flags.truncation:g} to "
+            f"below the target {target:g} ({sparsities})"
+        )
+    if flags.sandwich_size == 1:
+        raise InputError("--sandwich_size: expected 0 for all, or at least 2, the least and the most sparse, got 1")

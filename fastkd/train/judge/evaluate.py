@@ -1,0 +1,125 @@
+"""Held-out loss and accuracy, from hidden states, in chunks of tokens so that logits stay small; and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from ..common.processes import is_first, of_all, own_part
+from ..models.sharding import is_sharded
+from ..models.tokenizer import texts_of
+
+CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
+
+
+@torch.no_grad()
+def token_scores(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return [B, L, 2] (fp32): each target token's negative log-likelihood in nats, and 1 where the argmax is right.
+
+    hidden [B, L, H], weight [V, H], labels [B, L]; where a label is -100 both scores are 0.
+    """
+    scores = []
+    for h, y in zip(hidden.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True):
+        logits = torch.nn.functional.linear(h, weight).float()  # [CHUNK, V]
+        nats = torch.nn.functional.cross_entropy(logits, y, reduction="none", ignore_index=-100)
+        scores.append(torch.stack([nats, (logits.argmax(-1) == y).float()], -1))
+    return torch.cat(scores).view(*labels.shape, 2)
+
+
+def held_out_metrics(prediction: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Average token scores over all target tokens; the `compute_metrics` of DistillTrainer.
+
+    prediction: (scores [N, L, 2], labels [N, L]). Returns "loss" in nats per target token and "token_accuracy".
+    """
+    scores, labels = prediction
+    nats, hits = scores[labels != -100].astype(np.float64).mean(0)
+    return {"loss": float(nats), "token_accuracy": float(hits)}
+
+
+@torch.no_grad()
+def classify(
+    model: Any, tokenizer: Any, sources: Sequence[Sequence[int]], *, batch_size: int, title: str | None = None
+) -> list[str]:
+    """Return the class that an EncT5 gives each source, token ids without padding; title: see `generate`."""
+
+    def answers(inputs: dict[str, torch.Tensor]) -> list[str]:
+        return [model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()]
+
+    return _in_batches(answers, model, tokenizer, sources, batch_size, title)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    kept: Collection[int] = (),
+    title: str | None = None,
+) -> list[str]:
+    """Return what a model writes for each source, token ids without padding: its most likely words, or by beams.
+
+    Whatever else its own generation_config says, such as least lengths or banned words, is not done, so that models
+    are compared by one decoding. Sources of like length share a batch. kept: ids of special tokens that are part of
+    what is written; others are left out. title: of the progress bar, which is not shown without one.
+    """
+    decoding = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        decoder_start_token_id=model.config.decoder_start_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+    def texts(inputs: dict[str, torch.Tensor]) -> list[str]:
+        # Processes that share a model's weights gather them together as long as one of them writes.
+        written = model.generate(**inputs, synced_gpus=is_sharded(model))[:, 1:].tolist()
+        return texts_of(tokenizer, written, kept)
+
+    own, model.generation_config = model.generation_config, decoding
+    try:
+        return _in_batches(texts, model, tokenizer, sources, batch_size, title)
+    finally:
+        model.generation_config = own
+
+
+def _in_batches(
+    answer: Callable[[dict[str, torch.Tensor]], list[str]],
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str | None,
+) -> list[str]:
+    """Return `answer(input_ids and attention_mask of a batch)` for all sources, those of like length together.
+
+    Processes share them, unless they share the model's weights, which takes all of them for every batch.
+    """
+    device, mode, shares = next(model.parameters()).device, model.training, not is_sharded(model)
+    order: Sequence[int] = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
+    order = own_part(order) if shares else order
+    answers: dict[int, str] = {}
+    model.eval()
+    bar = tqdm(total=len(order), desc=title, unit="text", disable=title is None or not is_first())
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = tokenizer.pad({"input_ids": [list(sources[i]) for i in batch]}, return_tensors="pt").to(device)
+            ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            answers.update(zip(batch, answer(ids), strict=True))
+            bar.update(len(batch))
+    finally:
+        bar.close()
+        model.train(mode)
+    for others in of_all(answers) if shares else ():
+        answers |= others
+    return [answers[i] for i in range(len(sources))]

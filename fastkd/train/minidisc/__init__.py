@@ -1,0 +1,1 @@
+"""Pruning of teachers, and rounds of distillation with assistants (MiniDisc)."""

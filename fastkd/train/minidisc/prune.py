@@ -1,0 +1,220 @@
+"""Structured pruning of T5 into nested sub-networks (MiniDisc, Zhang et al., 2024, arXiv 2205.14570).
+
+Attention heads and feed-forward neurons are ranked by how much the loss feels them, and every layer's weights are put
+in the order of the ranks. Then each sub-network is a prefix of every matrix, smaller ones lie within larger ones, and
+all of them can share one set of weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.family import is_enct5
+from ..models.architectures import EncT5ForSequenceClassification, Part, PrunedT5ForConditionalGeneration, parts
+
+WIDTH_MULTIPLE = 8  # of neurons, as fast GEMMs want them
+
+Widths = Mapping[str, int]  # units that are kept, by the name of a part
+
+
+# Importance ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def masked(model: Any, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply each unit's output by its mask while the context lasts: masks[part] is [units]."""
+    with contextlib.ExitStack() as hooks:
+        for name, part in parts(model).items():
+            if name in masks:
+
+                def multiply(module: Any, inputs: Any, mask: Tensor = masks[name], size: int = part.size) -> Any:
+                    return (inputs[0] * mask.repeat_interleave(size).to(inputs[0].dtype),)
+
+                outer = model.get_submodule(f"{name}.{part.outer}")
+                hooks.callback(outer.register_forward_pre_hook(multiply).remove)
+        yield
+
+
+def importance(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return how much the loss feels each unit: the sum over batches of |d loss / d mask|, [units] (fp32) per part.
+
+    Heads and neurons carry a mask of ones, which moves nothing; the weights get no gradient. batches: arguments of
+    `model(...)`, labels included. The model is in evaluation mode meanwhile.
+    """
+    mode, device = model.training, next(model.parameters()).device
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masks = {name: torch.ones(part.units, device=device, requires_grad=True) for name, part in parts(model).items()}
+    sums = {name: torch.zeros(part.units, device=device) for name, part in parts(model).items()}
+    model.eval().requires_grad_(False)
+    try:
+        for batch in batches:
+            with torch.enable_grad(), masked(model, masks):
+                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            # A part without units, as a model that was pruned before may have, leaves its mask unused.
+            gradients = torch.autograd.grad(loss, list(masks.values()), allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += gradient.abs()
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        model.train(mode)
+    return sums
+
+
+def normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores divided by their L2 norm in each part, so that layers compare; zeros stay zeros."""
+    return {name: score / score.norm().clamp_min(torch.finfo(score.dtype).tiny) for name, score in scores.items()}
+
+
+# Sub-networks --------------------------------------------------------------------------------------------------------
+
+
+def of_kind(scores: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the names of the parts with heads, and of those with neurons."""
+    heads = [name for name in scores if name.endswith("Attention")]
+    return {"heads": heads, "neurons": [name for name in scores if name not in heads]}
+
+
+def widths_at(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """Return the widths that are left when the lowest `round(sparsity * total)` heads, and neurons, are pruned.
+
+    scores: normalised, of all parts. Units are ranked over all layers at once, heads and neurons apart. Numbers of
+    neurons are rounded to multiples of 8. What a higher sparsity leaves is a part of what a lower one leaves.
+    Other than in the paper, the most important head of all cross-attentions is pruned last, as without it no answer
+    could depend on what is read.
+    """
+    scores, widths = _with_cross_attention(scores), {}
+    for kind, names in of_kind(scores).items():
+        lengths = torch.tensor([len(scores[name]) for name in names])
+        owner = torch.arange(len(names)).repeat_interleave(lengths)
+        order = torch.cat([scores[name].cpu() for name in names]).argsort(stable=True)
+        kept = owner[order[round(sparsity * len(order)) :]].bincount(minlength=len(names)).tolist()
+        for name, units, most in zip(names, kept, lengths.tolist(), strict=True):
+            rounded = int(units / WIDTH_MULTIPLE + 0.5) * WIDTH_MULTIPLE
+            widths[name] = units if kind == "heads" else min(rounded, most)
+    return {name: widths[name] for name in scores}
+
+
+def _with_cross_attention(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores among which one of the most important cross-attention head is the highest."""
+    raised = {name: score.clone() for name, score in scores.items()}
+    cross = [score for name, score in raised.items() if name.endswith("EncDecAttention") and len(score)]
+    if cross:
+        best = max(cross, key=lambda score: float(score.max()))
+        best[best.argmax()] = torch.inf
+    return raised
+
+
+def order_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the units of every part, the most important first."""
+    return {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
+
+
+@torch.no_grad()
+def sliced(model: Any, widths: Widths, order: Mapping[str, Tensor] | None = None) -> Any:
+    """Return a dense model with the first `widths` units of every part of a T5, a PrunedT5 or an EncT5.
+
+    order: of the units, see `order_of`; by default that which they have. With all widths this reorders a model, which
+    goes on computing what it did. The result shares no weights with the model, and is an EncT5 or else a PrunedT5.
+    Raises ValueError if a width is not one that the model has.
+    """
+    selected: dict[str, tuple[int, Tensor]] = {}  # weight -> (dimension, indices)
+    for name, part in _checked(model, widths).items():
+        units = torch.arange(part.units) if order is None else order[name].cpu()
+        rows = units[: widths[name], None] * part.size + torch.arange(part.size)
+        selected |= {f"{name}.{inner}.weight": (0, rows.flatten()) for inner in part.inner}
+        selected[f"{name}.{part.outer}.weight"] = 1, rows.flatten()
+        selected[f"{name}.relative_attention_bias.weight"] = 1, units[: widths[name]]
+
+    made = skeleton(model, widths)
+    sources = dict(model.named_parameters(remove_duplicate=False))
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # of what the model shares, so that it is not copied again and again
+    for name in dict(made.named_parameters(remove_duplicate=False)):
+        # Later layers of a model that shares it have no table of positions.
+        first = f"{name.partition('.')[0]}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        source = sources[name] if name in sources else sources[first]
+        if name in selected:
+            dimension, indices = selected[name]
+            state[name] = source.index_select(dimension, indices.to(source.device))
+        else:
+            if id(source) not in copies:
+                copies[id(source)] = source.clone()
+            state[name] = copies[id(source)]
+    made.load_state_dict(state, assign=True)
+    _tie_as(made, model)
+    return made.train(model.training)
+
+
+def _checked(model: Any, widths: Widths) -> dict[str, Part]:
+    """Return the model's parts; raises ValueError if the widths are not from 0 to those they have."""
+    found = parts(model)
+    for name, part in found.items():
+        if not 0 <= widths[name] <= part.units:
+            raise ValueError(f"widths: expected 0 to {part.units} {part.kind} in {name}, got {widths[name]}")
+    return found
+
+
+def skeleton(model: Any, widths: Widths) -> Any:
+    """Return the dense model that `sliced` would, without weights, on the meta device."""
+    kind: Any = EncT5ForSequenceClassification if is_enct5(model.config) else PrunedT5ForConditionalGeneration
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    config = kind.config_class.from_dict(settings)
+    config.widths = {name: int(width) for name, width in widths.items()}
+    config.scale_decoder_outputs = getattr(model.config, "scale_decoder_outputs", False)  # mT5 never does
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        made = kind(config)
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(model.generation_config)
+    _tie_as(made, model)
+    return made
+
+
+def _tie_as(made: Any, model: Any) -> None:
+    """Share the parameters of a model that another one shares."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            module, _, attribute = name.rpartition(".")
+            setattr(made.get_submodule(module), attribute, made.get_parameter(known))
+
+
+@contextlib.contextmanager
+def narrowed(model: Any, widths: Widths) -> Iterator[None]:
+    """Let a PrunedT5, or a pruned EncT5, compute with the first `widths` units of every part while the context lasts.
+
+    Its parameters stay what they are: gradients arrive in them, zero beyond the sub-network, if the backward pass is
+    inside the context too when activation checkpointing computes anything again. Not inside of another such context.
+    Raises ValueError if a width is not one that the model has.
+    """
+    with contextlib.ExitStack() as undo:
+        for name, part in _checked(model, widths).items():
+            if widths[name] != part.units:
+                _narrow(model.get_submodule(name), part, widths[name], undo)
+        yield
+
+
+def _narrow(module: Any, part: Part, units: int, undo: contextlib.ExitStack) -> None:
+    rows = units * part.size
+    for name in part.inner:
+        _set_forward(getattr(module, name), lambda x, w: nn.functional.linear(x, w[:rows]), undo)
+    _set_forward(getattr(module, part.outer), lambda x, w: nn.functional.linear(x, w[:, :rows]), undo)
+    if part.kind == "heads":
+        if hasattr(module, "relative_attention_bias"):
+            table = module.relative_attention_bias
+            _set_forward(table, lambda ids, w: nn.functional.embedding(ids, w[:, :units]), undo)
+        module.n_heads = units
+        undo.callback(setattr, module, "n_heads", part.units)
+
+
+def _set_forward(module: Any, compute: Callable[[Tensor, Tensor], Tensor], undo: contextlib.ExitStack) -> None:
+    module.forward = lambda x: compute(x, module.weight)
+    undo.callback(delattr, module, "forward")

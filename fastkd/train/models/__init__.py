@@ -1,0 +1,13 @@
+"""Models: loaded, sharded, sliced, captured on the way; and those that transformers' own classes cannot express.
+
+Importing this registers the latter with transformers' Auto classes, which then load their folders without remote code.
+"""
+
+from .architectures import (
+    EncT5Config,
+    EncT5ForSequenceClassification,
+    PrunedT5Config,
+    PrunedT5ForConditionalGeneration,
+)
+
+__all__ = ["EncT5Config", "EncT5ForSequenceClassification", "PrunedT5Config", "PrunedT5ForConditionalGeneration"]

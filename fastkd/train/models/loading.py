@@ -1,0 +1,233 @@
+"""Models and tokenizers from a folder or the hub: all of their weights, all of them finite, or one line that says why.
+
+transformers starts weights that a checkpoint lacks at random, and makes up a tokenizer that is not there. Here both are
+errors, as is whatever else would leave a model that is not the one that was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from ..common.errors import InputError
+from ..common.hub import from_hub
+from ..common.processes import by_first
+from .architectures import auto_class  # and its kinds of T5, which transformers knows from now on
+from .sharding import is_sharded, not_finite, shard_weights_of_first, whole
+from .student import is_tied
+from .tokenizer import special_tokens
+
+# T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
+FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
+SHOWN = 4  # names of weights in a message
+
+
+def load_config(name: str | Path, role: str) -> Any:
+    """Return the `T5Config` of a `save_pretrained` folder, or of a model on the hub; see `load_model`.
+
+    A decoder whose start token it does not name starts from padding, as T5's.
+    """
+    with _loading(name, role) as options:
+        config = AutoConfig.from_pretrained(name, **options)
+    if config.model_type not in FAMILY:
+        raise InputError(f"{role} {name} is a {config.model_type!r} model: expected one of {', '.join(FAMILY)}")
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{role} {name} is quantised: expected plain weights, as before its quantisation")
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    if config.decoder_start_token_id is None:
+        raise InputError(
+            f"{role} {name}: its config.json has neither decoder_start_token_id nor pad_token_id, from which the "
+            "decoder starts: add the one it was trained with (0 for T5)"
+        )
+    for kind in ("pad_token_id", "decoder_start_token_id"):
+        its = getattr(config, kind)
+        if not isinstance(its, int) or not 0 <= its < config.vocab_size:
+            raise InputError(
+                f"{role} {name}: its config's {kind} is {its!r}: expected that of one of its {config.vocab_size} pieces"
+            )
+    return config
+
+
+def load_tokenizer(name: str | Path, role: str, config: Any) -> Any:
+    """Return the tokenizer beside a model of that config, set to pad on the right; see `load_model`."""
+    with _loading(name, role) as options:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    pieces = tokenizer.get_vocab()
+    if not any(piece.strip("▁").isalnum() for piece in pieces.keys() - special_tokens(tokenizer).keys()):
+        raise InputError(
+            f"{role} {name} has no tokenizer: expected tokenizer.json or spiece.model beside the weights, as "
+            "tokenizer.save_pretrained writes it"
+        )
+    rows = max(pieces.values()) + 1
+    if rows > config.vocab_size:
+        raise InputError(f"{role} {name}: its tokenizer has {rows} pieces, its embedding only {config.vocab_size}")
+    for kind in ("pad_token_id", "eos_token_id"):
+        its, expected = getattr(tokenizer, kind), getattr(config, kind)
+        if its is None or (isinstance(expected, int) and its != expected):
+            raise InputError(
+                f"{role} {name}: its tokenizer's {kind} is {its}, its config's {expected}: expected the tokenizer that "
+                "the model was trained with"
+            )
+    return tokenizer
+
+
+def load_model(name: str | Path, role: str, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub: a T5 or one of its variants.
+
+    role: "teacher" or "student", for messages. No code of the repository is run. dtype: see `load_weights`.
+    Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
+    """
+    config = load_config(name, role)
+    tokenizer = load_tokenizer(name, role, config)
+    return load_weights(name, role, config, dtype), tokenizer
+
+
+def load_weights(
+    name: str | Path,
+    role: str,
+    config: Any,
+    dtype: torch.dtype | str = torch.float32,
+    shard_on: torch.device | None = None,
+) -> Any:
+    """Return the model of a folder or a name, whose config that is, with every weight as it was saved.
+
+    dtype: "auto" is that of the checkpoint if it is float32 or bfloat16, else float32: in float16 T5s overflow, and
+    transformers clamps them without a word. shard_on: a device of each process over which the weights are to be
+    spread; only the first process reads them.
+    """
+
+    def load() -> Any:
+        with _loading(name, role) as options:
+            settings = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, found = auto_class(config).from_pretrained(name, **settings, **options)
+            saved, _ = PreTrainedConfig.get_config_dict(name, **options)
+        if saved.get("tie_word_embeddings") is False and is_tied(model):  # transformers ties a head that is not there
+            found["missing_keys"] = {*found["missing_keys"], "lm_head.weight"}
+        _check_whole(model, found, name, role)
+        if dtype == "auto" and model.dtype not in (torch.float32, torch.bfloat16):
+            print(f"{role} {name}: saved in {str(model.dtype).removeprefix('torch.')}, it runs in float32")
+            model.float().config.dtype = torch.float32
+        return model
+
+    return load() if shard_on is None else _load_sharded(load, config, shard_on)
+
+
+def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: str) -> None:
+    """Raise InputError for weights that the checkpoint lacks, has too many, in another shape, or that are no numbers.
+
+    found: what transformers says about them. Weights that are the same, as those of a head and its embedding, and the
+    tables of relative positions that T5 once saved and never used, are none of these to it.
+    """
+    shapes = [f"{key} {tuple(its)} for {tuple(mine)}" for key, its, mine in found["mismatched_keys"]]
+    kinds = {"lacks": found["missing_keys"], "has, unlike its config,": found["unexpected_keys"], "has": shapes}
+    faults = [f"{verb} {_some(names)}" for verb, names in kinds.items() if names]
+    bad = not_finite(model)
+    if found.get("error_msgs"):
+        faults.append(" ".join(str(found["error_msgs"][0]).split()))
+    if bad is not None and not faults:
+        faults.append(f"has numbers in {bad} that are not finite")
+    if faults:
+        raise InputError(f"the checkpoint of {role} {name} {', and '.join(faults)}: expected the weights of its config")
+
+
+def _some(names: Any) -> str:
+    """Return the first names in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def _load_sharded(load: Callable[[], Any], config: Any, device: torch.device) -> Any:
+    """Return the model that `load()` gives in the first process, sharded; no other process ever holds all of it."""
+    loaded: list[Any] = []
+
+    def kind_in_first() -> tuple[torch.dtype, bool]:
+        loaded.append(load())
+        return loaded[0].dtype, is_tied(loaded[0])
+
+    kind = by_first(kind_in_first)
+    model = loaded[0] if loaded else _empty(config, *kind)
+    shard_weights_of_first(model, model.state_dict() if loaded else {}, device)
+    return model
+
+
+def _empty(config: Any, dtype: torch.dtype, tied: bool) -> Any:
+    """Return a model of a config whose weights are memory that was never written to, so that it takes none.
+
+    tied: whether the head is the embedding, which the config need not tell.
+    """
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=dtype)
+    model.to_empty(device="cpu").tie_weights()
+    if not tied and is_tied(model):
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+    return model.eval()
+
+
+@torch.no_grad()
+def unsharded(model: Any) -> Any:
+    """Return a copy of a sharded model with whole weights on every process, in evaluation mode; others as they are."""
+    if not is_sharded(model):
+        return model
+    plain = _empty(model.config, model.dtype, is_tied(model)).to(model.device)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("hidden_projection."):  # of the training, no part of the model
+            plain.get_parameter(name).copy_(whole(parameter))
+    return plain
+
+
+# What goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
+    """Yield the options of `from_pretrained`, and turn what goes wrong into one line about a folder or the hub."""
+    folder, options = Path(name), {"local_files_only": True, "trust_remote_code": False}
+    if not folder.is_dir():
+        with from_hub(str(name), role, "model", _reason) as offline:
+            yield {**options, "local_files_only": offline}
+        return
+    _check_folder(folder, role)
+    try:
+        yield options
+    except Exception as error:  # a file that somebody else made can make its reader raise anything
+        raise InputError(f"cannot load the {role} in {name}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line what transformers could not do, and what to do about it where that does not tell."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its .bin file holds more than weights: expected safetensors, as save_pretrained writes them"
+    if any(package in str(error) for package in ("protobuf", "tiktoken")):  # the second is asked for the first's sake
+        try:
+            import google.protobuf  # noqa: F401
+        except ImportError:
+            return "its spiece.model is read by the package protobuf, which is not installed: pip install protobuf"
+    if isinstance(error, SafetensorError):
+        return f"{error}: its file of weights is cut off, or a pointer to it that git lfs pull replaces"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError | TypeError | AttributeError):  # of transformers, which expected another file
+        return f"one of its JSON files is not as save_pretrained writes it ({type(error).__name__}: {error})"
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    """Raise InputError for a folder that cannot be that of a model."""
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{role} folder {folder} holds an adapter: expected a whole model, as merge_and_unload() and "
+            "save_pretrained make of it"
+        )
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; its folders {', '.join(inner)} have" if inner else ""
+        raise InputError(f"{role} folder {folder} has no config.json: expected a save_pretrained folder of a T5{hint}")

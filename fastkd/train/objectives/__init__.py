@@ -1,0 +1,1 @@
+"""The distillation methods and the losses of their terms."""

@@ -1,0 +1,247 @@
+"""The distillation methods: each is a row in METHODS, its terms, their weights and their layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.family import PLACES, is_enct5, matched_layer
+
+VOCABULARY_TERMS = ("ce", "logit_kl")
+HIDDEN_TERMS = ("hidden_cka", "hidden_linear", "hidden_mse", "hidden_pkd")
+SAME_SHAPE_TERMS = ("hidden_mse", "hidden_pkd")  # between states of one width, layer by layer
+MIXUP_TERMS = ("mixup_ce", "mixup_kd")
+MIXUP_DISTANCES = ("mse", "divergence")
+STUDENT_INITS = ("slice", "random", "prune")
+TEACHER_LAYERS = {24: 21}  # of a teacher's depth: MiniLMv2's choice for BERT-large; for T5 it is an assumption
+
+
+@dataclass(frozen=True)
+class Method:
+    """One objective: loss = sum over terms of weight * term.
+
+    terms: "ce", cross-entropy with the target tokens; "logit_kl", temperature^2 * divergence of the teacher's and the
+    student's softmaxes at that temperature; the relation terms (see `relation_loss`), named after their place:
+    "decoder_self", "decoder_cross", "encoder_self"; one of the hidden-state terms (see `hidden_loss`), "hidden_cka",
+    "hidden_linear", "hidden_mse" or "hidden_pkd"; and the terms on mixed examples (see `mixup_loss`), "mixup_ce" and
+    "mixup_kd".
+    divergence, divergence_beta: of the logit term and the relation terms, a name of `fastkd.DIVERGENCES`.
+    relation_heads: MiniLMv2's A_r, into which queries, keys and values are split whatever their own heads; 32 as in
+    the code of MiniEnD's authors.
+    teacher_layer: whose states the relation terms take, counted from 1; by default that of TEACHER_LAYERS, else the
+    last. The student's is always its last.
+    match_first_position: whether the hidden-state term compares the first decoder position too, which reads the start
+    token.
+    student_init: where a student made for this method starts, "random", "slice" (see `student.slice_teacher`) or
+    "prune" (see `prune`).
+    schedule: what comes between teacher and a pruned student, "minidisc" or "maxidisc" (see `minidisc`), or "" for
+    nothing unless the flags say so.
+    mse_states: how many hidden states of a stack "hidden_mse" compares, evenly spaced from the embeddings to the last.
+    mixup_alpha: examples are mixed in shares lam and 1 - lam, with lam of Beta(mixup_alpha, mixup_alpha).
+    mixup_distance: what "mixup_kd" measures between the logits of teacher and student, "mse" or, by "divergence", the
+    method's own.
+    """
+
+    summary: str
+    terms: Mapping[str, float]
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    divergence_beta: float = 0.5
+    relation_heads: int = 32
+    teacher_layer: int | None = None
+    match_first_position: bool = False
+    student_init: str = "random"
+    schedule: str = ""
+    mse_states: int = 7
+    mixup_alpha: float = 0.4
+    mixup_distance: str = "mse"
+
+    @property
+    def formula(self) -> str:
+        """The weighted sum in words."""
+        return " + ".join(f"{weight:.3g} {term}" for term, weight in self.terms.items())
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return any(term not in ("ce", "mixup_ce") for term in self.terms)
+
+    @property
+    def vocabulary_terms(self) -> list[str]:
+        """The terms on the vocabulary, which one pass computes; without any, the head learns nothing."""
+        return [term for term in self.terms if term in VOCABULARY_TERMS]
+
+    @property
+    def places(self) -> list[str]:
+        """The places of the relation terms."""
+        return [term for term in self.terms if term in PLACES]
+
+    @property
+    def hidden_terms(self) -> list[str]:
+        """The hidden-state term, if there is one."""
+        return [term for term in self.terms if term in HIDDEN_TERMS]
+
+    @property
+    def mixup_terms(self) -> list[str]:
+        """The terms on mixed examples."""
+        return [term for term in self.terms if term in MIXUP_TERMS]
+
+    def student_layers(self, config: Any) -> dict[str, int]:
+        """Return the last layer at each place, which is the student's."""
+        return {place: _depth(config, PLACES[place].stack) for place in self.places}
+
+    def teacher_layers(self, config: Any) -> dict[str, int]:
+        """Return the teacher's layer at each place; raises ValueError if teacher_layer is not one of its layers."""
+        depths = self.student_layers(config)
+        if self.teacher_layer is None:
+            return {place: TEACHER_LAYERS.get(depth, depth) for place, depth in depths.items()}
+        least = min(depths.values(), default=self.teacher_layer)
+        if not 1 <= self.teacher_layer <= least:
+            raise ValueError(f"teacher_layer: expected 1 to {least}, the teacher's layers, got {self.teacher_layer}")
+        return dict.fromkeys(depths, self.teacher_layer)
+
+    def matched_states(self, student: Any, teacher: Any) -> dict[str, list[tuple[int, int]]]:
+        """Return (student's, teacher's) numbers of the hidden states that each stack compares, of two `T5Config`s.
+
+        All of the student's, embeddings included, as HSM does; but for "hidden_mse" some that are evenly spaced, and
+        for "hidden_pkd" the last. Of an EncT5 only those of the encoder. {} without a hidden-state term.
+        """
+        if not self.hidden_terms:
+            return {}
+        stacks = ("encoder",) if is_enct5(student) else ("encoder", "decoder")
+        depths = {stack: (_depth(student, stack), _depth(teacher, stack)) for stack in stacks}
+        if self.hidden_terms[0] in SAME_SHAPE_TERMS:
+            return {stack: [(i, i) for i in self._same_layers(depth)] for stack, (depth, _) in depths.items()}
+        return {
+            stack: [(layer, matched_layer(layer, mine, its)) for layer in range(mine + 1)]
+            for stack, (mine, its) in depths.items()
+        }
+
+    def _same_layers(self, depth: int) -> list[int]:
+        if self.hidden_terms == ["hidden_pkd"]:
+            return [depth]
+        return sorted({round(i * depth / (self.mse_states - 1)) for i in range(self.mse_states)})
+
+    def check_fits(self, student: Any, teacher: Any) -> None:
+        """Raise ValueError if the terms do not go together, or not between models of these two `T5Config`s."""
+        if len(self.hidden_terms) > 1:
+            raise ValueError(f"terms: expected at most one of {', '.join(HIDDEN_TERMS)}, got {', '.join(self.terms)}")
+        if self.mixup_terms and (self.places or self.hidden_terms):
+            raise ValueError(f"terms: expected mixup beside vocabulary terms only, got {', '.join(self.terms)}")
+        if self.mixup_terms and is_enct5(student):
+            raise ValueError(f"terms: an EncT5 has no mixed examples, as its decoder reads no text, got {self.formula}")
+        shapes = [(config.d_model, config.num_layers, config.num_decoder_layers) for config in (student, teacher)]
+        for term in self.hidden_terms:
+            if term in SAME_SHAPE_TERMS and shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"terms: {term} expects a student as wide and as deep as its teacher, as pruning leaves it, got "
+                    "(width, encoder layers, decoder layers) {} and {}".format(*shapes)
+                )
+        mine, its = self.student_layers(student), self.teacher_layers(teacher)
+        for place in self.places:
+            self._check_heads(
+                place, _query_width(student, place, mine[place]), _query_width(teacher, place, its[place])
+            )
+
+    def _check_heads(self, place: str, *widths: int) -> None:
+        if not all(widths):
+            raise ValueError(f"terms: {place} compares queries in a layer that pruning left without heads")
+        common = math.gcd(*widths)
+        if self.relation_heads < 1 or common % self.relation_heads:
+            valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ValueError(
+                f"relation_heads: expected a divisor of {widths[0]} and {widths[1]}, the widths of the student's and "
+                f"the teacher's queries ({valid}), got {self.relation_heads}"
+            )
+
+
+def _query_width(config: Any, place: str, layer: int) -> int:
+    """Return the width of the queries at a place in a layer, counted from 1, which in a pruned model is its own."""
+    where = PLACES[place]
+    name = f"{where.stack}.block.{layer - 1}.layer.{where.sublayer}.{where.module}"
+    heads = (getattr(config, "widths", None) or {}).get(name, config.num_heads)
+    return int(heads) * int(config.d_kv)
+
+
+def _depth(config: Any, stack: str) -> int:
+    return config.num_layers if stack == "encoder" else config.num_decoder_layers
+
+
+_IMPLICIT = {"logit_kl": 1.0, "decoder_self": 1.0}
+_CE_AND_KL = {"ce": 1.0, "logit_kl": 1.0}
+# A soft cross-entropy with the teacher is its KL plus the teacher's entropy, which no gradient sees. That decoders are
+# compared too, and their first position, is an assumption: the paper's models are encoders.
+_MINIDISC: Any = {
+    "terms": {"hidden_mse": 0.5, "logit_kl": 0.5},
+    "match_first_position": True,
+    "student_init": "prune",
+}
+
+# MiniEnD's sums are unweighted. Its logit term at temperature 1 without cross-entropy is an assumption.
+METHODS: dict[str, Method] = {
+    "scratch": Method("cross-entropy alone, no teacher: the baseline", {"ce": 1.0}),
+    "mlmkd": Method("logit KL alone (MlmKD in MiniEnD, Zhang et al., 2024)", {"logit_kl": 1.0}),
+    # DistilBERT's temperature. The unit weights are an assumption: DistilBERT's own are 5 : 2.
+    "kd": Method(
+        "cross-entropy + logit KL (Hinton et al., 2015; temperature 2 as DistilBERT, Sanh et al., 2019)",
+        _CE_AND_KL,
+        temperature=2.0,
+    ),
+    "minilm": Method(
+        "decoder self-attention relations alone (MiniLMv2, Wang et al., 2021; MiniLM in MiniEnD)",
+        {"decoder_self": 1.0},
+    ),
+    "mlmkd+minilm": Method("the implicit objective of MiniEnD: logit KL + decoder self-attention", _IMPLICIT),
+    "miniend-d": Method("MiniEnD-D: implicit + cross-attention", {**_IMPLICIT, "decoder_cross": 1.0}),
+    "miniend-d-nologit": Method("MiniEnD-D without the logit KL", {"decoder_self": 1.0, "decoder_cross": 1.0}),
+    "miniend-e": Method("MiniEnD-E: implicit + encoder self-attention", {**_IMPLICIT, "encoder_self": 1.0}),
+    "miniend-e-nologit": Method("MiniEnD-E without the logit KL", {"decoder_self": 1.0, "encoder_self": 1.0}),
+    # The three arms of HSM differ in the hidden-state term alone.
+    "hsm-kd": Method(
+        "HSM without hidden states: kd at temperature 1, student sliced from its teacher (Dasgupta and Cohn, 2025)",
+        _CE_AND_KL,
+        student_init="slice",
+    ),
+    "hsm-cka": Method(
+        "HSM: hsm-kd + hidden states matched by CKA, encoder and decoder",
+        {**_CE_AND_KL, "hidden_cka": 1.0},
+        student_init="slice",
+    ),
+    "hsm-linear": Method(
+        "hsm-kd + squared error of linearly projected hidden states, which the paper found often not to converge",
+        {**_CE_AND_KL, "hidden_linear": 1.0},
+        student_init="slice",
+    ),
+    # MixKD's ablations; its fine-tuning arm is scratch. The unit weights, the shares of Beta(0.4, 0.4) and the squared
+    # error are assumptions.
+    "mixkd": Method(
+        "MixKD: cross-entropy, also on mixed pairs of examples, where student follows teacher (Liang et al., 2021)",
+        {"ce": 1.0, "mixup_ce": 1.0, "mixup_kd": 1.0},
+    ),
+    "mixkd-tmkd": Method("MixKD without the labels of mixed examples (TMKD alone)", {"ce": 1.0, "mixup_kd": 1.0}),
+    "mixkd-sm": Method("MixKD without a teacher: mixup of the student alone (SM)", {"ce": 1.0, "mixup_ce": 1.0}),
+    # They differ in what comes between the teacher and the pruned student.
+    "minidisc": Method(
+        "MiniDisc: prune the teacher, pick its assistant in one round, distil the student (Zhang et al., 2024)",
+        **_MINIDISC,
+        schedule="minidisc",
+    ),
+    "maxidisc": Method(
+        "the baseline of minidisc that tries every assistant and keeps the best student",
+        **_MINIDISC,
+        schedule="maxidisc",
+    ),
+    "prune-kd": Method(
+        "a baseline of minidisc: prune, then cross-entropy + logit KL",
+        {"ce": 0.5, "logit_kl": 0.5},
+        student_init="prune",
+    ),
+    "prune-pkd": Method(
+        "a baseline of minidisc: prune, then PKD, which compares the last hidden states too (Sun et al., 2019)",
+        {"hidden_pkd": 1 / 3, "ce": 1 / 3, "logit_kl": 1 / 3},
+        match_first_position=True,
+        student_init="prune",
+    ),
+}

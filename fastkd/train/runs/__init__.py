@@ -1,0 +1,1 @@
+"""What fastkd-train does: train, prune, demo."""

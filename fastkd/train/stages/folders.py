@@ -1,0 +1,262 @@
+"""The folder of a run: what it may replace, what must not be lost with it, and what it continues from."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import InputError, Interrupted, RunError, writing
+from ..common.processes import by_first, is_first
+from ..flags.arguments import TransformersArguments
+from ..flags.fields import FastkdArguments
+from ..training.checkpoints import checkpoints, fault, last_checkpoint, recover
+from .identity import RECORD
+
+DEMO = "demo.json"  # in place of a run's record, in the folder of a demo
+PREVIOUS = "previous-run"  # what a run replaces, until it is complete
+_MOVING = ".moving"  # files of the run's folder that are on their way to PREVIOUS, or back
+
+
+def output_folder(args: TransformersArguments) -> Path:
+    """Return `--output_dir`, after making sure that it can be written to, or made: not hours later."""
+    return _writable("output_dir", Path(str(args.output_dir)))
+
+
+def cache_folder(flags: FastkdArguments, args: TransformersArguments) -> Path:
+    """Return `--cache_dir`, by default beside the output, after the same check."""
+    beside = Path(str(args.output_dir)).absolute().parent / "cache"
+    return _writable("cache_dir", Path(flags.cache_dir) if flags.cache_dir else beside)
+
+
+def _writable(flag: str, folder: Path) -> Path:
+    real = Path(os.path.realpath(folder))
+    try:
+        str(folder).encode()
+        if os.path.lexists(real) and not real.is_dir():
+            raise InputError(f"--{flag} {folder} is a file: expected a folder, or a name for a new one")
+        existing = next(place for place in (real, *real.parents) if place.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except UnicodeEncodeError as error:
+        name = str(folder).encode(errors="backslashreplace").decode()
+        raise InputError(
+            f"--{flag} {name} is no text in this locale, and not every library can write there: give another name, or "
+            "run under LC_ALL=C.UTF-8"
+        ) from error
+    except OSError as error:
+        raise InputError(f"--{flag} {folder} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+# What must not be lost -----------------------------------------------------------------------------------------------
+
+
+def lies_in(path: str | Path, folder: Path) -> bool:
+    """Return whether a path, or a link on the way to it, is in a folder or is the folder, however both are spelled."""
+    real, given = Path(os.path.realpath(path)), Path(path).absolute()
+    links = [Path(os.path.realpath(place.parent)) for place in (given, *given.parents) if place.is_symlink()]
+    return any(_is_same(place, folder) for start in (real, *links) for place in (start, *start.parents))
+
+
+def _is_same(place: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(place, other)
+    except OSError:  # one of them is not there
+        return place == Path(os.path.realpath(other))
+
+
+def check_outside(out: Path, flags: FastkdArguments, cache: Path, is_used: bool) -> None:
+    """Raise InputError if something that the run needs lies in the folder that it may replace, or would go with it.
+
+    is_used: whether the folder holds a run that is replaced.
+    """
+    for flag, path in [("cache_dir", cache), *_inputs(flags, is_used)]:
+        if lies_in(path, out):
+            raise InputError(
+                f"--{flag} {path} lies in --output_dir {out}, which the run replaces: choose another place"
+            )
+        if is_used and flag != "cache_dir" and (lies_in(out, path) or any(lies_in(link, out) for link in _links(path))):
+            raise InputError(
+                f"--{flag} {path} holds or leads into --output_dir {out}, which the run replaces: choose another place"
+            )
+
+
+def _inputs(flags: FastkdArguments, with_settings: bool) -> Iterator[tuple[str, Path]]:
+    """Yield (flag, path) of all that is there of what the flags say is read; with_settings: read only at the start."""
+    for name in ("train_file", "eval_file", "dataset_name", "teacher", "student"):
+        value = getattr(flags, name)
+        found = [] if value is None else (not os.path.lexists(value) and glob.glob(value, recursive=True)) or [value]
+        yield from ((name, Path(path)) for path in found)
+    settings = {**flags.transformers_flags, "config": flags.config}
+    for name in ("config", "fsdp_config", "accelerator_config") if with_settings else ():
+        value = settings.get(name)
+        if isinstance(value, str) and os.path.isfile(value):  # and no name of a configuration of ours
+            yield name, Path(value)
+
+
+def _links(folder: Path) -> Iterator[str]:
+    """Yield the links in a folder and below."""
+    for root, folders, files in os.walk(folder):
+        yield from (path for name in (*folders, *files) if os.path.islink(path := os.path.join(root, name)))
+
+
+# What is replaced ----------------------------------------------------------------------------------------------------
+
+
+def is_used(flags: FastkdArguments, out: Path, resuming: bool) -> bool:
+    """Return whether the folder holds a run that is to be replaced; raise InputError if nobody asked for that.
+
+    A demo replaces no more than what another demo made.
+    """
+    _end_moving(out)
+    if resuming or not out.is_dir() or not any(out.iterdir()):
+        return False
+    if flags.demo:
+        if not (out / DEMO).is_file():
+            raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
+        return False
+    if not flags.overwrite_output_dir:
+        raise InputError(
+            f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
+        )
+    if not (out / RECORD).is_file() and not (out / PREVIOUS).is_dir():
+        raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
+    for record in (*out.rglob(RECORD), *out.rglob(DEMO)):
+        if record.parent != out and PREVIOUS not in record.relative_to(out).parts:
+            raise InputError(f"{out} holds another run, {record.parent}: move that, or give another folder")
+    return True
+
+
+@contextlib.contextmanager
+def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None]:
+    """Make the run's folder and write down what the run is; the run lasts as long as the context.
+
+    A run that it replaces waits in PREVIOUS until this one is complete, and comes back if this one fails before it has
+    anything that could be continued or used.
+    """
+    by_first(lambda: _begin(out, is_used, identity))
+    try:
+        with writing("output_dir", out):
+            yield
+    except BaseException as error:
+        back = ""
+        if is_first() and is_used and not _has_made(out):
+            with contextlib.suppress(OSError):
+                _bring_back(out)
+                back = f"; what {out} held before is there again"
+        if isinstance(error, KeyboardInterrupt):
+            way = (
+                "--resume_from_checkpoint last continues" if _has_made(out) and not back else "no checkpoint was saved"
+            )
+            raise Interrupted(f"interrupted; {way}{back}", signal.SIGINT) from error
+        if back and isinstance(error, InputError | RunError):
+            error.args = (f"{error}{back}",)
+        raise
+    by_first(lambda: shutil.rmtree(out / PREVIOUS, ignore_errors=True))
+
+
+def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
+    if is_used:
+        _set_aside(out)
+        print(f"what {out} holds waits in {out / PREVIOUS} until this run is complete", flush=True)
+    write_json(out / RECORD, identity)
+
+
+def _has_made(out: Path) -> bool:
+    """Return whether a run has left a checkpoint, in the folder or a round of it, or its student."""
+    return (out / "config.json").is_file() or any(map(last_checkpoint, (out, *out.glob("rounds/*"))))
+
+
+# Files move one by one, as the folder itself may be a link or a volume. A kill may come at any time: what is in _MOVING
+# belongs into the folder, and while there is PREVIOUS, all beside it is of the newer run.
+
+
+def _set_aside(out: Path) -> None:
+    """Move all that a folder holds into PREVIOUS."""
+    moving = out / _MOVING
+    moving.mkdir()
+    try:
+        for path in sorted(out.iterdir()):
+            if path != moving:
+                path.rename(moving / path.name)
+        moving.rename(out / PREVIOUS)
+    except OSError as error:
+        _end_moving(out)
+        raise InputError(f"--output_dir {out}: cannot move {error.filename} aside: {error.strerror}") from error
+
+
+def _end_moving(out: Path) -> None:
+    """Put what is on its way back where it was."""
+    if (out / _MOVING).is_dir():
+        for path in sorted((out / _MOVING).iterdir()):
+            path.rename(out / path.name)
+        (out / _MOVING).rmdir()
+
+
+def _bring_back(out: Path) -> None:
+    """Put what PREVIOUS holds in the place of all else."""
+    for path in out.iterdir():
+        if path.name != PREVIOUS:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (out / PREVIOUS).rename(out / _MOVING)
+    _end_moving(out)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file that is never there by half, in a folder that is made if need be, also where a link leads."""
+    Path(os.path.realpath(path.parent)).mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(f".{path.name}")
+    whole.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(whole, path)
+
+
+# What is continued ---------------------------------------------------------------------------------------------------
+
+
+def is_last(given: str | None) -> bool:
+    """Return whether `--resume_from_checkpoint` leaves the choice to us."""
+    return str(given).lower() in ("last", "true")
+
+
+def resumed(args: TransformersArguments, out: Path) -> Path | None:
+    """Return the folder that `--resume_from_checkpoint` (a path, "last" or "true") means; None without the flag."""
+    given = args.resume_from_checkpoint
+    if given is None:
+        return None
+    checkpoint = _last(out) if is_last(given) else Path(given)
+    why = fault(checkpoint)
+    if why is not None:
+        raise InputError(f"nothing to resume from: {given} is no checkpoint that is whole ({why})")
+    if not _is_same(Path(os.path.realpath(checkpoint)).parent, out) and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{given} is a checkpoint of another run than {out}, which holds files: give its own folder")
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    name, most, reached = "max_steps", float(args.max_steps), state["global_step"]
+    if args.max_steps <= 0:
+        name, most, reached = "num_train_epochs", args.num_train_epochs, round(state.get("epoch") or 0, 3)
+    if most < reached:
+        raise InputError(
+            f"nothing to resume: {checkpoint} has {reached:g} behind it, beyond --{name} {most:g}: give {reached:g} or "
+            "more, or an earlier checkpoint"
+        )
+    return checkpoint
+
+
+def _last(out: Path) -> Path:
+    """Return the last checkpoint of a run that is whole."""
+    recover(out)
+    broken = [f"{path.name}: {why}" for path in checkpoints(out) if (why := fault(path))]
+    last = last_checkpoint(out)
+    if last is None:
+        other = f" that is whole ({'; '.join(broken)})" if broken else ""
+        raise InputError(f"nothing to resume from: {out} holds no checkpoint{other}")
+    if broken:
+        print(f"continuing from {last}; passing over what is not whole ({'; '.join(broken)})")
+    return last

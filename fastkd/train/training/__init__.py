@@ -1,0 +1,1 @@
+"""The trainer: forward passes and losses, checkpoints, signals, what it shows."""

@@ -1,0 +1,163 @@
+"""What ends a training early and in order: signals, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from ..common.errors import InputError, RunError
+from ..common.processes import count, of_all, patient_group
+from .checkpoints import last_checkpoint
+
+_HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+
+
+def check_arguments(args: Any) -> None:
+    """Raise InputError for transformers' arguments by which a training would fail later, or say wrong numbers."""
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs in one process: torch's DataParallel is not supported; start one process for each with "
+            "torchrun, or show one alone with CUDA_VISIBLE_DEVICES"
+        )
+    by_steps = args.eval_strategy == args.save_strategy == "steps"
+    if args.load_best_model_at_end and by_steps and args.eval_steps != args.save_steps:
+        raise InputError(
+            f"--load_best_model_at_end: checkpoints every {args.save_steps:g} steps and evaluations every "
+            f"{args.eval_steps:g} leave the best one unsaved; give --save_steps and --eval_steps the same value"
+        )
+
+
+class Signals:
+    """Keeps the first SIGINT, SIGTERM or SIGHUP that comes while a `with` lasts; another one ends the process at once.
+
+    But for SIGHUP, which shell and kernel may both send when a terminal goes, and what is printed with it.
+    Only the main thread may handle signals; in others, and for signals that the process was started to ignore,
+    nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
+
+    def __enter__(self) -> Signals:
+        self.received = 0
+        self._terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+        if threading.current_thread() is threading.main_thread():
+            for number in filter(None, (signal.SIGINT, signal.SIGTERM, _HANGUP)):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._keep)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _keep(self, number: int, frame: Any) -> None:
+        if number == _HANGUP:
+            for terminal in self._terminals:  # which is gone: writing there would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        elif self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        elif self.received:
+            raise SystemExit(128 + number)
+        self.received = self.received or number
+
+
+class StopOnSignal(TrainerCallback):
+    """Calls `stop(number)` before the step behind the one that a signal came in, in all processes before the same one.
+
+    By then that step is logged, evaluated and saved as it would be anyway. Several processes learn of a signal one step
+    later, so that no step waits for another process.
+    """
+
+    def __init__(self, signals: Signals, stop: Callable[[int], None]) -> None:
+        self._signals = signals
+        self._stop = stop
+        self._heard: tuple[Any, torch.Tensor] | None = None  # of the signals of all processes, one step ago
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start over, as a trainer may train more than once."""
+        self._heard = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop if a process has received a signal; at first the step under way is to be finished."""
+        if number := self._loudest():
+            self._stop(number)
+
+    on_epoch_begin = on_step_begin  # before a batch of the next epoch is drawn
+
+    def on_end(self) -> None:
+        """Stop for a signal in the last step, or behind it."""
+        if number := max(of_all(self._signals.received)):
+            self._stop(number)
+
+    def _loudest(self) -> int:
+        if count() == 1:
+            return self._signals.received
+        number = 0
+        if self._heard is not None:
+            pending, loudest = self._heard
+            pending.wait()
+            number = int(loudest)
+        loudest = torch.tensor(self._signals.received)  # on the CPU: reading it makes no device wait
+        maximum = torch.distributed.ReduceOp.MAX
+        self._heard = torch.distributed.all_reduce(loudest, maximum, patient_group(), async_op=True), loudest
+        return number
+
+
+class NonFinite(TrainerCallback):
+    """Remembers, on their device, when numbers first were not finite, so that no step waits for them.
+
+    On a CPU, where nothing waits, training stops before the weights move.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, torch.Tensor] = {}  # name -> [step, the number then], step 0 as long as all were finite
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start over, as a trainer may train more than once."""
+        self._first = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look, if that costs nothing."""
+        if args.device.type == "cpu":
+            self.check(args)
+
+    def watch(self, values: Mapping[str, torch.Tensor], step: int) -> None:
+        """Look at the scalars of a step, counted from 1."""
+        for name, value in values.items():
+            value = value.detach().float()
+            now = torch.stack([torch.full_like(value, step), value])
+            before = self._first.get(name, torch.zeros_like(now))
+            self._first[name] = torch.where(torch.isfinite(value) | (before[0] > 0), before, now)
+
+    def found(self) -> str | None:
+        """Return "NAME is nan at step N" of the earliest, the first watched if there are several, or None."""
+        rows = torch.stack(list(self._first.values())).tolist() if self._first else []
+        bad = [(int(step), name, value) for name, (step, value) in zip(self._first, rows, strict=True) if step]
+        if not bad:
+            return None
+        step, name, value = min(bad, key=lambda entry: entry[0])
+        return f"{name} is {value} at step {step}"
+
+    def check(self, args: Any) -> None:
+        """Raise RunError if a number was not finite."""
+        if found := self.found():
+            raise bad_number(found, args)
+
+
+def bad_number(what: str, args: Any) -> RunError:
+    """Return the error that ends a run with transformers' arguments `args`."""
+    last = last_checkpoint(Path(str(args.output_dir))) if args.save_strategy != SaveStrategy.NO else None
+    return RunError(f"{what}; " + (f"last good checkpoint: {last}" if last else "no checkpoint was saved"))
