@@ -19,7 +19,7 @@ from fastkd.train.common.errors import InputError
 from fastkd.train.data.examples import pad
 from fastkd.train.minidisc.prune import sliced
 from fastkd.train.models.architectures import enct5_from, parts
-from fastkd.train.models.loading import load_model
+from fastkd.train.models.loading import load_config, load_model
 from fastkd.train.models.student import is_tied, new_model, t5_config
 from fastkd.train.models.tokenizer import fingerprint, train_tokenizer
 
@@ -82,6 +82,28 @@ def test_weights_that_are_not_those_of_the_config(kind: str, copied: Path) -> No
     assert message in refusal(copied)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "sharded"])
+@pytest.mark.parametrize(("dtype", "named"), [(torch.int8, ("I8", "torch.int8")), (torch.bool, ("BOOL", "torch.bool"))])
+def test_whole_numbers_are_no_weights(dtype: torch.dtype, named: tuple[str, str], file: str, copied: Path) -> None:
+    """transformers would make floats of them, without the scales that they are to be multiplied by."""
+    with_weights(copied, lambda weights: weights.update({QUERY: weights[QUERY].to(dtype)}))
+    path = copied / "model.safetensors"
+    if file == "sharded":
+        weights = load_file(path)
+        names = {name: f"model-0000{1 + (name == QUERY)}-of-00002.safetensors" for name in weights}
+        for part in set(names.values()):
+            own = {name: weight for name, weight in weights.items() if names[name] == part}
+            save_file(own, copied / part, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": names}
+        (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif file == "pytorch_model.bin":
+        torch.save(load_file(path), copied / file)
+    if file != "model.safetensors":
+        path.unlink()
+    message = f"has, as no floats, {QUERY} ({named[file == 'pytorch_model.bin']}): expected the weights of its config"
+    assert message in refusal(copied)
+
+
 @pytest.mark.parametrize("content", [b"", b"no weights", None], ids=["empty", "garbage", "cut off"])
 def test_files_that_are_no_weights(content: bytes | None, copied: Path) -> None:
     path = copied / "model.safetensors"
@@ -114,6 +136,49 @@ def test_json_that_is_something_else(name: str, text: str, copied: Path) -> None
 def test_a_config_that_is_not_the_weights(settings: dict[str, Any], message: str, copied: Path) -> None:
     with_settings(copied / "config.json", **settings)
     assert message in refusal(copied)
+
+
+NUMBERS: dict[str, list[Any]] = {
+    "relative_attention_max_distance": [0, -3, 5, 16],
+    "relative_attention_num_buckets": [0, 1, 3, -2],
+    "num_heads": [0, -1],
+    "d_kv": [0],
+    "d_ff": [0],
+    "d_model": [0],
+    "vocab_size": [0, -1],
+    "dropout_rate": [2.0, -0.1],
+    "layer_norm_epsilon": [-1.0],
+    "initializer_factor": [-1.0],
+    "dense_act_fn": ["none"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in NUMBERS.items() for value in values])
+def test_a_config_that_makes_no_t5_names_the_field(field: str, value: Any, copied: Path) -> None:
+    config, before = load_config(copied, "teacher"), torch.get_rng_state()
+    setattr(config, field, value)
+    config.save_pretrained(copied)
+    said = refusal(copied)
+    assert f": its config's {field} is {value!r} (T5's own: {getattr(T5Config(), field)!r}), which makes no T5" in said
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_numbers_that_make_no_t5(copied: Path) -> None:
+    with_settings(copied / "config.json", relative_attention_max_distance=0, dropout_rate=2.0)
+    assert "its config makes no T5 that works: dropout probability has to be between 0 and 1" in refusal(copied)
+
+
+def test_the_tool_refuses_such_a_config(
+    copied: Path, tool: Callable[..., int], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_settings(copied / "config.json", relative_attention_max_distance=0)
+    capsys.readouterr()
+    for flag, method in (("--teacher", "kd"), ("--student", "scratch")):
+        flags = ["--method", method, flag, copied, "--train_file", text_file, "--output_dir", tmp_path / "out"]
+        assert tool(*flags) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and str(copied) in error and "relative_attention_max_distance is 0" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_of_its_own_that_is_not_there(copied: Path, tokenizer: Any, saved: Callable[..., Path]) -> None:

@@ -7,16 +7,20 @@ errors, as is whatever else would leave a model that is not the one that was sav
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..common.hub import from_hub
 from ..common.processes import by_first
 from .architectures import auto_class  # and its kinds of T5, which transformers knows from now on
@@ -27,6 +31,7 @@ from .tokenizer import special_tokens
 # T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
 FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
 SHOWN = 4  # names of weights in a message
+SMALL = {"vocab_size": 4, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
 
 
 def load_config(name: str | Path, role: str) -> Any:
@@ -40,6 +45,7 @@ def load_config(name: str | Path, role: str) -> Any:
         raise InputError(f"{role} {name} is a {config.model_type!r} model: expected one of {', '.join(FAMILY)}")
     if getattr(config, "quantization_config", None):
         raise InputError(f"{role} {name} is quantised: expected plain weights, as before its quantisation")
+    _check_numbers(config, role, name)
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     if config.decoder_start_token_id is None:
@@ -54,6 +60,45 @@ def load_config(name: str | Path, role: str) -> Any:
                 f"{role} {name}: its config's {kind} is {its!r}: expected that of one of its {config.vocab_size} pieces"
             )
     return config
+
+
+def _check_numbers(config: Any, role: str, name: str | Path) -> None:
+    """Raise InputError for a config of whose numbers no T5 can be made, or only one that fails at its first batch.
+
+    It names the fields for which T5's default, in place of what the config says, mends that.
+    """
+    error = _fault(config)
+    if error is None:
+        return
+    defaults, faults = type(config)(), []
+    for key in sorted(vars(defaults).keys() & config.to_diff_dict().keys()):
+        other = copy.deepcopy(config)
+        setattr(other, key, getattr(defaults, key))
+        if _fault(other) is None:
+            faults.append(f"{key} is {getattr(config, key)!r} (T5's own: {getattr(defaults, key)!r})")
+    said = f"config's {' or '.join(faults)}, which" if faults else "config"
+    raise InputError(f"{role} {name}: its {said} makes no T5 that works: {one_line(error)}")
+
+
+@torch.no_grad()
+def _fault(config: Any) -> Exception | None:
+    """Return what goes wrong in a small model, all of whose numbers but for its size are the config's, or None."""
+    small = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        torch.manual_seed(0)
+        try:
+            for size, most in SMALL.items():
+                setattr(small, size, min(getattr(small, size), most))
+            if hasattr(small, "widths"):
+                small.widths = None
+            model = auto_class(small).from_config(small, dtype=torch.float32).eval()
+            # As many tokens as let every bucket of relative positions be used.
+            ids = torch.arange(small.relative_attention_num_buckets + 2)[None] % small.vocab_size
+            logits = model(input_ids=ids, decoder_input_ids=ids).logits
+            return None if logits.isfinite().all() else ValueError("what it computes is not finite")
+        except Exception as error:  # whatever such a number leads to
+            return error
 
 
 def load_tokenizer(name: str | Path, role: str, config: Any) -> Any:
@@ -110,6 +155,7 @@ def load_weights(
             settings = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, found = auto_class(config).from_pretrained(name, **settings, **options)
             saved, _ = PreTrainedConfig.get_config_dict(name, **options)
+            found["no_floats"] = _no_floats(Path(str(cached_file(name, "config.json", local_files_only=True))).parent)
         if saved.get("tie_word_embeddings") is False and is_tied(model):  # transformers ties a head that is not there
             found["missing_keys"] = {*found["missing_keys"], "lm_head.weight"}
         _check_whole(model, found, name, role)
@@ -128,7 +174,12 @@ def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: s
     tables of relative positions that T5 once saved and never used, are none of these to it.
     """
     shapes = [f"{key} {tuple(its)} for {tuple(mine)}" for key, its, mine in found["mismatched_keys"]]
-    kinds = {"lacks": found["missing_keys"], "has, unlike its config,": found["unexpected_keys"], "has": shapes}
+    kinds = {
+        "lacks": found["missing_keys"],
+        "has, unlike its config,": found["unexpected_keys"],
+        "has": shapes,
+        "has, as no floats,": found["no_floats"],
+    }
     faults = [f"{verb} {_some(names)}" for verb, names in kinds.items() if names]
     bad = not_finite(model)
     if found.get("error_msgs"):
@@ -137,6 +188,22 @@ def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: s
         faults.append(f"has numbers in {bad} that are not finite")
     if faults:
         raise InputError(f"the checkpoint of {role} {name} {', and '.join(faults)}: expected the weights of its config")
+
+
+def _no_floats(folder: Path) -> list[str]:
+    """Return the tensors of a checkpoint, each with its type, of which transformers makes floats without a word."""
+    kinds = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+    found = []
+    for path in next((files for kind in kinds if (files := sorted(folder.glob(kind)))), []):
+        if path.suffix == ".bin":  # of which nothing but the head is read
+            state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+            types = {key: value.dtype for key, value in state.items() if not value.is_floating_point()}
+        else:
+            with safe_open(path, "pt") as file:
+                every = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            types = {key: value for key, value in every.items() if not value.startswith(("F", "BF"))}
+        found += [f"{key} ({value})" for key, value in types.items()]
+    return found
 
 
 def _some(names: Any) -> str:
