@@ -70,7 +70,8 @@ def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:
     the logits of all tokens at once, without gradients, dropout or a cache of keys; it generates nothing.
     latency_ms: median of `passes` passes, after two to warm up. peak_memory_mb: the most that one more pass holds at a
     time beyond the weights and the token ids, its logits included; as the allocator counts on CUDA, whose peak
-    statistics are reset, and as the sizes of all tensors alive on a CPU; None on other devices.
+    statistics are reset, and as the sizes of all tensors alive on a CPU, without what a fused operator takes within
+    itself; None on other devices.
     Neither is measured, both are None, where the model's weights are spread over processes.
     The model stays where it is, and all of its modules stay in the mode they were in.
     """
