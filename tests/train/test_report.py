@@ -677,11 +677,23 @@ def test_runs_with_a_schedule_are_compared(tmp_path: Path) -> None:
     assert page.said_in("h2") == ["What differs", "Loss curves"]
 
 
-def test_different_data_is_pointed_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    folders = [make_run("a", held_out_chunks=5), make_run("b", held_out_chunks=6)]
-    report.compare(folders, tmp_path / "out")
-    for name in ("comparison.md", "comparison.html"):
-        assert "not evaluated on the same data" in (tmp_path / "out" / name).read_text()
+@pytest.mark.parametrize(("fact", "what"), [("task", "task"), ("held_out_data", "held-out data")])
+def test_figures_of_different_data_do_not_stand_in_one_table(
+    fact: str, what: str, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    a, b, c = (make_run(name, **{fact: value}) for name, value in (("a", "this"), ("b", "that"), ("c", "this")))
+    with pytest.raises(InputError) as raised:
+        report.compare([a, b, c], tmp_path / "out")
+    expected = f"expected runs with the same {what}, got {a}, {c}: this; {b}: that; compare each group by itself"
+    assert str(raised.value) == f"--compare: {expected}" and not (tmp_path / "out").exists()
+    assert "| c" in report.compare([a, c], tmp_path / "out")
+
+
+def test_losses_of_different_tokens_are_pointed_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The task's figures, of the same texts, do compare."""
+    said = report.compare([make_run("a", pieces=5), make_run("b", pieces=6)], tmp_path / "out")
+    for text in (said, *((tmp_path / "out" / f"comparison.{end}").read_text() for end in ("md", "html"))):
+        assert "different tokenizers, so their held-out losses and token accuracies do not compare" in text
 
 
 def test_odd_folders(make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -700,7 +712,7 @@ def test_folders_that_cannot_be_compared(make_run: Callable[..., Path], tmp_path
     old = {key: value for key, value in complete.items() if key != "format"}
     contents = {
         "absent": (None, "no metrics.json"),
-        "cut off": ('{"format": 2, "mod', "is broken"),
+        "cut off": ('{"format": 3, "mod', "is broken"),
         "bytes": ("\xff", "is broken"),
         "list": ("[1]", "is broken"),
         "no run": (json.dumps({**complete, "run": None}), "is broken"),
@@ -708,8 +720,8 @@ def test_folders_that_cannot_be_compared(make_run: Callable[..., Path], tmp_path
         "half a model": (json.dumps({**complete, "models": [{"name": "kd"}]}), "is broken (KeyError"),
         "text": (json.dumps({**complete, "models": [{**complete["models"][0], "loss": "low"}]}), "'low'"),
         "cost": (json.dumps({**complete, "models": [{**complete["models"][0], "cost": {"price": 1}}]}), "price"),
-        "old": (json.dumps(old), "has format 1, expected 2"),
-        "newer": (json.dumps({**complete, "format": 3}), "has format 3, expected 2"),
+        "old": (json.dumps(old), "has format 1, expected 3"),
+        "newer": (json.dumps({**complete, "format": 4}), "has format 4, expected 3"),
     }
     for name, (content, expected) in contents.items():
         (tmp_path / name).mkdir()

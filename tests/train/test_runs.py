@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from fastkd.train.data.tasks import TASKS
 from fastkd.train.flags.arguments import parse
 from fastkd.train.runs import runs
 from fastkd.train.stages import folders, stages
+from fastkd.train.training.checkpoints import continued
 from fastkd.train.training.trainer import DistillTrainer
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
@@ -71,6 +73,18 @@ def scratch(tool: Callable[..., int], text_file: Path, place: Path) -> Callable[
     """scratch("--flag", value, ...): the exit code of a run into `out` of the working directory."""
     data = ["--train_file", text_file, "--max_eval_examples", 4]
     return lambda *flags: tool("--method", "scratch", *data, "--output_dir", "out", *flags)
+
+
+@pytest.fixture
+def distil(
+    tool: Callable[..., int], saved: Callable[..., Path], tiny: Callable[..., Any], text_file: Path, place: Path
+) -> Callable[..., int]:
+    """distil("--flag", value, ...): as `scratch`, by kd from the teacher `t5` on texts.txt, both in that directory."""
+    saved(tiny(), place / "t5")
+    shutil.copy(text_file, place / "texts.txt")
+    common = ["--method", "kd", "--teacher", "t5", "--train_file", "texts.txt", "--max_eval_examples", 4]
+    common += ["--output_dir", "out", "--lr_scheduler_type", "constant", *SAVING]
+    return lambda *flags: tool(*common, *flags)
 
 
 # ---- What is never lost ----
@@ -165,32 +179,59 @@ def test_a_run_is_continued_by_the_settings_in_its_folder(used: Path) -> None:
 
 def test_the_teacher_in_the_old_run_stays(
     tool: Callable[..., int],
-    saved: Callable[..., Path],
-    tiny: Callable[..., Any],
+    distil: Callable[..., int],
     text_file: Path,
     place: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    saved(tiny(), place / "out" / "keep")
+    shutil.copytree(place / "t5", place / "out" / "keep")
     (place / "out" / "keep" / "run.json").write_text("{}")
     before = files(place)
-    flags = ["--method", "kd", "--train_file", text_file, "--output_dir", "out/keep", "--overwrite_output_dir"]
-    assert tool(*flags, "--teacher", "out/../out/keep") == 2
+    assert distil("--output_dir", "out/keep", "--overwrite_output_dir", "--teacher", "out/../out/keep") == 2
     assert "--teacher out/../out/keep lies in --output_dir out/keep" in one_line(capsys)
     assert files(place) == before
     demo = ["--demo", "--method", "kd", "--teacher", "out/../out/keep", "--train_file", text_file]
     (place / "out" / "demo.json").write_text("{}")
     assert tool(*demo, "--output_dir", "out") == 2
     assert "lies in --output_dir out" in one_line(capsys)
-    assisted = ["--interpolated", "--method", "mlmkd", "--teacher", "out/keep", "--train_file", text_file]
-    assert tool(*assisted, "--output_dir", "out", "--overwrite_output_dir") == 2
-    assert "lies in --output_dir out" in one_line(capsys)
+    shutil.copytree(place / "out" / "keep", place / "parts" / "student")
+    assisted = ["--interpolated", "--method", "mlmkd", "--teacher", "parts/student", "--output_dir", "parts"]
+    assert distil(*assisted, "--overwrite_output_dir") == 2
+    assert "lies in --output_dir parts" in one_line(capsys)
     assert files(place / "out" / "keep") == {
         name.removeprefix("out/keep/"): content for name, content in before.items() if name.startswith("out/keep/")
     }
 
 
 # ---- What is replaced ----
+
+
+@pytest.mark.parametrize(
+    ("held", "flags", "message"),
+    [
+        ("out/model.safetensors", [], "out already holds files: give --resume_from_checkpoint last, --overwrite_"),
+        ("out/assistant/run.json", [], "out/assistant already holds files: give --resume"),
+        ("out/student/run.json", [], "out/student already holds files: give --resume"),
+        ("out/run.json", ["--overwrite_output_dir"], "out holds more than assistant and student (run.json): give"),
+        ("out/run.json", RESUME, "nothing to resume from: out holds no run"),
+        ("elsewhere/run.json", RESUME, "nothing to resume from: out holds no run"),
+        ("out/run.json", ["--resume_from_checkpoint", "out"], "with --resume_from_checkpoint last: it finds"),
+    ],
+)
+def test_a_run_of_two_parts_refuses_a_used_folder_as_others_do(
+    held: str,
+    flags: list[str],
+    message: str,
+    distil: Callable[..., int],
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (place / held).parent.mkdir(parents=True)
+    (place / held).write_text("{}")
+    before = files(place)
+    assert distil("--method", "mlmkd", "--interpolated", *flags) == 2
+    assert message in one_line(capsys)
+    assert files(place) == before
 
 
 def fail() -> None:
@@ -284,26 +325,22 @@ def test_a_folder_whose_name_not_every_library_can_write_is_refused_at_once(
 
 
 def test_a_resumed_run_must_read_the_same_however_it_is_spelled(
-    tool: Callable[..., int],
+    distil: Callable[..., int],
     saved: Callable[..., Path],
     tiny: Callable[..., Any],
     text_file: Path,
     place: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    saved(tiny(), place / "t5")
     shutil.copytree(place / "t5", place / "copy")
-    shutil.copy(text_file, "texts.txt")
-    base = ["--method", "kd", "--max_eval_examples", 4, "--lr_scheduler_type", "constant", *SAVING]
-    flags = [*base, "--output_dir", "out", "--teacher", "t5", "--train_file", "texts.txt"]
-    assert tool(*flags) == 0
-    assert tool(*flags, *RESUME, "--max_steps", 5, "--teacher", place / "copy", "--train_file", "./texts.txt") == 0
-    assert tool(*flags, *RESUME, "--max_steps", 6, "--teacher", "./t5/") == 0
+    assert distil() == 0
+    assert distil(*RESUME, "--max_steps", 5, "--teacher", place / "copy", "--train_file", "./texts.txt") == 0
+    assert distil(*RESUME, "--max_steps", 6, "--teacher", "./t5/") == 0
     before = files(place / "out")
 
     def refused(*more: Any) -> str:
         capsys.readouterr()
-        assert tool(*flags, *RESUME, "--max_steps", 8, *more) == 2
+        assert distil(*RESUME, "--max_steps", 8, *more) == 2
         assert files(place / "out") == before
         return capsys.readouterr().err.splitlines()[-1]
 
@@ -319,6 +356,47 @@ def test_a_resumed_run_must_read_the_same_however_it_is_spelled(
     shutil.copy(text_file, "texts.txt")
     assert refused("--temperature", 3) == f"{start}temperature None, now it is 3.0"
     assert refused("--eval_file", "texts.txt") == f"{start}another eval_file: nothing, now it is texts.txt"
+
+
+def test_a_resumed_run_goes_by_its_own_flags_and_warns_of_none(
+    scratch: Callable[..., int], place: Path, monkeypatch: pytest.MonkeyPatch, trainers: list[Any]
+) -> None:
+    """Shares of all steps are no other intervals, nor is a step another that is divided otherwise."""
+    shares = ["--save_strategy", "steps", "--save_steps", 0.5, "--logging_steps", 0.25, "--eval_steps", 0.5]
+    best = ["--load_best_model_at_end", "--lr_scheduler_type", "constant"]
+    assert scratch(*shares, *best) == 0
+    shutil.rmtree(place / "out" / "checkpoint-4")
+    (place / "out").rename(place / "moved")
+    warned: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, *words: warned.append(words[0]), raising=False)
+    monkeypatch.setattr(logging.getLogger("transformers.trainer"), "warning", lambda *words: warned.append(words[0]))
+    again = [*RESUME, *best, "--save_strategy", "steps", "--output_dir", "moved", "--max_steps", 5]
+    divided = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    assert scratch(*again, *divided, "--save_steps", 1, "--eval_steps", 1, "--logging_steps", 2) == 0
+    assert warned == []
+    log = trainers[-1].state.log_history
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 3, 4, 5]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 4]
+    assert (place / "moved" / "checkpoint-5").is_dir()
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    assert trainers[-1].state.best_global_step == min(losses, key=losses.__getitem__)
+
+
+def test_the_best_checkpoint_of_a_run_that_was_moved(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "shards").mkdir(parents=True)
+        was = {"best_global_step": 2, "best_model_checkpoint": "out/checkpoint-2", "train_batch_size": 3}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(was))
+    before = files(tmp_path)
+    for best in (str(tmp_path / "checkpoint-2"), None):
+        with continued(tmp_path / "checkpoint-4", SimpleNamespace(train_batch_size=5)) as checkpoint:
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            assert (state["best_model_checkpoint"], state["train_batch_size"]) == (best, 5)
+            assert (checkpoint / "shards").is_dir()
+        assert not checkpoint.exists() and (tmp_path / "checkpoint-4" / "shards").is_dir()
+        if best:
+            assert files(tmp_path) == before
+            shutil.rmtree(best)
 
 
 def test_a_flag_that_came_with_an_upgrade_resumes_at_its_default(
@@ -371,10 +449,9 @@ def test_an_interrupt_recommends_only_what_can_be(
 
 
 def test_a_teacher_answers_once(
-    tool: Callable[..., int],
+    distil: Callable[..., int],
     saved: Callable[..., Path],
     tiny: Callable[..., Any],
-    text_file: Path,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -386,22 +463,19 @@ def test_a_teacher_answers_once(
         return judge(*given)
 
     monkeypatch.setattr(stages, "judge", counted)
-    saved(tiny(), place / "t5")
-    data = ["--train_file", text_file, "--max_eval_examples", 4, "--cache_dir", "cache"]
-    flags = ["--method", "kd", *data, "--lr_scheduler_type", "constant", *SAVING]
-    assert tool(*flags, "--teacher", "t5", "--output_dir", "a") == 0
+    assert distil() == 0
     assert asked == ["teacher", "kd"]
-    first = json.loads((place / "a" / "metrics.json").read_text())["models"][0]
-    for more in (["--output_dir", "a", *RESUME, "--max_steps", 5], ["--output_dir", "b", "--seed", 3]):
+    first = json.loads((place / "out" / "metrics.json").read_text())["models"][0]
+    for more in (["--output_dir", "out", *RESUME, "--max_steps", 5], ["--output_dir", "b", "--seed", 3]):
         asked.clear()
-        assert tool(*flags, "--teacher", "./t5", *more) == 0
+        assert distil("--teacher", "./t5", *more) == 0
         assert asked == ["kd"]
         again = json.loads((place / str(more[1]) / "metrics.json").read_text())["models"][0]
         assert {**again, "cost": None} == {**first, "cost": None}
     saved(tiny(seed=4), place / "t5")
     for more in ([], ["--max_eval_examples", 3], ["--report_examples", 2]):
         asked.clear()
-        assert tool(*flags, "--teacher", "t5", *more, "--output_dir", "c", "--overwrite_output_dir") == 0
+        assert distil(*more, "--output_dir", "c", "--overwrite_output_dir") == 0
         assert asked == ["teacher", "kd"], more
 
 

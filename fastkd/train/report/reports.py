@@ -13,9 +13,7 @@ from . import plots
 from .outcome import Outcome, plain
 from .page import Example, Page, Picture, Table, markdown_table, one_line, table
 
-FORMAT = 2  # of metrics.json; raise it when an older file cannot be compared any more
-# Facts that say what the held-out figures were measured on.
-DATA_FACTS = {"task", "texts", "held_out_chunks", "held_out_examples", "tokens_per_chunk", "pieces"}
+FORMAT = 3  # of metrics.json; raise it when an older file cannot be compared any more
 
 
 def _headline(outcomes: Sequence[Outcome]) -> tuple[str, list[float]]:
@@ -125,12 +123,14 @@ def compare(folders: Sequence[Path], out: Path) -> str:
 
     folders: of finished runs. The rows are every run's student, named after its folder, below every distinct teacher:
     two runs have the same if its size, its steps and all its scores agree.
-    Raises InputError, naming the folder, if one is given twice or holds no metrics.json that `write` could have made.
+    Raises InputError, naming the folders, if one is given twice or holds no metrics.json that `write` could have made,
+    or if their figures are of different tasks or of different held-out data.
     """
     if not folders:
         raise InputError("expected at least one folder of a run to compare, got none")
     runs = [_read(folder) for folder in folders]
     names = _short_names(folders)
+    _check_comparable(folders, [facts for facts, _ in runs])
     teachers: dict[str, tuple[str, Outcome]] = {}
     for name, (_, models) in zip(names, runs, strict=True):
         for model in models[:-1]:
@@ -145,11 +145,12 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     outcomes += [dataclasses.replace(models[-1], name=name) for name, (_, models) in zip(names, runs, strict=True)]
     differences = _differences([facts for facts, _ in runs])
     rows = [["", *names], *([fact.replace("_", " "), *values] for fact, values in differences.items())]
-    other_data = "These runs were not evaluated on the same data, so their scores do not compare."
+    other_pieces = "These runs have different tokenizers, so their held-out losses and token accuracies do not compare."
+    lead = [other_pieces] if "pieces" in differences else []
     page = Page(
         title="fastkd-train comparison",
         outcomes=outcomes,
-        lead=[other_data] if differences.keys() & DATA_FACTS else [],
+        lead=lead,
         pictures=[Picture("comparison.png", plots.losses(outcomes), "Loss curves")],
         tables=[Table("What differs", rows)] if differences else [],
     )
@@ -157,7 +158,7 @@ def compare(folders: Sequence[Path], out: Path) -> str:
         raise InputError(f"{out} is a file: expected a folder for the comparison, or a name for a new one")
     out.mkdir(parents=True, exist_ok=True)
     page.save(out, "comparison")
-    return table(outcomes)
+    return "\n\n".join([table(outcomes), *lead])
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Outcome]]:
@@ -176,6 +177,20 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Outcome]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is broken ({type(error).__name__}: {one_line(str(error))})") from error
     raise InputError(f"{path} has format {version}, expected {FORMAT}: run that version's fastkd-train again")
+
+
+def _check_comparable(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError, saying which run has what, if their held-out figures are of different tasks or data."""
+    for fact in ("task", "held_out_data"):
+        groups: dict[str, list[str]] = {}
+        for folder, facts in zip(folders, runs, strict=True):
+            groups.setdefault(str(facts.get(fact, "unknown")), []).append(str(folder))
+        if len(groups) > 1:
+            what = fact.replace("_", " ").replace("held out", "held-out")
+            which = "; ".join(f"{', '.join(group)}: {value}" for value, group in groups.items())
+            raise InputError(
+                f"--compare: expected runs with the same {what}, got {which}; compare each group by itself"
+            )
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -34,17 +34,18 @@ from ..report.card import write_card
 from ..report.outcome import Outcome
 from ..stages.folders import (
     DEMO,
+    are_used,
     cache_folder,
     check_outside,
-    is_last,
     is_used,
     output_folder,
     resumed,
+    rounds,
     running,
     write_json,
 )
 from ..stages.given import Given, load_given
-from ..stages.identity import RECORD, check_same_run, examples_per_step, identity
+from ..stages.identity import check_same_run, examples_per_step, held_out_digest, identity
 from ..stages.prepare import Data, heading
 from ..stages.stages import (
     Teacher,
@@ -89,7 +90,7 @@ def _prepared(flags: FastkdArguments, args: TransformersArguments) -> _Run:
         out, cache = output_folder(args), cache_folder(flags, args)
         used = is_used(flags, out, resuming)
         check_outside(out, flags, cache, used or flags.demo)
-        return out, cache, used, _rounds(flags, args, out) if resuming and prunes else resumed(args, out)
+        return out, cache, used, rounds(args, out) if resuming and prunes else resumed(args, out)
 
     out, cache, used, checkpoint = by_first(places)
     check_optimizer(args)
@@ -157,15 +158,6 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _rounds(flags: FastkdArguments, args: TransformersArguments, out: Path) -> Path:
-    """Return the folder of the rounds of a run that is to be resumed."""
-    if not is_last(args.resume_from_checkpoint):
-        raise InputError(f"--method {flags.method} resumes with --resume_from_checkpoint last: it finds what is done")
-    if not (out / RECORD).is_file():
-        raise InputError(f"nothing to resume from: {out} holds no run")
-    return out / "rounds"
-
-
 def _leave(
     run: _Run,
     trainer: DistillTrainer,
@@ -189,8 +181,6 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     interrupted goes on with `--resume_from_checkpoint last` in whichever of the two it was.
     """
     out, resuming = output_folder(args), args.resume_from_checkpoint is not None
-    if resuming and not is_last(args.resume_from_checkpoint):
-        raise InputError("--interpolated resumes with --resume_from_checkpoint last: the checkpoint is found by itself")
     method, teacher = chosen_method(flags), load_config(str(flags.teacher), "teacher")
     width, layers = flags.assistant_d_model, flags.assistant_layers
     try:  # of both runs, before the first of them
@@ -204,10 +194,10 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     except ValueError as error:
         who = f"{width or teacher.d_model} wide of {layers} layers a side"
         raise InputError(f"--{error} (with an assistant {who})") from error
-    cache, overwriting = cache_folder(flags, args), flags.overwrite_output_dir
-    used = [is_used(flags, out / name, resuming) for name in ("assistant", "student")]
-    check_outside(out, flags, cache, any(used))
-    flags = replace(flags, cache_dir=str(cache), interpolated=False, assistant_layers=None, assistant_d_model=None)
+    alone: dict[str, Any] = {"interpolated": False, "assistant_layers": None, "assistant_d_model": None}
+    cache, overwriting = cache_folder(flags, args), flags.overwrite_output_dir or resuming
+    check_outside(out, flags, cache, are_used(flags, args, out, ("assistant", "student")))
+    flags = replace(flags, cache_dir=str(cache), overwrite_output_dir=overwriting, **alone)
     parts = {
         "assistant": replace(flags, student_layers=layers, student_d_model=width),
         "student": replace(
@@ -223,7 +213,6 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
             continue
         heading(f"Interpolated: the {name}, {part.student_layers} layers a side")
         last = "last" if resuming and last_checkpoint(folder) else None
-        part = replace(part, overwrite_output_dir=overwriting or resuming)
         title = f"{args.run_name or out.name}, {name}"
         train(part, replace(args, output_dir=str(folder), run_name=title, resume_from_checkpoint=last))
 
@@ -338,9 +327,7 @@ def _notes(method: Method) -> list[str]:
     if method.student_init == "prune":
         notes.append("Assistants and student started from the teacher's weights, without its pruned heads and neurons.")
     if method.student_init == "slice":
-        notes.append(
-            "The distilled student started from a slice of its teacher; a student from scratch starts at random."
-        )
+        notes.append("The distilled student started from a slice of its teacher; one from scratch starts at random.")
     return notes
 
 
@@ -391,6 +378,7 @@ def _facts(run: _Run, method: Method, student: Any, teacher: Any, name: str) -> 
         "texts": _texts(flags),
         **({"dataset_config": flags.dataset_config} if flags.dataset_config else {}),
         **data.facts,
+        "held_out_data": held_out_digest(data),
         **({"tokens_per_chunk": flags.sequence_length} if flags.task == "span_corruption" else {}),
         **({"source_prefix": prefix} if prefix else {}),
         **signatures([data.task.name], data.held_out_rows["target"]),

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +124,35 @@ def is_used(flags: FastkdArguments, out: Path, resuming: bool) -> bool:
             raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
         return False
     if not flags.overwrite_output_dir:
-        raise InputError(
-            f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
-        )
+        raise _holds_files(out)
     if not (out / RECORD).is_file() and not (out / PREVIOUS).is_dir():
         raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
     for record in (*out.rglob(RECORD), *out.rglob(DEMO)):
         if record.parent != out and PREVIOUS not in record.relative_to(out).parts:
             raise InputError(f"{out} holds another run, {record.parent}: move that, or give another folder")
     return True
+
+
+def _holds_files(out: Path) -> InputError:
+    return InputError(
+        f"{out} already holds files: give --resume_from_checkpoint last, --overwrite_output_dir or another folder"
+    )
+
+
+def are_used(flags: FastkdArguments, args: TransformersArguments, out: Path, parts: Sequence[str]) -> bool:
+    """Return whether one of the folders that the parts of a run have in `out` holds a run that is to be replaced.
+
+    Raises InputError as `is_used` does, of each of them and of what else there is; and if there is none to be resumed.
+    """
+    others = sorted(path.name for path in out.iterdir() if path.name not in parts) if out.is_dir() else []
+    if resuming := args.resume_from_checkpoint is not None:
+        rounds(args, out, parts[0])
+    elif others and not flags.overwrite_output_dir:
+        raise _holds_files(out)
+    elif others:
+        raise InputError(f"{out} holds more than {' and '.join(parts)} ({others[0]}): give another folder")
+    used = [is_used(flags, out / name, resuming) for name in parts]  # of all of them, for what is raised
+    return any(used)
 
 
 @contextlib.contextmanager
@@ -224,6 +244,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def is_last(given: str | None) -> bool:
     """Return whether `--resume_from_checkpoint` leaves the choice to us."""
     return str(given).lower() in ("last", "true")
+
+
+def rounds(args: TransformersArguments, out: Path, name: str = "") -> Path:
+    """Return the folder of the rounds of a run that is to be resumed, and finds what is done by itself.
+
+    name: of the folder in `out` that the run starts in, if it is another.
+    """
+    if not is_last(args.resume_from_checkpoint):
+        raise InputError("a run of several rounds resumes with --resume_from_checkpoint last: it finds what is done")
+    if not (out / name / RECORD).is_file():
+        raise InputError(f"nothing to resume from: {out} holds no run")
+    return out / "rounds"
 
 
 def resumed(args: TransformersArguments, out: Path) -> Path | None:

@@ -51,6 +51,17 @@ def digest(model: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def held_out_digest(data: Any) -> str:
+    """Return a fingerprint of what held-out figures are of: a run's targets, or for texts its chunks of tokens."""
+    rows, column = data.held_out_rows, "target"
+    if data.task.name == "span_corruption":
+        rows, column = data.held_out.chunks, "input_ids"
+    found = hashlib.sha256()
+    for block in rows.select_columns([column]).iter(1000):
+        found.update(json.dumps(block[column]).encode())
+    return found.hexdigest()[:16]
+
+
 def identity(flags: FastkdArguments, args: TransformersArguments, given: Any, data: Any) -> dict[str, Any]:
     """Return what must not change when a run is resumed: settings, and under "contents" what the run reads.
 

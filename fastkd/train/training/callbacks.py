@@ -96,7 +96,7 @@ def mean_of_windows(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Ends(TrainerCallback):
-    """Makes a run that resumes where an epoch or all training ends go on as the uninterrupted one did.
+    """Makes a run that resumes, also where an epoch or all training ends, go on as the uninterrupted one did.
 
     The checkpoint of an epoch's last step comes behind what is still logged and evaluated when the epoch ends, as a run
     that resumes there starts with the next epoch. One that resumes where no step is left takes no other, and evaluates
@@ -108,7 +108,8 @@ class Ends(TrainerCallback):
         self._is_at_end = is_at_end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave out the evaluation before the first step (--eval_on_start): a resumed run started long ago."""
+        """Log, evaluate and save as the arguments say, but not before the first step if the run started long ago."""
+        state.compute_steps(args, state.max_steps)
         args.eval_on_start = args.eval_on_start and state.global_step == 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,8 +10,10 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
@@ -63,6 +65,26 @@ def recover(run: Path) -> None:
         if not target.exists():
             old.rename(target)
     shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def continued(checkpoint: Path, args: Any) -> Iterator[Path]:
+    """Yield a checkpoint as one of a run by the arguments `args`, which goes on from it.
+
+    transformers would log, evaluate and save as often as the run before, whatever the arguments say, and warn where
+    they say something else: a share of all steps in place of their number, or a step divided among other processes.
+    Here the intervals are left open, for `callbacks.Ends` to set, and the best checkpoint is the one beside this one.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state |= {"logging_steps": None, "eval_steps": None, "save_steps": None, "train_batch_size": args.train_batch_size}
+    best = checkpoint.parent / f"{PREFIX}{state.get('best_global_step')}"
+    state["best_model_checkpoint"] = str(best) if best.is_dir() else None
+    with tempfile.TemporaryDirectory() as folder:
+        for path in checkpoint.iterdir():
+            if path.name != TRAINER_STATE_NAME:
+                (Path(folder) / path.name).symlink_to(path.resolve())
+        (Path(folder) / TRAINER_STATE_NAME).write_text(json.dumps(state), encoding="utf-8")
+        yield Path(folder)
 
 
 @contextlib.contextmanager

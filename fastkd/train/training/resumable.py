@@ -6,6 +6,7 @@ resumed run goes on as the uninterrupted one would have, to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..common.errors import Interrupted, RunError, out_of_memory
 from ..common.processes import is_lost_process, of_all
 from ..models.sharding import not_finite
 from .callbacks import Ends, LossBar, WindowedValues, mean_of_windows
-from .checkpoints import PREFIX, STAGING, flush, publish, recover, way_back, writing
+from .checkpoints import PREFIX, STAGING, continued, flush, publish, recover, way_back, writing
 from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments
 
 _WINDOW = "log_window_{}.pt"  # of one process, in a checkpoint
@@ -57,12 +58,14 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         run = self._run
         if self.is_world_process_zero():
             recover(run)
+        given: Any = contextlib.nullcontext()
         if resume_from_checkpoint:
             self.restore(Path(resume_from_checkpoint))
+            given = continued(Path(resume_from_checkpoint), self.args)
         self._saved_step = 0
         try:
-            with self._signals:
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._signals, given as checkpoint:
+                result = super().train(checkpoint and str(checkpoint), *args, **kwargs)
                 self._non_finite.check(self.args)
                 self._stops.on_end()
         except BaseException as error:
