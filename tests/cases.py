@@ -1,4 +1,7 @@
-"""What the contract test runs: every op as a case, every backend as a context, inputs that are meant to hurt."""
+"""What tests of the ops share: every op as a case, every backend as a context, inputs that are meant to hurt.
+
+Beside them what a dtype's rounding is worth, and the parameters that tests go over.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +17,16 @@ from torch import Tensor
 
 import fastkd
 from fastkd import backend
+from fastkd.divergence import DIVERGENCES
 
 Inputs = dict[str, Tensor]
+
+NAN, INF = float("nan"), float("inf")
+# One rounding to the dtype, as a relative Frobenius error: at most half a unit in the last place of every element.
+ROUNDING = {torch.float64: 1.2e-16, torch.float32: 6e-8, torch.float16: 4.9e-4, torch.bfloat16: 3.9e-3}
+# Half the smallest subnormal: what rounding can take from an element however small it is.
+SMALLEST = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 3e-8, torch.bfloat16: 0.0}
+DTYPES = list(ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,24 @@ OPS = [*DIVERGENCE_OPS, CKA_LOSS]
 BACKENDS = ["reference", "cpp", "triton"]
 # For tests that call a function often: Triton's interpreter takes minutes for them.
 LONG_IN_TRITON = ["cpp", pytest.param("triton", marks=pytest.mark.long)]
+# Where kernels in Triton run that a test calls itself.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# NumPy, under the interpreter, warns of what kernels on a GPU compute silently: inf - inf in a branch not taken.
+interpreted = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+
+def by_name(x: Any) -> str:
+    """The name of an op, or of a dtype, for a test's."""
+    return getattr(x, "name", str(x).removeprefix("torch."))
+
+
+over_ops = pytest.mark.parametrize("op", OPS, ids=by_name)
+over_token_ops = pytest.mark.parametrize("op", TOKEN_OPS, ids=by_name)
+over_attention_ops = pytest.mark.parametrize("op", ATTENTION_OPS, ids=by_name)
+over_backends = pytest.mark.parametrize("backend", BACKENDS)
+over_fused = pytest.mark.parametrize("backend", ["cpp", "triton"])
+over_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
+over_reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
 @contextlib.contextmanager
@@ -175,6 +205,11 @@ def to(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -
     return {name: x.to(device=device, dtype=dtype, copy=True) for name, x in inputs.items()}
 
 
+def placed(options: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Options, their tensors on this device."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+
+
 def value_and_gradients(op: Op, inputs: Inputs, upstream: Tensor | float = 1.0, **options) -> tuple[Tensor, Inputs]:
     """The loss, and the gradients of the student's inputs for an upstream gradient."""
     inputs = dict(inputs)
@@ -188,8 +223,7 @@ def value_and_gradients(op: Op, inputs: Inputs, upstream: Tensor | float = 1.0, 
 
 def oracle(op: Op, inputs: Inputs, **options) -> tuple[Tensor, Inputs]:
     """The reference in float64 on exactly the values that `inputs` hold: nothing is rounded on the way."""
-    options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
-    return value_and_gradients(op, to(inputs, torch.float64), impl="reference", **options)
+    return value_and_gradients(op, to(inputs, torch.float64), impl="reference", **placed(options, "cpu"))
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:

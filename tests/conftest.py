@@ -17,6 +17,11 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # faster for tensors this small, and several test processes share the cores
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter() -> Iterator[None]:
     """Triton's interpreter as the tests need it: alike on every processor, and in half the time."""

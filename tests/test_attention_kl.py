@@ -12,7 +12,6 @@ from fastkd.ops import attention_kl as driver
 from .cases import (
     ATTENTION_KL,
     ATTENTION_OPS,
-    BACKENDS,
     HEADS,
     LONG_IN_TRITON,
     RELATION_KL,
@@ -21,19 +20,15 @@ from .cases import (
     Regime,
     distance,
     oracle,
+    over_attention_ops,
+    over_backends,
+    over_fused,
+    over_reductions,
+    placed,
     running_on,
     to,
     value_and_gradients,
 )
-
-over_ops = pytest.mark.parametrize("op", ATTENTION_OPS, ids=lambda op: op.name)
-over_backends = pytest.mark.parametrize("backend", BACKENDS)
-over_fused = pytest.mark.parametrize("backend", ["cpp", "triton"])
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def agrees(op: Op, backend: str, inputs: dict[str, Tensor], bound: float = 1e-5, scores: float = 16, **options) -> None:
@@ -44,8 +39,8 @@ def agrees(op: Op, backend: str, inputs: dict[str, Tensor], bound: float = 1e-5,
     loss, gradients = oracle(op, inputs, **options)
     _, plain = value_and_gradients(op, inputs, impl="reference", **options)
     with running_on(backend) as (impl, device):
-        options = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
-        got, got_gradients = value_and_gradients(op, to(inputs, torch.float32, device), impl=impl, **options)
+        moved = to(inputs, torch.float32, device), placed(options, device)
+        got, got_gradients = value_and_gradients(op, moved[0], impl=impl, **moved[1])
     error = (got.cpu() - loss).abs()
     assert (error <= 1e-6 * loss.abs() + 1.2e-7 * scores * (2 * loss.abs()).sqrt()).all()
     for name, gradient in got_gradients.items():
@@ -113,7 +108,7 @@ def _masks(batch: int, length: int) -> dict[str, Tensor]:
     }
 
 
-@over_ops
+@over_attention_ops
 @over_backends
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", list(_masks(2, 3)))
@@ -154,7 +149,7 @@ def test_query_masks(backend: str):
         assert distance(gradient, gradients[name]) <= 1e-5, name
 
 
-@over_ops
+@over_attention_ops
 @over_backends
 def test_integer_masks(op: Op, backend: str):
     """A tokenizer's attention_mask is int64."""
@@ -167,7 +162,7 @@ def test_integer_masks(op: Op, backend: str):
     assert torch.equal(*losses)
 
 
-@over_ops
+@over_attention_ops
 @over_backends
 @pytest.mark.parametrize("how", ["mask", "normalizer", "no keys", "no batch"])
 def test_nothing_to_average_gives_zero(op: Op, backend: str, how: str):
@@ -189,7 +184,7 @@ def test_nothing_to_average_gives_zero(op: Op, backend: str, how: str):
 # ---- lengths ---------------------------------------------------------------------------------------------------------
 
 
-@over_ops
+@over_attention_ops
 @pytest.mark.parametrize("length", [1, 2, 97, 507])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("deviation", [5.0, 30.0])
@@ -204,7 +199,7 @@ def test_cross_attention(backend: str, queries: int, keys: int):
     agrees(ATTENTION_KL, backend, to(ATTENTION_KL.make(UNRELATED, queries=queries, keys=keys), torch.float32))
 
 
-@over_ops
+@over_attention_ops
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 16])
 def test_chunks_of_any_size(op: Op, causal: bool, rows: int, monkeypatch: pytest.MonkeyPatch):
@@ -215,7 +210,7 @@ def test_chunks_of_any_size(op: Op, causal: bool, rows: int, monkeypatch: pytest
     agrees(op, "cpp", inputs, causal=causal, reduction="sum")
 
 
-@over_ops
+@over_attention_ops
 @over_fused
 def test_strides_are_respected(op: Op, backend: str):
     """The batch second, as some models keep it, and a slice of a fused projection."""
@@ -376,7 +371,7 @@ def test_attention_of_a_real_t5(part: str):
 
 
 @over_backends
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@over_reductions
 def test_lists(backend: str, reduction: str):
     """Cross-attention: queries over the decoder's positions, keys and values over the encoder's. Widths may differ."""
     lengths, widths = (6, 11, 11), ((15, 24), (15, 24), (9, 12))
@@ -417,9 +412,9 @@ def test_lists(backend: str, reduction: str):
         assert distance(got_gradients[name], gradients[name]) <= 1e-5, name
 
 
-@over_ops
+@over_attention_ops
 @over_backends
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@over_reductions
 def test_reductions(op: Op, backend: str, reduction: str):
     inputs = to(op.make(UNRELATED), torch.float32)
     mask = _masks(2, 13)["holes"]
@@ -431,7 +426,7 @@ def test_reductions(op: Op, backend: str, reduction: str):
     assert distance(rows.transpose(1, 2)[counted].mean(), op.function(**inputs, key_mask=mask)) <= 1e-6
 
 
-@over_ops
+@over_attention_ops
 @over_backends
 def test_normalizer_makes_accumulation_exact(op: Op, backend: str):
     """Two micro-batches with unequal padding, divided by the whole batch's rows, add up to the whole batch."""
@@ -450,7 +445,7 @@ def test_normalizer_makes_accumulation_exact(op: Op, backend: str):
     assert distance(total, whole) <= 1e-6
 
 
-@over_ops
+@over_attention_ops
 @over_backends
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_fp16_gradients_survive_loss_scaling(op: Op, backend: str, reduction: str):
@@ -491,7 +486,7 @@ def test_gradients_that_are_asked_for(op: Op, backend: str, trained: tuple[str, 
                 assert distance(moved[name].grad, gradients[name]) <= 1e-5
 
 
-@over_ops
+@over_attention_ops
 @pytest.mark.parametrize("backend", LONG_IN_TRITON)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(op: Op, backend: str, reduction: str):
@@ -512,7 +507,7 @@ def test_gradcheck(op: Op, backend: str, reduction: str):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=backend == "triton")  # the interpreter is slow
 
 
-@over_ops
+@over_attention_ops
 @over_fused
 def test_results_repeat_to_the_bit(op: Op, backend: str):
     with running_on(backend) as (impl, device):

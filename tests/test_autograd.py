@@ -13,13 +13,13 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd.divergence import DIVERGENCES
 
 from .cases import (
     CKA_LOSS,
     DIVERGENCE_OPS,
     LINEAR_KL,
     LOGIT_KL,
+    LONG_IN_TRITON,
     OPS,
     RELATION_KL,
     TOKEN_OPS,
@@ -29,22 +29,17 @@ from .cases import (
     Regime,
     distance,
     oracle,
+    over_backends,
+    over_divergences,
+    over_fused,
+    over_ops,
+    over_reductions,
+    over_token_ops,
+    placed,
     running_on,
     to,
     value_and_gradients,
 )
-
-over_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-over_token_ops = pytest.mark.parametrize("op", TOKEN_OPS, ids=lambda op: op.name)
-over_backends = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
-# Triton's interpreter is slow, and what a kernel does is not what is asked here
-SLOWLY = pytest.param("triton", marks=pytest.mark.long)
-over_reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def inputs_of(op: Op) -> Inputs:
@@ -81,7 +76,7 @@ def test_inference_tensors(op: Op, backend: str, reduction: str):
     if reduction == "mean" and op is not CKA_LOSS:
         options["normalizer"] = torch.tensor(3.0)
     with running_on(backend) as (impl, device):
-        inputs, options = to(inputs, torch.float32, device), {k: _on(x, device) for k, x in options.items()}
+        inputs, options = to(inputs, torch.float32, device), placed(options, device)
         loss, gradients = value_and_gradients(op, inputs, impl=impl, **options)
         inputs = {name: x if name in op.student else made_for_inference(x) for name, x in inputs.items()}
         options = {name: made_for_inference(x) for name, x in options.items()}
@@ -89,10 +84,6 @@ def test_inference_tensors(op: Op, backend: str, reduction: str):
     assert torch.equal(got, loss)
     for name, gradient in gradients.items():
         assert torch.equal(got_gradients[name], gradient), name
-
-
-def _on(x: Any, device: torch.device) -> Any:
-    return x.to(device) if isinstance(x, Tensor) else x
 
 
 @over_reductions
@@ -128,7 +119,7 @@ def test_under_inference_mode(op: Op):
 
 
 @over_ops
-@pytest.mark.parametrize("backend", ["cpp", SLOWLY])
+@pytest.mark.parametrize("backend", LONG_IN_TRITON)
 @over_reductions
 def test_second_derivatives_are_refused(op: Op, backend: str, reduction: str):
     """By a message with the op's name and what to do, whatever asks for them; first ones pass."""
@@ -166,12 +157,12 @@ def test_second_derivatives_of_the_reference(op: Op):
 
 
 @over_ops
-@pytest.mark.parametrize("backend", ["reference", "cpp", SLOWLY])
+@pytest.mark.parametrize("backend", ["reference", *LONG_IN_TRITON])
 @over_reductions
 def test_func_grad(op: Op, backend: str, reduction: str):
     with running_on(backend) as (impl, device):
         inputs = to(inputs_of(op), torch.float32, device)
-        options = {k: _on(x, device) for k, x in options_of(op, inputs).items()} | {"reduction": reduction}
+        options = placed(options_of(op, inputs), device) | {"reduction": reduction}
         _, wanted = value_and_gradients(op, inputs, impl=impl, **options)
         student = {name: inputs[name] for name in op.student}
         got = grad(lambda student: op.function(**inputs | student, impl=impl, **options).sum())(student)
@@ -189,7 +180,7 @@ def per_example(op: Op, impl: str) -> tuple[Callable[[Inputs], Tensor], Inputs]:
 
 
 @over_ops
-@pytest.mark.parametrize("backend", ["reference", "cpp", SLOWLY])
+@pytest.mark.parametrize("backend", ["reference", *LONG_IN_TRITON])
 def test_vmap(op: Op, backend: str):
     """Losses and gradients for each example, as a loop over them; of kernels, to the bit."""
 
@@ -425,8 +416,8 @@ def equal_models(op: Op, deviation: float) -> Inputs:
 
 
 @pytest.mark.parametrize("op", DIVERGENCE_OPS, ids=lambda op: op.name)
-@pytest.mark.parametrize("backend", ["cpp", SLOWLY])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", LONG_IN_TRITON)
+@over_divergences
 def test_equal_models_have_nothing_to_learn(op: Op, backend: str, divergence: str):
     """A loss of 0 and gradients of 0, to the bit."""
     for deviation in (0.1, 30.0):
@@ -438,8 +429,8 @@ def test_equal_models_have_nothing_to_learn(op: Op, backend: str, divergence: st
 
 
 @over_token_ops
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_fused
+@over_divergences
 def test_low_temperatures_of_peaked_models(op: Op, backend: str, divergence: str):
     inputs = to(op.make(Regime("peaked", 30.0, None), tokens=3), torch.float32)
     options = {"temperature": 0.05, "divergence": divergence}

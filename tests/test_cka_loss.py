@@ -18,17 +18,24 @@ import fastkd
 from fastkd.checks import numbers
 from fastkd.ops import cka_loss as op_file
 
-from .cases import BACKENDS, CKA_LOSS, LONG_IN_TRITON, Inputs, distance, oracle, running_on, to, value_and_gradients
-from .test_contract import DTYPES, ROUNDING, SMALLEST, by_name
+from .cases import (
+    CKA_LOSS,
+    DTYPES,
+    LONG_IN_TRITON,
+    ROUNDING,
+    SMALLEST,
+    Inputs,
+    by_name,
+    distance,
+    oracle,
+    over_backends,
+    over_fused,
+    running_on,
+    to,
+    value_and_gradients,
+)
 
-over_backends = pytest.mark.parametrize("backend", BACKENDS)
-over_fused = pytest.mark.parametrize("backend", ["cpp", "triton"])
 over_forms = pytest.mark.parametrize("grams", [False, True], ids=["covariances", "grams"])
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def hidden(tokens: int, widths: tuple[int, int], offset: float = 0.0, distance: float | None = None) -> Inputs:

@@ -13,45 +13,32 @@ from .cases import (
     ATTENTION_OPS,
     BACKENDS,
     DIVERGENCE_OPS,
+    DTYPES,
     HEADS,
     LINEAR_KL,
     LOGIT_KL,
     LONG_IN_TRITON,
-    OPS,
     REGIMES,
     RELATION_KL,
-    TOKEN_OPS,
+    ROUNDING,
+    SMALLEST,
     UNRELATED,
     Inputs,
     Op,
     Regime,
+    by_name,
     distance,
     oracle,
+    over_backends,
+    over_divergences,
+    over_fused,
+    over_ops,
+    over_reductions,
+    over_token_ops,
     running_on,
     to,
     value_and_gradients,
 )
-
-# One rounding to the dtype, as a relative Frobenius error: at most half a unit in the last place of every element.
-ROUNDING = {torch.float64: 1.2e-16, torch.float32: 6e-8, torch.float16: 4.9e-4, torch.bfloat16: 3.9e-3}
-# Half the smallest subnormal: what rounding can take from an element however small it is.
-SMALLEST = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 3e-8, torch.bfloat16: 0.0}
-DTYPES = list(ROUNDING)
-
-
-def by_name(x):
-    return getattr(x, "name", str(x).removeprefix("torch."))
-
-
-over_ops = pytest.mark.parametrize("op", OPS, ids=by_name)
-over_token_ops = pytest.mark.parametrize("op", TOKEN_OPS, ids=by_name)
-over_backends = pytest.mark.parametrize("backend", BACKENDS)
-over_fused = pytest.mark.parametrize("backend", ["cpp", "triton"])
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def in_every_regime() -> list:
@@ -91,7 +78,7 @@ def cancelled(inputs: Inputs, divergence: str) -> float:
 @pytest.mark.parametrize("op", DIVERGENCE_OPS, ids=by_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
 @pytest.mark.parametrize(("backend", "regime"), in_every_regime(), ids=by_name)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_divergences
 def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: Regime, divergence: str):
     inputs = to(op.make(regime), dtype)
     loss, gradients = oracle(op, inputs, divergence=divergence)
@@ -128,7 +115,7 @@ def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: R
         assert error <= max(gradient_bound, plain_error) + rounding, name
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_divergences
 @pytest.mark.parametrize("regime", REGIMES, ids=by_name)
 def test_logit_kl_needs_no_help_from_the_reference(regime: Regime, divergence: str):
     """The row kernel alone meets its bound where plain torch in float32 is off by up to a tenth."""
@@ -152,7 +139,7 @@ def test_reverse_kl_of_unrelated_peaked_models(backend: str, seed: int):
     assert distance(got["student_logits"], gradients["student_logits"]) <= 1e-5
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_divergences
 @pytest.mark.parametrize("side", ["student_logits", "teacher_logits"])
 @over_fused
 def test_nan_scores_are_not_hidden(backend: str, side: str, divergence: str):
@@ -166,7 +153,7 @@ def test_nan_scores_are_not_hidden(backend: str, side: str, divergence: str):
 
 
 @over_fused
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_divergences
 def test_a_masked_stretch_longer_than_a_block(backend: str, divergence: str):
     """The student rules out its first 1100 columns, and the kernels' first block with them."""
     inputs = to(LOGIT_KL.make(UNRELATED, tokens=2, vocabulary=3000), torch.float32)
@@ -226,7 +213,7 @@ def test_near_converged_bf16_student():
 
 @over_token_ops
 @over_backends
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@over_reductions
 def test_every_keyword(op: Op, backend: str, reduction: str):
     """Temperature, weights, labels with ignored ones, both term weights, reductions and an upstream gradient."""
     inputs = to(op.make(UNRELATED), torch.float32)
@@ -375,7 +362,7 @@ def test_labels_beyond_the_teachers_vocabulary_by_hand(backend: str):
 
 
 @over_backends
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_divergences
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("op", [LOGIT_KL, LINEAR_KL], ids=by_name)
 def test_columns_masked_in_one_model(op: Op, backend: str, divergence: str, side: str):
@@ -497,7 +484,7 @@ def test_strides_are_respected(op: Op, backend: str, layout: str):
 
 
 @over_backends
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_divergences
 def test_masked_columns(backend: str, divergence: str):
     """Columns of -inf in both models have probability exactly zero; a row of nothing else counts as 0."""
     inputs = to(LOGIT_KL.make(UNRELATED), torch.float32)
@@ -687,7 +674,7 @@ def test_normalizer_makes_accumulation_exact(op: Op, backend: str):
 
 @over_token_ops
 @pytest.mark.parametrize("backend", LONG_IN_TRITON)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@over_divergences
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(op: Op, backend: str, divergence: str, reduction: str):
     with running_on(backend) as (impl, device):

@@ -31,24 +31,28 @@ from .cases import (
     LOGIT_KL,
     OPS,
     RELATION_KL,
+    ROUNDING,
+    SMALLEST,
     TOKEN_OPS,
     UNRELATED,
     Inputs,
     Op,
     Regime,
     distance,
+    interpreted,
+    over_attention_ops,
+    placed,
     running_on,
     to,
 )
 from .sanitize import main as call_everything
 from .sanitize import ways
-from .test_contract import ROUNDING, SMALLEST
 
 NEAR = Regime("near", 5.0, 0.01)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Run = Callable[[], tuple[Tensor, ...]]
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, of NaN put in on purpose
+pytestmark = interpreted
 
 
 # ---- a GPU, or what stands for one -----------------------------------------------------------------------------------
@@ -153,7 +157,6 @@ class Place:
 
 @pytest.fixture(params=["gpu", "rehearsal"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    torch.manual_seed(0)
     if request.param == "gpu" and not torch.cuda.is_available():
         pytest.skip("no GPU is visible")
     if request.param == "rehearsal" and torch.cuda.is_available():
@@ -206,8 +209,7 @@ def arguments(op: Op, place: Place, dtype: torch.dtype = torch.float32) -> tuple
         options = {"key_mask": torch.arange(length) < lengths, "causal": True}
     else:
         options = {"mask": torch.arange(sizes["tokens"]) % 5 != 2}
-    moved = {name: x.to(place.device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    return to(inputs, dtype, place.device), moved
+    return to(inputs, dtype, place.device), placed(options, place.device)
 
 
 def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
@@ -280,8 +282,7 @@ def test_work_goes_to_the_device_of_its_inputs(place: Place, op: Op, way: str):
         inputs, options = arguments(op, place)
         wanted = value_and_gradients(op, inputs, **options)
         other = Place(torch.device("cuda", 1)) if place.real else place
-        options = {name: x.to(other.device) if isinstance(x, Tensor) else x for name, x in options.items()}
-        got = value_and_gradients(op, to(inputs, torch.float32, other.device), **options)
+        got = value_and_gradients(op, to(inputs, torch.float32, other.device), **placed(options, other.device))
     for x, y in zip(got, wanted, strict=True):
         assert x.device == other.device
         assert distance(x, y) <= 1e-6
@@ -350,7 +351,7 @@ def test_linear_kl_stays_within_its_workspace(place: Place, op: Op, way: str, dt
     assert peak <= 64 * 2**20 + 4 * vocabulary * width + hidden + 16 * 2**20
 
 
-@pytest.mark.parametrize("op", ATTENTION_OPS, ids=lambda op: op.name)
+@over_attention_ops
 def test_attention_needs_memory_in_proportion_to_the_length(place: Place, op: Op):
     peaks = []
     for length in place.size((1024, 2048, 4096), (5, 6, 7)):
@@ -526,7 +527,7 @@ def test_token_losses_at_full_size(place: Place, op: Op, way: str, dtype: torch.
                 check_values(op, inputs, f"{regime.name} {divergence}", 1e-5, 1, divergence=divergence)
 
 
-@pytest.mark.parametrize("op", ATTENTION_OPS, ids=lambda op: op.name)
+@over_attention_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [507, 512])
 @pytest.mark.parametrize(("heads", "teacher_width", "student_width"), [(12, 64, 64), (8, 64, 32), (32, 24, 12)])

@@ -20,18 +20,30 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.divergence import DIVERGENCES, divergence_code
+from fastkd.divergence import divergence_code
 from fastkd.ops.divergence_rows import STATS, CudaRows, cuda_rows_problem, gpu_rows
 
 from . import emulated
-from .cases import LINEAR_KL, LOGIT_KL, REGIMES, distance, running_on, to, value_and_gradients
+from .cases import (
+    DEVICE,
+    INF,
+    LINEAR_KL,
+    LOGIT_KL,
+    NAN,
+    REGIMES,
+    distance,
+    interpreted,
+    over_divergences,
+    running_on,
+    to,
+    value_and_gradients,
+)
 from .cases import oracle as op_oracle
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
 rows = importlib.import_module("fastkd.kernels.rows")  # ours: a failure to import it is a failure
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative Frobenius error of a gradient: some roundings in the working precision and one to the dtype. Mostly 1e-7 in
 # fp32; reverse_kl takes a large mean from a large log-ratio where the student is confident.
 TOLERANCE = {torch.float64: 2e-14, torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -39,13 +51,8 @@ if DEVICE.type == "cuda":
     TOLERANCE[torch.float32] = 1e-5  # ex2.approx
 else:
     TOLERANCE[torch.bfloat16] *= 2  # the interpreter cuts digits off where a GPU rounds
-NAN = float("nan")
-INF = float("inf")
 
-# NumPy, under the interpreter, warns of what kernels on a GPU compute silently: inf - inf in a branch not taken.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-over_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
+pytestmark = interpreted
 
 
 def cuda_rows() -> type[CudaRows]:
@@ -64,7 +71,6 @@ kernels: Any = rows  # what a test calls
 def _kernels(request):
     global kernels
     kernels = cuda_rows() if request.param == "cuda" else rows
-    torch.manual_seed(0)
 
 
 def skip_unless_made_for(*matrices: Tensor | None) -> None:

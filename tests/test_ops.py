@@ -15,15 +15,16 @@ from fastkd.divergence import divergence_code
 
 from .cases import (
     ATTENTION_KL,
-    ATTENTION_OPS,
     HEADS,
     LINEAR_KL,
     LOGIT_KL,
     RELATION_KL,
-    TOKEN_OPS,
     UNRELATED,
     Op,
     distance,
+    over_attention_ops,
+    over_fused,
+    over_token_ops,
     running_on,
     to,
     value_and_gradients,
@@ -31,11 +32,6 @@ from .cases import (
 
 OBJECTIVE = (divergence_code("jsd"), 0.3, 2.0, 0.6, 0.4)  # of kernels, and as ops are given it:
 CODE, NUMBERS = Objective("jsd", 0.3, 2.0, 0.6, 0.4).for_op()
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -99,7 +95,7 @@ def test_relation_kl_opcheck():
     )
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@over_fused
 def test_unwanted_gradients_are_empty(backend: str):
     """And no two of them one tensor, as everywhere: outputs of an op may not alias."""
     x = to(ATTENTION_KL.make(UNRELATED, queries=5), torch.float32)
@@ -233,7 +229,7 @@ def test_row_primitive_guards_memory(rows):
     assert student.isnan().any(1).tolist() == [False, True, False, False, True]
 
 
-@pytest.mark.parametrize("op", TOKEN_OPS, ids=lambda op: op.name)
+@over_token_ops
 @pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.long)])
 def test_compiles_without_a_graph_break(op: Op, reduction: str):
     """fullgraph, forward and backward, and one compilation for every batch size."""
@@ -266,7 +262,7 @@ def test_compiles_without_a_graph_break(op: Op, reduction: str):
     assert compilations == 1
 
 
-@pytest.mark.parametrize("op", ATTENTION_OPS, ids=lambda op: op.name)
+@over_attention_ops
 @pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.long)])
 def test_attention_compiles_without_a_graph_break(op: Op, reduction: str):
     """fullgraph, forward and backward, and one compilation for every batch size and length."""

@@ -15,26 +15,16 @@ from torch import Tensor
 
 from fastkd.divergence import DIVERGENCES, divergence_code
 
-from .cases import distance
+from .cases import DEVICE, INF, NAN, distance, interpreted, over_divergences
 
 pytest.importorskip("triton", reason="Triton is not installed")
 kernels = importlib.import_module("fastkd.kernels.attention_kl")  # ours: a failure to import it is a failure
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative Frobenius error of a gradient. Of 16-bit inputs, the gradient of a score is rounded before it meets q and k,
 # and their sum once more.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-NAN, INF = float("nan"), float("inf")
 
-# NumPy, under the interpreter, warns of what kernels on a GPU compute silently: overflow in a branch not taken.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-over_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+pytestmark = interpreted
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------

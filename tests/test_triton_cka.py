@@ -17,28 +17,21 @@ import fastkd.functions
 from fastkd import reference
 from fastkd.checks import numbers
 
-from .cases import distance, running_on
+from .cases import DEVICE, INF, NAN, distance, interpreted, running_on
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
 kernels = importlib.import_module("fastkd.kernels.cka")  # ours: a failure to import it is a failure
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-8
 # (tokens, widths of student and teacher): Grams and covariances, one tile and several, at and off their edges
 SHAPES = [(37, (24, 40)), (140, (64, 130)), (150, (20, 33)), (128, (1, 70)), (131, (130, 1))]
 # Of a loss near 1, and of a gradient (relative Frobenius error).
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-7, 1e-5)}
-NAN, INF = float("nan"), float("inf")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, of NaN and infinity put in
+pytestmark = interpreted
 
 over_shapes = pytest.mark.parametrize("tokens, widths", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def hidden(tokens: int, widths: tuple[int, int], offset: float = 0.0, near: float | None = None) -> list[Tensor]:

@@ -16,10 +16,26 @@ from torch import Tensor
 
 import fastkd
 from fastkd.checks import numbers
-from fastkd.divergence import DIVERGENCES, divergence_code
+from fastkd.divergence import divergence_code
 from fastkd.ops import linear_kl_gpu as op
 
-from .cases import LINEAR_KL, REGIMES, UNRELATED, Regime, distance, oracle, running_on, to, value_and_gradients
+from .cases import (
+    DEVICE,
+    INF,
+    LINEAR_KL,
+    NAN,
+    REGIMES,
+    UNRELATED,
+    Regime,
+    distance,
+    interpreted,
+    oracle,
+    over_divergences,
+    placed,
+    running_on,
+    to,
+    value_and_gradients,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 kernels = importlib.import_module("fastkd.kernels.linear_kl")  # ours: a failure to import it is a failure
@@ -27,22 +43,18 @@ rows = importlib.import_module("fastkd.kernels.rows")
 tuning = importlib.import_module("fastkd.kernels.tuning")
 
 T, V = 20, 103
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = ["tiles", "rows"]
 # One rounding of the gradient's dtype, of an element of the scores' gradient and of the sum that it is multiplied into.
 ROUNDINGS = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2 * 4.9e-4, torch.bfloat16: 2 * 3.9e-3}
-NAN, INF = float("nan"), float("inf")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, of NaN and infinity put in
+pytestmark = interpreted
 
 over_ways = pytest.mark.parametrize("way", WAYS)
-over_divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that T tokens are two blocks, and V columns four tiles, in up to three stretches."""
-    torch.manual_seed(0)
     monkeypatch.setattr(tuning, "heuristic", lambda *line: tuning.Config((16, 32, 16), 4, 1))
     monkeypatch.setattr(kernels, "STRETCHES", 3)
 
@@ -57,7 +69,7 @@ def stretches(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def run(way: str, inputs: dict[str, Tensor], **options):
     """Loss and gradients of the public function, which goes this way."""
-    options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
+    options = placed(options, DEVICE)
     inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
     with running_on("triton") as (impl, _), op._going_by(way):
         return value_and_gradients(LINEAR_KL, inputs, impl=impl, **options)
@@ -140,7 +152,7 @@ def test_cross_entropy_alone(way: str, dtype: torch.dtype):
 
     loss, gradients = value_and_gradients(LINEAR_KL, copied(torch.float64), impl="reference", **options)
     moved = {name: x if x is None else x.to(DEVICE) for name, x in inputs.items()}
-    options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
+    options = placed(options, DEVICE)
     with running_on("triton") as (impl, _), op._going_by(way):
         got, got_gradients = value_and_gradients(LINEAR_KL, moved, impl=impl, **options)
     assert distance(got, loss) <= 1e-6

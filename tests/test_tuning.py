@@ -10,17 +10,16 @@ import torch
 from fastkd import reference
 from fastkd.divergence import divergence_code
 
-from .cases import distance, running_on
+from .cases import DEVICE, distance, interpreted, running_on
 
 pytest.importorskip("triton", reason="Triton is not installed")
 tuning = importlib.import_module("fastkd.kernels.tuning")  # ours: a failure to import it is a failure
 attention = importlib.import_module("fastkd.kernels.attention_kl")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"covariance": (2, 4, 8), "gram": (2, 4, 8), "cka_gradient": (2, 4, 8), "gram_gradient": (2, 4, 8)}
 Config = tuning.Config
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = interpreted
 
 
 class Timer:
