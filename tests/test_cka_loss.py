@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastkd
 from fastkd.checks import numbers
 from fastkd.ops import cka_loss as op_file
+from fastkd.ops import cka_loss_torch as gemms
 
 from .cases import (
     CKA_LOSS,
@@ -153,8 +154,8 @@ def test_both_forms_in_chunks_of_any_size(dtype, masked: bool, grams: bool, monk
     loss, gradients = oracle(CKA_LOSS, inputs, mask=mask)
     monkeypatch.setattr(op_file, "_by_grams", lambda tokens, widths: grams)
     for workspace, strip in ((1, 1), (100, 7), (600, 16), (2**20, 128)):
-        monkeypatch.setattr(op_file, "WORKSPACE", workspace)
-        monkeypatch.setattr(op_file, "STRIP", strip)
+        monkeypatch.setattr(gemms, "WORKSPACE", workspace)
+        monkeypatch.setattr(gemms, "STRIP", strip)
         got, got_gradients = value_and_gradients(
             CKA_LOSS, poison(inputs, mask), impl="fused", mask=mask if masked else None
         )

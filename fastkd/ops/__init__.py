@@ -1,1 +1,4 @@
-"""The ops, one per file, each in the same order: schema, fake, implementation, autograd.Function, public function."""
+"""The ops, one per file, each in the same order: schema, fake, implementation, autograd.Function, public function.
+
+Where the way of a device is long it lies beside its op, as <op>_<device>.py.
+"""

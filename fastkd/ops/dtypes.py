@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ..divergence import divergence_code
 
-__all__ = ["autocast_like_linear", "fp16_lift", "gradient_dtype", "score_dtype"]
+__all__ = ["autocast_like_linear", "fp16_lift", "gradient_dtype", "score_dtype", "without_autocast"]
 
 
 def score_dtype(student: Tensor) -> torch.dtype:
@@ -51,3 +53,14 @@ def autocast_like_linear(*tensors: Any) -> list[Any]:
         return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
     return [x.to(dtype) if eligible(x) else x for x in tensors]
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast has had its say on the inputs; in here it would round the GEMMs' operands once more."""
+
+    @wraps(function)
+    def run(student: Sequence[Tensor], *arguments, **options):
+        with torch.autocast(student[0].device.type, enabled=False):
+            return function(student, *arguments, **options)
+
+    return run
