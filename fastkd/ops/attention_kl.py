@@ -1,7 +1,6 @@
 """attention_kl: the divergence between the attention distributions of two models, without an [Lq, Lk] matrix.
 
-On CPU, csrc/cpu/attention.cpp takes one head of one sequence in one thread, in chunks of queries whose scores stay in
-the second-level cache. On a GPU, kernels/attention_kl.py keeps scores in registers.
+On a CPU scores stay in the second-level cache (attention_kl_cpu.py), on a GPU in registers (kernels/attention_kl.py).
 
 As in linear_kl, a scalar loss has its gradients made in the forward pass, and losses per row run the op again.
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from ..checks import (
     numbers,
 )
 from ..relative_bias import RelativeBias
+from .attention_kl_cpu import Model, attend_on_cpu
 from .autograd import (
     Function,
     Gradient,
@@ -48,11 +48,6 @@ from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]
 
-# For the scores of both models in a chunk, on a CPU: half of a usual second-level cache, where they then stay.
-WORKSPACE_BYTES_PER_THREAD = 512 * 2**10
-# Fewer queries in a chunk would make its GEMMs slow, whatever their scores need; more leave nothing to gain.
-CHUNK_ROWS = (64, 256)
-
 # ---- schema ---------------------------------------------------------------------------------------------------------
 # A bias is [B, A, Lq, Lk], where any dimension may be 1, or else the diagonals of a relative bias, [A, 2 * reach + 1]:
 # that of key j for query i is diagonals[a, clamp(j - i, -reach, reach) + reach].
@@ -63,15 +58,6 @@ _library.define(
     "Tensor? teacher_bias, Tensor coefficient, Tensor? key_mask, bool causal, int num_heads, bool[3] gradients, "
     "int divergence, Tensor numbers) "
     "-> (Tensor loss, Tensor grad_q, Tensor grad_k, Tensor grad_bias)"
-)
-# The same on a CPU, in csrc/cpu/attention.cpp. The gradients of q and k are overwritten, in any floating dtype; the
-# bias's is added to: [B, A, Lq, Lk] with a 1 where the bias has one, or its diagonals', [B, A, 2 * reach + 1] float64.
-# relation: queries and keys are one tensor, grad_q is of both, and masked positions have a coefficient of 0.
-_library.define(
-    "attention_heads_(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? student_bias, "
-    "Tensor? teacher_bias, Tensor coefficient, Tensor? key_mask, bool causal, bool relation, float student_scale, "
-    "float teacher_scale, int rows_at_once, int divergence, float beta, Tensor(a!) loss, Tensor(b!)? grad_q, "
-    "Tensor(c!)? grad_k, Tensor(d!)? grad_bias) -> ()"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -89,43 +75,7 @@ def _(student_q, student_k, tq, tk, student_bias, tb, coefficient, mask, causal,
     return torch.empty_like(coefficient), *(empty_gradient(x, wanted, student_q) for x, wanted in inputs)
 
 
-torch.library.register_fake("fastkd::attention_heads_", lambda *_: None, lib=_library)
-
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
-
-
-def attend_on_cpu(
-    student: tuple[Tensor, Tensor, Tensor | None, float],  # q [B, Lq, Hs], k [B, Lk, Hs], bias, scale
-    teacher: tuple[Tensor, Tensor, Tensor | None, float],
-    coefficient: Tensor,  # [B, A, Lq] float64
-    key_mask: Tensor | None,  # [B, Lk] bool
-    causal: bool,
-    divergence: int,
-    beta: float,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],  # of q, k and bias, to be written
-    *,
-    relation: bool = False,
-) -> Tensor:
-    """The losses [B, A, Lq] of ``attention_heads_``."""
-    keys, itemsize = student[1].shape[1], score_dtype(student[0]).itemsize
-    fit = WORKSPACE_BYTES_PER_THREAD // max(1, 2 * keys * itemsize)
-    rows_at_once = min(max(CHUNK_ROWS[0], fit), CHUNK_ROWS[1])
-    coefficient = coefficient.contiguous()
-    loss = torch.empty_like(coefficient)
-    torch.ops.fastkd.attention_heads_(
-        *student[:2], *teacher[:2], student[2], teacher[2], coefficient,
-        None if key_mask is None else key_mask.contiguous(), causal, relation, student[3], teacher[3], rows_at_once,
-        divergence, beta, loss, *gradients,
-    )  # fmt: skip
-    return loss
-
-
-def zeros_like_bias(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that the bias's gradient is added to."""
-    if bias.dim() == 2:
-        return bias.new_zeros((*shape[:2], bias.shape[1]), dtype=torch.float64)
-    # of a bias for every key, or every query, elements are sums over a whole matrix
-    return bias.new_zeros(bias.shape, dtype=torch.float64 if 1 in bias.shape[2:] else dtype)
 
 
 def _attention_kl(
@@ -151,21 +101,18 @@ def _attention_kl(
             student_q, student_k, teacher_q, teacher_k, student_bias, teacher_bias, coefficient, key_mask, causal,
             num_heads, student_scale, teacher_scale, gradients, divergence, beta,
         )  # fmt: skip
-    dtype, shape = score_dtype(student_q), (*coefficient.shape, student_k.shape[1])
-    biases = [
-        None if x is None else x.expand(shape) if x.dim() == 4 else x.to(dtype).contiguous()
-        for x in (student_bias, teacher_bias)
-    ]
-    inputs = (student_q, student_k, student_bias)
-    results = [empty_gradient(x, wanted, student_q) for x, wanted in zip(inputs, gradients, strict=True)]
-    grad_bias = zeros_like_bias(student_bias, shape, dtype) if gradients[2] and student_bias is not None else None
-    grad_q, grad_k = (x if wanted else None for x, wanted in zip(results[:2], gradients, strict=False))
+    inputs = zip((student_q, student_k, student_bias), gradients, strict=True)
+    results = [empty_gradient(x, wanted, student_q) for x, wanted in inputs]
     loss = attend_on_cpu(
-        (student_q, student_k, biases[0], student_scale), (teacher_q, teacher_k, biases[1], teacher_scale),
-        coefficient, key_mask, causal, divergence, beta, (grad_q, grad_k, grad_bias),
-    )  # fmt: skip
-    if grad_bias is not None:
-        results[2].copy_(grad_bias.sum(0) if grad_bias.dim() == 3 else grad_bias)
+        Model(student_q, student_k, student_bias, student_scale),
+        Model(teacher_q, teacher_k, teacher_bias, teacher_scale),
+        coefficient,
+        key_mask,
+        causal,
+        divergence,
+        beta,
+        [x if wanted else None for x, wanted in zip(results, gradients, strict=True)],
+    )
     return loss, *results
 
 
@@ -286,6 +233,72 @@ def _check_bias(name: str, bias: object, shape: tuple[int, ...], device: torch.d
     check_same_device(name, bias, device)
 
 
+class _Inputs(NamedTuple):
+    """The public function's arguments that make scores and say which count."""
+
+    student_q: Tensor  # [B, Lq, Hs]
+    student_k: Tensor  # [B, Lk, Hs]
+    teacher_q: Tensor  # [B, Lq, Ht]
+    teacher_k: Tensor  # [B, Lk, Ht]
+    num_heads: int
+    student_scale: Any
+    teacher_scale: Any
+    student_bias: Any  # [B, A, Lq, Lk] or what broadcasts to it, or a RelativeBias
+    teacher_bias: Any
+    key_mask: Tensor | None  # [B, Lk]
+    query_mask: Tensor | None  # [B, Lq]
+    causal: bool
+
+    def check(self) -> None:
+        """Raises unless they fit each other."""
+        check_tensor("student_q", self.student_q, shape=[None] * 3, floating=True)
+        batch, queries, width = self.student_q.shape
+        check_tensor("student_k", self.student_k, shape=[batch, None, width], floating=True)
+        keys, device = self.student_k.shape[1], self.student_q.device
+        check_tensor("teacher_q", self.teacher_q, shape=[batch, queries, None], floating=True)
+        teacher_width = self.teacher_q.shape[2]
+        check_tensor("teacher_k", self.teacher_k, shape=[batch, keys, teacher_width], floating=True)
+        check_heads(self.num_heads, {"student_q": width, "teacher_q": teacher_width})
+        for model in ("student", "teacher"):
+            q, k = getattr(self, f"{model}_q"), getattr(self, f"{model}_k")
+            if k.dtype != q.dtype:
+                raise TypeError(f"{model}_k: expected dtype {q.dtype}, that of {model}_q, got {k.dtype}")
+            for name, x in ((f"{model}_q", q), (f"{model}_k", k)):
+                check_same_device(name, x, device)
+            scale, bias = getattr(self, f"{model}_scale"), getattr(self, f"{model}_bias")
+            if scale is not None:
+                check_number(f"{model}_scale", scale, "that is finite", is_finite)
+            if bias is not None:
+                _check_bias(f"{model}_bias", bias, (batch, self.num_heads, queries, keys), device)
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal: expected a bool, got {type(self.causal).__name__}")
+        if self.causal and queries != keys:
+            raise ValueError(f"causal: expected as many queries as keys, got {queries} and {keys}")
+        for name, mask, length in (("key_mask", self.key_mask, keys), ("query_mask", self.query_mask, queries)):
+            if mask is not None:
+                check_mask(name, mask, [batch, length], device)
+
+    def completed(self) -> _Inputs:
+        """With default scales, masks of bool, in the dtypes that autocast gives them; the teacher's are constants."""
+        scales = {}
+        for model, q in (("student", self.student_q), ("teacher", self.teacher_q)):
+            scale = getattr(self, f"{model}_scale")
+            scales[f"{model}_scale"] = (q.shape[2] // self.num_heads) ** -0.5 if scale is None else scale
+        cast = autocast_like_linear(*self[:4])
+        masks = [None if mask is None else differentiable(mask.bool()) for mask in (self.key_mask, self.query_mask)]
+        return self._replace(
+            **scales,
+            student_q=differentiable(cast[0]),
+            student_k=differentiable(cast[1]),
+            teacher_q=constant(cast[2]),
+            teacher_k=constant(cast[3]),
+            student_bias=differentiable(self.student_bias),
+            teacher_bias=constant(self.teacher_bias),
+            key_mask=masks[0],
+            query_mask=masks[1],
+        )
+
+
 def _for_kernel(bias: Any, dtype: torch.dtype) -> Any:
     """[B, A, Lq, Lk] with any of them 1, or [A, 2 * reach + 1] in the scores' dtype."""
     if isinstance(bias, RelativeBias):
@@ -347,84 +360,32 @@ def attention_kl(
     objective = Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     check_choice("reduction", reduction, REDUCTIONS)
     check_normalizer(normalizer, reduction)
-    check_tensor("student_q", student_q, shape=[None] * 3, floating=True)
-    batch, queries, width = student_q.shape
-    check_tensor("student_k", student_k, shape=[batch, None, width], floating=True)
-    keys, device = student_k.shape[1], student_q.device
-    check_tensor("teacher_q", teacher_q, shape=[batch, queries, None], floating=True)
-    check_tensor("teacher_k", teacher_k, shape=[batch, keys, teacher_q.shape[2]], floating=True)
-    check_heads(num_heads, {"student_q": width, "teacher_q": teacher_q.shape[2]})
-    for name, x, like in (("student_k", student_k, student_q), ("teacher_k", teacher_k, teacher_q)):
-        if x.dtype != like.dtype:
-            raise TypeError(f"{name}: expected dtype {like.dtype}, that of {name[:-1]}q, got {x.dtype}")
-    for name, x in (("student_k", student_k), ("teacher_q", teacher_q), ("teacher_k", teacher_k)):
-        check_same_device(name, x, device)
-    for name, scale in (("student_scale", student_scale), ("teacher_scale", teacher_scale)):
-        if scale is not None:
-            check_number(name, scale, "that is finite", is_finite)
-    for name, bias in (("student_bias", student_bias), ("teacher_bias", teacher_bias)):
-        if bias is not None:
-            _check_bias(name, bias, (batch, num_heads, queries, keys), device)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
-    if causal and queries != keys:
-        raise ValueError(f"causal: expected as many queries as keys, got {queries} and {keys}")
-    if key_mask is not None:
-        check_mask("key_mask", key_mask, [batch, keys], device)
-        key_mask = differentiable(key_mask.bool())
-    if query_mask is not None:
-        check_mask("query_mask", query_mask, [batch, queries], device)
-        query_mask = differentiable(query_mask.bool())
-    if student_scale is None:
-        student_scale = (width // num_heads) ** -0.5
-    if teacher_scale is None:
-        teacher_scale = (teacher_q.shape[2] // num_heads) ** -0.5
-    student_q, student_k, teacher_q, teacher_k = autocast_like_linear(student_q, student_k, teacher_q, teacher_k)
-    student_q, student_k, student_bias = (
-        differentiable(student_q),
-        differentiable(student_k),
-        differentiable(student_bias),
-    )
-    teacher_q, teacher_k, teacher_bias = constant(teacher_q), constant(teacher_k), constant(teacher_bias)
-
+    given = _Inputs(
+        student_q, student_k, teacher_q, teacher_k, num_heads, student_scale, teacher_scale, student_bias, teacher_bias,
+        key_mask, query_mask, causal,
+    )  # fmt: skip
+    given.check()
+    inputs = given.completed()
+    device = inputs.student_q.device
     if not use_fused(impl, device):
         return reference.attention_kl(
-            student_q,
-            student_k,
-            teacher_q,
-            teacher_k,
-            num_heads=num_heads,
-            student_scale=student_scale,
-            teacher_scale=teacher_scale,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            key_mask=key_mask,
-            query_mask=query_mask,
-            causal=causal,
-            divergence=divergence,
-            beta=beta,
-            reduction=reduction,
-            normalizer=normalizer,
+            **inputs._asdict(), divergence=divergence, beta=beta, reduction=reduction, normalizer=normalizer
         )
 
-    dtype = score_dtype(student_q)
-    bias = _for_kernel(student_bias, dtype)
+    dtype, keys = score_dtype(inputs.student_q), inputs.student_k.shape[1]
+    bias = _for_kernel(inputs.student_bias, dtype)
+    shape = (*inputs.student_q.shape[:2], keys)
     arguments = (
-        student_q,
-        student_k,
-        teacher_q,
-        teacher_k,
+        *inputs[:4],
         bias,
-        constant(_for_kernel(teacher_bias, dtype)),
-        row_coefficients(
-            (batch, queries, keys), num_heads, key_mask, query_mask, causal, reduction, normalizer, device
-        ),
-        key_mask,
+        constant(_for_kernel(inputs.teacher_bias, dtype)),
+        row_coefficients(shape, num_heads, inputs.key_mask, inputs.query_mask, causal, reduction, normalizer, device),
+        inputs.key_mask,
         causal,
         num_heads,
-        tuple(wants_gradient(x) for x in (student_q, student_k, bias)),
+        tuple(wants_gradient(x) for x in (inputs.student_q, inputs.student_k, bias)),
         objective.code,
-        numbers(beta, student_scale, teacher_scale),
+        numbers(beta, inputs.student_scale, inputs.teacher_scale),
     )
     loss = apply(AttentionKLPerRow, *arguments) if reduction == "none" else apply(AttentionKL, *arguments)[0]
-    return loss if student_q.dtype == torch.float64 else loss.float()
+    return loss if dtype == torch.float64 else loss.float()

@@ -26,7 +26,8 @@ from ..checks import (
     check_tensor,
     numbers,
 )
-from .attention_kl import attend_on_cpu, check_heads, empty_gradient, row_coefficients
+from .attention_kl import check_heads, empty_gradient, row_coefficients
+from .attention_kl_cpu import Model, attend_on_cpu
 from .autograd import (
     Function,
     Gradient,
@@ -84,7 +85,7 @@ def _relation_kl(
         student, teacher, coefficient, key_mask, causal, gradients, strict=True
     ):
         gradient = empty_gradient(x, wanted, x)
-        ours, theirs = ((y, y, None, (y.shape[2] // num_heads) ** -0.5) for y in (x, t))
+        ours, theirs = (Model(y, y, None, (y.shape[2] // num_heads) ** -0.5) for y in (x, t))
         written = (gradient if wanted else None, None, None)
         losses.append(attend_on_cpu(ours, theirs, weights, mask, is_causal, divergence, weight, written, relation=True))
         results.append(gradient)
