@@ -241,7 +241,7 @@ def _check_inputs(inputs: _Inputs, objective: Objective, tokens: TokenArguments,
     return inputs
 
 
-def _flat(hidden: Tensor | None) -> Tensor | None:
+def _flat(hidden: Any) -> Any:
     """Hidden states [T, H]"""
     return None if hidden is None else hidden.reshape(-1, hidden.shape[-1])
 
@@ -357,29 +357,18 @@ def linear_kl(
         inputs = _check_inputs(_Inputs(**whole, **shards), objective, tokens, group is not None)
         return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device)
 
-    keywords = {"student_scale": student_scale, "teacher_scale": teacher_scale, "workspace_mb": workspace_mb}
+    scales: dict[str, Any] = {"student_scale": student_scale, "teacher_scale": teacher_scale}
+    keywords = {**scales, "workspace_mb": workspace_mb}
     (inputs, objective, tokens, fused), shard = agree(group, check, lambda checked: _facts(*checked, keywords))
 
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
     if not fused:
-        return reference.linear_kl(
-            **inputs._asdict(),
-            student_scale=student_scale,
-            teacher_scale=teacher_scale,
-            shard=shard,
-            **vars(objective),
-            **vars(tokens),
-        )
+        return reference.linear_kl(**inputs._asdict(), **scales, shard=shard, **vars(objective), **vars(tokens))
 
     flat_labels = tokens.flat_labels()
     wanted = tuple(wants_gradient(x) for x in inputs[:3])
     arguments = (
-        _flat(inputs.student_hidden),
-        inputs.student_weight,
-        inputs.student_bias,
-        _flat(inputs.teacher_hidden),
-        inputs.teacher_weight,
-        inputs.teacher_bias,
+        *inputs._replace(student_hidden=_flat(inputs.student_hidden), teacher_hidden=_flat(inputs.teacher_hidden)),
         tokens.coefficients(leading, device),
         flat_labels if shard is None else shard.local_labels(flat_labels),
         numbers(student_scale, teacher_scale, WORKSPACE_MB[device.type] if workspace_mb is None else workspace_mb),

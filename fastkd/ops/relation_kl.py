@@ -9,7 +9,7 @@ B batch, L length, A relation heads, Hs and Ht widths; one of each for every ent
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,6 +184,51 @@ def _listed(name: str, value: Any, entries: int, several: bool) -> list[Any]:
     return list(value)
 
 
+class _Entries(NamedTuple):
+    """The public function's arguments that it takes one of for every entry."""
+
+    student: list[Any]  # [B, L, Hs] each
+    teacher: list[Any]  # [B, L, Ht] each
+    key_mask: list[Any]  # [B, L] each, or None
+    causal: list[Any]
+    normalizer: list[Any]
+
+
+def _entries(student: Any, teacher: Any, key_mask: Any, causal: Any, normalizer: Any) -> _Entries:
+    several = isinstance(student, (list, tuple))
+    students: list[Any] = list(student) if several else [student]
+    if several != isinstance(teacher, (list, tuple)) or (several and len(teacher) != len(students)):
+        expected = f"a list of {len(students)}, as many as student" if several else "a tensor, as student is one"
+        given = f"{len(teacher)}" if isinstance(teacher, (list, tuple)) else type(teacher).__name__
+        raise ValueError(f"teacher: expected {expected}, got {given}")
+    if not students:
+        raise ValueError("student: expected at least one tensor, got an empty list")
+    others = {"key_mask": key_mask, "causal": causal, "normalizer": normalizer}
+    listed = {name: _listed(name, value, len(students), several) for name, value in others.items()}
+    return _Entries(students, list(teacher) if several else [teacher], **listed)
+
+
+def _check(entries: _Entries, num_heads: object, reduction: str, several: bool, masks_listed: bool) -> None:
+    """Raises unless what is given for every entry fits."""
+    first = entries.student[0]
+    widths: dict[str, int] = {}
+    for i, (x, t, mask, is_causal, normalizer) in enumerate(zip(*entries, strict=True)):
+        at = f"[{i}]" if several else ""
+        check_tensor(f"student{at}", x, shape=[None if i == 0 else first.shape[0], None, None], floating=True)
+        check_tensor(f"teacher{at}", t, shape=[*x.shape[:2], None], floating=True)
+        check_same_device(f"student{at}", x, first.device)
+        check_same_device(f"teacher{at}", t, x.device)
+        if x.dtype != first.dtype:
+            raise TypeError(f"student{at}: expected dtype {first.dtype}, that of student[0], got {x.dtype}")
+        widths |= {f"student{at}": x.shape[2], f"teacher{at}": t.shape[2]}
+        if not isinstance(is_causal, bool):
+            raise TypeError(f"causal: expected a bool, got {type(is_causal).__name__}")
+        if mask is not None:
+            check_mask(f"key_mask{at if masks_listed else ''}", mask, x.shape[:2], x.device)
+        check_normalizer(normalizer, reduction)
+    check_heads(num_heads, widths)
+
+
 def relation_kl(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
@@ -233,37 +278,11 @@ def relation_kl(
     objective = Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     check_choice("reduction", reduction, REDUCTIONS)
     several = isinstance(student, (list, tuple))
-    students: list[Any] = list(student) if several else [student]
-    if several != isinstance(teacher, (list, tuple)) or (several and len(teacher) != len(students)):
-        expected = f"a list of {len(students)}, as many as student" if several else "a tensor, as student is one"
-        given = f"{len(teacher)}" if isinstance(teacher, (list, tuple)) else type(teacher).__name__
-        raise ValueError(f"teacher: expected {expected}, got {given}")
-    teachers: list[Any] = list(teacher) if several else [teacher]
-    if not students:
-        raise ValueError("student: expected at least one tensor, got an empty list")
-    masks = _listed("key_mask", key_mask, len(students), several)
-    is_causal = _listed("causal", causal, len(students), several)
-    normalizers = _listed("normalizer", normalizer, len(students), several)
-    widths: dict[str, int] = {}
-    for i, (x, t) in enumerate(zip(students, teachers, strict=True)):
-        at = f"[{i}]" if several else ""
-        batch, device = (None, None) if i == 0 else (students[0].shape[0], students[0].device)
-        check_tensor(f"student{at}", x, shape=[batch, None, None], floating=True)
-        check_tensor(f"teacher{at}", t, shape=[*x.shape[:2], None], floating=True)
-        check_same_device(f"student{at}", x, x.device if device is None else device)
-        check_same_device(f"teacher{at}", t, x.device)
-        if x.dtype != students[0].dtype:
-            raise TypeError(f"student{at}: expected dtype {students[0].dtype}, that of student[0], got {x.dtype}")
-        widths |= {f"student{at}": x.shape[2], f"teacher{at}": t.shape[2]}
-        if not isinstance(is_causal[i], bool):
-            raise TypeError(f"causal: expected a bool, got {type(is_causal[i]).__name__}")
-        if masks[i] is not None:
-            check_mask(f"key_mask{at if isinstance(key_mask, (list, tuple)) else ''}", masks[i], x.shape[:2], x.device)
-            masks[i] = differentiable(masks[i].bool())
-        check_normalizer(normalizers[i], reduction)
-    check_heads(num_heads, widths)
-    students = [differentiable(x) for x in autocast_like_linear(*students)]
-    teachers = [constant(t) for t in autocast_like_linear(*teachers)]
+    entries = _entries(student, teacher, key_mask, causal, normalizer)
+    _check(entries, num_heads, reduction, several, isinstance(key_mask, (list, tuple)))
+    students = [differentiable(x) for x in autocast_like_linear(*entries.student)]
+    teachers = [constant(t) for t in autocast_like_linear(*entries.teacher)]
+    masks = [None if mask is None else differentiable(mask.bool()) for mask in entries.key_mask]
 
     device = students[0].device
     if not use_fused(impl, device):
@@ -272,11 +291,11 @@ def relation_kl(
             teachers,
             num_heads=num_heads,
             key_mask=masks,
-            causal=is_causal,
+            causal=entries.causal,
             divergence=divergence,
             beta=beta,
             reduction=reduction,
-            normalizer=normalizers,
+            normalizer=entries.normalizer,
         )
         if reduction == "none":
             return tuple(losses) if several else losses[0]
@@ -284,15 +303,13 @@ def relation_kl(
         return total.mean() if reduction == "mean" else total.sum()
 
     coefficients = [
-        row_coefficients(
-            (*x.shape[:2], x.shape[1]), num_heads, mask, mask, is_causal[i], reduction, normalizers[i], device
-        )
-        for i, (x, mask) in enumerate(zip(students, masks, strict=True))
+        row_coefficients((*x.shape[:2], x.shape[1]), num_heads, mask, mask, is_causal, reduction, denominator, device)
+        for x, mask, is_causal, denominator in zip(students, masks, entries.causal, entries.normalizer, strict=True)
     ]
     if reduction == "mean":
         coefficients = [c / len(students) for c in coefficients]
     wanted = tuple(wants_gradient(x) for x in students)
-    constants = (tuple(is_causal), num_heads, wanted, objective.code)
+    constants = (tuple(entries.causal), num_heads, wanted, objective.code)
     arguments = (*constants, *students, *teachers, *coefficients, *masks, numbers(beta))
     if reduction != "none":
         loss, *_ = apply(RelationKL, *arguments)
