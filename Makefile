@@ -3,6 +3,7 @@
 # make test-all  the long rest (marked `long`), and the numeric tests again as on other processors (under twenty)
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
+# make docs    the pages of docs/ with the reference, as a site in build/site
 # make lock    renew the versions that all of these install, within pyproject's ranges: $(LOCK)
 # make test-floor  set up with the lowest versions that pyproject allows, in build/floor, then make test there
 # make gpu     on a machine with a GPU: build, test and measure there, with its own Python and without a network
@@ -21,9 +22,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(LOCK),-c $(LOCK))
 # $(call resolve,FILE,TORCH,OPTIONS): write what pyproject's ranges come to. uv, as pip resolves for one Python only.
 resolve = echo '$(2)' | $(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url $(3) \
-	--extra train --extra test -o $(1) pyproject.toml -
+	--extra train --extra test --extra docs -o $(1) pyproject.toml -
 
-.PHONY: demo test test-all test-floor lock bench lint gpu clean
+.PHONY: demo test test-all test-floor lock bench lint docs gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -62,6 +63,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a broken link, or a name that the reference lacks, is an error. ruff, of this environment, sets signatures.
+docs: $(VENV)/.docs
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
 
@@ -79,6 +84,10 @@ $(VENV)/.train: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.train
 	$(PIP) 'fastkd[test]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) 'fastkd[docs]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test

@@ -6,9 +6,9 @@ ops/                  a file for each op, under its name: its problems, its peer
   relation_kl_memory    peak memory against the length, a picture
 trainer/              train_step, prune; scaling: what processes send each other
 studies/              whole trainings over seeds: means and deviations, a figure, a verdict in words
-gpu/                  `make gpu`; roofline and readme_table make a picture and README's table of its results
+gpu/                  `make gpu`; roofline and table make a picture and a table of its results
 harness/              how it is measured and told; limits: what a machine does at best
-results/              every sample that README's figures come from
+results/              every sample that README's and docs/performance.md's figures come from
 """
 
 from __future__ import annotations

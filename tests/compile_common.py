@@ -27,7 +27,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Passes of Triton's own fail there on diagonals and on all of CKA, as README's limits say.
+# Passes of Triton's own fail there on diagonals and on all of CKA, as docs/limits.md says.
 FAILS_ON_SM_100 = Version(triton.__version__) < Version("3.9")
 # Bytes of shared memory a block may have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}

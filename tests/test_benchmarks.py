@@ -264,29 +264,29 @@ def test_results_are_drawn(results: Path, tmp_path: Path) -> None:
     python("-c", code)
 
 
-def test_readme_has_what_was_measured_on_gpus() -> None:
-    module("gpu.readme_table", "--check")
+def test_the_page_has_what_was_measured_on_gpus() -> None:
+    module("gpu.table", "--check")
 
 
 @pytest.mark.long
 def test_table_of_gpus(results: Path, tmp_path: Path) -> None:
-    script, readme = "gpu.readme_table", tmp_path / "README.md"
-    begin, end = python("-c", "import benchmarks.gpu.readme_table as t; print(t.BEGIN); print(t.END)").splitlines()
-    readme.write_text(f"before\n\n{begin}\n{end}\n\nafter\n")
+    script, page = "gpu.table", tmp_path / "page.md"
+    begin, end = python("-c", "import benchmarks.gpu.table as t; print(t.BEGIN); print(t.END)").splitlines()
+    page.write_text(f"before\n\n{begin}\n{end}\n\nafter\n")
 
     def write(folder: Path) -> str:
-        module(script, "--results", folder, "--readme", readme)
-        module(script, "--results", folder, "--readme", readme, "--check")
-        first = readme.read_text()
-        module(script, "--results", folder, "--readme", readme)
-        assert readme.read_text() == first
+        module(script, "--results", folder, "--page", page)
+        module(script, "--results", folder, "--page", page, "--check")
+        first = page.read_text()
+        module(script, "--results", folder, "--page", page)
+        assert page.read_text() == first
         assert first.startswith(f"before\n\n{begin}\n") and first.endswith(f"\n{end}\n\nafter\n")
         return first
 
     text = write(ROOT / "benchmarks")  # no results there, least of all a CPU's
     assert "Nothing has been measured on a GPU yet" in text and "|" not in text
     with pytest.raises(AssertionError, match="out of date"):
-        module(script, "--results", results, "--readme", readme, "--check")
+        module(script, "--results", results, "--page", page, "--check")
     text = write(results)
     assert "NVIDIA H000" in text and "bf16 GEMM 300 GFLOP/s" in text and "Nothing" not in text and "AMD" not in text
     header, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
@@ -294,9 +294,9 @@ def test_table_of_gpus(results: Path, tmp_path: Path) -> None:
     assert len(lines) == len(json.loads((results / "nvidia-h000.json").read_text())["results"])
     assert lines[0][1].strip().endswith(" ms") and lines[0][-1].strip() == "share of the limit >= 0.6: unknown"
     assert [cell.strip() for cell in lines[1][1:5]] == [""] * 4
-    readme.write_text("no place for it")
-    with pytest.raises(AssertionError, match="README needs these two lines"):
-        module(script, "--results", results, "--readme", readme)
+    page.write_text("no place for it")
+    with pytest.raises(AssertionError, match="the page needs these two lines"):
+        module(script, "--results", results, "--page", page)
 
 
 @pytest.mark.long

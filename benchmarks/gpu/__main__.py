@@ -179,8 +179,8 @@ def roofline(session: Session) -> int:
 
 
 def table(session: Session) -> int:
-    """prints README's table of what bench wrote, and puts it there"""
-    return session.run(session.python, "-m", "benchmarks.gpu.readme_table", "--results", session.out)
+    """prints the table of what bench wrote, and puts it into docs/performance.md"""
+    return session.run(session.python, "-m", "benchmarks.gpu.table", "--results", session.out)
 
 
 # Seconds that each may take: each less than nine minutes, all less than twenty-five.

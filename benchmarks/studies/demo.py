@@ -5,7 +5,7 @@
 Every seed has first weights, an order and labelled examples of its own; the teacher is one for all. Beside the demo's
 students stands one that learns from the teacher's answers as from labels, without a loss between the two models.
 FOLDER/students.jsonl gets a line for each student of each seed, and another call goes on where this one was cut off.
-Printed is the table of README, held-out exact match in percent; --readme writes it there.
+Printed is the table of docs/performance.md, held-out exact match in percent; --write writes it there.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ STUDENTS = {
     "hsm-cka": "distilled: sliced start, answers, and the losses of `hsm-cka`",
 }
 LEAST_GAIN = 20  # points ahead of scratch, in the mean
-README = ROOT / "README.md"
-BEGIN = "<!-- the demo over seeds: python -m benchmarks.studies.demo --readme writes this -->"
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN = "<!-- the demo over seeds: python -m benchmarks.studies.demo --write writes this -->"
 END = "<!-- end of the demo over seeds -->"
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher", type=Path, help="that of a demo before; without it, that of the first seed's demo")
     parser.add_argument("--folder", type=Path, required=True, help="where runs and their records stay")
     parser.add_argument("--out", type=Path, help="JSON file of what was measured")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     lines = args.folder / "students.jsonl"
@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"machine": machine(), "students": records}
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if args.readme:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    if args.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     return 0 if is_met else 1
 
 

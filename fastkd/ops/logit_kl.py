@@ -287,6 +287,7 @@ def logit_kl(
         weight: [...] a float for each token; 0 drops it. A constant, as ``normalizer`` is.
         labels: [...] integers in [0, Vs) or ``ignore_index``, which drops the token from both terms.
         ce_weight, kd_weight: weights of the two terms.
+        ignore_index: the label of tokens that are dropped.
         reduction: ``"mean"`` divides by the sum of weights, ``"sum"`` does not, ``"none"`` returns [...].
         normalizer: with ``"mean"``, a number or 0-d tensor that replaces the sum of weights, such as
             ``num_items_in_batch`` under gradient accumulation.

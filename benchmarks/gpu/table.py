@@ -1,6 +1,7 @@
-"""Writes README's table of what was measured on GPUs, from benchmarks/results/<gpu>.json, between two comments.
+"""Writes the table of what was measured on GPUs into docs/performance.md, from benchmarks/results/<gpu>.json.
 
-A cell is empty where nothing was measured. --check changes nothing: exit code 1 where README is out of date.
+It stands between two comments. A cell is empty where nothing was measured. --check changes nothing: exit code 1 where
+the page is out of date.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.gpu.roofline import OURS, gpu_results
 
-README = ROOT / "README.md"
-BEGIN = "<!-- what was measured on GPUs: python -m benchmarks.gpu.readme_table writes this -->"
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN = "<!-- what was measured on GPUs: python -m benchmarks.gpu.table writes this -->"
 END = "<!-- end of what was measured on GPUs -->"
 NOTHING = "Nothing has been measured on a GPU yet, and no figure for one appears here."
 PEERS = {"eager": ("eager", "reference"), "torch.compile": ("torch.compile",), "Liger": ("Liger", "Liger, Triton")}
@@ -70,26 +71,26 @@ def generated(folder: Path) -> str:
     return "\n\n".join(section(record) for record in gpu_results(folder).values()) or NOTHING
 
 
-def replaced(readme: str, text: str) -> str:
-    """README with the text between its two comments."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        sys.exit(f"README needs these two lines, once each:\n{BEGIN}\n{END}")
-    before, rest = readme.split(BEGIN)
+def replaced(page: str, text: str) -> str:
+    """The page with the text between its two comments."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        sys.exit(f"the page needs these two lines, once each:\n{BEGIN}\n{END}")
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text, old = generated(options.results), options.readme.read_text()
+    text, old = generated(options.results), options.page.read_text()
     new = replaced(old, text)
     if options.check:
-        sys.exit(f"{options.readme} is out of date: run python -m benchmarks.gpu.readme_table" if new != old else 0)
+        sys.exit(f"{options.page} is out of date: run python -m benchmarks.gpu.table" if new != old else 0)
     print(text)
-    options.readme.write_text(new)
+    options.page.write_text(new)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,358 @@
+"""What README, CONTRIBUTING.md and docs/ say holds: blocks run, flags and names exist, figures are those measured.
+
+A page's blocks are taken in their order, in a folder of their own, and its Python shares one namespace. ``python`` and
+``bash`` blocks run, and a ``text`` block behind one is what it prints. Of ``sh`` blocks, whose commands take too long,
+every word is read by the program that it is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import fastkd
+from fastkd import train
+from fastkd.train import cli, plan
+from fastkd.train.flags.arguments import parse
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN, READ, PRINTED = ("python", "bash"), "sh", "text"
+MODULES = ("fastkd.nn", "fastkd.functions", "fastkd.distributed")
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    line: int  # of the page, where the text begins
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = [Block(m[1].strip(), m[2], text[: m.start(2)].count("\n") + 1) for m in FENCE.finditer(text)]
+    assert text.count("```") == 2 * len(found), f"{page}: a block that is indented, or has no end"
+    return found
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def commands(block: Block) -> list[list[str]]:
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def behind(words: Sequence[str], module: str) -> list[str] | None:
+    """What a command gives to ``-m module``, or None."""
+    at = next((i for i, word in enumerate(words) if words[i - 1] == "-m" and word == module), None)
+    return None if at is None else list(words[at + 1 :])
+
+
+def check(words: list[str]) -> None:
+    """Fails unless the command is one that could run: its program is known, and takes these words."""
+    program, *rest = words
+    flags = rest if program == "fastkd-train" else behind(words, "fastkd.train.cli")
+    if flags is not None:
+        check_flags(flags)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in rest if "=" not in word and word not in targets] == []
+    elif program == "pip":
+        for extra in re.findall(r"\[(.*?)\]", " ".join(rest)):
+            assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    elif program == "sbatch":
+        assert (train.LAUNCHERS / rest[0]).is_file()
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]), f"no module {rest[1]}"
+    else:
+        assert program in ("python", ".ci/run") and (ROOT / (rest or words)[0]).is_file(), f"unknown command: {words}"
+
+
+def check_flags(flags: list[str]) -> None:
+    """Parses them as fastkd-train does, and leaves what a run would for later commands to name."""
+    if "--list_methods" in flags or "--demo" in flags:
+        return
+    ours, args = parse([*flags, "--use_cpu"])  # without a GPU transformers refuses --bf16 in words alone
+    out = Path(str(args.output_dir))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(ours.config_text(args), encoding="utf-8")
+
+
+def run(words: list[str]) -> None:
+    program, *rest = words
+    if program == "fastkd-train":
+        assert cli.main([*rest, "--disable_tqdm", "true"]) == 0
+    elif (flags := behind(words, "fastkd.train.plan")) is not None:
+        assert plan.main(flags) == 0
+    else:
+        raise AssertionError(f"unknown command: {words}")
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    for block, after in pairwise([*blocks(page), None]):
+        assert block is not None
+        where, printed = f"{name_of(page)}:{block.line}", io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            if block.language == "python":
+                code = "\n" * (block.line - 1) + block.text  # at its place in the page, for tracebacks
+                exec(compile(code, str(page), "exec", dont_inherit=True), names)
+            elif block.language == "bash":
+                for words in commands(block):
+                    run(words)
+            elif block.language == READ:
+                for words in commands(block):
+                    check(words)
+            else:
+                assert block.language == PRINTED, f"{where}: expected python, bash, sh or text, got {block.language!r}"
+        if after is not None and after.language == PRINTED:
+            assert block.language in RUN, f"{where}: what prints this?"
+            assert printed.getvalue() == after.text, where
+        assert block.language != "python" or not printed.getvalue() or after is not None, f"{where}: prints, but what?"
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def spans(page: Path) -> list[str]:
+    """What the page sets in code, in its prose and its tables."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+@functools.cache
+def known_flags() -> set[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert cli.main(["--help_all"]) == 0
+    return set(re.findall(r"--(\w+)", text.getvalue()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_flags_exist(page: Path) -> None:
+    others = {"processes", "memory_gb", "table", "write"}  # of plan and of the studies
+    assert {flag for span in spans(page) for flag in re.findall(r"(?<!\S)--(\w+)", span)} <= known_flags() | others
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_and_files_exist(page: Path) -> None:
+    for span in spans(page):
+        if re.fullmatch(r"fastkd(\.\w+)+(\(.*\))?", span):
+            resolve(span.partition("(")[0])
+        elif re.fullmatch(r"(fastkd|tests|benchmarks|docs|csrc|kernels)/[\w./-]*", span):
+            assert (ROOT / span).exists(), span
+        elif span.startswith(("python -m ", "make ")):
+            check(shlex.split(span))
+
+
+def resolve(name: str) -> Any:
+    """The module or the object in one that a dotted name means."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found: Any = importlib.import_module(".".join(parts[:n]))
+            for part in parts[n:]:
+                found = getattr(found, part)
+            return found
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.is_file(), target
+        if anchor and "reference" not in path:
+            assert anchor in anchors(file), target
+
+
+def anchors(page: Path) -> set[str]:
+    """What its headings are called in links, by mkdocs and by other readers of Markdown."""
+    found = set()
+    for title, given in re.findall(r"^#+ (.*?)(?: \{#(.+)\})?$", prose(page), re.MULTILINE):
+        found.add(given or re.sub(r"[^\w\s-]", "", title.lower()).strip().replace(" ", "-"))
+    return found
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+PUBLIC = [
+    *(f"fastkd.{name}" for name in fastkd.__all__),
+    *(f"{module}.{name}" for module in MODULES for name in importlib.import_module(module).__all__),
+]
+SHOWN = re.findall(r"^::: ([\w.]+)$", "".join(page.read_text() for page in DOCS.glob("reference/*.md")), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_in_the_reference(name: str) -> None:
+    value = resolve(name)
+    if inspect.ismodule(value):
+        assert f"`{name}`" in "".join(page.read_text() for page in PAGES)
+    elif isinstance(value, str):
+        assert f"`{name}`" in (DOCS / "reference" / "losses.md").read_text()
+    else:  # by itself, or with all that its module names
+        assert name in SHOWN or name.rpartition(".")[0] in SHOWN
+        assert not callable(value) or vars(value).get("__doc__", value.__doc__)
+
+
+@pytest.mark.parametrize("name", sorted({*train.__all__} - {"LAUNCHERS", "METHODS"}))
+def test_the_trainers_names_are_in_the_reference(name: str) -> None:
+    value = getattr(train, name)
+    assert f"{value.__module__}.{name}" in SHOWN and value.__doc__
+
+
+@pytest.mark.parametrize("loss", [name for name in fastkd.__all__ if name.endswith(("_kl", "_loss"))])
+def test_every_argument_is_explained(loss: str) -> None:
+    """Where the loss is documented, or where it says that the others are."""
+    function = getattr(fastkd, loss)
+    text = inspect.getdoc(function) or ""
+    if other := re.search(r"The other arguments, .* are those of ``fastkd\.(\w+)``", text):
+        text += inspect.getdoc(getattr(fastkd, other[1])) or ""
+    lines = re.findall(r"^    ([\w, ]+):", text, re.MULTILINE)
+    explained = {name for line in lines for name in line.split(", ")}
+    assert set(inspect.signature(function).parameters) <= explained
+    assert set(re.findall(r"^(\w+):$", text, re.MULTILINE)) >= {"Args", "Returns", "Raises"}
+    assert re.search(r"(arXiv|ICLR|logit_kl)", text), "where does it come from?"
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+# The problems of the tables, as a page calls them: in which file their results are, and under which name.
+
+CPU = "amd-epyc-2-threads"
+PROBLEMS = {
+    "`linear_kl`, fp32": (CPU, "linear_kl T 2048 V 32128 768 -> 512 float32"),
+    "`linear_kl`, bf16": (CPU, "linear_kl T 2048 V 32128 768 -> 512 bfloat16"),
+    "`linear_kl`, 768 -> 512, fp32": (CPU, "linear_kl T 2048 V 32128 768 -> 512 float32"),
+    "`linear_kl`, 768 -> 512, bf16": (CPU, "linear_kl T 2048 V 32128 768 -> 512 bfloat16"),
+    "`logit_kl`, fp32": (CPU, "logit_kl T 2048 V 32128 float32, forward + backward"),
+    "`logit_kl`, fp32, forward alone": (CPU, "logit_kl T 2048 V 32128 float32, forward"),
+    "`relation_kl`, fp32": (f"{CPU}-relation_kl", "relation_kl B 8 A 12 L 512 64 -> 32 float32"),
+    "`relation_kl`": (f"{CPU}-relation_kl", "relation_kl B 8 A 12 L 512 64 -> 32 float32"),
+    "`relation_kl`, causal": (f"{CPU}-relation_kl", "relation_kl B 8 A 12 L 512 64 -> 32 float32, causal"),
+    "`relation_kl`, queries, keys and values in 32 relation heads, 24 and 12 wide": (
+        f"{CPU}-relation_kl",
+        "relation_kl B 8 A 32 L 512 24 -> 12 float32, [Q, K, V]",
+    ),
+    "`attention_kl`, T5's bias, fp32": (
+        f"{CPU}-attention_kl",
+        "attention_kl B 8 A 12 L 512 64 -> 32 float32, T5's bias",
+    ),
+    "`attention_kl`, T5's relative bias": (
+        f"{CPU}-attention_kl",
+        "attention_kl B 8 A 12 L 512 64 -> 32 float32, T5's bias",
+    ),
+    "`cka_loss`, fp32": (f"{CPU}-cka_loss", "cka_loss N 8192 768 -> 512 float32, 6 pairs"),
+    "`cka_loss`": (f"{CPU}-cka_loss", "cka_loss N 8192 768 -> 512 float32, 6 pairs"),
+}
+UNITS = {"s": 1.0, "ms": 1e3}
+
+
+def rows_of(title: str) -> dict[str, Any]:
+    file, problem = PROBLEMS[title]
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())["results"]
+    return next(result["rows"] for result in results if result["problem"] == problem)
+
+
+def row_of(rows: dict[str, Any], name: str) -> Any:
+    """The results of what the pages call so."""
+    if name.startswith("plain torch"):
+        return rows.get("eager", rows["reference"])
+    if "GEMMs" in name:
+        return next(row for key, row in rows.items() if "GEMMs" in key)
+    return rows[name.partition(",")[0]]
+
+
+def agrees(cell: str, value: float) -> bool:
+    """Whether the number that a cell begins with is a value, rounded as it is written."""
+    text = cell.split()[0]
+    digits = len(text.partition(".")[2])
+    return float(text) == (float(f"{value:.1e}") if "e" in text else round(value, digits))
+
+
+def tables(page: Path) -> list[list[list[str]]]:
+    found = re.findall(r"(?:^\|.*\|\n)+", prose(page), re.MULTILINE)
+    return [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] for table in found]
+
+
+def test_the_table_of_readme_is_what_was_measured() -> None:
+    (table,) = [table for table in tables(ROOT / "README.md") if "Liger" in table[0]]
+    (_, *names), _, *lines = table
+    assert len(lines) == 6
+    for title, *cells in lines:
+        for name, cell in zip(names, cells, strict=True):
+            if cell != "-":
+                row, (time, memory) = row_of(rows_of(title), name), cell.split(", ")
+                assert agrees(time, row["min_s"] * UNITS[time.split()[1]]), (title, name)
+                assert agrees(memory, row["peak_mib"]), (title, name)
+
+
+def test_the_tables_of_performance_are_what_was_measured() -> None:
+    checked = []
+    for table in tables(DOCS / "performance.md"):
+        if table[0] != ["", "time", "against fastkd", "peak memory", "error"]:
+            continue
+        for name, time, ratio, memory, error in table[2:]:
+            if name.startswith("**"):
+                rows = rows_of(name.strip("*"))
+                checked.append(name)
+                continue
+            row = row_of(rows, name)
+            assert agrees(time, row["min_s"] * UNITS[time.split()[1]]), (checked[-1], name)
+            assert agrees(ratio, row["ratio"]), (checked[-1], name)
+            assert memory == "-" or agrees(memory, row["peak_mib"]), (checked[-1], name)
+            assert error == "-" or agrees(error, row["error"]), (checked[-1], name)
+    assert len(checked) == 9
+
+
+def test_readme_says_of_the_demo_what_its_table_says() -> None:
+    (table,) = [table for table in tables(DOCS / "performance.md") if "exact match (%)" in table[0]]
+    found = {line[0].partition(":")[0]: line[2].split()[0] for line in table[2:]}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    distilled, teacher, scratch = (found[name] for name in ("distilled", "teacher", "scratch"))
+    assert f"reaches {distilled} % of held-out dates, the teacher {teacher} %, and" in text
+    assert f"from scratch {scratch} %" in text
+
+
+# ---- the site -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_the_site_builds(tmp_path: Path) -> None:
+    """`make docs`, where its packages are installed."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "losses" / "linear_kl" / "index.html").read_text()
+    assert "<math" in page and "arithmatex" not in page
