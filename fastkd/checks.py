@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .divergence import DIVERGENCES, divergence_code
 
@@ -225,7 +226,8 @@ def check_same_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def _values_are_at_hand(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_batched(x)
+    known = x.device.type == "cpu" and not isinstance(x, FakeTensor)
+    return known and not torch.compiler.is_compiling() and not _is_batched(x)
 
 
 def _is_batched(x: Tensor) -> bool:

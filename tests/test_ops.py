@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import fastkd.functions
@@ -292,6 +293,17 @@ def test_attention_compiles_without_a_graph_break(op: Op, reduction: str):
         for left, right in zip(*gradients, strict=True):
             assert distance(left, right) <= 1e-6
     assert compilations == 1
+
+
+@over_token_ops
+def test_fake_tensors_have_no_values_to_check(op: Op):
+    """As planning a run's memory takes them: what would be read of labels, weights and a normalizer is not there."""
+    with FakeTensorMode() as fakes:
+        inputs = {name: fakes.from_tensor(x) for name, x in to(op.make(UNRELATED, tokens=5), torch.float32).items()}
+        labels, weight = torch.zeros(5, dtype=torch.long), torch.ones(5)
+        tokens = {"labels": labels, "weight": weight, "normalizer": weight.sum()}
+        loss, gradients = value_and_gradients(op, inputs, ce_weight=1.0, **tokens)
+    assert loss.shape == () and {x: g.shape for x, g in gradients.items()} == {x: inputs[x].shape for x in gradients}
 
 
 def test_functions_are_public():
