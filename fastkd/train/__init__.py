@@ -24,7 +24,7 @@ _HOMES = {
     "SpanCorruption": "data.examples",
     "capture_qkv": "models.capture",
     "embedded_corpus": "data.corpus",
-    "importance": "minidisc.prune",
+    "importance": "minidisc.importance",
     "slice_teacher": "models.student",
     "sliced": "minidisc.prune",
     "train_tokenizer": "models.tokenizer",

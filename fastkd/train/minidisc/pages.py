@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..report.page import Picture, Table
 from ..report.plots import MARKERS, figure, finite, label_of
-from .schedule import Candidate, Round, Schedule, Trial
+from .schedule import Round, Schedule, Trial
 
 
 def shown(schedule: Schedule | None) -> dict[str, Any]:
@@ -70,14 +70,18 @@ def _table(schedule: Schedule) -> Table:
 
 def _why(schedule: Schedule) -> str:
     """Return which assistant, or which trial, was chosen and why."""
-    trial = schedule.chosen
+    trial, last = schedule.chosen, schedule.chosen.rounds[-1]
     if len(schedule.trials) > 1:
-        metric, score = schedule.metric.replace("_", " "), 100 * trial.student.metric
         return (
             f"Of {len(schedule.trials)} trials the one with {_assistants(trial)} made the best student: "
-            f"{metric} {score:.2f} %."
+            f"{schedule.metric.replace('_', ' ')} {100 * trial.student.metric:.2f} %."
         )
-    choices = [_choice(schedule, entry) for entry in trial.rounds if len(entry.candidates) > 1]
+    choices = [
+        f"Of {len(entry.candidates)} candidates {'the student itself' if entry is last else 'the assistant'} "
+        f"at {_percent(entry.chosen)} % has the largest tradeoff, metric + lambda * sparsity = {entry.best.metric:.4f} "
+        f"+ {schedule.tradeoff_lambda:g} * {entry.chosen:g} = {entry.best.tradeoff:.4f}."
+        for entry in _sandwiches(schedule)
+    ]
     return " ".join(choices) or f"The student was distilled with {_assistants(trial)}: nothing was left to choose."
 
 
@@ -86,13 +90,9 @@ def _assistants(trial: Trial) -> str:
     return f"the assistant{'s' * (len(trial.assistants) > 1)} at {places}" if places else "no assistant"
 
 
-def _choice(schedule: Schedule, entry: Round) -> str:
-    what = "the student itself" if entry is schedule.chosen.rounds[-1] else "the assistant"
-    return (
-        f"Of {len(entry.candidates)} candidates {what} at {_percent(entry.chosen)} % has the largest tradeoff, "
-        f"metric + lambda * sparsity = {entry.best.metric:.4f} + {schedule.tradeoff_lambda:g} * {entry.chosen:g} "
-        f"= {entry.best.tradeoff:.4f}."
-    )
+def _sandwiches(schedule: Schedule) -> list[Round]:
+    """Return the rounds of several candidates."""
+    return [entry for entry in schedule.rounds if len(entry.candidates) > 1]
 
 
 def _pictures(schedule: Schedule) -> list[Picture]:
@@ -101,7 +101,7 @@ def _pictures(schedule: Schedule) -> list[Picture]:
     if png is None:
         return []
     notes = []
-    if any(len(entry.candidates) > 1 for entry in schedule.rounds):
+    if _sandwiches(schedule):
         notes.append(
             "Sub-networks that were trained together, each at its best evaluation; the ring is the student. "
             "The tradeoff is the metric plus lambda times the sparsity: it rises where pruning more costs less of the "
@@ -120,38 +120,35 @@ def _tradeoff(schedule: Schedule) -> bytes | None:
 
     Returns None if it had no choice: one trial, and one candidate in each of its rounds.
     """
-    metric = schedule.metric.replace("_", " ")
-    drawings: dict[str, Callable[[Any, Schedule], None]] = {}
-    if any(len(entry.candidates) > 1 for entry in schedule.rounds):
-        drawings[f"held-out {metric} (%)"] = _candidates
-        drawings[f"tradeoff: metric + {schedule.tradeoff_lambda:g} * sparsity"] = _tradeoffs
+    held_out, labels = f"held-out {schedule.metric.replace('_', ' ')}", []
+    if _sandwiches(schedule):
+        labels += [f"{held_out} (%)", f"tradeoff: metric + {schedule.tradeoff_lambda:g} * sparsity"]
     if len(schedule.trials) > 1:
-        drawings[f"held-out {metric} of the student (%)"] = _students
-    if not drawings:
+        labels.append(f"{held_out} of the student (%)")
+    if not labels:
         return None
-    with figure(*drawings, over="sparsity (%)") as (picture, panels):
-        for axes, draw in zip(panels, drawings.values(), strict=True):
-            draw(axes, schedule)
+    with figure(*labels, over="sparsity (%)") as (picture, panels):
+        if _sandwiches(schedule):
+            _draw_candidates(panels[0], panels[1], schedule)
+        if len(schedule.trials) > 1:
+            _draw_students(panels[-1], schedule)
     return picture.getvalue()
 
 
-def _candidates(axes: Any, schedule: Schedule) -> None:
-    """Draw the metric of the candidates of each sandwich round, and of the student."""
-    for entry, style in _sandwiches(schedule):
-        axes.plot(_sparsities(entry.candidates), finite([100 * c.metric for c in entry.candidates]), **style)
+def _draw_candidates(held_out: Any, tradeoff: Any, schedule: Schedule) -> None:
+    """Draw metric and tradeoff of the candidates of each sandwich round, a star at the one that went on."""
+    for entry, marker in zip(_sandwiches(schedule), itertools.cycle(MARKERS), strict=False):
+        style: dict[str, Any] = {"marker": marker, "markersize": 5, "label": label_of(entry.name)}
+        sparsities = [100 * candidate.sparsity for candidate in entry.candidates]
+        held_out.plot(sparsities, finite([100 * candidate.metric for candidate in entry.candidates]), **style)
+        (line,) = tradeoff.plot(sparsities, finite([c.tradeoff for c in entry.candidates]), **style)
+        _star(tradeoff, entry.chosen, entry.best.tradeoff, line.get_color())
     student = schedule.chosen.student  # as a ring: it may be one of the candidates
     ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "linestyle": "none", "color": "black"}
-    axes.plot(_sparsities([student]), finite([100 * student.metric]), label="student", **ring)
+    held_out.plot([100 * student.sparsity], finite([100 * student.metric]), label="student", **ring)
 
 
-def _tradeoffs(axes: Any, schedule: Schedule) -> None:
-    """Draw the tradeoff of the candidates of each sandwich round, a star at the one that went on."""
-    for entry, style in _sandwiches(schedule):
-        (line,) = axes.plot(_sparsities(entry.candidates), finite([c.tradeoff for c in entry.candidates]), **style)
-        _star(axes, entry.chosen, entry.best.tradeoff, line.get_color())
-
-
-def _students(axes: Any, schedule: Schedule) -> None:
+def _draw_students(axes: Any, schedule: Schedule) -> None:
     """Draw each trial's student over the sparsity of its (last) assistant, a star at the best."""
     axes.set_xlabel("assistant's sparsity (%)")
     best = schedule.chosen
@@ -166,22 +163,9 @@ def _students(axes: Any, schedule: Schedule) -> None:
         _star(axes, best.assistants[-1], 100 * best.student.metric, "C0")
 
 
-def _sandwiches(schedule: Schedule) -> Iterator[tuple[Round, dict[str, Any]]]:
-    """Yield each round of several candidates and the style of its curve."""
-    rounds = [entry for entry in schedule.rounds if len(entry.candidates) > 1]
-    for entry, marker in zip(rounds, itertools.cycle(MARKERS), strict=False):
-        yield entry, {"marker": marker, "markersize": 5, "label": label_of(entry.name)}
-
-
-def _sparsities(candidates: Sequence[Candidate]) -> list[float]:
-    """Return the sparsities in percent."""
-    return [100 * candidate.sparsity for candidate in candidates]
-
-
 def _star(axes: Any, sparsity: float, value: float, colour: str) -> None:
     """Mark what was chosen and write its sparsity, 0 to 1, above it."""
     star = {"marker": "*", "markersize": 16, "markeredgecolor": "black", "linestyle": "none", "zorder": 3}
     axes.plot([100 * sparsity], [value], color=colour, **star)
-    place = 100 * sparsity, value
-    axes.annotate(f"{100 * sparsity:g} %", place, (0, 10), textcoords="offset points", ha="center")
+    axes.annotate(f"{_percent(sparsity)} %", (100 * sparsity, value), (0, 10), textcoords="offset points", ha="center")
     axes.margins(y=0.15)  # room for the text, which stands at the top

@@ -24,9 +24,11 @@ from ..data.corpus import EMBEDDED
 from ..flags.arguments import EMBEDDING_FACTOR, TransformersArguments
 from ..flags.fields import FastkdArguments, chosen_method
 from ..judge.metrics import signatures
-from ..minidisc import minidisc, pages
+from ..minidisc import importance, pages
 from ..minidisc.prune import order_of
+from ..minidisc.rounds import Distiller, Parent
 from ..minidisc.schedule import Schedule
+from ..minidisc.trials import check_schedule, run_schedule
 from ..models.loading import load_config, load_model
 from ..objectives.methods import METHODS, Method
 from ..report import reports
@@ -137,15 +139,15 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     if run.given.teacher is not None:
         check_knows_task(flags, run.data, teacher)
     heading("Importance of heads and neurons")
-    run.data, examples = minidisc.held_out_for_importance(flags, args, run.data)
-    scores, key = minidisc.rank(args, run.cache, run.data, examples, teacher.model)
-    minidisc.check_schedule(flags, run.method, run.data, scores, teacher.model.config)
+    run.data, examples = importance.held_out_for_importance(flags, args, run.data)
+    scores, key = importance.rank(args, run.cache, run.data, examples, teacher.model)
+    check_schedule(flags, run.method, run.data, scores, teacher.model.config)
 
     with running(run.out, run.is_used, run.identity):
         resuming, work = run.checkpoint is not None, run.out / "rounds"
-        distiller = minidisc.Distiller(flags, args, run.method, run.data, scores, run.cache, work, resuming)
-        first = minidisc.Parent(teacher.model, teacher.source, None, order_of(scores), key)
-        schedule, results = minidisc.run_schedule(distiller, first)
+        distiller = Distiller(flags, args, run.method, run.data, scores, run.cache, work, resuming)
+        first = Parent(teacher.model, teacher.source, None, order_of(scores), key)
+        schedule, results = run_schedule(distiller, first)
         # The models of the schedule's best trial, and the last of its assistants.
         names = [f"assistant {100 * result.round.chosen:g} %" for result in results[:-1]] + [flags.method]
         judged = [judge_saved(flags, args, run.data, name, done) for name, done in zip(names, results, strict=True)]

@@ -1,0 +1,175 @@
+"""The trainer of candidates: sub-networks of one model, which learn in the same steps and share its weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..judge import cost
+from ..training.trainer import DistillTrainer
+from .prune import Widths, narrowed, skeleton, sliced
+from .schedule import Candidate, Round
+
+_PROGRESS_FILE = "candidates.pt"  # in a checkpoint
+
+
+class SandwichTrainer(DistillTrainer):
+    """DistillTrainer of several sub-networks at once, the candidates, which share the model's weights.
+
+    candidates: widths by sparsity. Each step takes the mean of their losses; the teacher runs once. sandwich_size: how
+    many learn in a step, the least and the most sparse and others that are drawn anew, as in the sandwich rule (Yu and
+    Huang, 2019, arXiv 1903.05134); 0 for all of them, as in MiniDisc.
+    """
+
+    def __init__(self, *args: Any, candidates: Mapping[float, Widths], sandwich_size: int = 0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.candidates = dict(sorted(candidates.items()))
+        self.sandwich_size = sandwich_size or len(candidates)
+        self._tokens = {who: [0, 0] for who in (None, *self.candidates)}  # read in training by each; None: the teacher
+        self._learning: list[float] = []  # the candidates that learn in this step
+        self._taught: dict[str, Any] | None = None
+
+    def _backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        self._learning, self._taught, losses = self._drawn(), None, []
+        for who in (None, *self._learning):
+            for side, name in enumerate(("input_ids", "labels")):
+                self._tokens[who][side] += inputs[name].numel()
+        for sparsity in self._learning:
+            with narrowed(self.accelerator.unwrap_model(model), self.candidates[sparsity]):
+                losses.append(super()._backward(model, inputs, num_items_in_batch))
+        self._taught = None
+        return torch.stack(losses).sum()
+
+    def _drawn(self) -> list[float]:
+        """Return the candidates of this step, the same after a resume and in all processes."""
+        if self.sandwich_size >= len(self.candidates):
+            return list(self.candidates)
+        least, *between, most = self.candidates
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}")
+        return [least, *sorted(draw.sample(between, self.sandwich_size - 2)), most]
+
+    def _teachers(self, *args: Any) -> dict[str, Any]:
+        self._taught = self._taught or super()._teachers(*args)
+        return self._taught
+
+    def _terms(self, *args: Any) -> dict[str, torch.Tensor]:
+        return {name: loss / len(self._learning) for name, loss in super()._terms(*args).items()}
+
+    @property
+    def gflops(self) -> float:
+        """Billions of floating-point operations of training so far, in this process; see `schedule.Round`.
+
+        What activation checkpointing computes again is not counted.
+        """
+        total = 0
+        if self.teacher is not None:
+            total += cost.multiply_accumulates(self.teacher, *self._tokens[None], head=True)
+        for sparsity, widths in self.candidates.items():
+            student = skeleton(self.model, widths)  # whose backward pass costs as much as two forward ones
+            total += 3 * cost.multiply_accumulates(student, *self._tokens[sparsity], head=True)
+        return 2e-9 * total
+
+
+class CandidateTrainer(SandwichTrainer):
+    """SandwichTrainer that keeps the best candidate, by its metric + tradeoff_lambda * sparsity.
+
+    Each evaluation is of all candidates: the entries "eval_candidate_<percent>" of the log hold their metrics, and what
+    is logged as of the student is of the sparsest. metric: of evaluation's figures the one that compares candidates, 0
+    to 1. patience: evaluations without a better figure of any candidate, after which training stops.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        metric: Callable[[Mapping[str, float]], float],
+        tradeoff_lambda: float,
+        patience: int,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.metric, self.tradeoff_lambda, self.patience = metric, tradeoff_lambda, patience
+        self.kept: dict[str, Any] = {}  # "sparsity", "tradeoff" and "weights" of the best candidate so far
+        self._seconds = 0.0  # of training before this process
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> dict[str, float]:
+        """Evaluate every candidate, keep the best one's weights, and stop training when patience has run out."""
+        bare, sparsest = self.accelerator.unwrap_model(self.model), max(self.candidates)
+        everything: dict[str, float] = {}
+        figures: dict[str, float] = {}
+        for sparsity, widths in self.candidates.items():
+            prefix = metric_key_prefix if sparsity == sparsest else f"{metric_key_prefix}_{100 * sparsity:g}"
+            with narrowed(bare, widths):
+                found = super().evaluate(eval_dataset, ignore_keys, prefix, **kwargs)
+            everything |= found
+            metric = self.metric({name.removeprefix(f"{prefix}_"): value for name, value in found.items()})
+            figures[_log_key(sparsity)], tradeoff = metric, metric + self.tradeoff_lambda * sparsity
+            if not self.kept or tradeoff > self.kept["tradeoff"]:
+                weights = sliced(bare, widths).cpu().state_dict()
+                self.kept = {"sparsity": sparsity, "tradeoff": tradeoff, "weights": weights}
+        self.log(figures)
+        self.control.should_training_stop |= self._is_out_of_patience()
+        self._timer.leave_out()
+        return everything
+
+    @property
+    def _evaluations(self) -> dict[int, dict[float, float]]:
+        """The metrics of all candidates by step."""
+        known = [entry for entry in self.state.log_history if _log_key(max(self.candidates)) in entry]
+        return {int(entry["step"]): {s: entry[_log_key(s)] for s in self.candidates} for entry in known}
+
+    def _best_steps(self) -> dict[float, int]:
+        """Return the first step at which each candidate was at its best, 0 before it was evaluated."""
+        found = self._evaluations
+        return {s: max(found, key=lambda step: found[step][s], default=0) for s in self.candidates}
+
+    def _is_out_of_patience(self) -> bool:
+        last = max(self._best_steps().values())
+        return sum(step > last for step in self._evaluations) >= self.patience
+
+    def _is_at_end(self) -> bool:
+        return super()._is_at_end() or self._is_out_of_patience()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as DistillTrainer does; in the end, all candidates have been evaluated."""
+        result = super().train(*args, **kwargs)
+        if self.state.global_step not in self._evaluations:
+            self.evaluate()
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model with all units, and beside it, in a checkpoint, what is known of its candidates."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            progress = {"kept": self.kept, "tokens": self._tokens, "seconds": self._seconds + self._timer.seconds}
+            torch.save(progress, Path(str(output_dir)) / _PROGRESS_FILE)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load what was known of the candidates, too."""
+        super().restore(checkpoint)
+        progress = torch.load(checkpoint / _PROGRESS_FILE, map_location="cpu", weights_only=True)
+        self.kept, self._tokens, self._seconds = progress["kept"], progress["tokens"], progress["seconds"]
+
+    def best_model(self) -> Any:
+        """Return the best candidate as a dense model with the weights that it had at its best."""
+        made = sliced(self.model, self.candidates[self.kept["sparsity"]])
+        made.load_state_dict(self.kept["weights"])
+        return made
+
+    def summary(self, name: str, teacher: float | None) -> Round:
+        """Return what came of the round; name, teacher: see `schedule.Round`."""
+        candidates, evaluations = [], self._evaluations
+        for sparsity, step in self._best_steps().items():
+            metric, size = evaluations[step][sparsity], cost.parameters(skeleton(self.model, self.candidates[sparsity]))
+            candidates.append(Candidate(sparsity, size, metric, metric + self.tradeoff_lambda * sparsity, step))
+        steps, seconds = self.state.global_step, self._seconds + self._timer.seconds
+        return Round(name, teacher, candidates, self.kept["sparsity"], steps, seconds, self.gflops)
+
+
+def _log_key(sparsity: float) -> str:
+    return f"eval_candidate_{100 * sparsity:g}"
