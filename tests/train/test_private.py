@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
-from fastkd.train.minidisc import candidates
+from fastkd.train.minidisc.minidisc import candidates
 from fastkd.train.models import architectures as models
 from fastkd.train.training import resumable, trainer
 from fastkd.train.training.trainer import PRIVATE
