@@ -13,13 +13,16 @@ from latex2mathml.converter import convert
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.+?)\\[)\]]</\1>', re.DOTALL)
 _NAME = re.compile(r'(?<!">)<code>(fastkd\.[\w.]+)</code>')
+_PARAMETER = re.compile(r"\n(?=\w+(?:, \w+)*: )")  # "name: what it is", at the beginning of a docstring's line
 
 
 def _mathml(found: re.Match[str]) -> str:
     return convert(html.unescape(found[3]), display="inline" if found[2] == "(" else "block")
 
 
-def on_page_content(html: str, **kwargs: Any) -> str:
-    """Called by mkdocs with a page's HTML."""
+def on_page_content(html: str, page: Any, **kwargs: Any) -> str:
+    """Called by mkdocs with a page and its HTML."""
+    if page.file.src_uri.startswith("reference/"):
+        html = _PARAMETER.sub("<br>\n", html)
     linked = _NAME.sub(r'<autoref identifier="\1" optional>\g<0></autoref>', html)
     return _FORMULA.sub(_mathml, linked)

@@ -197,11 +197,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What its headings are called in links, by mkdocs and by other readers of Markdown."""
-    found = set()
-    for title, given in re.findall(r"^#+ (.*?)(?: \{#(.+)\})?$", prose(page), re.MULTILINE):
-        found.add(given or re.sub(r"[^\w\s-]", "", title.lower()).strip().replace(" ", "-"))
-    return found
+    """What its headings are called in links."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
 # ---- the reference --------------------------------------------------------------------------------------------------
