@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .common import endings
 from .common.errors import InputError, RunError, out_of_memory
 
 _REQUIRED = (
@@ -23,35 +24,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGHUP, SIGINT or SIGTERM stopped it.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    if _tells(words):  # what takes no packages, and no time
-        return 0
-    if missing := [name for name in _REQUIRED if not _is_installed(name)]:
-        print(f"fastkd-train: missing {', '.join(missing)}: pip install 'fastkd[train]'", file=sys.stderr)
-        return 2
-    from .. import versions
-    from .common import processes
-
-    if (untested := versions.untested("train")) and not processes.launched_rank():
-        print(f"fastkd-train: {untested}", file=sys.stderr)
-    processes.print_by_first_only()
+    output = endings.Output()
     try:
+        with endings.stoppable(), output:
+            code, problem = _outcome(words)
+    except KeyboardInterrupt as error:
+        code = 128 + endings.stop_number(error)
+        problem = f"interrupted during {endings.stage()}; the same command starts, or resumes, again"
+    rank = endings.launched_rank()
+    return output.end(f"fastkd-train, rank {rank}" if rank else "fastkd-train", code, problem)
+
+
+def _outcome(words: Sequence[str]) -> tuple[int, object]:
+    """Do what the words ask for; return the exit code, and what to say if it is not 0 and another process does not."""
+    try:
+        if _tells(words):  # what takes no packages, and no time
+            return 0, None
+        if missing := [name for name in _REQUIRED if not _is_installed(name)]:
+            return 2, f"missing {', '.join(missing)}: pip install 'fastkd[train]'"
+        from .. import versions
+        from .common import processes
+
+        if (untested := versions.untested("train")) and not endings.launched_rank():
+            print(f"fastkd-train: {untested}", file=sys.stderr)
+        processes.print_by_first_only()
         _run(words)
         processes.leave()
     except (InputError, RunError) as error:
-        _say(error)
-        return error.exit_code
+        return error.exit_code, None if getattr(error, "was_elsewhere", False) else error
     except OSError as error:
         if error.errno is None:
             raise  # not the system's: a library's own, and a mistake of ours
-        _say(error)
-        return 1
+        return 1, None if getattr(error, "was_elsewhere", False) else error
     except Exception as error:
-        _say(_reason(error))
-        return 1
-    except KeyboardInterrupt:
-        _say("interrupted while nothing was trained: the same command starts, or resumes, again")
-        return 130
-    return 0
+        return 1, _reason(error)
+    return 0, None
 
 
 def _reason(error: Exception) -> str:
@@ -66,16 +73,6 @@ def _reason(error: Exception) -> str:
     if untested := versions.untested("train"):
         return f"{type(error).__name__}: {error}; {untested}"
     raise error
-
-
-def _say(problem: object) -> None:
-    """Write one line on stderr, unless it is another process's to write."""
-    from .common.processes import launched_rank
-
-    if not getattr(problem, "was_elsewhere", False):
-        rank = launched_rank()
-        who = f"fastkd-train, rank {rank}" if rank else "fastkd-train"
-        print(f"{who}: {' '.join(str(problem).split())}", file=sys.stderr)
 
 
 def _tells(words: Sequence[str]) -> bool:

@@ -1,8 +1,8 @@
 """Runs fastkd-train in several gloo processes: `python -m tests.train.several_processes FOLDER`, for test_processes.py.
 
 FOLDER holds scenarios.json, a list of {name, processes, argv}, and if need be what comes before: {copy, without, patch,
-environment}. They run one after the other; the exit code of each process, and what it wrote to stderr, are left in
-NAME.RANK.json. What is imported is imported once, and the processes are forked.
+environment}. They run one after the other; the exit code of each process, what it wrote to stderr, and how many
+seconds it took are left in NAME.RANK.json. What is imported is imported once, and the processes are forked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from typing import Any
 import torch
 import transformers
 
-from fastkd.train import checkpoints, cli, report, runs, sharding, trainer  # noqa: F401 (imported before the fork)
+from fastkd.train import cli
+from fastkd.train.models import sharding
+from fastkd.train.report import reports  # noqa: F401 (imported before the fork)
+from fastkd.train.runs import runs  # noqa: F401
+from fastkd.train.stages import prepare
+from fastkd.train.training import trainer
 
 PATIENCE = 60  # seconds
 
@@ -59,12 +64,38 @@ def signal_at_step_12() -> None:
     trainer.DistillTrainer.training_step = signalling  # type: ignore[method-assign]
 
 
+SLEEP = 25  # seconds, well beyond the patience of those who wait
+
+
+def sleep_at_step_12() -> None:
+    """Make process 0 hang in training."""
+    step = trainer.DistillTrainer.training_step
+
+    def sleeping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 12 and self.args.process_index == 0:
+            time.sleep(SLEEP)
+        return step(self, *args, **kwargs)
+
+    trainer.DistillTrainer.training_step = sleeping  # type: ignore[method-assign]
+
+
+def sleep_over_data() -> None:
+    """Make process 0 hang while it alone prepares data for all."""
+    prepare._settings = lambda *_: time.sleep(SLEEP)  # type: ignore[assignment, return-value]
+
+
 def nothing_stays() -> None:
     """Make the loss read a head that is sharded again when the model has run."""
     trainer.shard = lambda *args, stay, **policy: sharding.shard(*args, **policy)  # type: ignore[assignment]
 
 
-PATCHES = {"kill": kill_at_step_12, "signal": signal_at_step_12, "nothing stays": nothing_stays}
+PATCHES = {
+    "kill": kill_at_step_12,
+    "signal": signal_at_step_12,
+    "nothing stays": nothing_stays,
+    "hang in training": sleep_at_step_12,
+    "hang over data": sleep_over_data,
+}
 
 
 def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
@@ -75,14 +106,16 @@ def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     if scenario.get("patch"):
         PATCHES[scenario["patch"]]()
-    stderr = io.StringIO()
+    stderr, began = io.StringIO(), time.monotonic()
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
             code = cli.main(scenario["argv"])
         except BaseException as error:
             code = f"{type(error).__name__}: {error}"
     lines = [line for line in stderr.getvalue().splitlines() if "fastkd-train" in line]
-    (folder / f"{scenario['name']}.{rank}.json").write_text(json.dumps({"code": code, "lines": lines}))
+    (folder / f"{scenario['name']}.{rank}.json").write_text(
+        json.dumps({"code": code, "lines": lines, "seconds": time.monotonic() - began})
+    )
     os._exit(0)  # not through what others registered for a process's end
 
 

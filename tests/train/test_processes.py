@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from several_processes import SLEEP
 from train_flags import SIZES, with_inputs
 from transformers import T5Config
 
@@ -183,7 +184,7 @@ SAME = [
 @pytest.mark.parametrize(("name", "method"), SAME)
 def test_processes_train_as_one_does_on_the_whole_batch(runs: Runs, name: str, method: str) -> None:
     """Losses, terms, gradient norms and held-out figures of every step, and the weights after the last."""
-    assert runs.ends(name) == [{"code": 0, "lines": []}] * len(runs.ends(name))
+    assert [(end["code"], end["lines"]) for end in runs.ends(name)] == [(0, [])] * len(runs.ends(name))
     ours, expected = runs.log(name), runs.log(f"{method}-one")
     assert ours.keys() == expected.keys() == set(range(1, (6 if method == "enct5" else STEPS) + 1))
     for step, entry in expected.items():
@@ -219,6 +220,23 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line(runs: Runs) -> N
     (line,) = first["lines"]
     assert "another process of this run has ended or does not answer" in line
     assert line.endswith("checkpoint-10 is whole, --resume_from_checkpoint last continues from it")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["hang over data", "hang in training"])
+def test_a_first_process_that_hangs_is_waited_for_as_long_as_the_flag_says(
+    where: str, text_file: Path, tmp_path: Path
+) -> None:
+    runs = Runs(tmp_path, text_file)
+    runs.add("hung", 2, "scratch", "--ddp_timeout", "4", patch=where)
+    runs.run()
+    first, other = runs.ends("hung")
+    assert other["code"] == 1 and first["seconds"] > SLEEP > other["seconds"] + 5
+    (line,) = other["lines"]
+    assert line.startswith("fastkd-train, rank 1: another process of this run has ended or does not answer")
+    assert line.endswith("checkpoint-10 is whole, --resume_from_checkpoint last continues from it") == (
+        "train" in where
+    )
 
 
 @pytest.mark.long

@@ -437,7 +437,7 @@ def test_an_interrupt_recommends_only_what_can_be(
     def twice() -> None:
         raise KeyboardInterrupt
 
-    for step, words in ((2, "interrupted; no checkpoint was saved"), (4, "interrupted; --resume_from_checkpoint last")):
+    for step, words in ((2, "; no checkpoint was saved"), (4, "; --resume_from_checkpoint last")):
         disturb(step, twice)
         assert scratch(*SAVING, *(["--overwrite_output_dir"] if step == 4 else [])) == 130
         assert words in one_line(capsys)

@@ -83,6 +83,17 @@ def _keep(made: Path, folder: Path, settings: Mapping[str, Any]) -> None:
             raise
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, or replace it, that is never there by half; halves of surrogate pairs become escapes."""
+    whole = path.with_name(f".{path.name}")
+    try:
+        whole.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        os.replace(whole, path)
+    except BaseException:
+        whole.unlink(missing_ok=True)
+        raise
+
+
 def replace_folder(target: Path, make: Callable[[Path], object]) -> None:
     """Fill a new folder by `make(folder)` and put it in `target`'s place, or a link's, only when it is complete."""
     target = Path(os.path.realpath(target))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from .endings import launched_rank
 
 T = TypeVar("T")
 
@@ -102,12 +103,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 def print_by_first_only() -> None:
     """Leave standard output to the first process that torchrun started; letters that it cannot show become escapes."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if launched_rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
-
-
-def launched_rank() -> int:
-    """Return this process's number as its launcher gave it, also before a process group exists."""
-    return int(os.environ.get("RANK", "0"))

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..common.cache import write_whole
 from ..data.corpus import EMBEDDED
 from ..models.architectures import EncT5Config, PrunedT5Config
 from .outcome import Outcome
@@ -50,7 +51,7 @@ def write_card(
         facts=listed(facts),
     )
     text = str(card).encode("utf-8", errors="backslashreplace")  # as in report.md
-    (folder / "README.md").write_bytes(text)
+    write_whole(folder / "README.md", text)
 
 
 def _is_hub_name(teacher: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from ..common.cache import write_whole
 from .outcome import Outcome
 
 SHOWN = 600  # characters of a text in Markdown; HTML holds all of it
@@ -173,7 +174,7 @@ class Page:
     def save(self, folder: Path, name: str) -> None:
         """Write the pictures, NAME.md, which shows them, and NAME.html, which holds them."""
         for picture in self.pictures:
-            (folder / picture.file).write_bytes(picture.png)
+            write_whole(folder / picture.file, picture.png)
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("fastkd.train.report"),
             autoescape=jinja2.select_autoescape(["html"]),
@@ -185,4 +186,4 @@ class Page:
         for end in ("md", "html"):
             text = environment.get_template(f"page.{end}").render(shown)
             # Texts read from JSON may hold halves of surrogate pairs, which UTF-8 has no bytes for.
-            (folder / f"{name}.{end}").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+            write_whole(folder / f"{name}.{end}", text + "\n")

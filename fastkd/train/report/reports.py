@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common import endings
+from ..common.cache import write_whole
 from ..common.errors import InputError
 from . import plots
 from .outcome import Outcome, plain
@@ -76,6 +78,7 @@ def write(
     student came about, shown before its curves. besides: more of that for metrics.json.
     report.html holds its pictures and needs no other file; metrics.json holds everything but the pictures.
     """
+    endings.begin("the writing of the report")
     metrics = {
         "format": FORMAT,
         "run": plain(facts),
@@ -86,7 +89,7 @@ def write(
         **plain(besides or {}),
     }
     text = json.dumps(metrics, indent=2, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / "metrics.json", text + "\n")
     page = Page(
         title="fastkd-train report",
         outcomes=outcomes,

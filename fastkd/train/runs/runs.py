@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 import fastkd
 
-from ..common.cache import copy_folder, replace_folder
+from ..common.cache import copy_folder, replace_folder, write_whole
 from ..common.errors import InputError, writing
 from ..common.processes import be_patient, by_first
 from ..data.corpus import EMBEDDED
@@ -293,7 +293,7 @@ def _save(
     trainer.save_model(str(folder))
 
     def describe() -> None:
-        (folder / "config.yaml").write_text(run.flags.config_text(run.args), encoding="utf-8")
+        write_whole(folder / "config.yaml", run.flags.config_text(run.args))
         given = {name: Path(str(facts[name])) for name in ("texts", "teacher", "student") if name in facts}
         names = {name: path.name for name, path in given.items() if path.is_absolute() or path.exists()}
         teacher = run.flags.teacher if method.needs_teacher else None

@@ -7,12 +7,13 @@ import glob
 import json
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common import endings
+from ..common.cache import write_whole
 from ..common.errors import InputError, Interrupted, RunError, writing
 from ..common.processes import by_first, is_first
 from ..flags.arguments import TransformersArguments
@@ -173,10 +174,8 @@ def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None
                 _bring_back(out)
                 back = f"; what {out} held before is there again"
         if isinstance(error, KeyboardInterrupt):
-            way = (
-                "--resume_from_checkpoint last continues" if _has_made(out) and not back else "no checkpoint was saved"
-            )
-            raise Interrupted(f"interrupted; {way}{back}", signal.SIGINT) from error
+            way = f"{_way_on(out)}{back}"
+            raise Interrupted(f"interrupted during {endings.stage()}; {way}", endings.stop_number(error)) from error
         if back and isinstance(error, InputError | RunError):
             error.args = (f"{error}{back}",)
         raise
@@ -192,7 +191,19 @@ def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
 
 def _has_made(out: Path) -> bool:
     """Return whether a run has left a checkpoint, in the folder or a round of it, or its student."""
-    return (out / "config.json").is_file() or any(map(last_checkpoint, (out, *out.glob("rounds/*"))))
+    return (out / "config.json").is_file() or _has_checkpoint(out)
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return any(map(last_checkpoint, (out, *out.glob("rounds/*"))))
+
+
+def _way_on(out: Path) -> str:
+    """Return what to say of a run that was interrupted outside of training."""
+    if _has_checkpoint(out):
+        return "--resume_from_checkpoint last continues"
+    has_student = f"the student in {out} is whole, not its report; " if (out / "config.json").is_file() else ""
+    return f"{has_student}no checkpoint was saved"
 
 
 # Files move one by one, as the folder itself may be a link or a volume. A kill may come at any time: what is in _MOVING
@@ -233,9 +244,7 @@ def _bring_back(out: Path) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a file that is never there by half, in a folder that is made if need be, also where a link leads."""
     Path(os.path.realpath(path.parent)).mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f".{path.name}")
-    whole.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 # What is continued ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import sentencepiece
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, default_data_collator
 
+from ..common import endings
 from ..common.cache import cached
 from ..common.errors import InputError
 from ..common.processes import by_first
@@ -83,6 +84,7 @@ class Data:
 def heading(text: str) -> None:
     """Print a stage's heading."""
     print(f"\n== {text}", flush=True)
+    endings.begin(f'"{text}"')
 
 
 def get_data(flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = None) -> Data:

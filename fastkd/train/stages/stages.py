@@ -19,6 +19,7 @@ from transformers import Trainer, get_scheduler
 
 import fastkd
 
+from ..common import endings
 from ..common.cache import cached
 from ..common.errors import InputError
 from ..common.family import is_enct5
@@ -339,6 +340,7 @@ def judge(
     flags: FastkdArguments, args: TransformersArguments, data: Data, trainer: DistillTrainer, name: str
 ) -> Outcome:
     """Return how a model does after its training, if it had any: held-out loss, the task's figures, and its cost."""
+    endings.begin(f"the evaluation of {name}")
     state = trainer.state
     model = unsharded(trainer.model) if state.global_step else trainer.model  # a student is small, a teacher may not be
     step = state.best_global_step if args.load_best_model_at_end else state.global_step  # of the weights it has now

@@ -67,9 +67,9 @@ class Signals:
         if number == _HANGUP:
             for terminal in self._terminals:  # which is gone: writing there would fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-        elif self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
         elif self.received:
+            if callable(before := self._before[number]):
+                before(number, frame)
             raise SystemExit(128 + number)
         self.received = self.received or number
 
