@@ -27,21 +27,20 @@ def from_hub(name: str, what: str, kind: str, reason: Callable[[Exception], str]
     folder, similar = Path(name), _similar(Path(name))
     if not _may_be_on_hub(name):
         raise InputError(f"no {what} folder {name}{', which is a file' if folder.is_file() else similar}")
-    offline = False
+    none, offline = f"no {what} folder {name}{similar}, and no such {kind} from the hub", False
     try:
         offline = not _answers(name, kind)
         yield offline
     except InputError:
         raise
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{none}: it has none of that name, or lets nobody read it without hf auth login") from error
     except Exception as error:  # of whatever loads it and of the network below: there is no common class
-        said = reason(error)
-        if isinstance(error, RepositoryNotFoundError) or offline:
-            if offline:
-                said = "it does not answer, and nothing of that name was loaded from it before"
-            said = f"no {what} folder {name}{similar}, and no such {kind} from the hub: {said}"
-        else:
-            said = f"cannot load the {what} {name} of the hub: {said}"
-        raise InputError(said) from error
+        if offline:
+            raise InputError(
+                f"{none}: it does not answer, and nothing of that name was loaded from it before"
+            ) from error
+        raise InputError(f"cannot load the {what} {name} of the hub: {reason(error)}") from error
 
 
 def _may_be_on_hub(name: str) -> bool:
