@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness.measure import Problem
-from benchmarks.harness.report import main
+from benchmarks.harness.command import main
+from benchmarks.harness.problem import Problem
 from benchmarks.ops import attention_kl, cka_loss, linear_kl, logit_kl, relation_kl
 from benchmarks.trainer import prune, train_step
 

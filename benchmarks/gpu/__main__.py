@@ -169,7 +169,7 @@ def limits(session: Session) -> int:
 def bench(session: Session) -> int:
     """every benchmark beside the peers that are installed; writes OUT/<gpu>.json"""
     budget = max(10, session.end - time.monotonic() - BENCH_MARGIN)
-    options = ("--json", session.out, "--budget", f"{budget:.0f}", "--seconds", "20")
+    options = ("--json", session.out, "--budget", f"{budget:.0f}", "--seconds", "60")
     return session.run(session.python, "-m", "benchmarks.run", *options)
 
 

@@ -12,7 +12,8 @@ import statistics
 import torch
 from torch import Tensor
 
-from benchmarks.harness.measure import Run, Unavailable, in_turns, noted
+from benchmarks.harness.problem import Run, Unavailable, noted, on_gpu
+from benchmarks.harness.timing import in_turns
 
 try:
     import triton
@@ -25,7 +26,10 @@ BLOCK = 1024  # exponentials in flight in a program of four warps
 
 def copy(size: int, device: torch.device) -> Run:
     """Copies this many bytes."""
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    return copy_of(torch.randint(0, 255, (size,), dtype=torch.uint8, device=device))
+
+
+def copy_of(source: Tensor) -> Run:
     target = torch.zeros_like(source)
 
     def run() -> tuple[Tensor, ...]:
@@ -67,8 +71,9 @@ if triton is not None:
 
 def exponentials(count: float, device: torch.device) -> Run:
     """About this many exponentials in fp32, of numbers in registers."""
-    if triton is None or device.type != "cuda":
-        raise Unavailable("needs a GPU and Triton")
+    on_gpu(device)
+    if triton is None:
+        raise Unavailable("needs Triton")
     programs = 16 * torch.cuda.get_device_properties(device).multi_processor_count
     steps = max(1, round(count / (programs * BLOCK)))
     x = -torch.rand(programs * BLOCK, device=device)

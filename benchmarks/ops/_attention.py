@@ -6,14 +6,17 @@ B batch, L length (Lq queries, Lk keys), A heads, H width, d = H / A head width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.limits import roofline
-from benchmarks.harness.measure import Run, fastest, noted
+from benchmarks.harness.problem import Problem, Run, Target, noted
+from benchmarks.harness.timing import fastest
 
 # No library has either op. TextBrewer's losses between attention matrices are plain torch lines on [B, A, L, L] scores,
 # as "reference" and, compiled, "torch.compile" are.
@@ -50,13 +53,45 @@ def pairs(lengths: Sequence[tuple[int, int]], causal: bool) -> int:
     return sum(queries * (queries + 1) // 2 if causal else queries * keys for queries, keys in lengths)
 
 
-def flops(lengths: Sequence[tuple[int, int]], causal: bool, student_width: int, teacher_width: int) -> int:
-    """Of the op's GEMMs: the scores of both models and the student's two gradients."""
-    return 2 * pairs(lengths, causal) * (teacher_width + 3 * student_width)
+def problem_of(
+    shape: Any,
+    device: torch.device,
+    prepare: Callable[..., Any],
+    targets: tuple[Target, ...],
+    times: int = 1,
+) -> Problem:
+    """Its work is that of the GEMMs: the scores of both models and the student's two gradients."""
+    # What causality hides counts neither for fastkd nor for the limit, though chunks on the diagonal compute it.
+    work = 2 * times * pairs(shape.lengths, shape.causal) * (shape.teacher_width + 3 * shape.student_width)
+    widths = shape.teacher_width + 2 * shape.student_width  # both, and the student's gradients
+    return Problem(
+        title=str(shape),
+        unit="GFLOP/s",
+        work=work,
+        limit=LIMITS[device.type],
+        implementations=IMPLEMENTATIONS,
+        prepare=partial(prepare, shape, device),
+        targets=targets,
+        counts=(work, shape.positions * widths * shape.dtype.itemsize),
+    )
+
+
+def floor(
+    student: Sequence[Tensor],  # queries [B, Lq, Hs], keys [B, Lk, Hs]
+    teacher: Sequence[Tensor],
+    num_heads: int,
+    lengths: Sequence[tuple[int, int]],  # (Lq, Lk) of each sequence without its padding
+    causal: bool,
+    times: int = 1,
+) -> Run:
+    """The limit on this device."""
+    if student[0].is_cuda:
+        return in_registers(lengths, causal, student[0], teacher[0], num_heads, times)
+    return gemms(*student, *teacher, num_heads, lengths, causal, times)
 
 
 def in_registers(
-    lengths: Sequence[tuple[int, int]], causal: bool, student: Tensor, teacher: Tensor, num_heads: int, times: int = 1
+    lengths: Sequence[tuple[int, int]], causal: bool, student: Tensor, teacher: Tensor, num_heads: int, times: int
 ) -> Run:
     """The limit on a GPU: tensor cores or exponential units, whichever take longer.
 
@@ -74,9 +109,9 @@ def gemms(
     teacher_q: Tensor,  # [B, Lq, Ht]
     teacher_k: Tensor,  # [B, Lk, Ht]
     num_heads: int,
-    lengths: Sequence[tuple[int, int]],  # (Lq, Lk) of each sequence without its padding
-    causal: bool = False,
-    times: int = 1,
+    lengths: Sequence[tuple[int, int]],
+    causal: bool,
+    times: int,
 ) -> Run:
     """The op's four GEMMs and nothing else, in the fastest chunks: scores of both models, G K and G.T Q.
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.harness.measure import Problem, Run, Target
-from benchmarks.harness.report import main
-from benchmarks.ops._attention import IMPLEMENTATIONS, LIMITS, by_heads, flops, gemms, in_registers, plain_kl
+from benchmarks.harness.command import main
+from benchmarks.harness.problem import Problem, Run, Target, both_ways, gradients, name_of, normals
+from benchmarks.ops._attention import LIMITS, by_heads, floor, plain_kl, problem_of
 
 BUCKETS, MAX_DISTANCE = 32, 128  # T5's
 MEMORY = Target("memory", 40)
@@ -39,19 +39,24 @@ class Shape:
     causal: bool = False
     dtype: torch.dtype = torch.float32
 
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        return [(self.queries, self.keys)] * self.batch
+
+    @property
+    def positions(self) -> int:
+        return self.batch * (self.queries + self.keys)
+
     def __str__(self) -> str:
         length = f"L {self.keys}" if self.queries == self.keys else f"Lq {self.queries} Lk {self.keys}"
         widths = f"{self.teacher_width // self.heads} -> {self.student_width // self.heads}"
-        title = f"attention_kl B {self.batch} A {self.heads} {length} {widths} {str(self.dtype).removeprefix('torch.')}"
+        title = f"attention_kl B {self.batch} A {self.heads} {length} {widths} {name_of(self.dtype)}"
         return f"{title}, {self.bias} bias" + (", causal" if self.causal else "")
 
 
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    generator = torch.Generator(device).manual_seed(0)
+    normal = normals(device, shape.dtype)
     B, A, queries, keys = shape.batch, shape.heads, shape.queries, shape.keys
-
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device).mul_(std).to(shape.dtype)
 
     def queries_and_keys(width: int) -> list[Tensor]:  # T5 does not scale its scores: its queries are small instead
         return [normal(B, queries, width, std=(width // A) ** -0.5), normal(B, keys, width)]
@@ -73,14 +78,8 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         options |= {"num_heads": A, "student_scale": 1.0, "teacher_scale": 1.0, "causal": shape.causal}
         return fastkd.attention_kl(*student[:2], *teacher[:2], **options)
 
-    def with_gradients(loss_of) -> Run:
-        return lambda: torch.autograd.grad(loss_of(student, teacher), student)
-
-    def fused() -> Run:
-        return with_gradients(lambda *x: loss_by_fastkd(*x, impl="fused"))
-
-    def reference() -> Run:
-        return with_gradients(lambda *x: loss_by_fastkd(*x, impl="reference"))
+    def ready(loss: Callable[..., Tensor]) -> Run:
+        return gradients(loss, (student, teacher), student)
 
     def compiled() -> Run:
         distance = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]  # [Lq, Lk]
@@ -100,13 +99,10 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
                 target = scores(*teacher)
             return plain_kl(scores(*student), target, allowed, None)
 
-        return with_gradients(loss)
+        return ready(loss)
 
     def limit() -> Run:
-        lengths = [(queries, keys)] * B
-        if device.type == "cuda":
-            return in_registers(lengths, shape.causal, student[0], teacher[0], A)
-        return gemms(*student[:2], *teacher[:2], A, lengths, shape.causal)
+        return floor(student[:2], teacher[:2], A, shape.lengths, shape.causal)
 
     def oracle() -> tuple[Tensor, ...]:
         exact, fixed = [x.detach().double().requires_grad_() for x in student], [x.double() for x in teacher]
@@ -115,25 +111,12 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
             loss_by_fastkd(*sequence, normalizer=float(B * queries), impl="reference").backward()
         return tuple(x.grad for x in exact)
 
-    rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled), strict=True))
-    return {**rows, LIMITS[device.type]: limit}, oracle
+    rows = both_ways(loss_by_fastkd, ready) | {"torch.compile": compiled, LIMITS[device.type]: limit}
+    return rows, oracle
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
-    work = flops([(shape.queries, shape.keys)] * shape.batch, shape.causal, shape.student_width, shape.teacher_width)
-    # queries and keys of both, and the student's gradients
-    positions = (shape.queries + shape.keys) * (shape.teacher_width + 2 * shape.student_width)
-    return Problem(
-        title=str(shape),
-        unit="GFLOP/s",
-        work=work,
-        limit=LIMITS[device.type],
-        limit_work=work,  # what causality hides counts for neither, though chunks on the diagonal compute it
-        implementations=IMPLEMENTATIONS,
-        targets=targets,
-        prepare=lambda: prepare(shape, device),
-        counts=(work, shape.batch * positions * shape.dtype.itemsize),
-    )
+    return problem_of(shape, device, prepare, targets)
 
 
 def problems(device: torch.device, quick: bool = False) -> list[Problem]:

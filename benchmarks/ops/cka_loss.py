@@ -11,14 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fastkd
-from benchmarks.harness.measure import Problem, Run, Target, Unavailable
-from benchmarks.harness.report import main
+from benchmarks.harness.command import main
+from benchmarks.harness.problem import (
+    Problem,
+    Run,
+    Target,
+    Unavailable,
+    both_ways,
+    gradients,
+    held_to,
+    name_of,
+    normals,
+)
 from fastkd.ops import cka_loss as op
 
 LIMIT = "five GEMMs"
@@ -40,10 +51,9 @@ class Shape:
     padded: bool = False  # a quarter of the tokens is padding
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         pairs = f", {self.pairs} pairs" if self.pairs > 1 else ""
         widths = f"{self.teacher_width} -> {self.student_width}"
-        return f"cka_loss N {self.tokens} {widths} {dtype}{pairs}{', padded' if self.padded else ''}"
+        return f"cka_loss N {self.tokens} {widths} {name_of(self.dtype)}{pairs}{', padded' if self.padded else ''}"
 
     @property
     def flops(self) -> int:
@@ -65,42 +75,32 @@ def plain_cka(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    generator = torch.Generator(device).manual_seed(0)
+    normal = normals(device)
 
     def hidden(width: int, noise: float) -> Tensor:
         """Of rank 64 and noise, off the origin, as hidden states are."""
-        base = torch.randn(64, width, generator=generator, device=device) / 8
-        mean = torch.randn(width, generator=generator, device=device)
-        x = codes @ base + noise * torch.randn(shape.tokens, width, generator=generator, device=device) + mean
-        return x.to(shape.dtype)
+        base, mean = normal(64, width) / 8, normal(width)
+        return (codes @ base + noise * normal(shape.tokens, width) + mean).to(shape.dtype)
 
     students, teachers = [], []
     for _ in range(shape.pairs):
-        codes = torch.randn(shape.tokens, 64, generator=generator, device=device)
+        codes = normal(shape.tokens, 64)
         teachers.append(hidden(shape.teacher_width, 0.3))
         students.append(hidden(shape.student_width, 0.5).requires_grad_())
     mask = torch.arange(shape.tokens, device=device) % 4 != 3 if shape.padded else None
 
-    def with_gradients(loss_of) -> Run:
-        return lambda: torch.autograd.grad(loss_of(), students)
+    def ready(loss: Callable[..., Tensor]) -> Run:
+        return gradients(loss, (students, teachers), students)
 
-    def by_fastkd(impl: str = "fused") -> Run:
-        return with_gradients(lambda: fastkd.cka_loss(students, teachers, mask=mask, impl=impl))
+    rows = both_ways(partial(fastkd.cka_loss, mask=mask), ready)
 
-    def held_to(grams: bool) -> Run:
+    def form(grams: bool) -> Run:
         if grams and shape.tokens > MOST_TOKENS:
             raise Unavailable(f"not run with more than {MOST_TOKENS} tokens")
-        run = by_fastkd()
-
-        def held() -> tuple[Tensor, ...]:
-            with mock.patch.object(op, "_by_grams", lambda tokens, widths: grams):
-                return run()
-
-        return held
+        return held_to(lambda: mock.patch.object(op, "_by_grams", lambda tokens, widths: grams), rows["fastkd"]())
 
     def eager(one: Callable[..., Tensor] = plain_cka) -> Run:
-        pairs = list(zip(students, teachers, strict=True))
-        return with_gradients(lambda: torch.stack([one(x, t, mask) for x, t in pairs]).sum())
+        return ready(lambda *x: torch.stack([one(s, t, mask) for s, t in zip(*x, strict=True)]).sum())
 
     def ckatorch() -> Run:
         raise Unavailable("cannot: computes under torch.no_grad, so no gradients (1.0.3)")
@@ -129,11 +129,9 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
             gradients += torch.autograd.grad(loss, exact)
         return tuple(gradients)
 
-    return {
-        "fastkd": by_fastkd,
-        "reference": lambda: by_fastkd("reference"),
-        "covariances": lambda: held_to(False),
-        "Grams": lambda: held_to(True),
+    return rows | {
+        "covariances": lambda: form(False),
+        "Grams": lambda: form(True),
         "eager": eager,
         "torch.compile": lambda: eager(torch.compile(plain_cka, dynamic=False)),
         "ckatorch": ckatorch,
@@ -153,10 +151,9 @@ def problem(
         unit="GFLOP/s",
         work=shape.flops,  # what it would take without symmetry, in whichever form
         limit=LIMIT,
-        limit_work=shape.flops,
         implementations=implementations,
+        prepare=partial(prepare, shape, device),
         targets=targets,
-        prepare=lambda: prepare(shape, device),
         # forward and backward read both, and the gradient is written
         counts=(
             shape.flops,

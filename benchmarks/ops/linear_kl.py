@@ -14,14 +14,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.harness.measure import MIB, Problem, Run, Target, Unavailable, fastest, held_to, not_importable, noted
-from benchmarks.harness.report import main
+from benchmarks.harness.command import main
+from benchmarks.harness.memory import MIB
+from benchmarks.harness.problem import (
+    Problem,
+    Run,
+    Target,
+    both_ways,
+    gradients,
+    held_to,
+    name_of,
+    normals,
+    noted,
+    on_gpu,
+    peer,
+)
+from benchmarks.harness.timing import fastest
 from fastkd.ops import linear_kl_gpu as op
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
@@ -46,101 +61,7 @@ class Shape:
 
     def __str__(self) -> str:
         widths = f"{self.teacher_width} -> {self.student_width}"
-        return f"linear_kl T {self.tokens} V {self.vocabulary} {widths} {str(self.dtype).removeprefix('torch.')}"
-
-
-def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(rows: int, columns: int, std: float = 1.0) -> Tensor:
-        return torch.randn(rows, columns, generator=generator, device=device).mul_(std).to(shape.dtype)
-
-    T, V, Ht, Hs = shape.tokens, shape.vocabulary, shape.teacher_width, shape.student_width
-    student_hidden, teacher_hidden = normal(T, Hs).requires_grad_(), normal(T, Ht)
-    # logits of standard deviation 3
-    student_weight, teacher_weight = normal(V, Hs, 3 * Hs**-0.5).requires_grad_(), normal(V, Ht, 3 * Ht**-0.5)
-    inputs = (student_hidden, student_weight, teacher_hidden, teacher_weight)
-
-    def with_gradients(loss_of) -> Run:
-        return lambda: torch.autograd.grad(loss_of(*inputs), (student_hidden, student_weight))
-
-    def fused() -> Run:
-        return with_gradients(lambda *x: fastkd.linear_kl(*x, impl="fused"))
-
-    def reference() -> Run:
-        return with_gradients(lambda *x: fastkd.linear_kl(*x, impl="reference"))
-
-    def compiled() -> Run:
-        return with_gradients(torch.compile(plain_loss, dynamic=False))
-
-    def liger_in_triton() -> Run:
-        if device.type != "cuda":
-            raise Unavailable("needs a GPU")
-        try:
-            from liger_kernel.transformers import LigerFusedLinearJSD
-        except ImportError as error:
-            raise not_importable("liger_kernel", error) from error
-
-        loss = LigerFusedLinearJSD(jsd_beta=0.0)
-        return with_gradients(lambda *x: loss(*x, None))
-
-    def liger() -> Run:
-        try:
-            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-        except ImportError as error:
-            raise not_importable("liger_kernel", error) from error
-
-        labels = torch.zeros(T, dtype=torch.long, device=device)  # only ignore_index is looked for in them
-
-        def at(chunk: int) -> Run:
-            # its beta = 0 is KL(teacher || student); compiled, which is its default, is also its fastest
-            loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, chunk_size=chunk)
-            return with_gradients(lambda *x: loss(*x, labels))
-
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # every chunk size gets code of its own
-            return best_chunk(at)
-
-    def gemms() -> Run:
-        def at(chunk: int) -> Run:
-            scores = torch.zeros(2, chunk, V, dtype=shape.dtype, device=device)
-            hidden_grad, weight_grad = torch.zeros_like(student_hidden), torch.zeros_like(student_weight)
-
-            @torch.no_grad()
-            def run() -> tuple[Tensor, ...]:
-                for start in range(0, T, chunk):
-                    rows = slice(start, min(start + chunk, T))
-                    student, teacher = scores[:, : rows.stop - rows.start]
-                    torch.mm(student_hidden[rows], student_weight.t(), out=student)
-                    torch.mm(teacher_hidden[rows], teacher_weight.t(), out=teacher)
-                    torch.mm(student, student_weight, out=hidden_grad[rows])
-                    weight_grad.addmm_(student.t(), student_hidden[rows], beta=0.5)  # 0.5: repeated runs stay finite
-                return ()
-
-            return run
-
-        return best_chunk(at)
-
-    def best_chunk(at: Callable[[int], Run]) -> Run:
-        sizes = sorted({min(size, T) for size in CHUNKS[device.type]})
-        chunk, run = fastest({str(size): at(size) for size in sizes}, device)
-        return noted(run, f"chunks of {chunk}")
-
-    def oracle() -> tuple[Tensor, ...]:
-        hidden, weight, fixed_hidden, fixed_weight = (x.detach().double() for x in inputs)
-        hidden.requires_grad_()
-        weight.requires_grad_()
-        for start in range(0, T, 256):
-            rows = slice(start, start + 256)
-            arguments = hidden[rows], weight, fixed_hidden[rows], fixed_weight
-            (fastkd.linear_kl(*arguments, reduction="sum", impl="reference") / T).backward()
-        assert hidden.grad is not None and weight.grad is not None
-        return hidden.grad, weight.grad
-
-    rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled, liger), strict=True))
-    rows |= {"eager": lambda: with_gradients(plain_loss), "Liger, Triton": liger_in_triton, LIMIT: gemms}
-    for name, context in ways().items():
-        rows[name] = lambda context=context: held_to(context, fused())
-    return rows, oracle
+        return f"linear_kl T {self.tokens} V {self.vocabulary} {widths} {name_of(self.dtype)}"
 
 
 def plain_loss(
@@ -153,6 +74,91 @@ def plain_loss(
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+def best_chunk(at: Callable[[int], Run], tokens: int, device: torch.device) -> Run:
+    sizes = sorted({min(size, tokens) for size in CHUNKS[device.type]})
+    chunk, run = fastest({str(size): at(size) for size in sizes}, device)
+    return noted(run, f"chunks of {chunk}")
+
+
+def liger(ready: Callable[[Callable[..., Tensor]], Run], tokens: int, device: torch.device) -> Run:
+    """Its loss in chunks, compiled, which is its default and its fastest; its beta = 0 is KL(teacher || student)."""
+    kind = peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)  # only ignore_index is looked for in them
+
+    def at(chunk: int) -> Run:
+        loss = kind(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, chunk_size=chunk)
+        return ready(lambda *x: loss(*x, labels))
+
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # every chunk size gets code of its own
+        return best_chunk(at, tokens, device)
+
+
+def liger_in_triton(ready: Callable[[Callable[..., Tensor]], Run], device: torch.device) -> Run:
+    on_gpu(device)
+    loss = peer("liger_kernel.transformers", "LigerFusedLinearJSD")(jsd_beta=0.0)
+    return ready(lambda *x: loss(*x, None))
+
+
+def gemms(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Run:
+    T, V = len(student_hidden), len(student_weight)
+
+    def at(chunk: int) -> Run:
+        scores = student_hidden.new_zeros(2, chunk, V)
+        hidden_grad, weight_grad = torch.zeros_like(student_hidden), torch.zeros_like(student_weight)
+
+        @torch.no_grad()
+        def run() -> tuple[Tensor, ...]:
+            for start in range(0, T, chunk):
+                rows = slice(start, min(start + chunk, T))
+                student, teacher = scores[:, : rows.stop - rows.start]
+                torch.mm(student_hidden[rows], student_weight.t(), out=student)
+                torch.mm(teacher_hidden[rows], teacher_weight.t(), out=teacher)
+                torch.mm(student, student_weight, out=hidden_grad[rows])
+                weight_grad.addmm_(student.t(), student_hidden[rows], beta=0.5)  # 0.5: repeated runs stay finite
+            return ()
+
+        return run
+
+    return best_chunk(at, T, student_hidden.device)
+
+
+def exact(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The gradients in fp64, some tokens at a time."""
+    hidden, weight, fixed_hidden, fixed_weight = (x.detach().double() for x in inputs)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    for start in range(0, len(hidden), 256):
+        rows = slice(start, start + 256)
+        arguments = hidden[rows], weight, fixed_hidden[rows], fixed_weight
+        (fastkd.linear_kl(*arguments, reduction="sum", impl="reference") / len(hidden)).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return hidden.grad, weight.grad
+
+
+def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
+    normal = normals(device, shape.dtype)
+    T, V, Ht, Hs = shape.tokens, shape.vocabulary, shape.teacher_width, shape.student_width
+    student_hidden, teacher_hidden = normal(T, Hs).requires_grad_(), normal(T, Ht)
+    # logits of standard deviation 3
+    student_weight = normal(V, Hs, std=3 * Hs**-0.5).requires_grad_()
+    teacher_weight = normal(V, Ht, std=3 * Ht**-0.5)
+    inputs = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+
+    def ready(loss: Callable[..., Tensor]) -> Run:
+        return gradients(loss, inputs, inputs[:2])
+
+    rows = both_ways(fastkd.linear_kl, ready) | {
+        "torch.compile": lambda: ready(torch.compile(plain_loss, dynamic=False)),
+        "Liger": lambda: liger(ready, T, device),
+        "eager": lambda: ready(plain_loss),
+        "Liger, Triton": lambda: liger_in_triton(ready, device),
+        LIMIT: lambda: gemms(*inputs),
+    }
+    for name, context in ways().items():
+        rows[name] = lambda context=context: held_to(context, rows["fastkd"]())
+    return rows, partial(exact, *inputs)
+
+
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
     weights = shape.vocabulary * (shape.teacher_width + 2 * shape.student_width)  # both, and a gradient
     hidden = shape.tokens * (shape.teacher_width + 2 * shape.student_width)
@@ -162,10 +168,9 @@ def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()
         unit="GFLOP/s",
         work=flops,
         limit=LIMIT,
-        limit_work=flops,
         implementations=(*IMPLEMENTATIONS, *((*ways(), *GPU_ROWS) if device.type == "cuda" else ())),
+        prepare=partial(prepare, shape, device),
         targets=targets,
-        prepare=lambda: prepare(shape, device),
         counts=(flops, (weights + hidden) * shape.dtype.itemsize),
     )
 

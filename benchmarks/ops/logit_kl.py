@@ -11,14 +11,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.harness.measure import Problem, Run, Target, Unavailable, held_to, not_importable
-from benchmarks.harness.report import main
+from benchmarks.harness.command import main
+from benchmarks.harness.limits import copy_of
+from benchmarks.harness.problem import (
+    Problem,
+    Run,
+    Target,
+    both_ways,
+    gradients,
+    held_to,
+    name_of,
+    normals,
+    on_gpu,
+    peer,
+)
 from fastkd.ops.divergence_rows import gpu_row_kernels
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
@@ -40,59 +53,30 @@ class Shape:
     def __str__(self) -> str:
         passes = "forward + backward" if self.backward else "forward"
         near = ", student near teacher" if self.converged else ""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"logit_kl T {self.tokens} V {self.vocabulary} {dtype}, {passes}{near}"
+        return f"logit_kl T {self.tokens} V {self.vocabulary} {name_of(self.dtype)}, {passes}{near}"
+
+
+def plain_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """What a training loop has where it does not call fastkd."""
+    log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(std: float) -> Tensor:
-        return torch.randn(shape.tokens, shape.vocabulary, generator=generator, device=device).mul_(std).to(shape.dtype)
-
-    teacher = normal(3.0)
-    student = teacher + normal(0.1) if shape.converged else normal(3.0)
+    normal = partial(normals(device, shape.dtype), shape.tokens, shape.vocabulary)
+    teacher = normal(std=3.0)
+    student = teacher + normal(std=0.1) if shape.converged else normal(std=3.0)
     student.requires_grad_(shape.backward)
 
-    def ready(loss: Callable[[Tensor, Tensor], Tensor]) -> Run:
+    def ready(loss: Callable[..., Tensor]) -> Run:
         if shape.backward:
-            return lambda: torch.autograd.grad(loss(student, teacher), (student,))
+            return gradients(loss, (student, teacher), (student,))
         return lambda: (loss(student, teacher),)
 
-    def fused() -> Run:
-        return ready(lambda s, t: fastkd.logit_kl(s, t, impl="fused"))
-
-    def reference() -> Run:
-        return ready(lambda s, t: fastkd.logit_kl(s, t, impl="reference"))
-
-    def compiled() -> Run:
-        @torch.compile(dynamic=False)
-        def loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-            log_q = F.log_softmax(student_logits.float(), -1)
-            log_p = F.log_softmax(teacher_logits.float(), -1)
-            return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-        return ready(loss)
-
     def liger() -> Run:
-        if device.type != "cuda":
-            raise Unavailable("needs a GPU")
-        try:
-            from liger_kernel.transformers import LigerKLDIVLoss
-        except ImportError as error:
-            raise not_importable("liger_kernel", error) from error
-
-        loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+        on_gpu(device)
+        loss = peer("liger_kernel.transformers", "LigerKLDIVLoss")(reduction="batchmean", log_target=True)
         return ready(lambda s, t: loss(F.log_softmax(s.float(), -1), F.log_softmax(t.float(), -1)))
-
-    def copy() -> Run:
-        target = torch.zeros_like(teacher)
-
-        def run() -> tuple[Tensor, ...]:
-            target.copy_(teacher)
-            return ()
-
-        return run
 
     def oracle() -> tuple[Tensor, ...]:
         gradient = torch.empty(shape.tokens, shape.vocabulary, dtype=torch.float64, device=device)
@@ -105,10 +89,14 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
             total += loss.detach()
         return (gradient,) if shape.backward else (total,)
 
-    rows = dict(zip(IMPLEMENTATIONS, (fused, reference, compiled, liger), strict=True))
+    rows = both_ways(fastkd.logit_kl, ready) | {
+        "torch.compile": lambda: ready(torch.compile(plain_loss, dynamic=False)),
+        "Liger": liger,
+        LIMIT: lambda: copy_of(teacher),
+    }
     for name, context in gpu_row_kernels().items():
-        rows[f"fastkd, {name}"] = lambda context=context: held_to(context, fused())
-    return {**rows, LIMIT: copy}, oracle
+        rows[f"fastkd, {name}"] = lambda context=context: held_to(context, rows["fastkd"]())
+    return rows, oracle
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
@@ -124,8 +112,8 @@ def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()
         limit=LIMIT,
         limit_work=2 * logits_bytes,
         implementations=(*IMPLEMENTATIONS, *kernels),
+        prepare=partial(prepare, shape, device),
         targets=targets,
-        prepare=lambda: prepare(shape, device),
         # of an element: two differences, exponentials and products, three sums; then those again, and a difference
         counts=((17 if shape.backward else 9) * shape.tokens * shape.vocabulary, work),
     )

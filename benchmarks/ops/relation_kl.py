@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from benchmarks.harness.measure import Problem, Run, Target
-from benchmarks.harness.report import main
-from benchmarks.ops._attention import IMPLEMENTATIONS, LIMITS, by_heads, flops, gemms, in_registers, plain_kl
+from benchmarks.harness.command import main
+from benchmarks.harness.problem import Problem, Run, Target, both_ways, gradients, name_of, normals
+from benchmarks.ops._attention import LIMITS, by_heads, floor, plain_kl, problem_of
 
 TARGETS = (Target(LIMITS["cpu"], 1.25), Target("torch.compile", 0.5), Target("memory", 32))
 GPU_TARGETS = (Target("of limit", 0.6), Target("torch.compile", 1.0))
@@ -42,7 +43,6 @@ class Shape:
 
     def __str__(self) -> str:
         widths = f"{self.teacher_width // self.heads} -> {self.student_width // self.heads}"
-        dtype = str(self.dtype).removeprefix("torch.")
         special = {
             "[Q, K, V]": self.relations == 3,
             self.divergence: self.divergence != "forward_kl",
@@ -50,21 +50,22 @@ class Shape:
             "padded": self.padded,
             "student near teacher": self.converged,
         }
-        title = f"relation_kl B {self.batch} A {self.heads} L {self.length} {widths} {dtype}"
+        title = f"relation_kl B {self.batch} A {self.heads} L {self.length} {widths} {name_of(self.dtype)}"
         return ", ".join([title, *(name for name, holds in special.items() if holds)])
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> list[tuple[int, int]]:
         shortest = self.length // 4 if self.padded else self.length
-        return torch.linspace(shortest, self.length, self.batch).long().tolist()
+        return [(n, n) for n in torch.linspace(shortest, self.length, self.batch).long().tolist()]
+
+    @property
+    def positions(self) -> int:
+        return self.relations * sum(n for n, _ in self.lengths)
 
 
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    generator = torch.Generator(device).manual_seed(0)
     B, L, A = shape.batch, shape.length, shape.heads
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(B, L, width, generator=generator, device=device)
+    normal = partial(normals(device), B, L)
 
     def pair() -> tuple[Tensor, Tensor]:
         student, teacher = normal(shape.student_width), normal(shape.teacher_width)
@@ -77,14 +78,12 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
 
     students, teachers = map(list, zip(*(pair() for _ in range(shape.relations)), strict=True))
     position = torch.arange(L, device=device)
-    mask = position < torch.tensor(shape.lengths, device=device)[:, None] if shape.padded else None  # [B, L]
+    counts = torch.tensor([n for n, _ in shape.lengths], device=device)
+    mask = position < counts[:, None] if shape.padded else None  # [B, L]
+    options = {"num_heads": A, "causal": shape.causal, "divergence": shape.divergence}
 
-    def with_gradients(loss_of) -> Run:
-        return lambda: torch.autograd.grad(loss_of(students, teachers), students)
-
-    def by_fastkd(impl: str) -> Run:
-        options = {"key_mask": mask, "causal": shape.causal, "divergence": shape.divergence, "impl": impl}
-        return with_gradients(lambda *x: fastkd.relation_kl(*x, num_heads=A, **options))
+    def ready(loss: Callable[..., Tensor]) -> Run:
+        return gradients(loss, (students, teachers), students)
 
     def compiled() -> Run:
         allowed = mask[:, None, None, :] if mask is not None else None
@@ -107,14 +106,10 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
                 total = total + plain_kl(scores(student), target, allowed, counted, reverse)
             return total / len(students)
 
-        return with_gradients(loss)
+        return ready(loss)
 
     def limit() -> Run:
-        x, t = students[0], teachers[0]
-        lengths = [(n, n) for n in shape.lengths]
-        if device.type == "cuda":
-            return in_registers(lengths, shape.causal, x, t, A, shape.relations)
-        return gemms(x, x, t, t, A, lengths, shape.causal, shape.relations)
+        return floor([students[0]] * 2, [teachers[0]] * 2, A, shape.lengths, shape.causal, shape.relations)
 
     def oracle() -> tuple[Tensor, ...]:
         exact = [x.detach().double().requires_grad_() for x in students]
@@ -122,35 +117,20 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
             loss = fastkd.relation_kl(
                 [x[b : b + 1] for x in exact],
                 [t[b : b + 1].double() for t in teachers],
-                num_heads=A,
                 key_mask=None if mask is None else mask[b : b + 1],
-                causal=shape.causal,
-                divergence=shape.divergence,
-                normalizer=float(sum(shape.lengths)),
+                normalizer=float(counts.sum()),
                 impl="reference",
+                **options,
             )
             loss.backward()
         return tuple(x.grad for x in exact)
 
-    rows = (lambda: by_fastkd("fused"), lambda: by_fastkd("reference"), compiled)
-    return {**dict(zip(IMPLEMENTATIONS, rows, strict=True)), LIMITS[device.type]: limit}, oracle
+    by_fastkd = both_ways(partial(fastkd.relation_kl, key_mask=mask, **options), ready)
+    return by_fastkd | {"torch.compile": compiled, LIMITS[device.type]: limit}, oracle
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
-    lengths = [(n, n) for n in shape.lengths]
-    widths = shape.teacher_width + 2 * shape.student_width  # both, and the gradient
-    work = shape.relations * flops(lengths, shape.causal, shape.student_width, shape.teacher_width)
-    return Problem(
-        title=str(shape),
-        unit="GFLOP/s",
-        work=work,
-        limit=LIMITS[device.type],
-        limit_work=work,  # what causality hides counts for neither, though chunks on the diagonal compute it
-        implementations=IMPLEMENTATIONS,
-        targets=targets,
-        prepare=lambda: prepare(shape, device),
-        counts=(work, shape.relations * sum(shape.lengths) * widths * shape.dtype.itemsize),
-    )
+    return problem_of(shape, device, prepare, targets, shape.relations)
 
 
 def problems(device: torch.device, quick: bool = False) -> list[Problem]:

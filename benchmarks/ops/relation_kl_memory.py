@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks import RESULTS
-from benchmarks.harness.measure import peak_memory
-from benchmarks.harness.report import machine
+from benchmarks.harness.machine import machine
+from benchmarks.harness.memory import peak_memory
 from benchmarks.ops._attention import IMPLEMENTATIONS
 from benchmarks.ops.relation_kl import Shape, prepare
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.harness.report import machine
+from benchmarks.harness.machine import machine
 from fastkd.train import cli
 
 ANSWERS = "teacher's answers as labels"

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.report import machine
+from benchmarks.harness.machine import machine
 from fastkd.train import cli
 from fastkd.train.data import corpus
 from fastkd.train.minidisc.schedule import Schedule

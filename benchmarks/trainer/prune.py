@@ -14,13 +14,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.measure import MIB, Problem, Run, Target, noted, seconds
-from benchmarks.harness.report import main
+from benchmarks.harness.command import main
+from benchmarks.harness.memory import MIB
+from benchmarks.harness.problem import Problem, Run, Target, noted
+from benchmarks.harness.timing import seconds
 
 LIMIT = "copy"
 IMPLEMENTATIONS = ("fastkd", "eager")
@@ -152,7 +155,7 @@ def problem(shape: Shape, device: torch.device) -> Problem:
         limit_work=2 * model,
         implementations=IMPLEMENTATIONS,
         targets=(Target("ms", 60_000), *([Target("memory", model / MIB)] if shape.sparsity else [])),
-        prepare=lambda: prepare(shape, device),
+        prepare=partial(prepare, shape, device),
     )
 
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness.report import machine
+from benchmarks.harness.machine import machine, titled
 from fastkd import linear_kl
 from fastkd.train.flags.arguments import parse
 from fastkd.train.models.sharding import shard
@@ -239,8 +239,7 @@ def main() -> None:
     if options.json:
         record = {"machine": host, "device": "cpu", "linear_kl": linear, "training": steps, "targets": targets}
         options.json.write_text(json.dumps(record) + "\n")
-    versions = ", ".join(f"{k} {v}" for k, v in host["versions"].items() if v)
-    print(f"{host['cpu']}, one thread a rank ({versions}; {host['date'][:10]})\n\n{first}\n\n{second}\n")
+    print(f"{titled(host, host['cpu'] + ', one thread a rank')}\n\n{first}\n\n{second}\n")
     for t in targets:
         print(f"- {t['target']} {t['relation']} {t['bound']}: {t['measured']}, {'met' if t['met'] else 'NOT MET'}")
     print(f"\nAll ranks share the {host['cores']} cores of one machine: their times are no measure of a speed-up.")

@@ -13,14 +13,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.measure import Problem, Run, Target
-from benchmarks.harness.report import main
+from benchmarks.harness.command import main
+from benchmarks.harness.problem import Problem, Run, Target
+from benchmarks.ops.cka_loss import plain_cka
 
 LIMIT = "both models"
 IMPLEMENTATIONS = ("fastkd", "eager")
@@ -74,7 +76,7 @@ def plain_relation(student: Tensor, teacher: Tensor, heads: int, mask: Tensor, c
     return plain_kl(*scores).mean(1)[mask].mean()
 
 
-def plain_objective(method: Any, models: tuple[Any, Any], batch: dict[str, Tensor], plain_cka: Any) -> Tensor:
+def plain_objective(method: Any, models: tuple[Any, Any], batch: dict[str, Tensor]) -> Tensor:
     """The objective of a method from what both models return and what hooks on their projections see."""
     from fastkd.train.common.family import PLACES
     from fastkd.train.models.capture import capture_qkv
@@ -149,11 +151,10 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return lambda: gradients(made.compute_loss(student, batch), student)
 
     def eager() -> Run:
-        from benchmarks.ops.cka_loss import plain_cka
         from fastkd.train.objectives.methods import METHODS
 
         method = METHODS[shape.method]
-        return lambda: gradients(plain_objective(method, (student, teacher), batch, plain_cka), student)
+        return lambda: gradients(plain_objective(method, (student, teacher), batch), student)
 
     def models_alone() -> Run:
         from fastkd.train.models.capture import without_head
@@ -186,10 +187,9 @@ def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()
         unit="GFLOP/s",
         work=shape.flops,
         limit=LIMIT,
-        limit_work=shape.flops,
         implementations=IMPLEMENTATIONS,
         targets=targets,
-        prepare=lambda: prepare(shape, device),
+        prepare=partial(prepare, shape, device),
     )
 
 
