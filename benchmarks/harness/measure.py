@@ -101,7 +101,8 @@ def _ready(
         share = (end - time.monotonic() - rounds) / (len(rows) - i)
         try:
             with within(share):
-                release_memory()  # of one that did not fit, perhaps
+                if len(runs) < i:
+                    release_memory()  # of what did not fit, perhaps
                 runs[name], rows[name] = _first_run(factories[name](), expected, with_outputs=name != problem.limit)
         except TimeUp:
             rows[name] = {"note": f"not measured: not ready in its share of the time, {max(0.0, share):.1f} s"}
