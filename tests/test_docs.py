@@ -159,7 +159,7 @@ def known_flags() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_exist(page: Path) -> None:
-    others = {"processes", "memory_gb", "table", "write"}  # of plan and of the studies
+    others = {"processes", "memory_gb", "table", "write", "json", "seconds"}  # of plan, of studies, of benchmarks
     assert {flag for span in spans(page) for flag in re.findall(r"(?<!\S)--(\w+)", span)} <= known_flags() | others
 
 
