@@ -91,8 +91,7 @@ def plain_pruning(model: Any, widths: dict[str, int], order: dict[str, Tensor]) 
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from fastkd.train.minidisc.minidisc.importance import importance, masked, normalised
-    from fastkd.train.minidisc.prune import order_of, sliced, widths_at
+    from fastkd.train.minidisc.prune import importance, masked, normalised, order_of, sliced, widths_at
     from fastkd.train.models.architectures import enct5_from
 
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ _HOMES = {
     "SpanCorruption": "data.examples",
     "capture_qkv": "models.capture",
     "embedded_corpus": "data.corpus",
-    "importance": "minidisc.importance",
+    "importance": "minidisc.prune",
     "slice_teacher": "models.student",
     "sliced": "minidisc.prune",
     "train_tokenizer": "models.tokenizer",

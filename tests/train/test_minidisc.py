@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_flags import with_inputs
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, TrainerCallback
 
@@ -20,13 +21,12 @@ from fastkd.train.common.errors import InputError
 from fastkd.train.data.tasks import TASKS, figure_names
 from fastkd.train.flags.arguments import parse
 from fastkd.train.flags.fields import GRID, parse_grid
-from fastkd.train.minidisc.minidisc import importance
-from fastkd.train.minidisc.minidisc.candidates import CandidateTrainer
-from fastkd.train.minidisc.minidisc.importance import normalised
-from fastkd.train.minidisc.prune import narrowed, order_of, parts, sliced, widths_at
+from fastkd.train.minidisc.minidisc import CandidateTrainer
+from fastkd.train.minidisc.prune import narrowed, normalised, order_of, parts, sliced, widths_at
 from fastkd.train.minidisc.schedule import Candidate, Round, Schedule, Trial
 from fastkd.train.models import architectures as models
 from fastkd.train.objectives.methods import METHODS
+from fastkd.train.runs import runs
 
 WORDS = {"fruit": "apple pear plum fig", "metal": "iron gold zinc tin", "tree": "oak elm ash yew"}
 
@@ -273,7 +273,7 @@ def test_minidisc_from_teacher_to_dense_student(finished: Path, cache: Path) -> 
     assert schedule.chosen.student.sparsity == 0.8 and schedule.steps == 6 * len(schedule.rounds)
 
     student = AutoModelForSequenceClassification.from_pretrained(finished)
-    scores = importance.load_file(next(cache.glob("importance-*")) / "importance.safetensors")
+    scores = load_file(next(cache.glob("importance-*")) / "importance.safetensors")
     scores = normalised({name: scores[name] for name in parts(student)})
     assert student.config.widths == {n: part.units for n, part in parts(student).items()} == widths_at(scores, 0.8)
     assert sum(p.numel() for p in student.parameters()) == schedule.chosen.student.parameters
@@ -499,8 +499,8 @@ def test_importance_is_measured_on_what_nothing_is_trained_on(
     run: Callable[..., int], trainers: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Any] = []
-    rank = importance.rank
-    monkeypatch.setattr(importance, "rank", lambda *a, **k: (measured.append(a[3]), rank(*a, **k))[1])
+    rank = runs.rank
+    monkeypatch.setattr(runs, "rank", lambda *a, **k: (measured.append(a[3]), rank(*a, **k))[1])
 
     def ids(examples: Any) -> set[tuple[int, ...]]:
         return {tuple(examples[i]["input_ids"].tolist()) for i in range(len(examples))}

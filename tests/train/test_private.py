@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import transformers
 
-from fastkd.train.minidisc.minidisc import candidates
+from fastkd.train.minidisc import minidisc
 from fastkd.train.models import architectures as models
 from fastkd.train.training import resumable, trainer
 from fastkd.train.training.trainer import PRIVATE
 
 OURS = [
-    cls for module in (candidates, models, resumable, trainer) for cls in vars(module).values() if inspect.isclass(cls)
+    cls for module in (minidisc, models, resumable, trainer) for cls in vars(module).values() if inspect.isclass(cls)
 ]
 
 

@@ -28,8 +28,7 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from fastkd.train.common.family import PLACES
-from fastkd.train.minidisc.minidisc.importance import importance, masked, normalised
-from fastkd.train.minidisc.prune import narrowed, order_of, sliced, widths_at
+from fastkd.train.minidisc.prune import importance, masked, narrowed, normalised, order_of, sliced, widths_at
 from fastkd.train.models.architectures import (
     EncT5ForSequenceClassification,
     PrunedT5ForConditionalGeneration,

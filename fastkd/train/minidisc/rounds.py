@@ -26,7 +26,7 @@ from ..stages.identity import recipe
 from ..stages.prepare import Data, heading
 from ..stages.stages import end_reports, make_trainer
 from ..training.checkpoints import last_checkpoint, recover
-from .candidates import CandidateTrainer
+from .minidisc import CandidateTrainer
 from .prune import Widths, sliced, widths_at
 from .schedule import Round, round_from_json
 

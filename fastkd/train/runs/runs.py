@@ -24,8 +24,9 @@ from ..data.corpus import EMBEDDED
 from ..flags.arguments import EMBEDDING_FACTOR, TransformersArguments
 from ..flags.fields import FastkdArguments, chosen_method
 from ..judge.metrics import signatures
-from ..minidisc import importance, pages
+from ..minidisc import pages
 from ..minidisc.prune import order_of
+from ..minidisc.ranking import held_out_for_importance, rank
 from ..minidisc.rounds import Distiller, Parent
 from ..minidisc.schedule import Schedule
 from ..minidisc.trials import check_schedule, run_schedule
@@ -139,8 +140,8 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     if run.given.teacher is not None:
         check_knows_task(flags, run.data, teacher)
     heading("Importance of heads and neurons")
-    run.data, examples = importance.held_out_for_importance(flags, args, run.data)
-    scores, key = importance.rank(args, run.cache, run.data, examples, teacher.model)
+    run.data, examples = held_out_for_importance(flags, args, run.data)
+    scores, key = rank(args, run.cache, run.data, examples, teacher.model)
     check_schedule(flags, run.method, run.data, scores, teacher.model.config)
 
     with running(run.out, run.is_used, run.identity):

@@ -1,18 +1,15 @@
-"""Which heads and neurons of a teacher matter: how much the loss feels each, measured once and kept in the cache."""
+"""The ranking of a teacher's heads and neurons by their importance, measured once and kept in the cache."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -24,54 +21,9 @@ from ..models.architectures import parts
 from ..stages.identity import digest
 from ..stages.prepare import Data
 from ..stages.stages import data_seed
+from .prune import importance, normalised
 
 VERSION = 2  # raise it when measuring changes what it gives, so that older files are not reused
-
-
-@contextlib.contextmanager
-def masked(model: Any, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply each unit's output by its mask while the context lasts: masks[part] is [units]."""
-    with contextlib.ExitStack() as hooks:
-        for name, part in parts(model).items():
-            if name in masks:
-
-                def multiply(module: Any, inputs: Any, mask: Tensor = masks[name], size: int = part.size) -> Any:
-                    return (inputs[0] * mask.repeat_interleave(size).to(inputs[0].dtype),)
-
-                outer = model.get_submodule(f"{name}.{part.outer}")
-                hooks.callback(outer.register_forward_pre_hook(multiply).remove)
-        yield
-
-
-def importance(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return how much the loss feels each unit: the sum over batches of |d loss / d mask|, [units] (fp32) per part.
-
-    Heads and neurons carry a mask of ones, which moves nothing; the weights get no gradient. batches: arguments of
-    `model(...)`, labels included. The model is in evaluation mode meanwhile.
-    """
-    mode, device = model.training, next(model.parameters()).device
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    masks = {name: torch.ones(part.units, device=device, requires_grad=True) for name, part in parts(model).items()}
-    sums = {name: torch.zeros(part.units, device=device) for name, part in parts(model).items()}
-    model.eval().requires_grad_(False)
-    try:
-        for batch in batches:
-            with torch.enable_grad(), masked(model, masks):
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-            # A part without units, as a model that was pruned before may have, leaves its mask unused.
-            gradients = torch.autograd.grad(loss, list(masks.values()), allow_unused=True, materialize_grads=True)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total += gradient.abs()
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        model.train(mode)
-    return sums
-
-
-def normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return scores divided by their L2 norm in each part, so that layers compare; zeros stay zeros."""
-    return {name: score / score.norm().clamp_min(torch.finfo(score.dtype).tiny) for name, score in scores.items()}
 
 
 def held_out_for_importance(flags: FastkdArguments, args: TransformersArguments, data: Data) -> tuple[Data, Any]:
