@@ -35,7 +35,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN, READ, PRINTED = ("python", "bash"), "sh", "text"
-MODULES = ("fastkd.nn", "fastkd.functions", "fastkd.distributed")
+MODULES = ("fastkd.nn", "fastkd.functions", "fastkd.distributed", "fastkd.train")
 
 
 class Block(NamedTuple):
@@ -216,17 +216,11 @@ def test_public_names_are_in_the_reference(name: str) -> None:
     value = resolve(name)
     if inspect.ismodule(value):
         assert f"`{name}`" in "".join(page.read_text() for page in PAGES)
-    elif isinstance(value, str):
-        assert f"`{name}`" in (DOCS / "reference" / "losses.md").read_text()
+    elif isinstance(value, str | Path):
+        assert any(f"`{name}`" in page.read_text() for page in DOCS.glob("reference/*.md"))
     else:  # by itself, or with all that its module names
         assert name in SHOWN or name.rpartition(".")[0] in SHOWN
         assert not callable(value) or vars(value).get("__doc__", value.__doc__)
-
-
-@pytest.mark.parametrize("name", sorted({*train.__all__} - {"LAUNCHERS", "METHODS"}))
-def test_the_trainers_names_are_in_the_reference(name: str) -> None:
-    value = getattr(train, name)
-    assert f"{value.__module__}.{name}" in SHOWN and value.__doc__
 
 
 @pytest.mark.parametrize("loss", [name for name in fastkd.__all__ if name.endswith(("_kl", "_loss"))])

@@ -11,7 +11,19 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data.corpus import embedded_corpus
+    from .data.examples import SpanCorruption
+    from .minidisc.importance import importance
+    from .minidisc.prune import sliced
+    from .models import EncT5ForSequenceClassification, PrunedT5ForConditionalGeneration
+    from .models.capture import capture_qkv
+    from .models.student import slice_teacher
+    from .models.tokenizer import train_tokenizer
+    from .objectives.methods import METHODS, Method
+    from .training.trainer import DistillTrainer
 
 LAUNCHERS = Path(__file__).parent / "launchers"  # an accelerate configuration for FSDP2, a Slurm script for two nodes
 
@@ -29,7 +41,21 @@ _HOMES = {
     "sliced": "minidisc.prune",
     "train_tokenizer": "models.tokenizer",
 }
-__all__ = ["LAUNCHERS", *_HOMES]
+__all__ = [
+    "LAUNCHERS",
+    "METHODS",
+    "DistillTrainer",
+    "EncT5ForSequenceClassification",
+    "Method",
+    "PrunedT5ForConditionalGeneration",
+    "SpanCorruption",
+    "capture_qkv",
+    "embedded_corpus",
+    "importance",
+    "slice_teacher",
+    "sliced",
+    "train_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:
