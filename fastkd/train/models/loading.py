@@ -28,7 +28,7 @@ from .sharding import is_sharded, not_finite, shard_weights_of_first, whole
 from .student import is_tied
 from .tokenizer import special_tokens
 
-# T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of models.py.
+# T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of architectures.py.
 FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
 SHOWN = 4  # names of weights in a message
 SMALL = {"vocab_size": 4, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
