@@ -67,18 +67,6 @@ def signal_at_step_12() -> None:
 SLEEP = 25  # seconds, well beyond the patience of those who wait
 
 
-def sleep_at_step_12() -> None:
-    """Make process 0 hang in training."""
-    step = trainer.DistillTrainer.training_step
-
-    def sleeping(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 12 and self.args.process_index == 0:
-            time.sleep(SLEEP)
-        return step(self, *args, **kwargs)
-
-    trainer.DistillTrainer.training_step = sleeping  # type: ignore[method-assign]
-
-
 def sleep_over_data() -> None:
     """Make process 0 hang while it alone prepares data for all."""
     prepare._settings = lambda *_: time.sleep(SLEEP)  # type: ignore[assignment, return-value]
@@ -93,7 +81,6 @@ PATCHES = {
     "kill": kill_at_step_12,
     "signal": signal_at_step_12,
     "nothing stays": nothing_stays,
-    "hang in training": sleep_at_step_12,
     "hang over data": sleep_over_data,
 }
 

@@ -223,20 +223,14 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line(runs: Runs) -> N
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["hang over data", "hang in training"])
-def test_a_first_process_that_hangs_is_waited_for_as_long_as_the_flag_says(
-    where: str, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_first_process_that_hangs_is_waited_for_as_long_as_the_flag_says(text_file: Path, tmp_path: Path) -> None:
     runs = Runs(tmp_path, text_file)
-    runs.add("hung", 2, "scratch", "--ddp_timeout", "4", patch=where)
+    runs.add("hung", 2, "scratch", "--ddp_timeout", "4", patch="hang over data")
     runs.run()
     first, other = runs.ends("hung")
     assert other["code"] == 1 and first["seconds"] > SLEEP > other["seconds"] + 5
     (line,) = other["lines"]
-    assert line.startswith("fastkd-train, rank 1: another process of this run has ended or does not answer")
-    assert line.endswith("checkpoint-10 is whole, --resume_from_checkpoint last continues from it") == (
-        "train" in where
-    )
+    assert line == "fastkd-train, rank 1: another process of this run has ended or does not answer"
 
 
 @pytest.mark.long

@@ -321,6 +321,23 @@ def test_a_folder_whose_name_not_every_library_can_write_is_refused_at_once(
         assert not list(place.iterdir())
 
 
+def test_two_runs_do_not_write_to_one_folder(
+    scratch: Callable[..., int], place: Path, disturb: Callable[..., None]
+) -> None:
+    """Both found it empty, or resumed it; no lock stays behind."""
+    message = "another run is writing to out: give another folder, or wait for its end"
+
+    def meanwhile() -> None:
+        with pytest.raises(InputError, match=message), folders.running(Path("out"), False, {}):
+            raise AssertionError
+
+    disturb(3, meanwhile)
+    assert scratch() == 0
+    before = files(place / "out")
+    os.close(folders._locked(Path("out")))
+    assert files(place / "out") == before
+
+
 # ---- What is continued ----
 
 

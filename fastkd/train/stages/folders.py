@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -163,6 +164,7 @@ def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None
     A run that it replaces waits in PREVIOUS until this one is complete, and comes back if this one fails before it has
     anything that could be continued or used.
     """
+    lock = by_first(lambda: _locked(out))
     by_first(lambda: _begin(out, is_used, identity))
     try:
         with writing("output_dir", out):
@@ -179,7 +181,24 @@ def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None
         if back and isinstance(error, InputError | RunError):
             error.args = (f"{error}{back}",)
         raise
+    finally:
+        if is_first():
+            os.close(lock)
     by_first(lambda: shutil.rmtree(out / PREVIOUS, ignore_errors=True))
+
+
+def _locked(out: Path) -> int:
+    """Return a descriptor of a folder, made if need be, that no other run gets while it is open."""
+    Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise InputError(f"another run is writing to {out}: give another folder, or wait for its end") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
