@@ -27,7 +27,7 @@ from fastkd.train.models import sharding
 from fastkd.train.report import reports  # noqa: F401 (imported before the fork)
 from fastkd.train.runs import runs  # noqa: F401
 from fastkd.train.stages import prepare
-from fastkd.train.training import trainer
+from fastkd.train.training import parallel, trainer
 
 PATIENCE = 60  # seconds
 
@@ -74,7 +74,7 @@ def sleep_over_data() -> None:
 
 def nothing_stays() -> None:
     """Make the loss read a head that is sharded again when the model has run."""
-    trainer.shard = lambda *args, stay, **policy: sharding.shard(*args, **policy)  # type: ignore[assignment]
+    parallel.shard = lambda *args, stay, **policy: sharding.shard(*args, **policy)  # type: ignore[assignment]
 
 
 PATCHES = {

@@ -18,6 +18,7 @@ from fastkd.train.models.student import is_tied, new_model, slice_teacher, small
 from fastkd.train.models.tokenizer import padded_size
 from fastkd.train.objectives.methods import METHODS
 from fastkd.train.objectives.terms import hidden_masks
+from fastkd.train.training.forward import forward
 
 VARIANTS = [(tied, proj) for tied in (True, False) for proj in ("relu", "gated-gelu")]
 
@@ -80,9 +81,9 @@ def test_the_states_are_those_of_transformers_and_nothing_stays_behind(
 ) -> None:
     student, batch = tiny(32, 1, layers=2), make_batch()
     trainer = make_trainer(student, "hsm-cka", teacher=tiny(64, 2, layers=4))
-    assert trainer.teacher_states == {"encoder": [0, 2, 4], "decoder": [0, 2, 4]}
+    assert trainer.of_teacher.states == {"encoder": [0, 2, 4], "decoder": [0, 2, 4]}
     output = student(**batch, output_hidden_states=True)
-    states = trainer._states(student, batch, {}, hidden=True, stacks=trainer.student_states)["states"]
+    states = forward(student, batch, trainer.of_student)["states"]
     assert len(states) == 6 and all(state.requires_grad for state in states)
     for found, expected in zip(states, output.encoder_hidden_states + output.decoder_hidden_states, strict=True):
         assert torch.equal(found, expected)

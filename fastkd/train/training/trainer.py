@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
+from accelerate.utils import DynamoBackend
 from transformers import PrinterCallback, ProgressCallback
 
 from ..common.family import PLACES
 from ..common.processes import count
 from ..data.examples import EpochSampler, SpanCorruption
 from ..judge.evaluate import held_out_metrics, token_scores
-from ..models.capture import capture_hidden, capture_qkv, returning, without_head
-from ..models.sharding import is_asked_for, is_sharded, shard, whole
+from ..models.sharding import is_sharded, whole
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
-from ..objectives.terms import hidden_loss, hidden_masks, mixup_loss, relation_loss, vocabulary_loss
+from ..objectives.terms import Batch, losses, valid_positions
 from .callbacks import LossBar, LossLines, StepTimer
+from .forward import Needs, compiled_blocks, forward, needs
 from .optimizer import gradient_norms, set_own_rate
+from .parallel import count_encoder_rows, keep_parameters, settle_fsdp, shard_student
 from .resumable import CheckpointingTrainer
 
 # The methods of transformers that fastkd overrides though they are not public: the parameters that it relies on, and
@@ -48,39 +48,6 @@ PRIVATE = {
 PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
 
 
-def valid_positions(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the masks of a batch, "encoder" [B, Lx] and "decoder" [B, Lz], nonzero where there is no padding."""
-    encoder = inputs.get("attention_mask")
-    return {
-        "encoder": torch.ones_like(inputs["input_ids"]) if encoder is None else encoder,
-        "decoder": inputs["labels"] != -100,
-    }
-
-
-def _model_arguments(model: Any, inputs: Mapping[str, Any], plain: bool, mixup: Mixup | None) -> dict[str, Any]:
-    """Return the arguments of `model(...)` for a batch; with a mixup, for its mixed examples, if `plain` behind it.
-
-    Labels stay out: the model would compute its own loss from them.
-    """
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    decoder_ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-    if mixup is None:
-        arguments = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
-    else:
-        embedding = whole(model.get_input_embeddings().weight)
-
-        def rows(states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-            return torch.cat([states, mixed]) if plain else mixed
-
-        embedded, decoder_embedded = (torch.nn.functional.embedding(x, embedding) for x in (ids, decoder_ids))
-        arguments = {
-            "inputs_embeds": rows(embedded, mixup.mix(embedded)),
-            "attention_mask": None if mask is None else rows(mask, mixup.union(mask != 0).to(mask.dtype)),
-            "decoder_inputs_embeds": rows(decoder_embedded, mixup.mix(decoder_embedded)),
-        }
-    return {**arguments, "use_cache": False}
-
-
 class DistillTrainer(CheckpointingTrainer):
     """Trains `model` by `method`; everything else (checkpoints, resuming, precision, DDP) is Seq2SeqTrainer's.
 
@@ -96,10 +63,7 @@ class DistillTrainer(CheckpointingTrainer):
     Log entries hold, beside transformers' own, "loss_<term>" of each term times its weight (vocabulary terms together),
     which add up to "loss"; and "grad_norm_encoder" and "grad_norm_decoder", before clipping and without the embedding
     that both share: means over the steps since the last entry, and the largest as "..._max".
-    Hidden-state terms are computed in every batch and on every device by itself, as CKA is no sum over tokens, and then
-    averaged by their shares of the target tokens: accumulation keeps their scale, but CKA of fewer tokens than the
-    states are wide is far off, so micro-batches should be well above that; cka_over_processes computes it over the
-    batches of all processes at once, as one process would.
+    cka_over_processes: computes CKA over the batches of all processes at once, as one process would.
     In several processes the student is replicated (DDP) or, with `fsdp` or accelerate's settings for it, sharded
     (FSDP2); the numbers are those of one process with the whole batch. A teacher may be sharded in either case
     (`sharding.shard`).
@@ -118,65 +82,47 @@ class DistillTrainer(CheckpointingTrainer):
         score: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
-        kwargs["compute_metrics"] = held_out_metrics
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
         if method.needs_teacher and teacher is None:
             raise ValueError(f"teacher: this method ({method.summary}) needs one, got None")
+        student: Any = self.model
         self.method = method
+        self.teacher = teacher if method.needs_teacher else None
+        configs = student.config, (self.teacher or student).config
+        method.check_fits(*configs)
+        self.of_student, self.of_teacher = needs(method, *configs)
+        if self.teacher is not None:
+            placed = teacher if is_sharded(teacher) else teacher.to(self.args.device)
+            placed.eval().requires_grad_(False)
         self.workspace_mb = workspace_mb
         self.embedding_learning_rate = embedding_learning_rate
         self.projection_learning_rate = projection_learning_rate
         self.cka_group = torch.distributed.group.WORLD if cka_over_processes and count() > 1 else None
         self.score = score
-        student: Any = self.model
-        self.student_layers = method.student_layers(student.config)
         # Other names of weights that are shared, as T5's embedding is: FSDP would save a copy for each, and
         # transformers would miss them in a checkpoint.
-        names = {name for name, _ in student.named_parameters()}
-        self._leave_out({name for name, _ in student.named_parameters(remove_duplicate=False)} - names)
-        self.teacher = None
-        self.teacher_layers: dict[str, int] = {}
-        self.matched_states: dict[str, list[tuple[int, int]]] = {}
+        unsaved = {name for name, _ in student.named_parameters(remove_duplicate=False)}
+        unsaved -= {name for name, _ in student.named_parameters()}
         self.projection: torch.nn.Linear | None = None
-        if method.needs_teacher:
-            method.check_fits(student.config, teacher.config)
-            self.teacher_layers = method.teacher_layers(teacher.config)
-            self.matched_states = method.matched_states(student.config, teacher.config)
-            placed = teacher if is_sharded(teacher) else teacher.to(self.args.device)
-            self.teacher = placed.eval().requires_grad_(False)
-        self.student_states, self.teacher_states = (
-            {stack: [pair[side] for pair in pairs] for stack, pairs in self.matched_states.items()} for side in (0, 1)
-        )
         if "hidden_linear" in method.terms:
-            widths = student.config.d_model, teacher.config.d_model
-            self.projection = torch.nn.Linear(*widths, bias=False, device=self.args.device)
+            mine, its = (config.d_model for config in configs)
+            self.projection = torch.nn.Linear(mine, its, bias=False, device=self.args.device)
             student.hidden_projection = self.projection
-            self._leave_out({"hidden_projection.weight"})
+            unsaved.add("hidden_projection.weight")
+        student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), *unsaved}
         if self.accelerator.ddp_handler is not None and self.args.ddp_find_unused_parameters is None:
             # They are those of the last layers of a method without vocabulary terms.
             self.accelerator.ddp_handler.find_unused_parameters = not method.vocabulary_terms
-        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # see _compiled_blocks
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # see forward.compiled_blocks
         self._timer = StepTimer()
         self.add_callback(self._timer)
         # Makes the Trainer count the target tokens of all accumulated batches, and not divide our loss again.
         self.model_accepts_loss_kwargs = True
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Turn FSDP on where it is asked for: accelerate does so on GPUs and the like, torch has it on CPUs too."""
+        """Create the accelerator as transformers does, with FSDP wherever it is asked for."""
         super().create_accelerator_and_postprocess()
-        state: Any = self.accelerator.state
-        if state.distributed_type == DistributedType.MULTI_CPU and is_asked_for(self.args):
-            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
-            if state.mixed_precision != "no":
-                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
-            self.is_fsdp_enabled = True
-        if not self.is_fsdp_enabled:
-            return
-        if getattr(state.fsdp_plugin, "fsdp_version", 1) != 2:
-            raise ValueError("fsdp: expected version 2, as version 1 lets nobody read a head outside its module")
-        if state.fsdp_plugin.activation_checkpointing:
-            raise ValueError("fsdp: its activation_checkpointing is not supported, --gradient_checkpointing is")
+        self.is_fsdp_enabled = settle_fsdp(self.accelerator.state, self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -187,75 +133,28 @@ class DistillTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as CheckpointingTrainer does, with compiled blocks if `torch_compile` asks for them."""
         if self.is_fsdp_enabled and not is_sharded(self.model):
-            self._shard_student()
-        with self._compiled_blocks() if self.args.torch_compile else contextlib.nullcontext():
+            within = {} if self.method.vocabulary_terms else self.of_student.layers
+            shard_student(self.model, self.args.device, self.accelerator.state.fsdp_plugin, within)
+        models = (self.model, self.of_student), (self.teacher, self.of_teacher)
+        with compiled_blocks(models, self.args) if self.args.torch_compile else contextlib.nullcontext():
             return super().train(*args, **kwargs)
-
-    def _shard_student(self) -> None:
-        """Shard the student as accelerate is set to; it takes models that are sharded already.
-
-        Its own way puts T5's embedding, which encoder, decoder and head share, into two groups, which torch refuses.
-        """
-        plugin: Any = self.accelerator.state.fsdp_plugin
-        policy: dict[str, Any] = {
-            "reshard_after_forward": plugin.reshard_after_forward,
-            "offload_policy": plugin.cpu_offload,
-        }
-        if plugin.mixed_precision_policy is not None:
-            policy["mp_policy"] = plugin.mixed_precision_policy
-        plugin.auto_wrap_policy = None  # there is nothing left to wrap
-        # A loss of what is captured inside a block need not be of its output, whose gradient would gather the block.
-        within = {} if self.method.vocabulary_terms else self.student_layers
-        blocks = [getattr(self.model, PLACES[place].stack).block[layer - 1] for place, layer in within.items()]
-        shard(self.model, self.args.device, stay=[*blocks, self.model], **policy)
-
-    @contextlib.contextmanager
-    def _compiled_blocks(self) -> Iterator[None]:
-        """Compile the blocks of student and teacher, in place of the whole student, as accelerate would do.
-
-        What is captured, and the head that `without_head` replaces, lie outside of compiled code: so nothing is
-        compiled again when they come and go, and the blocks of a stack share their code. Blocks whose queries, keys and
-        values are captured stay as they are. What generates or measures afterwards runs uncompiled.
-        """
-        compiled = []
-        options: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
-        for model, layers in ((self.model, self.student_layers), (self.teacher, self.teacher_layers)):
-            captured = {(PLACES[place].stack, layer) for place, layer in layers.items()}
-            for stack in ("encoder", "decoder") if model is not None else ():
-                for layer, block in enumerate(getattr(model, stack).block, start=1):
-                    if (stack, layer) not in captured:
-                        block.forward = torch.compile(block.forward, **options)
-                        compiled.append(block)
-        try:
-            yield
-        finally:
-            for block in compiled:
-                del block.forward
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimizer, with the embedding's own learning rate if there is one."""
-        is_new = self.optimizer is None
+        is_new, student = self.optimizer is None, cast("Any", self.model)
         optimizer = super().create_optimizer(model)
-        if not is_new:
-            return optimizer
-        if self.embedding_learning_rate is not None:
-            student: Any = self.model
-            set_own_rate(optimizer, student.get_input_embeddings(), self.embedding_learning_rate)
-        if self.projection is not None:
-            set_own_rate(optimizer, self.projection, self.projection_learning_rate)
-        self._optimized = [list(group["params"]) for group in optimizer.param_groups]
+        if is_new:
+            if self.embedding_learning_rate is not None:
+                set_own_rate(optimizer, student.get_input_embeddings(), self.embedding_learning_rate)
+            if self.projection is not None:
+                set_own_rate(optimizer, self.projection, self.projection_learning_rate)
+            self._optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return transformers' schedule, of an optimizer whose parameters are still those of the student.
-
-        accelerate, which has prepared it by now, finds a sharded model's by the addresses of their shards, and those
-        without a number, of parameters with fewer rows than there are processes, all have one address.
-        """
-        prepared: Any = self.optimizer
+        """Return transformers' schedule, of an optimizer whose parameters are still those of the student."""
         if is_sharded(self.model):
-            for group, parameters in zip(prepared.param_groups, self._optimized, strict=True):
-                group["params"] = parameters
+            keep_parameters(self.optimizer, self._optimized)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -273,112 +172,14 @@ class DistillTrainer(CheckpointingTrainer):
             state = torch.load(checkpoint / PROJECTION_FILE, map_location="cpu", weights_only=True)
             self.projection.load_state_dict(state)
 
-    def _leave_out(self, names: set[str]) -> None:
-        """Keep weights out of what `save_pretrained` of the student writes."""
-        student: Any = self.model
-        student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), *names}
-
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Count encoder positions as transformers counts targets: over all accumulated batches, and devices.
-
-        Every batch carries the count as "encoder_rows".
-        """
+        """Count the encoder positions of all accumulated batches, too, where a term needs to know."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and any("encoder" in PLACES[place].sides for place in self.method.places):
-            rows = torch.stack([valid_positions(batch)["encoder"].sum() for batch in batches]).sum().to(device)
-            if self.args.average_tokens_across_devices:
-                rows = self.accelerator.gather(rows).sum()
-            for batch in batches:
-                batch["encoder_rows"] = rows
+            count_encoder_rows(self.accelerator, batches, device, self.args.average_tokens_across_devices)
         return batches, targets
-
-    def _states(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        layers: Mapping[str, int] | None = None,
-        stacks: Mapping[str, Sequence[int]] | None = None,
-        *,
-        hidden: bool = True,
-        mixup: Mixup | None = None,
-    ) -> dict[str, Any]:
-        """Return what the loss needs of a student (possibly wrapped) or teacher: [q, k, v] of each place in `layers`.
-
-        And "states", a list of the hidden states in `stacks` (see `capture.capture_hidden`), the student's projected if
-        there is a projection; and what the head is given [B, L, H] with its weight [V, H], if asked for "hidden" for
-        the batch as it is, and "mixed" for its mixed examples if there is a mixup.
-        """
-        bare = self.accelerator.unwrap_model(model)
-        arguments = _model_arguments(bare, inputs, hidden, mixup)
-
-        def needed(output: Any) -> dict[str, Any]:
-            states = list(captured_states)
-            if self.projection is not None and bare is not self.teacher:
-                # Here, and not in the loss, for DDP to see that the projection is used.
-                states = [self.projection(state) for state in states]
-            names = ["hidden"] * hidden + ["mixed"] * (mixup is not None)
-            heads_input = output.logits if output.logits.dim() == 3 else output.logits[:, None]  # of EncT5's one step
-            heads_inputs = zip(names, heads_input.chunk(max(len(names), 1)), strict=False)
-            return {**captured, "states": states, "heads_inputs": dict(heads_inputs)}
-
-        with (
-            without_head(bare),
-            capture_qkv(bare, layers or {}) as captured,
-            capture_hidden(bare, stacks or {}) as captured_states,
-            returning(bare, needed),
-        ):
-            states = model(**arguments)
-        head, given = whole(bare.get_output_embeddings().weight), states.pop("heads_inputs")
-        return {**states, **{name: (hidden_states, head) for name, hidden_states in given.items()}}
-
-    def _terms(
-        self,
-        student: dict[str, Any],
-        teacher: dict[str, Any],
-        inputs: dict[str, Any],
-        targets: torch.Tensor | int | None,
-        mixup: Mixup | None,
-    ) -> dict[str, torch.Tensor]:
-        """Return the scalar loss of each term, times its weight; vocabulary terms are computed, and named, together."""
-        method, masks = self.method, valid_positions(inputs)
-        terms = {}
-        if method.vocabulary_terms:
-            name, heads = "+".join(method.vocabulary_terms), (student["hidden"], teacher.get("hidden"))
-            terms[name] = vocabulary_loss(
-                method, *heads, inputs["labels"], normalizer=targets, workspace_mb=self.workspace_mb
-            )
-        rows: dict[str, torch.Tensor | float] = {side: mask.sum() for side, mask in masks.items()}
-        if targets is not None:
-            rows["decoder"] = targets
-            rows["encoder"] = inputs.get("encoder_rows", rows["encoder"])
-        for place in method.places:
-            terms[place] = relation_loss(method, place, student[place], teacher[place], masks, rows)
-        for term in method.mixup_terms:
-            assert mixup is not None
-            heads = student["mixed"], teacher.get("mixed")
-            terms[term] = mixup_loss(method, term, *heads, inputs["labels"], mixup, rows["decoder"], self.workspace_mb)
-        for term in method.hidden_terms:
-            compared = hidden_masks(masks, method.match_first_position)
-            per_pair = [compared[stack] for stack, pairs in self.matched_states.items() for _ in pairs]
-            states = student["states"], teacher["states"]
-            terms[term] = self._share(masks["decoder"], targets) * hidden_loss(
-                method, *states, per_pair, self.cka_group
-            )
-        return terms
-
-    def _share(self, mask: torch.Tensor, targets: torch.Tensor | int | None) -> torch.Tensor | float:
-        """Return a batch's share of all target tokens, of which `mask` [B, L] holds this process's.
-
-        Where hidden states of several processes are compared at once, it is that of the mean of their batches.
-        """
-        if targets is None:
-            return 1.0
-        mine = mask.sum()
-        if self.cka_group is not None:
-            mine = self.accelerator.reduce(mine.float(), "mean")
-        return mine / torch.as_tensor(targets).clamp_min(1)
 
     def compute_loss(
         self,
@@ -388,13 +189,12 @@ class DistillTrainer(CheckpointingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the method's loss on one (micro-)batch; num_items_in_batch counts the whole batch's target tokens."""
-        method, mixup = self.method, None
-        if method.mixup_terms:
-            mixup = Mixup.draw(len(inputs["labels"]), method.mixup_alpha, inputs["labels"].device)
+        labels, mixup = inputs["labels"], None
+        if self.method.mixup_terms:
+            mixup = Mixup.draw(len(labels), self.method.mixup_alpha, labels.device)
         with self.accelerator.autocast():
             teacher = {} if self.teacher is None else self._teachers(inputs, mixup)
-            hidden = bool(method.vocabulary_terms)
-            student = self._states(model, inputs, self.student_layers, self.student_states, hidden=hidden, mixup=mixup)
+            student = forward(model, inputs, self.of_student, mixup)
             terms = self._terms(student, teacher, inputs, num_items_in_batch, mixup)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients, the normalizers are global already.
@@ -407,11 +207,17 @@ class DistillTrainer(CheckpointingTrainer):
     # Not inference_mode: backward passes keep some of these tensors, which it would forbid.
     @torch.no_grad()
     def _teachers(self, inputs: dict[str, Any], mixup: Mixup | None) -> dict[str, Any]:
-        """Return what the loss needs of the teacher; see `_states`."""
-        terms = self.method.terms
-        mixed = mixup if "mixup_kd" in terms else None
-        layers, stacks = self.teacher_layers, self.teacher_states
-        return self._states(self.teacher, inputs, layers, stacks, hidden="logit_kl" in terms, mixup=mixed)
+        return forward(self.teacher, inputs, self.of_teacher, mixup)
+
+    def _terms(self, student: Any, teacher: Any, inputs: Any, targets: Any, mixup: Any) -> dict[str, torch.Tensor]:
+        masks = valid_positions(inputs)
+        rows = {
+            "encoder": inputs.get("encoder_rows", masks["encoder"].sum()),
+            "decoder": masks["decoder"].sum() if targets is None else torch.as_tensor(targets),
+        }
+        stacks = [stack for stack, states in self.of_student.states.items() for _ in states]
+        batch = Batch(inputs["labels"], masks, rows, stacks, mixup, self.cka_group, self.workspace_mb)
+        return losses(self.method, batch, student, teacher)
 
     def _backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Compute the loss of a (micro-)batch and its gradients; return the loss."""
@@ -475,8 +281,7 @@ class DistillTrainer(CheckpointingTrainer):
         """Return (None, token scores [B, L, 2], labels [B, L]); held_out_metrics averages them over all batches."""
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
-            states = self._states(model, inputs)
-            hidden, head = states["hidden"]
+            hidden, head = forward(model, inputs, Needs())["hidden"]
             scores = token_scores(hidden, head, inputs["labels"])
         return None, scores, inputs["labels"]
 
@@ -488,14 +293,9 @@ class DistillTrainer(CheckpointingTrainer):
     @property
     def trained(self) -> dict[str, Any]:
         """How the model came about: the steps it took, the time of one, and what the log says of them."""
-        steps = self.state.global_step
-        return {"steps": steps, "seconds_per_step": self.seconds_per_step, "history": self.history if steps else []}
-
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """Of the log what a report draws."""
-        kept = ("step", "loss", "eval_", "grad_norm")
-        return [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in self.state.log_history]
+        steps, kept = self.state.global_step, ("step", "loss", "eval_", "grad_norm")
+        history = [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in self.state.log_history]
+        return {"steps": steps, "seconds_per_step": self.seconds_per_step, "history": history if steps else []}
 
     def show_progress(self, title: str) -> None:
         """Show one bar with the latest losses, or without bars a line of text per log entry."""

@@ -1,0 +1,114 @@
+"""The forward passes of student and teacher, and what the loss reads of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+
+from ..common.family import PLACES
+from ..models.capture import capture_hidden, capture_qkv, returning, without_head
+from ..models.sharding import whole
+from ..objectives.methods import Method
+from ..objectives.mixup import Mixup
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the loss reads of a model.
+
+    layers: where it reads queries, keys and values, see `capture.capture_qkv`. states: which hidden states, see
+    `capture.capture_hidden`. plain, mixed: whether what the head is given, for a batch as it is and for its mixed
+    examples.
+    """
+
+    layers: Mapping[str, int] = field(default_factory=dict)
+    states: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    plain: bool = True
+    mixed: bool = False
+
+
+def needs(method: Method, student: Any, teacher: Any) -> tuple[Needs, Needs]:
+    """Return what a method reads of a student and of its teacher, by their configs."""
+    pairs = method.matched_states(student, teacher)
+    mine, its = ({stack: [pair[side] for pair in of] for stack, of in pairs.items()} for side in (0, 1))
+    return (
+        Needs(method.student_layers(student), mine, bool(method.vocabulary_terms), bool(method.mixup_terms)),
+        Needs(method.teacher_layers(teacher), its, "logit_kl" in method.terms, "mixup_kd" in method.terms),
+    )
+
+
+def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | None = None) -> dict[str, Any]:
+    """Run a model, which may be wrapped, on a batch, and return what is needed: [q, k, v] by the names of places.
+
+    And "states", a list of hidden states, projected if the model has a `hidden_projection`; and "hidden" and "mixed":
+    what the head is given for the batch and for its mixed examples, [B, L, H], with its weight [V, H].
+    """
+    bare: Any = extract_model_from_parallel(model)
+    names = ["hidden"] * needs.plain + ["mixed"] * needs.mixed
+    project = getattr(bare, "hidden_projection", None) or torch.nn.Identity()
+
+    def read(output: Any) -> dict[str, Any]:
+        given = output.logits if output.logits.dim() == 3 else output.logits[:, None]  # of EncT5's one step
+        return {
+            **captured,
+            "states": [project(state) for state in states],  # here, for DDP to see that the projection is used
+            "given": dict(zip(names, given.chunk(max(len(names), 1)), strict=False)),
+        }
+
+    with (
+        without_head(bare),
+        capture_qkv(bare, needs.layers) as captured,
+        capture_hidden(bare, needs.states) as states,
+        returning(bare, read),
+    ):
+        found = model(**_arguments(bare, inputs, needs, mixup))
+    head, given = whole(bare.get_output_embeddings().weight), found.pop("given")
+    return {**found, **{name: (hidden, head) for name, hidden in given.items()}}
+
+
+def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | None) -> dict[str, Any]:
+    """Return the arguments of `model(...)` for what is needed of a batch: mixed examples come behind it.
+
+    Labels stay out: the model would compute its own loss from them.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    decoder_ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    if mixup is None or not needs.mixed:
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids, "use_cache": False}
+    embedding = whole(model.get_input_embeddings().weight)
+
+    def rows(states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        return torch.cat([states, mixed]) if needs.plain else mixed
+
+    embedded, decoder_embedded = (torch.nn.functional.embedding(x, embedding) for x in (ids, decoder_ids))
+    return {
+        "inputs_embeds": rows(embedded, mixup.mix(embedded)),
+        "attention_mask": None if mask is None else rows(mask, mixup.union(mask != 0).to(mask.dtype)),
+        "decoder_inputs_embeds": rows(decoder_embedded, mixup.mix(decoder_embedded)),
+        "use_cache": False,
+    }
+
+
+@contextlib.contextmanager
+def compiled_blocks(models: Sequence[tuple[Any, Needs]], args: Any) -> Iterator[None]:
+    """Compile the blocks of models, or None, in place of the whole student, as accelerate would do.
+
+    What is captured, and the head that `without_head` replaces, lie outside of compiled code: so nothing is compiled
+    again when they come and go, and the blocks of a stack share their code. Blocks whose queries, keys and values are
+    captured stay as they are. What generates or measures afterwards runs uncompiled.
+    """
+    with contextlib.ExitStack() as undo:
+        for model, needs in models:
+            captured = {(PLACES[place].stack, layer) for place, layer in needs.layers.items()}
+            for stack in ("encoder", "decoder") if model is not None else ():
+                for layer, block in enumerate(getattr(model, stack).block, start=1):
+                    if (stack, layer) not in captured:
+                        options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+                        block.forward = torch.compile(block.forward, **options)
+                        undo.callback(delattr, block, "forward")
+        yield
