@@ -155,7 +155,7 @@ def test_windowed_values_go_on_after_a_resume() -> None:
         window.add({"loss": torch.tensor(value)})
         window.peak({"max": torch.tensor(value)})
         window.on_step_end(None, None, None)
-    resumed.load_state_dict(window.state_dict(), torch.device("cpu"))
+    resumed.load_state_dict(window.state_dict())
     resumed.on_train_begin(None, None, None)
     resumed.add({"loss": torch.tensor(4.0)})
     resumed.on_step_end(None, None, None)

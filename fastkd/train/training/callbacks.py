@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import ProgressCallback, TrainerCallback
 
 
@@ -55,10 +56,9 @@ class WindowedValues(TrainerCallback):
         """Return what a checkpoint between two log entries must keep, for `load_state_dict`."""
         return {"steps": self.steps, "sums": self.sums, "peaks": self.peaks}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Make the training that begins next go on from `state`, on `device`."""
-        sums, peaks = ({name: value.to(device) for name, value in state[key].items()} for key in ("sums", "peaks"))
-        self._restored = {"steps": state["steps"], "sums": sums, "peaks": peaks}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make the training that begins next go on from `state`."""
+        self._restored = state
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start over, as a trainer may train more than once, or where the checkpoint left off."""
@@ -79,20 +79,15 @@ class WindowedValues(TrainerCallback):
         for name, value in values.items():
             self.peaks[name] = torch.maximum(self.peaks.get(name, value), value)
 
+    def average(self, accelerator: Accelerator) -> None:
+        """Make the numbers of all processes their means, as log entries do: any number of processes can go on."""
+        self.sums, self.peaks = accelerator.reduce((self.sums, self.peaks), "mean")
+
     def pop(self) -> dict[str, torch.Tensor]:
         """Return the sums divided by the steps and the peaks, and start over."""
         values = {name: total / self.steps for name, total in self.sums.items()} | self.peaks
         self._start()
         return values
-
-
-def mean_of_windows(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean of what several processes' `WindowedValues.state_dict()` gave; they have the same names."""
-    means = {
-        key: {name: torch.stack([state[key][name] for state in states]).mean(0) for name in states[0][key]}
-        for key in ("sums", "peaks")
-    }
-    return {"steps": states[0]["steps"], **means}
 
 
 class Ends(TrainerCallback):

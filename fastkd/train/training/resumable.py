@@ -20,11 +20,11 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from ..common.errors import Interrupted, RunError, out_of_memory
 from ..common.processes import is_lost_process, of_all
 from ..models.sharding import not_finite
-from .callbacks import Ends, LossBar, WindowedValues, mean_of_windows
+from .callbacks import Ends, LossBar, WindowedValues
 from .checkpoints import PREFIX, STAGING, continued, flush, publish, recover, way_back, writing
 from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments
 
-_WINDOW = "log_window_{}.pt"  # of one process, in a checkpoint
+_WINDOW = "log_window.pt"  # in a checkpoint
 
 
 class CheckpointingTrainer(Seq2SeqTrainer):
@@ -101,13 +101,13 @@ class CheckpointingTrainer(Seq2SeqTrainer):
                 self.args.output_dir, self.args.push_to_hub = str(staged.parent), False
                 super()._save_checkpoint(model, trial)
                 self.args = args
-                staged.mkdir(parents=True, exist_ok=True)  # by the first process, unless each has written its own file
-                torch.save(self._window.state_dict(), staged / _WINDOW.format(args.process_index))
+                self._window.average(self.accelerator)
                 best = run / f"{PREFIX}{self.state.best_global_step}"
                 if best == final or best.is_dir():
                     self.state.best_model_checkpoint = str(best)  # transformers looked for it in the staging folder
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
+                    torch.save(self._window.state_dict(), staged / _WINDOW)
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                     torch.save(args, staged / TRAINING_ARGS_NAME)
                     publish(staged, final)
@@ -147,12 +147,9 @@ class CheckpointingTrainer(Seq2SeqTrainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Load what a checkpoint keeps beside transformers' own; before it does."""
-        windows, own = sorted(checkpoint.glob(_WINDOW.format("*"))), _WINDOW.format(self.args.process_index)
-        # The log is of their mean: as many processes as before go on with their own, others with that.
-        read = [checkpoint / own] if len(windows) == self.args.world_size else windows
-        states = [torch.load(window, map_location="cpu", weights_only=True) for window in read]
-        if states:
-            self._window.load_state_dict(mean_of_windows(states), self.args.device)
+        if (checkpoint / _WINDOW).is_file():
+            state = torch.load(checkpoint / _WINDOW, map_location=self.args.device, weights_only=True)
+            self._window.load_state_dict(state)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
