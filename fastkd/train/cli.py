@@ -113,12 +113,12 @@ def _run(words: Sequence[str]) -> None:
         return
     flags, args = arguments.parse(words)
     from .flags.fields import chosen_method
-    from .report import reports
+    from .report.comparison import compare
     from .runs import runs  # what they import takes seconds, which no mistake in a flag should cost
 
     if flags.compare:
         out = Path(str(args.output_dir))
-        print(f"{reports.compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
+        print(f"{compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
     elif flags.interpolated:
         runs.interpolated(flags, args)
     elif chosen_method(flags).student_init == "prune":

@@ -29,10 +29,9 @@ from fastkd.train.minidisc.pages import shown
 from fastkd.train.minidisc.prune import sliced
 from fastkd.train.minidisc.schedule import Candidate, Round, Schedule, Trial
 from fastkd.train.models.architectures import enct5_from, parts
+from fastkd.train.report import card, comparison, plots
 from fastkd.train.report import page as pages
-from fastkd.train.report import plots
 from fastkd.train.report import reports as report
-from fastkd.train.report.card import write_card
 from fastkd.train.report.outcome import Outcome
 
 NASTY = "<script>alert('x')</script> & \"q\" ```` | \u2028 \x00 \ud800 %}{{ 7*7 }}\nreference: forged"
@@ -633,7 +632,7 @@ def test_comparison_of_three_runs(make_run: Callable[..., Path], tmp_path: Path)
     c = make_run("c", [teacher(**given), student(name="mlmkd", history=[])], method="mlmkd")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     out = tmp_path / "new" / "folder"
-    table = report.compare([a, b, c], out)
+    table = comparison.compare([a, b, c], out)
 
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert [row[0] for row in rows[2:]] == ["teacher of a/run", "teacher of c", "a/run", "b/run", "c"]
@@ -655,10 +654,10 @@ def test_comparison_of_three_runs(make_run: Callable[..., Path], tmp_path: Path)
 
 def test_a_teacher_that_all_share_is_shown_once(make_run: Callable[..., Path], tmp_path: Path) -> None:
     lost, kept = teacher(loss=math.nan, history=[]), student(history=[])  # NaN equals nothing
-    table = report.compare([make_run("a", [lost, kept]), make_run("b", [lost, kept])], tmp_path / "out")
+    table = comparison.compare([make_run("a", [lost, kept]), make_run("b", [lost, kept])], tmp_path / "out")
     assert [line.split()[1] for line in table.splitlines()[2:]] == ["teacher", "a", "b"]
     assert "What differs" not in (tmp_path / "out" / "comparison.md").read_text()
-    table = report.compare([tmp_path / "a", make_run("teacher", [lost])], tmp_path / "out")
+    table = comparison.compare([tmp_path / "a", make_run("teacher", [lost])], tmp_path / "out")
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["teacher of a", "a", "teacher"]
 
 
@@ -667,7 +666,7 @@ def test_runs_with_a_schedule_are_compared(tmp_path: Path) -> None:
     for name, schedule in {"minidisc": MINIDISC, "kd": None}.items():
         (tmp_path / name).mkdir()
         report.write(tmp_path / name, outcomes, {"method": name}, **shown(schedule))
-    table = report.compare([tmp_path / "minidisc", tmp_path / "kd"], tmp_path / "out")
+    table = comparison.compare([tmp_path / "minidisc", tmp_path / "kd"], tmp_path / "out")
     assert [line.split()[1] for line in table.splitlines()[2:]] == ["teacher", "minidisc", "kd"]
     page = Page(tmp_path / "out" / "comparison.html")
     assert [[text for text, _ in row] for row in page.rows][-2:] == [
@@ -683,15 +682,15 @@ def test_figures_of_different_data_do_not_stand_in_one_table(
 ) -> None:
     a, b, c = (make_run(name, **{fact: value}) for name, value in (("a", "this"), ("b", "that"), ("c", "this")))
     with pytest.raises(InputError) as raised:
-        report.compare([a, b, c], tmp_path / "out")
+        comparison.compare([a, b, c], tmp_path / "out")
     expected = f"expected runs with the same {what}, got {a}, {c}: this; {b}: that; compare each group by itself"
     assert str(raised.value) == f"--compare: {expected}" and not (tmp_path / "out").exists()
-    assert "| c" in report.compare([a, c], tmp_path / "out")
+    assert "| c" in comparison.compare([a, c], tmp_path / "out")
 
 
 def test_losses_of_different_tokens_are_pointed_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """The task's figures, of the same texts, do compare."""
-    said = report.compare([make_run("a", pieces=5), make_run("b", pieces=6)], tmp_path / "out")
+    said = comparison.compare([make_run("a", pieces=5), make_run("b", pieces=6)], tmp_path / "out")
     for text in (said, *((tmp_path / "out" / f"comparison.{end}").read_text() for end in ("md", "html"))):
         assert "different tokenizers, so their held-out losses and token accuracies do not compare" in text
 
@@ -700,7 +699,7 @@ def test_odd_folders(make_run: Callable[..., Path], tmp_path: Path, monkeypatch:
     make_run("_$x^{$<b>|")
     make_run("x/../y/run")
     monkeypatch.chdir(tmp_path / "y" / "run")
-    table = report.compare([Path("."), tmp_path / "_$x^{$<b>|"], Path("here"))
+    table = comparison.compare([Path("."), tmp_path / "_$x^{$<b>|"], Path("here"))
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == ["teacher", "run", "_$x^{$<b>\\"]
     page = Page(tmp_path / "y" / "run" / "here" / "comparison.html")
     assert "_$x^{$<b>|" in [text for text, _ in page.rows[0]] and "b" not in {tag for tag, _ in page.tags}
@@ -728,17 +727,17 @@ def test_folders_that_cannot_be_compared(make_run: Callable[..., Path], tmp_path
         if content is not None:
             (tmp_path / name / "metrics.json").write_text(content, encoding="latin-1")
         with pytest.raises(InputError) as raised:
-            report.compare([good, tmp_path / name], tmp_path / "out")
+            comparison.compare([good, tmp_path / name], tmp_path / "out")
         message = str(raised.value)
         assert str(tmp_path / name) in message and expected in message and "\n" not in message, message
     with pytest.raises(InputError, match="holds no metrics"):
-        report.compare([tmp_path / "nowhere"], tmp_path / "out")
+        comparison.compare([tmp_path / "nowhere"], tmp_path / "out")
     with pytest.raises(InputError, match="given twice"):
-        report.compare([good, good / ".." / "good"], tmp_path / "out")
+        comparison.compare([good, good / ".." / "good"], tmp_path / "out")
     with pytest.raises(InputError, match="at least one"):
-        report.compare([], tmp_path / "out")
+        comparison.compare([], tmp_path / "out")
     with pytest.raises(InputError, match="is a file"):
-        report.compare([good], good / "metrics.json")
+        comparison.compare([good], good / "metrics.json")
     assert not (tmp_path / "out").exists()
 
 
@@ -752,7 +751,7 @@ def make_card(folder: Path, **changes: Any) -> ModelCard:
     }  # fmt: skip
     settings |= changes
     settings["facts"] = {"task": settings.pop("task"), "source_prefix": settings.pop("prefix"), **settings["facts"]}
-    write_card(folder, **settings)
+    card.write_card(folder, **settings)
     return ModelCard.load(folder / "README.md")
 
 

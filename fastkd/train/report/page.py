@@ -175,15 +175,20 @@ class Page:
         """Write the pictures, NAME.md, which shows them, and NAME.html, which holds them."""
         for picture in self.pictures:
             write_whole(folder / picture.file, picture.png)
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("fastkd.train.report"),
-            autoescape=jinja2.select_autoescape(["html"]),
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {"one_line": one_line, "fenced": fenced, "listed": listed, "table": markdown_table}
         shown = {"page": self, "figures": _figures(self.outcomes), "table": table(self.outcomes), "shown": SHOWN}
         for end in ("md", "html"):
-            text = environment.get_template(f"page.{end}").render(shown)
-            # Texts read from JSON may hold halves of surrogate pairs, which UTF-8 has no bytes for.
-            write_whole(folder / f"{name}.{end}", text + "\n")
+            save(folder / f"{name}.{end}", f"page.{end}", **shown)
+
+
+def save(file: Path, template: str, **shown: Any) -> None:
+    """Write a file by one of the templates."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fastkd.train.report"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"one_line": one_line, "fenced": fenced, "listed": listed, "table": markdown_table}
+    text = environment.get_template(template).render(shown)
+    # Texts read from JSON may hold halves of surrogate pairs, which UTF-8 has no bytes for.
+    write_whole(file, text + "\n")

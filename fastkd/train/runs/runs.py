@@ -35,6 +35,7 @@ from ..objectives.methods import METHODS, Method
 from ..report import reports
 from ..report.card import write_card
 from ..report.outcome import Outcome
+from ..report.page import table
 from ..stages.folders import (
     DEMO,
     are_used,
@@ -172,7 +173,7 @@ def _leave(
     _save(run, trainer, run.method, facts, outcomes, run.out)
     by_first(lambda: _report(run, outcomes, facts, schedule))
     where = f"Student, report.html and report.md in {run.out}"
-    print("\n".join(["", reports.table(outcomes), "", *_notes(run.method), where]))
+    print("\n".join(["", table(outcomes), "", *_notes(run.method), where]))
 
 
 def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
