@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING.md and docs/ say holds: blocks run, flags and names exist, figures are those measured.
+"""What README, CONTRIBUTING.md and docs/ say holds: blocks run, flags, names, files and links exist.
 
 A page's blocks are taken in their order, in a folder of their own, and its Python shares one namespace. ``python`` and
 ``bash`` blocks run, and a ``text`` block behind one is what it prints. Of ``sh`` blocks, whose commands take too long,
@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import inspect
 import io
-import json
 import re
 import shlex
 import subprocess
@@ -235,104 +234,6 @@ def test_every_argument_is_explained(loss: str) -> None:
     assert set(inspect.signature(function).parameters) <= explained
     assert set(re.findall(r"^(\w+):$", text, re.MULTILINE)) >= {"Args", "Returns", "Raises"}
     assert re.search(r"(arXiv|ICLR|logit_kl)", text), "where does it come from?"
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
-# The problems of the tables, as a page calls them: in which file their results are, and under which name.
-
-CPU = "amd-epyc-2-threads"
-PROBLEMS = {
-    "`linear_kl`, fp32": (CPU, "linear_kl T 2048 V 32128 768 -> 512 float32"),
-    "`linear_kl`, bf16": (CPU, "linear_kl T 2048 V 32128 768 -> 512 bfloat16"),
-    "`linear_kl`, 768 -> 512, fp32": (CPU, "linear_kl T 2048 V 32128 768 -> 512 float32"),
-    "`linear_kl`, 768 -> 512, bf16": (CPU, "linear_kl T 2048 V 32128 768 -> 512 bfloat16"),
-    "`logit_kl`, fp32": (CPU, "logit_kl T 2048 V 32128 float32, forward + backward"),
-    "`logit_kl`, fp32, forward alone": (CPU, "logit_kl T 2048 V 32128 float32, forward"),
-    "`relation_kl`, fp32": (f"{CPU}-relation_kl", "relation_kl B 8 A 12 L 512 64 -> 32 float32"),
-    "`relation_kl`": (f"{CPU}-relation_kl", "relation_kl B 8 A 12 L 512 64 -> 32 float32"),
-    "`relation_kl`, causal": (f"{CPU}-relation_kl", "relation_kl B 8 A 12 L 512 64 -> 32 float32, causal"),
-    "`relation_kl`, queries, keys and values in 32 relation heads, 24 and 12 wide": (
-        f"{CPU}-relation_kl",
-        "relation_kl B 8 A 32 L 512 24 -> 12 float32, [Q, K, V]",
-    ),
-    "`attention_kl`, T5's bias, fp32": (
-        f"{CPU}-attention_kl",
-        "attention_kl B 8 A 12 L 512 64 -> 32 float32, T5's bias",
-    ),
-    "`attention_kl`, T5's relative bias": (
-        f"{CPU}-attention_kl",
-        "attention_kl B 8 A 12 L 512 64 -> 32 float32, T5's bias",
-    ),
-    "`cka_loss`, fp32": (f"{CPU}-cka_loss", "cka_loss N 8192 768 -> 512 float32, 6 pairs"),
-    "`cka_loss`": (f"{CPU}-cka_loss", "cka_loss N 8192 768 -> 512 float32, 6 pairs"),
-}
-UNITS = {"s": 1.0, "ms": 1e3}
-
-
-def rows_of(title: str) -> dict[str, Any]:
-    file, problem = PROBLEMS[title]
-    results = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())["results"]
-    return next(result["rows"] for result in results if result["problem"] == problem)
-
-
-def row_of(rows: dict[str, Any], name: str) -> Any:
-    """The results of what the pages call so."""
-    if name.startswith("plain torch"):
-        return rows.get("eager", rows["reference"])
-    if "GEMMs" in name:
-        return next(row for key, row in rows.items() if "GEMMs" in key)
-    return rows[name.partition(",")[0]]
-
-
-def agrees(cell: str, value: float) -> bool:
-    """Whether the number that a cell begins with is a value, rounded as it is written."""
-    text = cell.split()[0]
-    digits = len(text.partition(".")[2])
-    return float(text) == (float(f"{value:.1e}") if "e" in text else round(value, digits))
-
-
-def tables(page: Path) -> list[list[list[str]]]:
-    found = re.findall(r"(?:^\|.*\|\n)+", prose(page), re.MULTILINE)
-    return [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] for table in found]
-
-
-def test_the_table_of_readme_is_what_was_measured() -> None:
-    (table,) = [table for table in tables(ROOT / "README.md") if "Liger" in table[0]]
-    (_, *names), _, *lines = table
-    assert len(lines) == 6
-    for title, *cells in lines:
-        for name, cell in zip(names, cells, strict=True):
-            if cell != "-":
-                row, (time, memory) = row_of(rows_of(title), name), cell.split(", ")
-                assert agrees(time, row["min_s"] * UNITS[time.split()[1]]), (title, name)
-                assert agrees(memory, row["peak_mib"]), (title, name)
-
-
-def test_the_tables_of_performance_are_what_was_measured() -> None:
-    checked = []
-    for table in tables(DOCS / "performance.md"):
-        if table[0] != ["", "time", "against fastkd", "peak memory", "error"]:
-            continue
-        for name, time, ratio, memory, error in table[2:]:
-            if name.startswith("**"):
-                rows = rows_of(name.strip("*"))
-                checked.append(name)
-                continue
-            row = row_of(rows, name)
-            assert agrees(time, row["min_s"] * UNITS[time.split()[1]]), (checked[-1], name)
-            assert agrees(ratio, row["ratio"]), (checked[-1], name)
-            assert memory == "-" or agrees(memory, row["peak_mib"]), (checked[-1], name)
-            assert error == "-" or agrees(error, row["error"]), (checked[-1], name)
-    assert len(checked) == 9
-
-
-def test_readme_says_of_the_demo_what_its_table_says() -> None:
-    (table,) = [table for table in tables(DOCS / "performance.md") if "exact match (%)" in table[0]]
-    found = {line[0].partition(":")[0]: line[2].split()[0] for line in table[2:]}
-    text = " ".join((ROOT / "README.md").read_text().split())
-    distilled, teacher, scratch = (found[name] for name in ("distilled", "teacher", "scratch"))
-    assert f"reaches {distilled} % of held-out dates, the teacher {teacher} %, and" in text
-    assert f"from scratch {scratch} %" in text
 
 
 # ---- the site -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ _USUAL = (
     ("fsdp", None, "shard the student over the processes of torchrun"),
 )
 EXAMPLES = """\
-examples (more in README):
+examples (more in docs/trainer):
   fastkd-train --demo
       everything from nothing: data, tokenizer, teacher, student, and the same student from scratch
   fastkd-train --config miniend-e --teacher google/flan-t5-base --train_file corpus.jsonl.gz \\
