@@ -74,6 +74,17 @@ def test_every_benchmark_is_in_the_table_of_all() -> None:
     assert lists == {module.__name__.split(".")[-1] for module in MODULES} == {name.split(".")[-1] for name in ROWS}
 
 
+def test_the_installed_fastkd_is_measured(tmp_path: Path) -> None:
+    """Not the one in the folder where a benchmark has to be started, whose extension may be nowhere."""
+    (tmp_path / "fastkd").mkdir()
+    (tmp_path / "fastkd" / "__init__.py").write_text("raise SystemExit('the installed one')")
+    command = [sys.executable, "-m", "benchmarks.ops.logit_kl_exactness"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=120
+    )
+    assert done.stderr == "the installed one\n"
+
+
 @pytest.mark.long
 def test_traffic_of_ranks(tmp_path: Path) -> None:
     """It is what is documented for linear_kl, and for a training step that of the weights."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import signal
 import sys
@@ -21,13 +19,14 @@ from benchmarks.harness.machine import machine, titled
 from benchmarks.harness.measure import FEWEST, MOST, NOT_REACHED, measure, not_measured
 from benchmarks.harness.problem import OURS, Problem, Unavailable
 from benchmarks.harness.report import Table, first_run, rounds_so_far, verdicts
+from benchmarks.harness.saved import save
 
 SAVE_S, SAY_S = 2, 10  # the least time between two rounds that are saved, or told
 INTERRUPTED = 130
 
 
 class Record:
-    """The results of some problems, in a file that is whole and has all rows at any time."""
+    """The results of some problems, in a file that has all their rows at any time."""
 
     def __init__(self, head: dict, problems: list[Problem], path: Path | None) -> None:
         self.head, self.path = head, path
@@ -37,10 +36,7 @@ class Record:
     def save(self) -> None:
         self.saved = time.monotonic()
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text(json.dumps(self.head | {"results": self.results}, indent=1) + "\n")
-            os.replace(part, self.path)
+            save(self.path, self.head | {"results": self.results})
 
     def teller(self, i: int) -> Callable[[dict, str | None], None]:
         """Keeps what is known so far of a problem, and says it."""

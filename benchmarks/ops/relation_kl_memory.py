@@ -7,7 +7,6 @@ the largest of three: memory beyond inputs and gradients, as in the other benchm
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from benchmarks import RESULTS
 from benchmarks.harness.machine import machine
 from benchmarks.harness.memory import peak_memory
+from benchmarks.harness.saved import save
 from benchmarks.ops._attention import IMPLEMENTATIONS
 from benchmarks.ops.relation_kl import Shape, prepare
 
@@ -61,7 +61,9 @@ def main() -> None:
     options = parser.parse_args()
 
     print("L".rjust(14), *(str(length).rjust(8) for length in options.lengths), "  peak MiB")
-    samples, results = [], {}
+    shape = {"batch": BATCH, "heads": HEADS, "teacher_width": TEACHER_WIDTH, "student_width": STUDENT_WIDTH}
+    samples: list[dict] = []
+    record, results = {"machine": machine(), "shape": shape, "results": samples}, {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in options.implementations:
             measured = pool.map(peaks, [(name, length) for length in options.lengths], chunksize=1)
@@ -73,12 +75,8 @@ def main() -> None:
                 for n, three in zip(options.lengths, measured, strict=True)
             ]
             print(name.rjust(14), *(f"{peak:8.1f}" for peak in results[name].values()), flush=True)
-
-    options.output.mkdir(parents=True, exist_ok=True)
+            save(options.output / "relation_kl_memory.json", record)
     draw(results, options.output / "relation_kl_memory.png")
-    shape = {"batch": BATCH, "heads": HEADS, "teacher_width": TEACHER_WIDTH, "student_width": STUDENT_WIDTH}
-    record = {"machine": machine(), "shape": shape, "results": samples}
-    (options.output / "relation_kl_memory.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

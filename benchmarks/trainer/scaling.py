@@ -17,8 +17,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from itertools import cycle, pairwise, product
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness.machine import machine, titled
+from benchmarks.harness.saved import save
 from fastkd import linear_kl
 from fastkd.train.flags.arguments import parse
 from fastkd.train.models.sharding import shard
@@ -177,25 +178,24 @@ def judged(target: str, bound: int, deviations: Sequence[int]) -> dict:
     return {"target": target, "relation": "<=", "bound": bound, "measured": worst, "met": worst <= bound}
 
 
-def table(header: str, rows: Sequence[Sequence[Any]]) -> str:
-    cells = [header.split("|"), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in cells)
+def line(width: int, *cells: Any) -> str:
+    return "  ".join(str(cell).rjust(width) for cell in cells)
 
 
-def measure_vocabulary(quick: bool) -> tuple[list[dict], list[dict], str]:
-    """Results, targets and a table of linear_kl."""
+def measure_vocabulary(quick: bool) -> Iterator[tuple[dict, str]]:
+    """Results of linear_kl, and their lines of a table."""
     ranks, rounds = ([2], 1) if quick else ([1, 2, 3, 4], 3)
     sizes = ([16, 40], [500, 1000]) if quick else ([256, 512, 1024], [8192, 32128, 64000])
     cases = list(product(A_TOKEN, *sizes, [rounds]))
-    found = [one for n in ranks for one in in_ranks(vocabulary, n, cases)]
-    results, rows = [], []
-    for one, (name, tokens, pieces, _) in zip(found, cycle(cases), strict=False):
+    found = ((one, case) for n in ranks for one, case in zip(in_ranks(vocabulary, n, cases), cases, strict=True))
+    for one, (name, tokens, pieces, _) in found:
         sent, received = (sum(call[i] for call in one["calls"]) for i in (1, 2))
-        results.append({"divergence": name, "T": tokens, "V": pieces, "sent": sent, "received": received, **one})
         share = f"{100 * received / (4 * tokens * pieces):.2f} %"
-        rows.append((name, one["ranks"], tokens, pieces, len(one["calls"]), sent, received, share, one["min_ms"]))
-    return results, vocabulary_targets(results), table("linear_kl|ranks|T|V|calls|sent|received|of 4 T V|min ms", rows)
+        cells = (name, one["ranks"], tokens, pieces, len(one["calls"]), sent, received, share, one["min_ms"])
+        yield (
+            {"divergence": name, "T": tokens, "V": pieces, "sent": sent, "received": received, **one},
+            line(10, *cells),
+        )
 
 
 def vocabulary_targets(results: Sequence[dict]) -> list[dict]:
@@ -210,20 +210,40 @@ def vocabulary_targets(results: Sequence[dict]) -> list[dict]:
     return targets
 
 
-def measure_training(quick: bool) -> tuple[list[dict], list[dict], str]:
-    """Results, targets and a table of training steps."""
+def measure_training(quick: bool) -> Iterator[tuple[dict, str]]:
+    """Results of training steps, and their lines of a table."""
     several = list(product((2,) if quick else (2, 3), ("DDP", "FSDP2")))
-    results, rows, targets = [], [], []
     for n, kind in several if quick else [(1, "alone"), *several]:
         (one,) = in_ranks(training, n, [(kind, quick)])
-        results.append({"kind": kind, **one})
-        for collective in ("all-reduce", "all-gather", "reduce-scatter"):
-            moved = [max(sent, received) for name, sent, received in one["calls"] if name == collective]
-            expected = one["closed_form"].get(collective, 0)
-            rows.append((kind, n, collective, len(moved), sum(moved), expected, one["min_ms"]))
-            name = f"training step, {kind}, ranks {n}: {collective} bytes, beyond the closed form"
-            targets.append(judged(name, SCALARS, [sum(moved) - expected]))
-    return results, targets, table("training step|ranks|collective|calls|bytes|closed form|min ms", rows)
+        lines = [
+            line(14, kind, n, collective, len(moved), sum(moved), expected, one["min_ms"])
+            for collective, moved, expected in moved_by(one)
+        ]
+        yield {"kind": kind, **one}, "\n".join(lines)
+
+
+def moved_by(one: dict) -> list[tuple[str, list[int], int]]:
+    """(collective, the bytes of each call, what they should come to)"""
+    return [
+        (
+            collective,
+            [max(sent, received) for name, sent, received in one["calls"] if name == collective],
+            one["closed_form"].get(collective, 0),
+        )
+        for collective in ("all-reduce", "all-gather", "reduce-scatter")
+    ]
+
+
+def training_targets(results: Sequence[dict]) -> list[dict]:
+    return [
+        judged(
+            f"training step, {one['kind']}, ranks {one['ranks']}: {collective} bytes, beyond the closed form",
+            SCALARS,
+            [sum(moved) - expected],
+        )
+        for one in results
+        for collective, moved, expected in moved_by(one)
+    ]
 
 
 def main() -> None:
@@ -233,14 +253,26 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # or the ranks fight for the cores
     torch.set_num_threads(1)
-    linear, linear_targets, first = measure_vocabulary(options.quick)
-    steps, step_targets, second = measure_training(options.quick)
-    host, targets = machine() | {"cores": os.cpu_count()}, linear_targets + step_targets
+    host = machine() | {"cores": os.cpu_count()}
+    record: dict[str, Any] = {"machine": host, "device": "cpu", "linear_kl": [], "training": [], "targets": []}
+
+    def keep(name: str, found: Iterator[tuple[dict, str]]) -> None:
+        for result, text in found:
+            print(text, flush=True)
+            record[name].append(result)
+            if options.json:
+                save(options.json, record)
+
+    print(f"{titled(host, host['cpu'] + ', one thread a rank')}\n")
+    print(line(10, "linear_kl", "ranks", "T", "V", "calls", "sent", "received", "of 4 T V", "min ms"))
+    keep("linear_kl", measure_vocabulary(options.quick))
+    print("\n" + line(14, "training step", "ranks", "collective", "calls", "bytes", "closed form", "min ms"))
+    keep("training", measure_training(options.quick))
+    record["targets"] = vocabulary_targets(record["linear_kl"]) + training_targets(record["training"])
     if options.json:
-        record = {"machine": host, "device": "cpu", "linear_kl": linear, "training": steps, "targets": targets}
-        options.json.write_text(json.dumps(record) + "\n")
-    print(f"{titled(host, host['cpu'] + ', one thread a rank')}\n\n{first}\n\n{second}\n")
-    for t in targets:
+        save(options.json, record)
+    print()
+    for t in record["targets"]:
         print(f"- {t['target']} {t['relation']} {t['bound']}: {t['measured']}, {'met' if t['met'] else 'NOT MET'}")
     print(f"\nAll ranks share the {host['cores']} cores of one machine: their times are no measure of a speed-up.")
 
