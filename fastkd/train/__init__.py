@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .data.corpus import embedded_corpus
     from .data.examples import SpanCorruption
-    from .minidisc.importance import importance
-    from .minidisc.prune import sliced
+    from .minidisc.prune import importance, sliced
     from .models import EncT5ForSequenceClassification, PrunedT5ForConditionalGeneration
     from .models.capture import capture_qkv
     from .models.student import slice_teacher
