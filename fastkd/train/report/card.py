@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..data.corpus import EMBEDDED
 from ..models.architectures import EncT5Config, PrunedT5Config
 from .outcome import Outcome
-from .page import save, table
+from .page import save
 
 
 def write_card(
@@ -50,7 +50,6 @@ def write_card(
         is_ours=kind in (EncT5Config.model_type, PrunedT5Config.model_type),
         is_embedded=facts.get("texts") in EMBEDDED.values(),
         outcomes=outcomes,
-        table=table(outcomes),
         facts=facts,
         notes=notes,
     )

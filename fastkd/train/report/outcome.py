@@ -42,19 +42,12 @@ class Outcome:
         What came later than the first version may be absent. Raises KeyError, TypeError, ValueError or AttributeError
         if the record is no outcome.
         """
-        speed, cost = record["seconds_per_step"], record.get("cost")
-        return cls(
-            name=str(record["name"]),
-            parameters=int(record["parameters"]),
-            steps=int(record["steps"]),
-            seconds_per_step=None if speed is None else _number(speed),
-            loss=_number(record["loss"]),
-            token_accuracy=_number(record["token_accuracy"]),
-            history=[{key: _number(value) for key, value in entry.items()} for entry in record["history"]],
-            metrics={key: _number(value) for key, value in record.get("metrics", {}).items()},
-            outputs=[str(output) for output in record.get("outputs", [])],
-            cost=None if cost is None else Cost(**{k: None if v is None else _number(v) for k, v in cost.items()}),
-        )
+        known = {"metrics": {}, "outputs": [], "cost": None, **record}
+        history = [{key: _number(value) for key, value in entry.items()} for entry in known["history"]]
+        metrics = {key: _number(value) for key, value in known["metrics"].items()}
+        figures = {name: _number(known[name]) for name in ("parameters", "steps", "loss", "token_accuracy")}
+        cost = None if known["cost"] is None else Cost(**known["cost"])
+        return cls(**{**known, **figures, "history": history, "metrics": metrics, "cost": cost})
 
 
 def _number(value: Any) -> Any:

@@ -14,8 +14,6 @@ import jinja2
 from ..common.cache import write_whole
 from .outcome import Outcome
 
-SHOWN = 600  # characters of a text in Markdown; HTML holds all of it
-
 Example = tuple[str, str]  # source, target
 
 
@@ -27,7 +25,6 @@ class _Figure:
     value: Callable[[Outcome], float | None]
     form: str
     best: Callable[..., float] | None = min
-    note: str = ""
 
     def texts(self, outcomes: Sequence[Outcome]) -> list[str]:
         """Return each model's figure, "-" where it has none."""
@@ -45,35 +42,20 @@ class _Figure:
 _SIZE = _Figure("parameters (M)", lambda o: o.parameters / 1e6, ".2f")
 _OTHERS = (
     _Figure("token accuracy (%)", lambda o: 100 * o.token_accuracy, ".2f", max),
-    _Figure(
-        "held-out loss (nats/token)",
-        lambda o: o.loss,
-        ".4f",
-        note="cross-entropy per target token of the held-out data, the same for every model of a run; sentinels of "
-        "span-corrupted text count as target tokens.",
-    ),
+    _Figure("held-out loss (nats/token)", lambda o: o.loss, ".4f"),
     _Figure("steps", lambda o: o.steps or None, "d", None),
     _Figure("s/step", lambda o: o.seconds_per_step, ".3f", None),  # times of a busy machine are no one's best
-    _Figure(
-        "GFLOPs",
-        lambda o: o.cost.gflops if o.cost else None,
-        ".3f",
-        note="billions of multiply-accumulates in all linear layers but the head, for 128 tokens on both sides.",
-    ),
-    _Figure(
-        "latency (ms)",
-        lambda o: o.cost.latency_ms if o.cost else None,
-        ".1f",
-        None,
-        note="median time of a forward pass over one sequence, 128 tokens on both sides.",
-    ),
-    _Figure(
-        "peak memory (MiB)",
-        lambda o: o.cost.peak_memory_mb if o.cost else None,
-        ".1f",
-        note="the most that such a pass holds at a time beyond the weights.",
-    ),
+    _Figure("GFLOPs", lambda o: o.cost.gflops if o.cost else None, ".3f"),
+    _Figure("latency (ms)", lambda o: o.cost.latency_ms if o.cost else None, ".1f", None),
+    _Figure("peak memory (MiB)", lambda o: o.cost.peak_memory_mb if o.cost else None, ".1f"),
 )
+_MEANINGS = {
+    "held-out loss (nats/token)": "cross-entropy per target token of the held-out data, the same for every model of a "
+    "run; sentinels of span-corrupted text count as target tokens.",
+    "GFLOPs": "billions of multiply-accumulates in all linear layers but the head, for 128 tokens on both sides.",
+    "latency (ms)": "median time of a forward pass over one sequence, 128 tokens on both sides.",
+    "peak memory (MiB)": "the most that such a pass holds at a time beyond the weights.",
+}
 
 
 def _metric(name: str) -> _Figure:
@@ -112,11 +94,6 @@ def fenced(text: str, language: str = "") -> str:
     """Return a text as a Markdown code block, which shows it as it is, whatever it holds."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def listed(facts: Mapping[str, Any]) -> str:
-    """Return facts as a Markdown list."""
-    return "\n".join(f"- {name.replace('_', ' ')}: {one_line(str(value))}" for name, value in facts.items())
 
 
 @dataclass(frozen=True)
@@ -175,9 +152,10 @@ class Page:
         """Write the pictures, NAME.md, which shows them, and NAME.html, which holds them."""
         for picture in self.pictures:
             write_whole(folder / picture.file, picture.png)
-        shown = {"page": self, "figures": _figures(self.outcomes), "table": table(self.outcomes), "shown": SHOWN}
+        figures = _figures(self.outcomes)
+        legend = [f"{figure.title}: {_MEANINGS[figure.title]}" for figure in figures if figure.title in _MEANINGS]
         for end in ("md", "html"):
-            save(folder / f"{name}.{end}", f"page.{end}", **shown)
+            save(folder / f"{name}.{end}", f"page.{end}", page=self, figures=figures, legend=legend)
 
 
 def save(file: Path, template: str, **shown: Any) -> None:
@@ -188,7 +166,5 @@ def save(file: Path, template: str, **shown: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"one_line": one_line, "fenced": fenced, "listed": listed, "table": markdown_table}
-    text = environment.get_template(template).render(shown)
-    # Texts read from JSON may hold halves of surrogate pairs, which UTF-8 has no bytes for.
-    write_whole(file, text + "\n")
+    environment.filters |= {"one_line": one_line, "fenced": fenced, "outcomes": table, "table": markdown_table}
+    write_whole(file, environment.get_template(template).render(shown).rstrip("\n") + "\n")

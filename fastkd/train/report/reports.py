@@ -11,7 +11,7 @@ from ..common import endings
 from ..common.cache import write_whole
 from . import plots
 from .outcome import Outcome, plain
-from .page import Example, Page, Picture, Table, markdown_table, one_line
+from .page import Example, Page, Picture, markdown_table, one_line
 
 FORMAT = 3  # of metrics.json; raise it when an older file cannot be compared any more
 
@@ -63,42 +63,30 @@ def write(
     notes: Sequence[str] = (),
     *,
     lead: Sequence[str] = (),
-    examples: Sequence[Example] = (),
-    config: str = "",
-    tables: Sequence[Table] = (),
     pictures: Sequence[Picture] = (),
     besides: Mapping[str, Any] | None = None,
+    **shown: Any,
 ) -> None:
     """Write report.md, report.html, the pictures and metrics.json into `folder`, replacing older ones.
 
-    outcomes: the student's last. facts: listed at the end. lead, notes: sentences above and below the table. examples:
-    what the outcomes' outputs were generated for. config: the exact configuration as YAML. tables, pictures: of how the
-    student came about, shown before its curves. besides: more of that for metrics.json.
+    outcomes: the student's last. lead, pictures: shown before what all runs have, the verdict and the curves. besides:
+    more for metrics.json. shown: what else a `Page` has, of how the student came about.
     report.html holds its pictures and needs no other file; metrics.json holds everything but the pictures.
     """
     endings.begin("the writing of the report")
+    lead = [*lead, *([verdict(outcomes)] if len(outcomes) > 1 else [])]
+    pictures = [*pictures, *_curves(outcomes)]
+    page = Page("fastkd-train report", outcomes, lead, notes, pictures=pictures, facts=facts, **shown)
     metrics = {
         "format": FORMAT,
         "run": plain(facts),
         "models": [o.to_json() for o in outcomes],
         "notes": list(notes),
-        "examples": [{"source": source, "target": target} for source, target in examples],
-        "config": config,
+        "examples": [{"source": source, "target": target} for source, target in page.examples],
+        "config": page.config,
         **plain(besides or {}),
     }
-    text = json.dumps(metrics, indent=2, allow_nan=False)
-    write_whole(folder / "metrics.json", text + "\n")
-    page = Page(
-        title="fastkd-train report",
-        outcomes=outcomes,
-        lead=[*lead, *([verdict(outcomes)] if len(outcomes) > 1 else [])],
-        notes=notes,
-        examples=examples,
-        tables=tables,
-        pictures=[*pictures, *_curves(outcomes)],
-        config=config,
-        facts=facts,
-    )
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     page.save(folder, "report")
 
 
