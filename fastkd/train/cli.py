@@ -112,21 +112,20 @@ def _run(words: Sequence[str]) -> None:
         print(arguments.help_of_everything(), end="")
         return
     flags, args = arguments.parse(words)
-    from .flags.fields import chosen_method
     from .report.comparison import compare
-    from .runs import runs  # what they import takes seconds, which no mistake in a flag should cost
+    from .runs import demo, interpolated, pruned, train  # what they import takes seconds: no mistake in a flag should
 
     if flags.compare:
         out = Path(str(args.output_dir))
         print(f"{compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
     elif flags.interpolated:
-        runs.interpolated(flags, args)
-    elif chosen_method(flags).student_init == "prune":
-        runs.pruned(flags, args)
+        interpolated.interpolated(flags, args)
+    elif flags.objective.prunes:
+        pruned.pruned(flags, args)
     elif flags.demo:
-        runs.demo(flags, args)
+        demo.demo(flags, args)
     else:
-        runs.train(flags, args)
+        train.train(flags, args)
 
 
 def _list_methods() -> None:

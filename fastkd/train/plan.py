@@ -28,11 +28,11 @@ from .common.errors import InputError
 from .common.family import PLACES, is_enct5
 from .data.examples import span_counts
 from .flags.arguments import TransformersArguments, parse
-from .flags.fields import FastkdArguments, chosen_method
+from .flags.fields import FastkdArguments
 from .models.loading import load_config
 from .objectives.methods import Method
+from .stages.planning import planned_config, trained_config
 from .stages.prepare import EMBEDDED_LENGTH, MODEL_LENGTH
-from .stages.stages import planned_config, trained_config
 
 GIB = 2**30
 FLOAT = 4  # bytes: of weights that learn, of their gradients, and of the student's hidden states between layers
@@ -413,10 +413,10 @@ def _lengths(flags: FastkdArguments) -> dict[str, int]:
 
 
 def _step(flags: FastkdArguments, args: TransformersArguments, device: str) -> Step:
-    method, autocast = chosen_method(flags), args.bf16 or args.fp16
+    method, autocast = flags.objective, args.bf16 or args.fp16
     try:
         student, teacher = _configs(flags, method)
-        if method.student_init == "prune" or method.mixup_terms or is_enct5(student) or (teacher and is_enct5(teacher)):
+        if method.prunes or method.mixup_terms or is_enct5(student) or (teacher and is_enct5(teacher)):
             raise InputError("pruning, mixup and EncT5 cannot be planned, only the distillation of a T5")
         if method.needs_teacher:
             method.check_fits(student, teacher)
@@ -470,7 +470,7 @@ def _others(flags: FastkdArguments, args: TransformersArguments, processes: int)
     changes: list[tuple[str, Any, Any]] = []
     if not args.gradient_checkpointing:
         changes.append(("--gradient_checkpointing true", {}, {"gradient_checkpointing": True}))
-    if flags.teacher_dtype != "bfloat16" and chosen_method(flags).needs_teacher:
+    if flags.teacher_dtype != "bfloat16" and flags.objective.needs_teacher:
         changes.append(("--teacher_dtype bfloat16", {"teacher_dtype": "bfloat16"}, {}))
     if processes > 1 and not args.fsdp:
         changes.append(("--fsdp", {}, {"fsdp": True}))

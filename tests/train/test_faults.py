@@ -535,7 +535,7 @@ FORKS = """
 import json, os, resource, signal, sys, torch
 from pathlib import Path
 from fastkd.train import cli
-from fastkd.train.runs import runs
+from fastkd.train.runs import train
 from fastkd.train.training.trainer import DistillTrainer
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -648,9 +648,9 @@ def test_a_signal_stops_a_demo(
 def test_sigint_while_data_is_prepared_is_a_keyboard_interrupt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastkd.train.runs import runs
+    from fastkd.train.runs import prepared
 
-    monkeypatch.setattr(runs, "get_run_data", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(prepared, "with_data", lambda *_: signal.raise_signal(signal.SIGINT))
     assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 130
     assert "interrupted" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -695,21 +695,21 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_else(
 def test_an_error_of_the_system_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastkd.train.runs import runs
+    from fastkd.train.runs import prepared
 
     def refuse(error: OSError) -> None:
         raise error
 
     full = OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")
-    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(full))
+    monkeypatch.setattr(prepared, "with_data", lambda *_: refuse(full))
     assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 1
     cache = tmp_path / "cache"
     expected = f"cannot write to --cache_dir {cache} (some/file): Disk quota exceeded; make room there, or give another"
     assert capsys.readouterr().err == f"fastkd-train: {expected}\n"
     missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "some/file")
-    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(missing))
+    monkeypatch.setattr(prepared, "with_data", lambda *_: refuse(missing))
     assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 1
     assert capsys.readouterr().err == f"fastkd-train: {missing}\n"
-    monkeypatch.setattr(runs, "get_run_data", lambda *_: refuse(OSError("a library's own")))
+    monkeypatch.setattr(prepared, "with_data", lambda *_: refuse(OSError("a library's own")))
     with pytest.raises(OSError, match="a library's own"):
         cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out"))

@@ -447,15 +447,15 @@ def test_rounds_are_reused_only_by_what_makes_the_same(
 def test_times_leave_scoring_out(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    from fastkd.train.stages import stages
+    from fastkd.train.stages import judging
 
-    classify = stages.classify
+    classify = judging.classify
 
     def slow(*args: Any, **kwargs: Any) -> list[str]:
         time.sleep(1)
         return classify(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "classify", slow)
+    monkeypatch.setattr(judging, "classify", slow)
     assert run(tmp_path / "out", "--method", "prune-kd", "--target_sparsity", "0.5", "--seed", "77") == 0
     assert schedule_of(tmp_path / "out").seconds < 2  # three evaluations took 3
 

@@ -18,7 +18,6 @@ from transformers import TrainerCallback, default_data_collator
 
 from fastkd.train import plan
 from fastkd.train.flags.arguments import parse
-from fastkd.train.flags.fields import chosen_method
 from fastkd.train.judge import cost
 from fastkd.train.models.architectures import auto_class
 from fastkd.train.models.student import new_model, t5_config
@@ -139,7 +138,7 @@ def planned_trainer(
         args=args,
         train_dataset=Ids(planned.step.lengths, rows),
         data_collator=default_data_collator,
-        method=chosen_method(ours),
+        method=ours.objective,
         teacher=teacher,
         workspace_mb=ours.workspace_mb,
     )

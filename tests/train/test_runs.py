@@ -27,7 +27,7 @@ from fastkd.train.common.errors import InputError, writing
 from fastkd.train.data.tasks import TASKS
 from fastkd.train.flags.arguments import parse
 from fastkd.train.runs import runs
-from fastkd.train.stages import folders, stages
+from fastkd.train.stages import folders, students, teachers
 from fastkd.train.training.checkpoints import continued
 from fastkd.train.training.trainer import DistillTrainer
 
@@ -473,13 +473,14 @@ def test_a_teacher_answers_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
-    judge = stages.judge
+    judge = teachers.judge
 
     def counted(*given: Any) -> Any:
         asked.append(given[-1])
         return judge(*given)
 
-    monkeypatch.setattr(stages, "judge", counted)
+    for stage in (teachers, students):
+        monkeypatch.setattr(stage, "judge", counted)
     assert distil() == 0
     assert asked == ["teacher", "kd"]
     first = json.loads((place / "out" / "metrics.json").read_text())["models"][0]

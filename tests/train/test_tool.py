@@ -30,7 +30,7 @@ from fastkd.train.flags.arguments import parse
 from fastkd.train.judge.metrics import GLUE_COLUMNS, score_rows
 from fastkd.train.models.tokenizer import train_tokenizer
 from fastkd.train.objectives.methods import METHODS
-from fastkd.train.stages import stages
+from fastkd.train.stages import judging
 from fastkd.train.training.trainer import DistillTrainer
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
@@ -466,7 +466,7 @@ def test_the_best_model_by_what_it_writes(
     trainers: list[Any],
 ) -> None:
     scores = iter([5.0, 10.0, 30.0, 20.0, 30.0])  # of the teacher, after steps 2, 4 and 6, and of what is kept
-    monkeypatch.setattr(stages, "score_rows", lambda *_: {"rougeL": next(scores)})
+    monkeypatch.setattr(judging, "score_rows", lambda *_: {"rougeL": next(scores)})
     flags = ["--method", "kd", "--teacher", teacher, *summaries, *SAVING, "--max_steps", 6, "--eval_steps", 2]
     flags += ["--predict_with_generate", "--load_best_model_at_end", "--metric_for_best_model", "eval_rougeL"]
     assert tool(*flags, "--output_dir", tmp_path / "run") == 0

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from ..common.errors import InputError, closest
 from . import checks, config
-from .fields import FastkdArguments, chosen_method
+from .fields import FastkdArguments
 from .parser import ABOUT, DEFAULTS, JOINED, Parser, bounded, fields_by_name, help_text, kind_of, own_parser
 
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
@@ -213,7 +213,7 @@ def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str])
     if ours.streaming and loading.dispatch_batches is None:
         # Every process reads the stream and takes its part; cutting up one's batches needs them to be equally long.
         loading.dispatch_batches = False
-    starts_random = ours.student is None and chosen_method(ours).student_init == "random"
+    starts_random = ours.student is None and ours.objective.student_init == "random"
     if ours.embedding_learning_rate is None and starts_random:
         ours.embedding_learning_rate = EMBEDDING_FACTOR * args.learning_rate
     if args.output_dir == "trainer_output":  # transformers' default

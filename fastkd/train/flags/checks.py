@@ -11,7 +11,7 @@ from ..common.errors import InputError
 from ..data.tasks import TASKS, figure_names, is_glue
 from ..models.sharding import is_asked_for
 from ..objectives.methods import Method
-from .fields import EMBEDDED_DATA, WITH_BETA, FastkdArguments, PruningArguments, chosen_method
+from .fields import EMBEDDED_DATA, WITH_BETA, FastkdArguments, PruningArguments
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, Seq2SeqTrainingArguments
@@ -73,8 +73,8 @@ def check(
     line: those that the command line gives itself. needs_data: whether there must be data to learn from.
     """
     _check_transformers(flags, args)
-    method = chosen_method(flags)
-    if method.student_init == "prune":
+    method = flags.objective
+    if method.prunes:
         _check_pruning(flags, args, method)
     _check_processes(flags, args, method)
     if flags.demo and not method.needs_teacher:
@@ -88,9 +88,7 @@ def check(
         raise InputError(f"--interpolated: {flags.method} has no teacher, so nothing comes between")
     if flags.interpolated and not flags.teacher:
         raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
-    if flags.labelled_examples and (
-        flags.streaming or flags.task == "span_corruption" or method.student_init == "prune"
-    ):
+    if flags.labelled_examples and (flags.streaming or flags.task == "span_corruption" or method.prunes):
         raise InputError(
             "--labelled_examples needs pairs in memory: not --streaming, span_corruption or a method that prunes"
         )
@@ -137,7 +135,7 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
     task, terms, of_method = TASKS[flags.task], method.terms, f"with --method {flags.method}, "
     is_text, glue, no_term = flags.task == "span_corruption", is_glue(task), f"{of_method}none of whose terms it is for"
     diverges = "logit_kl" in terms or ("mixup_kd" in terms and method.mixup_distance == "divergence")
-    prunes, picks = method.student_init == "prune", "assistants truncation tradeoff_lambda sandwich_size"
+    prunes, picks = method.prunes, "assistants truncation tradeoff_lambda sandwich_size"
     has_teacher, pruning = method.needs_teacher or prunes, [f.name for f in dataclasses.fields(PruningArguments)]
     reads = f"with --task {flags.task}"
     of_teacher = "teacher_layers teacher_d_model teacher_steps teacher_learning_rate"
@@ -198,7 +196,7 @@ def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> N
             f"--task {flags.task} needs --train_file or --dataset_name: --embedded_data {flags.embedded_data} is for "
             f"{', '.join(EMBEDDED_DATA[flags.embedded_data])}"
         )
-    needs = method.needs_teacher or method.student_init == "prune"
+    needs = method.uses_teacher
     if needs and not (flags.teacher or flags.train_teacher):
         why = "" if method.needs_teacher else " with --student_init prune"
         raise InputError(
@@ -221,7 +219,7 @@ def _check_processes(flags: FastkdArguments, args: Seq2SeqTrainingArguments, met
         return
     if args.torch_compile and is_asked_for(args):
         raise InputError("--torch_compile is not supported with FSDP, which gathers weights inside of what is compiled")
-    if method.student_init == "prune":
+    if method.prunes:
         raise InputError(f"--method {flags.method} runs in one process, got {args.world_size}")
     if flags.demo:
         raise InputError(f"--demo runs in one process, got {args.world_size}")

@@ -220,6 +220,24 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, Data
         """Whether the data is the user's own, and not embedded."""
         return self.train_file is not None or self.dataset_name is not None
 
+    @property
+    def objective(self) -> Method:
+        """The method with the flags' settings in place of its own.
+
+        Raises InputError for weights of terms that the method lacks, or that leave no term.
+        """
+        method = METHODS[self.method]
+        settings = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Method)}
+        given = {name: value for name, value in settings.items() if value is not None}
+        for term in self.weights or {}:
+            if term not in method.terms:
+                known = ", ".join(method.terms)
+                raise InputError(f"--weights: no term {term!r}{closest(term, method.terms)} (terms: {known})")
+        terms = {term: weight for term, weight in {**method.terms, **(self.weights or {})}.items() if weight != 0}
+        if not terms:
+            raise InputError(f"--weights: every term of {self.method} has weight 0")
+        return replace(method, terms=terms, **given)
+
 
 def parse_weights(text: str) -> dict[str, float]:
     """Return the weights in "TERM=NUMBER,..."; raises ValueError if one is not 0 or above."""
@@ -244,21 +262,3 @@ def parse_grid(text: str) -> list[float]:
     if not grid or not all(0 <= sparsity < 1 for sparsity in grid):
         raise ValueError(f"expected NUMBER,... from 0 to below 1, got {text!r}")
     return grid
-
-
-def chosen_method(flags: FastkdArguments) -> Method:
-    """Return the method with the flags' settings in place of its own.
-
-    Raises InputError for weights of terms that the method lacks, or that leave no term.
-    """
-    method = METHODS[flags.method]
-    settings = {f.name: getattr(flags, f.name, None) for f in dataclasses.fields(Method)}
-    given = {name: value for name, value in settings.items() if value is not None}
-    for term in flags.weights or {}:
-        if term not in method.terms:
-            known = ", ".join(method.terms)
-            raise InputError(f"--weights: no term {term!r}{closest(term, method.terms)} (terms: {known})")
-    terms = {term: weight for term, weight in {**method.terms, **(flags.weights or {})}.items() if weight != 0}
-    if not terms:
-        raise InputError(f"--weights: every term of {flags.method} has weight 0")
-    return replace(method, terms=terms, **given)

@@ -15,22 +15,19 @@ from tqdm.auto import tqdm
 
 from ..common.cache import cached
 from ..common.errors import InputError
-from ..flags.arguments import TransformersArguments
-from ..flags.fields import FastkdArguments
 from ..models.architectures import parts
 from ..stages.identity import digest
-from ..stages.prepare import Data
-from ..stages.stages import data_seed
+from ..stages.run import Run
 from .prune import importance, normalised
 
 VERSION = 2  # raise it when measuring changes what it gives, so that older files are not reused
 
 
-def held_out_for_importance(flags: FastkdArguments, args: TransformersArguments, data: Data) -> tuple[Data, Any]:
-    """Return (the data to train on, the examples that importance is measured on)."""
-    seed = data_seed(args)
+def held_out_for_importance(run: Run) -> tuple[Run, Any]:
+    """Return (the run on the data to train on, the examples that importance is measured on)."""
+    flags, data, seed = run.flags, run.data, run.seed
     if flags.importance_on == "dev":
-        return data, data.held_out
+        return run, data.held_out
     size = len(data.train)
     count = min(flags.importance_examples, size // 5)
     if count < 1:
@@ -40,29 +37,29 @@ def held_out_for_importance(flags: FastkdArguments, args: TransformersArguments,
     unit = "training_chunks" if "training_chunks" in data.facts else "training_examples"
     known = hashlib.sha256(json.dumps([data.digest, seed, count]).encode()).hexdigest()[:16]
     facts = {**data.facts, unit: size - count, "importance_examples": count}
-    return dataclasses.replace(data, train=rest, digest=known, facts=facts), examples
+    data = dataclasses.replace(data, train=rest, digest=known, facts=facts)
+    return dataclasses.replace(run, data=data), examples
 
 
-def rank(
-    args: TransformersArguments, cache: Path, data: Data, examples: Any, teacher: Any
-) -> tuple[dict[str, torch.Tensor], str]:
+def rank(run: Run, examples: Any, teacher: Any) -> tuple[dict[str, torch.Tensor], str]:
     """Return (the normalised importance of the teacher's units, what tells it and the teacher from others).
 
     It is measured on the examples, or taken from the cache if it was measured before.
     """
+    data, batch = run.data, run.args.per_device_train_batch_size
     settings = {
         "version": VERSION,
         "teacher": digest(teacher),
         "data": data.digest,
         "examples": len(examples),
-        "batch": args.per_device_train_batch_size,
+        "batch": batch,
     }
 
     def make(folder: Path) -> None:
-        batches = DataLoader(examples, args.per_device_train_batch_size, collate_fn=data.collate)
+        batches = DataLoader(examples, batch, collate_fn=data.collate)
         scores = importance(teacher, tqdm(batches, desc="measuring importance", unit="batch"))
         save_file({name: score.cpu() for name, score in scores.items()}, folder / "importance.safetensors")
 
-    folder, _ = cached(cache, "importance", settings, make, says=True)
+    folder, _ = cached(run.cache, "importance", settings, make, says=True)
     scores = load_file(folder / "importance.safetensors")
     return normalised({name: scores[name] for name in parts(teacher)}), folder.name

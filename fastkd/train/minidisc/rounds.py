@@ -17,14 +17,12 @@ import torch
 from ..common.cache import cached, copy_folder, key
 from ..common.errors import InputError
 from ..data.tasks import figure_names
-from ..flags.arguments import TransformersArguments
-from ..flags.fields import FastkdArguments
 from ..models.loading import load_model
-from ..objectives.methods import Method
 from ..stages.folders import write_json
 from ..stages.identity import recipe
-from ..stages.prepare import Data, heading
-from ..stages.stages import end_reports, make_trainer
+from ..stages.prepare import heading
+from ..stages.run import Run
+from ..stages.trainers import end_reports, make_trainer
 from ..training.checkpoints import last_checkpoint, recover
 from .minidisc import CandidateTrainer
 from .prune import Widths, sliced, widths_at
@@ -71,17 +69,17 @@ class Result:
         return Parent(model, str(self.folder), self.round.chosen, None, self.folder.name)
 
 
-def compared_figures(flags: FastkdArguments, data: Data) -> list[str]:
+def compared_figures(run: Run) -> list[str]:
     """Return the names of the figures whose mean compares candidates.
 
     Raises InputError if the selection metric of the flags is none of the data's.
     """
-    names = figure_names(data.task, set(data.held_out_rows["task"]))
-    if flags.selection_metric is None:
+    names = figure_names(run.data.task, set(run.data.held_out_rows["task"]))
+    if run.flags.selection_metric is None:
         return ["glue_mean"] if "glue_mean" in names else names or ["token_accuracy"]
-    if flags.selection_metric not in (known := ["token_accuracy", *names]):
-        raise InputError(f"--selection_metric: expected one of {', '.join(known)}, got {flags.selection_metric!r}")
-    return [flags.selection_metric]
+    if run.flags.selection_metric not in (known := ["token_accuracy", *names]):
+        raise InputError(f"--selection_metric: expected one of {', '.join(known)}, got {run.flags.selection_metric!r}")
+    return [run.flags.selection_metric]
 
 
 @dataclass
@@ -92,17 +90,14 @@ class Distiller:
     while they last. resuming: whether such are continued from.
     """
 
-    flags: FastkdArguments
-    args: TransformersArguments
-    method: Method
-    data: Data
+    run: Run
     scores: Mapping[str, torch.Tensor]
-    cache: Path
     work: Path
     resuming: bool
 
     def __post_init__(self) -> None:
-        self._compared = compared_figures(self.flags, self.data)
+        self._compared = compared_figures(self.run)
+        self.method = self.run.flags.objective
 
     @property
     def metric_name(self) -> str:
@@ -122,7 +117,7 @@ class Distiller:
         settings = self._settings(parent, widths)
         work = self.work / f"round-{key(settings)}"  # other settings must not go on from its checkpoints
         make = functools.partial(self._train, work, name, parent, widths)
-        folder, _ = cached(self.cache, "round", settings, make, says=True)
+        folder, _ = cached(self.run.cache, "round", settings, make, says=True)
         record = json.loads((folder / _ROUND_FILE).read_text(encoding="utf-8"))
         done = dataclasses.replace(round_from_json(record["round"]), name=name)
         best = done.best
@@ -130,10 +125,10 @@ class Distiller:
         return Result(done, folder, record["trained"])
 
     def _settings(self, parent: Parent, widths: Mapping[float, Widths]) -> dict[str, Any]:
-        flags, method, is_choice = self.flags, dataclasses.asdict(self.method), len(widths) > 1
+        flags, method, is_choice = self.run.flags, dataclasses.asdict(self.method), len(widths) > 1
         return {
             "version": VERSION,
-            "data": self.data.digest,
+            "data": self.run.data.digest,
             "parent": parent.key,
             "widths": {str(sparsity): dict(kept) for sparsity, kept in widths.items()},
             "method": {name: value for name, value in method.items() if name not in ("summary", "schedule")},
@@ -145,19 +140,17 @@ class Distiller:
             "embedding_learning_rate": flags.embedding_learning_rate,
             "projection_learning_rate": flags.projection_learning_rate,
             "teacher_dtype": flags.teacher_dtype,
-            **recipe(self.args),
-            **{name: getattr(self.args, name) for name in _LOOP},
+            **recipe(self.run.args),
+            **{name: getattr(self.run.args, name) for name in _LOOP},
         }
 
     def _train(self, work: Path, name: str, parent: Parent, widths: Mapping[float, Widths], made: Path) -> None:
-        flags, run = self.flags, self.work.parent
-        title = f"{self.args.run_name or run.name}, {name}"
-        args = dataclasses.replace(self.args, output_dir=str(work), run_name=title, resume_from_checkpoint=None)
+        flags, out = self.run.flags, self.work.parent
+        title = f"{self.run.args.run_name or out.name}, {name}"
+        args = dataclasses.replace(self.run.args, output_dir=str(work), run_name=title, resume_from_checkpoint=None)
         heading(f"Round: {name} ({', '.join(f'{100 * s:g} %' for s in widths)} pruned)")
         trainer: Any = make_trainer(
-            flags,
-            args,
-            self.data,
+            dataclasses.replace(self.run, args=args),
             sliced(parent.model, widths[min(widths)], parent.order),
             name,
             kind=CandidateTrainer,
@@ -176,9 +169,9 @@ class Distiller:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         end_reports(trainer)
         if (work / "runs").is_dir():  # TensorBoard's
-            copy_folder(work / "runs", run / "runs" / work.name)
+            copy_folder(work / "runs", out / "runs" / work.name)
         trainer.best_model().save_pretrained(made)
-        self.data.tokenizer.save_pretrained(made)
+        self.run.data.tokenizer.save_pretrained(made)
         done = dataclasses.asdict(trainer.summary(name, parent.sparsity))
         write_json(made / _ROUND_FILE, {"round": done, "trained": trainer.trained})
         shutil.rmtree(work, ignore_errors=True)

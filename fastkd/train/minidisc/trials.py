@@ -16,21 +16,20 @@ import torch
 
 from ..common.errors import InputError
 from ..flags.fields import FastkdArguments
-from ..objectives.methods import Method
-from ..stages.prepare import Data
+from ..stages.run import Run
 from .prune import of_kind, widths_at
 from .rounds import Distiller, Parent, Result, compared_figures
 from .schedule import Schedule, Trial
 
 
-def check_schedule(
-    flags: FastkdArguments, method: Method, data: Data, scores: Mapping[str, torch.Tensor], config: Any
-) -> None:
+def check_schedule(run: Run, scores: Mapping[str, torch.Tensor], config: Any) -> None:
     """Raise InputError if the schedule cannot be run to its end, before any of it is.
 
     That is if no head, or no neuron, is left at the target, if the method does not fit a candidate, or if the selection
     metric is none of the data's. config: the teacher's.
     """
+
+    flags, method = run.flags, run.flags.objective
 
     def leaves_both(sparsity: float) -> bool:
         left = widths_at(scores, sparsity)
@@ -42,30 +41,30 @@ def check_schedule(
             f"--target_sparsity {flags.target_sparsity:g} would leave no head, or no neuron, of this teacher "
             f"(reachable: {reachable})"
         )
-    for sparsity in _trained_sparsities(flags, method):
+    for sparsity in _trained_sparsities(flags):
         narrower = copy.deepcopy(config)
         narrower.widths = widths_at(scores, sparsity)
         try:
             method.check_fits(narrower, config)
         except ValueError as error:
             raise InputError(f"--{error} (at sparsity {sparsity:g})") from error
-    compared_figures(flags, data)
+    compared_figures(run)
 
 
-def _trained_sparsities(flags: FastkdArguments, method: Method) -> list[float]:
+def _trained_sparsities(flags: FastkdArguments) -> list[float]:
     """Return the sparsities of all that the schedule may train."""
     target = flags.target_sparsity
     if flags.assistant_sparsity is not None:
         return [flags.assistant_sparsity, target]
-    if method.schedule == "maxidisc":
+    if flags.objective.schedule == "maxidisc":
         return [sparsity for sparsity in flags.grid if 0 < sparsity <= target]
-    least = flags.truncation if method.schedule == "minidisc" and flags.assistants else target
+    least = flags.truncation if flags.objective.schedule == "minidisc" and flags.assistants else target
     return [sparsity for sparsity in flags.grid if least <= sparsity <= target]
 
 
 def run_schedule(distiller: Distiller, teacher: Parent) -> tuple[Schedule, list[Result]]:
     """Run the schedule of the flags; return it, and the rounds of its best trial, the student's last."""
-    flags, assistant = distiller.flags, distiller.flags.assistant_sparsity
+    flags, assistant = distiller.run.flags, distiller.run.flags.assistant_sparsity
     if assistant is None and distiller.method.schedule == "minidisc":
         trials = [_by_tradeoff(distiller, teacher)]
     else:
@@ -80,7 +79,7 @@ def run_schedule(distiller: Distiller, teacher: Parent) -> tuple[Schedule, list[
 
 def _by_assistant(distiller: Distiller, teacher: Parent, sparsity: float) -> list[Result]:
     """Distil an assistant from the teacher, and the student from it; at sparsity 0 the assistant is the teacher."""
-    target = [distiller.flags.target_sparsity]
+    target = [distiller.run.flags.target_sparsity]
     if sparsity == 0:
         return [distiller.round("student of the teacher", teacher, target)]
     assistant = distiller.round(f"assistant of {100 * sparsity:g} %", teacher, [sparsity])
@@ -89,8 +88,8 @@ def _by_assistant(distiller: Distiller, teacher: Parent, sparsity: float) -> lis
 
 def _by_tradeoff(distiller: Distiller, teacher: Parent) -> list[Result]:
     """Pick assistants by the lambda-tradeoff, one after the other, until they are enough or the target is picked."""
-    flags, results, parent = distiller.flags, [], teacher
-    candidates = _trained_sparsities(flags, distiller.method)
+    flags, results, parent = distiller.run.flags, [], teacher
+    candidates = _trained_sparsities(flags)
     for i in range(flags.assistants):
         results.append(distiller.round(f"round {i + 1}", parent, candidates))
         chosen = results[-1].round.chosen

@@ -69,6 +69,16 @@ class Method:
         return any(term not in ("ce", "mixup_ce") for term in self.terms)
 
     @property
+    def prunes(self) -> bool:
+        """Whether the student is what pruning leaves of the teacher."""
+        return self.student_init == "prune"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether there must be a teacher, to compare with or to prune."""
+        return self.needs_teacher or self.prunes
+
+    @property
     def vocabulary_terms(self) -> list[str]:
         """The terms on the vocabulary, which one pass computes; without any, the head learns nothing."""
         return [term for term in self.terms if term in VOCABULARY_TERMS]

@@ -11,7 +11,7 @@ from ..common.errors import InputError
 from ..common.family import is_enct5
 from ..common.processes import count
 from ..flags.arguments import TransformersArguments
-from ..flags.fields import FastkdArguments, chosen_method
+from ..flags.fields import FastkdArguments
 from ..models.loading import load_config, load_tokenizer, load_weights
 from ..models.tokenizer import fingerprint
 from .identity import digest
@@ -63,8 +63,8 @@ def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:
             "the same, in the same order"
         )
     given = Given(configs, tokenizer=next(iter(tokenizers), None), architecture=_architecture(flags, configs))
-    method = chosen_method(flags)
-    if flags.teacher and (method.needs_teacher or method.student_init == "prune"):
+    method = flags.objective
+    if flags.teacher and method.uses_teacher:
         given.teacher = load_teacher(flags, args, flags.teacher, configs["teacher"])
     if flags.student:
         given.student = load_weights(flags.student, "student", configs["student"])

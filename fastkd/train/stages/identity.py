@@ -62,12 +62,13 @@ def held_out_digest(data: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def identity(flags: FastkdArguments, args: TransformersArguments, given: Any, data: Any) -> dict[str, Any]:
+def identity(run: Any) -> dict[str, Any]:
     """Return what must not change when a run is resumed: settings, and under "contents" what the run reads.
 
-    given, data: the run's `stages.Given` and `prepare.Data`. Of contents there are a name and a fingerprint.
+    run: a `run.Run`. Of contents there are a name and a fingerprint.
     """
-    read = {**given.digests, **data.parts}
+    flags, args = run.flags, run.args
+    read = {**run.given.digests, **run.data.parts}
     ours = {name: value for name, value in vars(flags).items() if name not in _MAY_CHANGE and name not in read}
     contents = {name: [str(Path(str(getattr(flags, name, None) or found))), found] for name, found in read.items()}
     return json.loads(json.dumps({**ours, **recipe(args), "fsdp": is_asked_for(args), "contents": contents}))

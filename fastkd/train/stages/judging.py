@@ -1,0 +1,63 @@
+"""What a model is worth at the end of its training, if it had any."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+from ..common import endings
+from ..judge import cost
+from ..judge.evaluate import classify, generate
+from ..judge.metrics import score_rows
+from ..models.loading import unsharded
+from ..models.tokenizer import special_tokens
+from ..report.outcome import Outcome
+from ..training.trainer import DistillTrainer
+from .run import Run
+
+
+def decoding(run: Run) -> dict[str, Any]:
+    """Return by which settings all models of a run write."""
+    most = run.args.generation_max_length or run.data.target_tokens
+    return {"max_new_tokens": most, "num_beams": run.args.generation_num_beams or 1}
+
+
+def score(run: Run, model: Any, title: str | None) -> tuple[dict[str, float], list[str]]:
+    """Return (the task's figures, outputs) of what a model writes for all held-out examples; no figures for texts."""
+    rows = run.data.held_out_rows
+    outputs = written(run, model, rows["input_ids"], title)
+    is_text = run.data.task.name == "span_corruption"
+    return {} if is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
+
+
+def written(run: Run, model: Any, sources: Any, title: str | None) -> list[str]:
+    """Return what a model writes for sources, token ids."""
+    data = run.data
+    common: Any = {"batch_size": run.args.per_device_eval_batch_size, "title": title}
+    if data.classes:
+        return classify(model, data.tokenizer, sources, **common)
+    special, is_text = set(special_tokens(data.tokenizer).values()), data.task.name == "span_corruption"
+    kept = special if is_text else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
+    return generate(model, data.tokenizer, sources, kept=kept, **decoding(run), **common)
+
+
+def judge(run: Run, trainer: DistillTrainer, name: str) -> Outcome:
+    """Return how a model does after its training, if it had any: held-out loss, the task's figures, and its cost."""
+    endings.begin(f"the evaluation of {name}")
+    state = trainer.state
+    model = unsharded(trainer.model) if state.global_step else trainer.model  # a student is small, a teacher may not be
+    step = state.best_global_step if run.args.load_best_model_at_end else state.global_step  # of the weights it has now
+    evaluated = [e for e in state.log_history if "eval_loss" in e and e["step"] == step and step]
+    trainer.score = None  # what it writes is scored below, once
+    final = evaluated[-1] if evaluated else trainer.evaluate()
+    metrics, outputs = score(run, model, f"{name}: writing")
+    return Outcome(
+        name=name,
+        parameters=cost.parameters(model),
+        loss=final["eval_loss"],
+        token_accuracy=final["eval_token_accuracy"],
+        **trainer.trained,
+        metrics=metrics,
+        outputs=outputs[: run.flags.report_examples],
+        cost=cost.measure(model),
+    )

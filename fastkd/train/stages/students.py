@@ -1,0 +1,88 @@
+"""The student of a run: its first weights, its training, what it is worth."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..common.family import is_enct5
+from ..data.examples import Classes, Pairs
+from ..models.architectures import enct5_config, enct5_from
+from ..models.student import is_tied, new_model, slice_teacher, smaller_config, student_config
+from ..models.tokenizer import padded_size
+from ..objectives.methods import Method
+from ..report.outcome import Outcome
+from ..training.trainer import DistillTrainer
+from .identity import examples_per_step
+from .judging import judge, written
+from .prepare import Data, heading
+from .run import Run
+from .teachers import Teacher
+from .trainers import end_reports, make_trainer
+
+
+def train_student(
+    run: Run,
+    name: str,
+    method: Method,
+    teacher: Teacher | None,
+    checkpoint: Path | None = None,
+) -> tuple[DistillTrainer, Outcome]:
+    """Train the student by a method. Its shape, first weights and data depend on the flags, not on the method.
+
+    But the first weights are only a slice of the teacher for a method that starts so: the baseline is from scratch.
+    """
+    heading(f"Student: {name} ({method.summary})")
+    if run.flags.labelled_examples:
+        run = dataclasses.replace(run, data=_labelled(run, teacher if method.needs_teacher else None))
+    data = run.data
+    student = copy.deepcopy(run.given.student)  # another student of the same run starts from it too
+    if student is not None and data.classes and not is_enct5(student.config):
+        student = enct5_from(student, data.classes)
+    if student is None:
+        student = new_student(run, teacher.model if teacher else None)
+        if teacher and method.student_init == "slice":
+            slice_teacher(student, teacher.model)
+    objective: dict[str, Any] = {"method": method, "teacher": teacher.model if teacher else None}
+    trainer = make_trainer(run, student, name, reports=name == run.flags.method, **objective)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    outcome = judge(run, trainer, name)
+    end_reports(trainer)
+    return trainer, outcome
+
+
+def _labelled(run: Run, teacher: Teacher | None) -> Data:
+    """Return the data as a student learns it: with the targets of `--labelled_examples`, drawn by the seed.
+
+    Those of the others are what the teacher writes (sequence-level distillation, Kim and Rush, 2016), as many as the
+    run reads; without a teacher there are no others.
+    """
+    args, data = run.args, run.data
+    rows = data.train.rows.shuffle(seed=run.seed)
+    known = rows.take(min(run.flags.labelled_examples or 0, len(rows)))
+    if teacher and len(known) < len(rows):
+        others = rows.skip(len(known))
+        if args.max_steps > 0:
+            others = others.take(min(args.max_steps * examples_per_step(args), len(others)))
+        texts = written(run, teacher.model, others["input_ids"], "the teacher's answers")
+        labels = data.tokenizer(text_target=texts)["input_ids"]
+        answers = datasets.Dataset.from_dict({**others.to_dict(), "target": texts, "labels": labels}, rows.features)
+        known = datasets.concatenate_datasets([known, answers])
+    return dataclasses.replace(data, train=Classes(known, data.classes) if data.classes else Pairs(known))
+
+
+def new_student(run: Run, teacher: Any) -> Any:
+    """Return a student with random weights, of the teacher's variant of T5 if the flags ask for a slice of it."""
+    flags, data, seed = run.flags, run.data, run.args.seed
+    width, layers, tokenizer = flags.student_d_model, flags.student_layers, data.tokenizer
+    if flags.objective.student_init == "slice":
+        return new_model(smaller_config(teacher.config, width, layers), seed, tied=is_tied(teacher))
+    config = student_config(teacher.config if teacher else None, width, layers)
+    config.vocab_size = teacher.config.vocab_size if teacher else padded_size(tokenizer)
+    config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    return new_model(enct5_config(config, data.classes) if data.classes else config, seed)

@@ -1,0 +1,112 @@
+"""The teacher of a run: given, or trained on its data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import fastkd
+
+from ..common.cache import cached
+from ..common.errors import InputError
+from ..common.processes import is_first
+from ..flags.arguments import EMBEDDING_FACTOR
+from ..judge import cost
+from ..models.loading import load_config
+from ..models.student import new_model
+from ..models.tokenizer import padded_size
+from ..objectives.methods import METHODS
+from ..report.outcome import Outcome
+from .folders import write_json
+from .given import load_teacher
+from .identity import digest, recipe
+from .judging import decoding, judge
+from .planning import trained_config
+from .prepare import VERSION, heading
+from .run import Run
+from .trainers import make_trainer
+
+
+@dataclass
+class Teacher:
+    """A teacher, the save_pretrained folder it came from (or its name), and how it did."""
+
+    model: Any
+    source: str
+    outcome: Outcome
+
+
+def get_teacher(run: Run) -> Teacher:
+    """Return the teacher that was given, or one trained on this run's data, from the cache if it was trained before."""
+    flags, args, data, given = run.flags, run.args, run.data, run.given
+    if given.teacher is not None:
+        heading(f"Teacher: {flags.teacher}")
+        outcome = _judged(run, given.teacher, given.digests["teacher"])
+        return Teacher(given.teacher, str(flags.teacher), outcome)
+    heading("Teacher: a T5 trained from scratch")
+    rate, seed = flags.teacher_learning_rate, args.seed + 1  # other corruptions and orders than the student will see
+    own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
+    sizes: dict[str, Any] = {"max_steps": flags.teacher_steps or 0, "learning_rate": rate, "seed": seed}
+    keeps: dict[str, Any] = {"save_strategy": "no", "load_best_model_at_end": False}
+    own_args = dataclasses.replace(args, data_seed=None, **sizes, **keeps)
+    settings = {
+        "version": VERSION,
+        "data": data.digest,
+        "layers": flags.teacher_layers,
+        "d_model": flags.teacher_d_model,
+        **recipe(own_args),
+        "max_steps": flags.teacher_steps,
+    }
+
+    def make(folder: Path) -> None:
+        model = new_model(trained_config(flags, padded_size(data.tokenizer), data.classes), seed)
+        own = dataclasses.replace(run, flags=own_flags, args=own_args, data=data.with_seed(seed))
+        trainer = make_trainer(own, model, "teacher", method=METHODS["scratch"])
+        trainer.train()
+        trainer.save_model(str(folder))
+        if is_first():
+            write_json(folder / "training.json", trainer.trained)
+
+    folder, _ = cached(run.cache, "teacher", settings, make, by_all=True, says=True)
+    model = load_teacher(flags, args, folder, load_config(folder, "teacher"))
+    trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    outcome = _judged(run, model, digest(model))
+    return Teacher(model, str(folder), dataclasses.replace(outcome, **trained))
+
+
+def _judged(run: Run, model: Any, known: str) -> Outcome:
+    """Return how a teacher does, which answers all held-out data for that only once. known: its fingerprint."""
+    settings = {
+        "version": [VERSION, fastkd.__version__, transformers.__version__],
+        "teacher": known,
+        "data": run.data.digest,
+        "decoding": decoding(run),
+        "precision": [run.args.bf16, run.args.fp16],
+        "examples": run.flags.report_examples,
+    }
+
+    def make(folder: Path) -> None:
+        trainer = make_trainer(run, model, "teacher", method=METHODS["scratch"])
+        outcome = judge(run, trainer, "teacher")
+        if is_first():
+            write_json(folder / "outcome.json", outcome.to_json())
+
+    folder, _ = cached(run.cache, "answers", settings, make, by_all=True, says=True)
+    outcome = Outcome.from_json(json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
+    return dataclasses.replace(outcome, cost=cost.measure(model))  # of this machine
+
+
+def check_knows_task(run: Run, teacher: Teacher) -> None:
+    """Raise InputError if all figures of the task are 0 for a teacher, which was then not fine-tuned for it."""
+    name, task = run.flags.teacher, run.data.task.name
+    figures = teacher.outcome.metrics
+    if figures and not any(figure > 0 for figure in figures.values()):
+        raise InputError(
+            f"--teacher {name} does not know {task} ({', '.join(figures)}: 0): expected one that is "
+            f"fine-tuned, as by fastkd-train --method scratch --student {name} --task {task}"
+        )
