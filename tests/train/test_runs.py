@@ -26,7 +26,8 @@ from fastkd.train.common.cache import replace_folder
 from fastkd.train.common.errors import InputError, writing
 from fastkd.train.data.tasks import TASKS
 from fastkd.train.flags.arguments import parse
-from fastkd.train.runs import runs
+from fastkd.train.flags.fields import FastkdArguments
+from fastkd.train.runs import facts, left, prepared
 from fastkd.train.stages import folders, students, teachers
 from fastkd.train.training.checkpoints import continued
 from fastkd.train.training.trainer import DistillTrainer
@@ -137,7 +138,7 @@ def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
 
     value, output = (text.format(used.parent) for text in (value, output))
     cache = Path(value) if flag == "cache_dir" else Path("cache")
-    flags = runs.FastkdArguments(transformers_flags={flag: value})
+    flags = FastkdArguments(transformers_flags={flag: value})
     setattr(flags, flag, value)
     before = files(used.parent)
     with pytest.raises(InputError, match=rf"--{flag} .* --output_dir .*, which the run replaces: choose another place"):
@@ -157,7 +158,7 @@ def test_nothing_that_a_run_reads_is_replaced_however_it_is_spelled(
     ],
 )
 def test_what_lies_elsewhere_is_read(flag: str, value: str, used: Path) -> None:
-    flags = runs.FastkdArguments()
+    flags = FastkdArguments()
     setattr(flags, flag, value)
     folders.check_outside(Path("out"), flags, Path(value if flag == "cache_dir" else "cache"), True)
 
@@ -167,14 +168,14 @@ def test_a_run_in_the_folder_of_another_is_not_replaced_with_it(used: Path) -> N
 
     (used / "previous-run").mkdir()
     (used / "previous-run" / "run.json").write_text("{}")
-    assert folders.is_used(runs.FastkdArguments(overwrite_output_dir=True), used, False)
+    assert folders.is_used(FastkdArguments(overwrite_output_dir=True), used, False)
     (used / "keep" / "run.json").write_text("{}")
     with pytest.raises(InputError, match=r"out holds another run, .*keep: move that, or give another folder"):
-        folders.is_used(runs.FastkdArguments(overwrite_output_dir=True), used, False)
+        folders.is_used(FastkdArguments(overwrite_output_dir=True), used, False)
 
 
 def test_a_run_is_continued_by_the_settings_in_its_folder(used: Path) -> None:
-    folders.check_outside(Path("out"), runs.FastkdArguments(config="out/settings.yaml"), Path("cache"), False)
+    folders.check_outside(Path("out"), FastkdArguments(config="out/settings.yaml"), Path("cache"), False)
 
 
 def test_the_teacher_in_the_old_run_stays(
@@ -290,7 +291,7 @@ def test_a_kill_while_files_move_loses_none(moves: int, tmp_path: Path, monkeypa
             folders._set_aside(out)
             (out / "run.json").write_text("of the new run")
             folders._bring_back(out)
-    flags = runs.FastkdArguments(overwrite_output_dir=True)
+    flags = FastkdArguments(overwrite_output_dir=True)
     assert folders.is_used(flags, out, False)
     held = files(out) if (out / "model.safetensors").exists() else files(out / "previous-run")
     assert held == before
@@ -558,7 +559,7 @@ def test_a_source_prefix_is_the_tasks_or_the_users(
     task: str, flags: dict[str, str], sources: list[str], prefix: str
 ) -> None:
     data = SimpleNamespace(task=TASKS[task], held_out_rows={"source": sources})
-    assert runs._source_prefix(runs.FastkdArguments(**flags), data) == prefix  # type: ignore[arg-type]
+    assert facts._source_prefix(SimpleNamespace(flags=FastkdArguments(**flags), data=data)) == prefix
 
 
 # ---- Disks, locales and other processes ----
@@ -572,9 +573,13 @@ def test_a_source_prefix_is_the_tasks_or_the_users(
         ValueError("I/O error: File too large (os error 27)"),
     ],
 )
-@pytest.mark.parametrize(("stage", "flag"), [("get_run_data", "--cache_dir cache"), ("_report", "--output_dir out")])
+@pytest.mark.parametrize(
+    ("room", "stage", "flag"),
+    [(prepared, "with_data", "--cache_dir cache"), (left, "write_report", "--output_dir out")],
+)
 def test_a_disk_that_takes_no_more_is_named_by_its_flag(
     error: Exception,
+    room: Any,
     stage: str,
     flag: str,
     scratch: Callable[..., int],
@@ -585,7 +590,7 @@ def test_a_disk_that_takes_no_more_is_named_by_its_flag(
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(runs, stage, full)
+    monkeypatch.setattr(room, stage, full)
     assert scratch("--cache_dir", "cache", "--max_steps", 1, "--eval_strategy", "no") == 1
     line = one_line(capsys)
     assert line.startswith(f"fastkd-train: cannot write to {flag}")
