@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import pytest
 
 from fastkd.train import cli
-from fastkd.train.runs import runs
-from fastkd.train.stages import stages
+from fastkd.train.runs import prepared
+from fastkd.train.stages import judging
 from fastkd.train.training.trainer import DistillTrainer
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -57,13 +57,13 @@ def test_before_a_run_begins_it_is_stopped_as_if_it_had_not_been_started(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     handlers = [signal.getsignal(each) for each in SIGNALS]
-    identity = runs.identity
+    identity = prepared.identity
 
     def stopped(*given: Any) -> Any:
         signal.raise_signal(number)
         return identity(*given)
 
-    monkeypatch.setattr(runs, "identity", stopped)
+    monkeypatch.setattr(prepared, "identity", stopped)
     assert scratch() == 128 + number
     expected = 'interrupted during "Data: span_corruption"; the same command starts, or resumes, again'
     assert said(capsys) == expected and not (tmp_path / "out").exists()
@@ -88,7 +88,7 @@ def test_the_evaluation_at_the_end_is_stopped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(stages, "score", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(judging, "score", lambda *_: signal.raise_signal(number))
     assert scratch(*flags) == 128 + number
     assert said(capsys) == f"interrupted during the evaluation of scratch; {way}"
     assert names(tmp_path / "out") >= {"run.json"} and not (tmp_path / "out" / "report.md").exists()
@@ -135,7 +135,7 @@ def test_a_second_signal_in_training_is_a_line_too(
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(
     scratch: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "check_optimizer", lambda _: signal.raise_signal(signal.SIGHUP))
+    monkeypatch.setattr(prepared, "check_optimizer", lambda _: signal.raise_signal(signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
     try:
         assert scratch("--max_steps", 1) == 0

@@ -26,7 +26,7 @@ from fastkd.train.minidisc.prune import narrowed, normalised, order_of, parts, s
 from fastkd.train.minidisc.schedule import Candidate, Round, Schedule, Trial
 from fastkd.train.models import architectures as models
 from fastkd.train.objectives.methods import METHODS
-from fastkd.train.runs import runs
+from fastkd.train.runs import pruned
 
 WORDS = {"fruit": "apple pear plum fig", "metal": "iron gold zinc tin", "tree": "oak elm ash yew"}
 
@@ -499,8 +499,8 @@ def test_importance_is_measured_on_what_nothing_is_trained_on(
     run: Callable[..., int], trainers: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Any] = []
-    rank = runs.rank
-    monkeypatch.setattr(runs, "rank", lambda *a, **k: (measured.append(a[3]), rank(*a, **k))[1])
+    rank = pruned.rank
+    monkeypatch.setattr(pruned, "rank", lambda *a, **k: (measured.append(a[1]), rank(*a, **k))[1])
 
     def ids(examples: Any) -> set[tuple[int, ...]]:
         return {tuple(examples[i]["input_ids"].tolist()) for i in range(len(examples))}
