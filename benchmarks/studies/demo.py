@@ -4,13 +4,15 @@
 
 Every seed has first weights, an order and labelled examples of its own; the teacher is one for all. Beside the demo's
 students stands one that learns from the teacher's answers as from labels, without a loss between the two models.
-FOLDER/students.jsonl gets a line for each student of each seed, and another call goes on where this one was cut off.
-Printed is the table of docs/performance.md, held-out exact match in percent; --write writes it there.
+Another call with the same FOLDER goes on where this one was cut off. OUT gets every student of every seed, and a figure
+beside it. Printed is the table of docs/performance.md, held-out exact match in percent; --write writes it there.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import statistics
 import sys
@@ -20,6 +22,8 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.harness.machine import machine
+from benchmarks.harness.saved import save
+from benchmarks.studies._common import Runs, draw
 from fastkd.train import cli
 
 ANSWERS = "teacher's answers as labels"
@@ -66,25 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--teacher", type=Path, help="that of a demo before; without it, that of the first seed's demo")
     parser.add_argument("--folder", type=Path, required=True, help="where runs and their records stay")
-    parser.add_argument("--out", type=Path, help="JSON file of what was measured")
+    parser.add_argument("--out", type=Path, help="JSON file of what was measured; a figure goes beside it")
     parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
     args = parser.parse_args(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    lines = args.folder / "students.jsonl"
-    records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
-    done = {(record["run"], record["seed"]) for record in records}
-    for seed, name in [(seed, name) for seed in range(1, args.seeds + 1) for name in RUNS]:
-        if (name, seed) not in done:
-            own = None if (name, seed) == ("demo", 1) else args.folder / "demo-1" / "teacher"
-            records += (new := run(name, seed, args.folder, args.teacher or own))
-            with lines.open("a") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in new))
+    records, runs = [], Runs(args.folder)
+    for seed, name in itertools.product(range(1, args.seeds + 1), RUNS):
+        own = None if (name, seed) == ("demo", 1) else args.folder / "demo-1" / "teacher"
+        once = functools.partial(run, name, seed, args.folder, args.teacher or own)
+        records += runs.get({"run": name, "seed": seed, "teacher": str(args.teacher)}, once)
     text, is_met = tell(records)
     print(f"\n{text}\n\nahead of scratch as it must be: {'met' if is_met else 'NOT MET'}")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(), "students": records}
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        save(args.out, {"machine": machine(), "students": records})
+        scores = {name: [r["exact_match"] for r in records if r["student"] == name] for name in STUDENTS}
+        draw(args.out.with_suffix(".png"), "The demo over seeds", "exact match, %", scores)
     if args.write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

@@ -6,21 +6,25 @@ A small EncT5 learns from which package of the standard library a documentation 
 student of it, with several seeds. The task is that of `fastkd-train --task classification`, but with a fifth of its
 texts held out, as scores of the usual twentieth would have steps of more than half a point. Printed are each method's
 mean score, steps, floating-point operations and seconds of training, what must be reached, and how well the tradeoff of
-a candidate in MiniDisc's one round tells the score of the student that MaxiDisc distils by that candidate.
+a candidate in MiniDisc's one round tells the score of the student that MaxiDisc distils by that candidate. Another call
+with the same folder goes on where this one was cut off. OUT gets every schedule, and a figure beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import machine
+from benchmarks.harness.saved import save
+from benchmarks.studies._common import Runs, draw
 from fastkd.train import cli
 from fastkd.train.data import corpus
 from fastkd.train.minidisc.schedule import Schedule
@@ -34,6 +38,7 @@ ARMS: dict[str, list[str]] = {
     "prune-pkd": ["--method", "prune-pkd"],
     "maxidisc": ["--method", "maxidisc"],
 }
+SETTINGS = ("seed", "target", "steps", "teacher_steps", "width", "layers", "length", "rate")  # of every run
 HELD_OUT_PERCENT = 20
 MOST_COST, MOST_LOSS = 0.2, 1.0  # of MaxiDisc's operations; in points of its score
 
@@ -49,24 +54,25 @@ def write_data(folder: Path) -> list[str]:
     return ["--train_file", str(folder / "train.jsonl"), "--eval_file", str(folder / "dev.jsonl")]
 
 
-def run(arm: str, seed: int, args: argparse.Namespace, data: Sequence[str], folder: Path) -> Schedule:
-    """Run one method with one seed; return its schedule."""
-    out = folder / f"{arm.replace(' ', '-')}-{seed}"
+def run(arm: str, seed: int, args: argparse.Namespace, data: Sequence[str]) -> dict[str, Any]:
+    """Run one method with one seed; return its schedule, as JSON has it."""
+    out = args.folder / f"{arm.replace(' ', '-')}-{seed}"
     flags = [
         *ARMS[arm], *data, "--task", "classification", "--architecture", "enct5", "--output_dir", str(out),
-        "--cache_dir", str(folder / "cache"), "--target_sparsity", str(args.target), "--max_steps", str(args.steps),
+        "--cache_dir", str(args.folder / "cache"), "--target_sparsity", str(args.target),
+        "--max_steps", str(args.steps),
         "--train_teacher", "--teacher_learning_rate", "2e-3", "--adam_beta2", "0.98",
         "--per_device_train_batch_size", "32", "--teacher_layers", str(args.layers),
         "--teacher_d_model", str(args.width),
         "--teacher_steps", str(args.teacher_steps), "--max_source_length", str(args.length), "--seed", str(args.seed),
         "--data_seed", str(seed), "--lr_scheduler_type", "linear", "--warmup_steps", "0.1", "--max_grad_norm", "5",
         "--learning_rate", str(args.rate), "--eval_steps", "0.1", "--save_strategy", "no", "--disable_tqdm", "true",
-        "--train_sampling_strategy", "group_by_length", "--report_examples", "0",
+        "--train_sampling_strategy", "group_by_length", "--report_examples", "0", "--overwrite_output_dir",
     ]  # fmt: skip
     code = cli.main(flags)
     if code:
         raise SystemExit(code)
-    return Schedule.from_json(json.loads((out / "metrics.json").read_text(encoding="utf-8"))["schedule"])
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))["schedule"]
 
 
 def correlation(minidisc: Schedule, maxidisc: Schedule) -> tuple[float, float] | None:
@@ -92,19 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=3, help="of the teacher's encoder (default: %(default)s)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a text (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where runs and their cache stay; without it, nowhere")
-    parser.add_argument("--out", type=Path, help="JSON file of what was measured")
+    where = Path("runs/minidisc")
+    parser.add_argument("--folder", type=Path, default=where, help="of runs and their cache (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file of what was measured; a figure goes beside it")
     args = parser.parse_args(argv)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        data = write_data(folder)
-        found = {
-            arm: [run(arm, seed, args, [*data, "--overwrite_output_dir"], folder) for seed in range(args.seeds)]
-            for arm in args.arms
-        }
+    args.folder.mkdir(parents=True, exist_ok=True)
+    data, runs = write_data(args.folder), Runs(args.folder)
+    found: dict[str, list[Schedule]] = {arm: [] for arm in args.arms}
+    for arm, order in itertools.product(args.arms, range(args.seeds)):
+        settings = {"arm": arm, "order": order, **{name: getattr(args, name) for name in SETTINGS}}
+        schedule = runs.get(settings, functools.partial(run, arm, order, args, data))
+        found[arm].append(Schedule.from_json(schedule))
     tell(found, args)
     return 0
 
@@ -140,16 +144,22 @@ def tell(found: dict[str, list[Schedule]], args: argparse.Namespace) -> None:
     if args.out:
         record = {
             "machine": machine(),
-            "settings": {k: v for k, v in vars(args).items() if k not in ("out", "folder", "arms")},
+            "settings": {name: getattr(args, name) for name in ("seeds", *SETTINGS)},
             "methods": rows,
             "correlations": correlations,
             "schedules": {arm: [s.to_json() for s in schedules] for arm, schedules in found.items()},
         }
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        save(args.out, record)
+        scores = {arm: _scores(schedules) for arm, schedules in found.items()}
+        draw(args.out.with_suffix(".png"), "Students by method", "mean of accuracy and F1, %", scores)
+
+
+def _scores(schedules: Sequence[Schedule]) -> list[float]:
+    return [100 * schedule.chosen.student.metric for schedule in schedules]
 
 
 def _summary(schedules: Sequence[Schedule]) -> dict[str, Any]:
-    scores = [100 * schedule.chosen.student.metric for schedule in schedules]
+    scores = _scores(schedules)
     return {
         "score": statistics.mean(scores),
         "deviation": statistics.stdev(scores) if len(scores) > 1 else 0.0,
