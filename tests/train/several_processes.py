@@ -25,7 +25,7 @@ import transformers
 from fastkd.train import cli
 from fastkd.train.models import sharding
 from fastkd.train.report import reports  # noqa: F401 (imported before the fork)
-from fastkd.train.runs.runs import train  # noqa: F401
+from fastkd.train.runs import train  # noqa: F401
 from fastkd.train.stages import prepare
 from fastkd.train.training import parallel, trainer
 

@@ -24,7 +24,7 @@ from fastkd.train.flags import fields as own
 from fastkd.train.flags.arguments import parse
 from fastkd.train.models.student import t5_config
 from fastkd.train.objectives.methods import METHODS
-from fastkd.train.stages.stages.planning import planned_config
+from fastkd.train.stages.planning import planned_config
 
 SMALL = [
     "--use_cpu", "--student_layers", "1", "--student_d_model", "32", "--teacher_layers", "1", "--teacher_d_model", "32",

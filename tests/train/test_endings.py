@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import pytest
 
 from fastkd.train import cli
-from fastkd.train.runs.runs import prepared
-from fastkd.train.stages.stages import judging
+from fastkd.train.runs import prepared
+from fastkd.train.stages import judging
 from fastkd.train.training.trainer import DistillTrainer
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

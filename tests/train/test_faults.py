@@ -535,7 +535,7 @@ FORKS = """
 import json, os, resource, signal, sys, torch
 from pathlib import Path
 from fastkd.train import cli
-from fastkd.train.runs.runs import train
+from fastkd.train.runs import train
 from fastkd.train.training.trainer import DistillTrainer
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -648,7 +648,7 @@ def test_a_signal_stops_a_demo(
 def test_sigint_while_data_is_prepared_is_a_keyboard_interrupt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastkd.train.runs.runs import prepared
+    from fastkd.train.runs import prepared
 
     monkeypatch.setattr(prepared, "with_data", lambda *_: signal.raise_signal(signal.SIGINT))
     assert cli.main(with_inputs(*SMALL, "--output_dir", tmp_path / "out")) == 130
@@ -695,7 +695,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_else(
 def test_an_error_of_the_system_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastkd.train.runs.runs import prepared
+    from fastkd.train.runs import prepared
 
     def refuse(error: OSError) -> None:
         raise error

@@ -26,7 +26,7 @@ from fastkd.train.minidisc.prune import narrowed, normalised, order_of, parts, s
 from fastkd.train.minidisc.schedule import Candidate, Round, Schedule, Trial
 from fastkd.train.models import architectures as models
 from fastkd.train.objectives.methods import METHODS
-from fastkd.train.runs.runs import pruned
+from fastkd.train.runs import pruned
 
 WORDS = {"fruit": "apple pear plum fig", "metal": "iron gold zinc tin", "tree": "oak elm ash yew"}
 
@@ -447,7 +447,7 @@ def test_rounds_are_reused_only_by_what_makes_the_same(
 def test_times_leave_scoring_out(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    from fastkd.train.stages.stages import judging
+    from fastkd.train.stages import judging
 
     classify = judging.classify
 

@@ -27,7 +27,7 @@ from fastkd.train.common.errors import InputError, writing
 from fastkd.train.data.tasks import TASKS
 from fastkd.train.flags.arguments import parse
 from fastkd.train.flags.fields import FastkdArguments
-from fastkd.train.runs.runs import facts, left, prepared
+from fastkd.train.runs import facts, left, prepared
 from fastkd.train.stages import folders, students, teachers
 from fastkd.train.training.checkpoints import continued
 from fastkd.train.training.trainer import DistillTrainer

@@ -30,7 +30,7 @@ from fastkd.train.flags.arguments import parse
 from fastkd.train.judge.metrics import GLUE_COLUMNS, score_rows
 from fastkd.train.models.tokenizer import train_tokenizer
 from fastkd.train.objectives.methods import METHODS
-from fastkd.train.stages.stages import judging
+from fastkd.train.stages import judging
 from fastkd.train.training.trainer import DistillTrainer
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
