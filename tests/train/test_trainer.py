@@ -225,7 +225,7 @@ def test_training_lowers_the_held_out_loss_and_evaluation_is_exact(
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"] - 0.5
-    assert trainer.seconds_per_step > 0
+    assert trainer.trained["seconds_per_step"] > 0
 
     batch = default_data_collator([dataset[i] for i in range(len(dataset))])
     with torch.no_grad():

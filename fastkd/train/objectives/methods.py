@@ -121,18 +121,16 @@ class Method:
         if not self.hidden_terms:
             return {}
         stacks = ("encoder",) if is_enct5(student) else ("encoder", "decoder")
-        depths = {stack: (_depth(student, stack), _depth(teacher, stack)) for stack in stacks}
-        if self.hidden_terms[0] in SAME_SHAPE_TERMS:
-            return {stack: [(i, i) for i in self._same_layers(depth)] for stack, (depth, _) in depths.items()}
-        return {
-            stack: [(layer, matched_layer(layer, mine, its)) for layer in range(mine + 1)]
-            for stack, (mine, its) in depths.items()
-        }
-
-    def _same_layers(self, depth: int) -> list[int]:
-        if self.hidden_terms == ["hidden_pkd"]:
-            return [depth]
-        return sorted({round(i * depth / (self.mse_states - 1)) for i in range(self.mse_states)})
+        pairs = {}
+        for stack in stacks:
+            mine, its = _depth(student, stack), _depth(teacher, stack)
+            layers = list(range(mine + 1))
+            if self.hidden_terms == ["hidden_pkd"]:
+                layers = layers[-1:]
+            elif self.hidden_terms == ["hidden_mse"]:
+                layers = sorted({round(i * mine / (self.mse_states - 1)) for i in range(self.mse_states)})
+            pairs[stack] = [(layer, matched_layer(layer, mine, its)) for layer in layers]
+        return pairs
 
     def check_fits(self, student: Any, teacher: Any) -> None:
         """Raise ValueError if the terms do not go together, or not between models of these two `T5Config`s."""
@@ -143,28 +141,24 @@ class Method:
         if self.mixup_terms and is_enct5(student):
             raise ValueError(f"terms: an EncT5 has no mixed examples, as its decoder reads no text, got {self.formula}")
         shapes = [(config.d_model, config.num_layers, config.num_decoder_layers) for config in (student, teacher)]
-        for term in self.hidden_terms:
-            if term in SAME_SHAPE_TERMS and shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"terms: {term} expects a student as wide and as deep as its teacher, as pruning leaves it, got "
-                    "(width, encoder layers, decoder layers) {} and {}".format(*shapes)
-                )
+        same = [term for term in self.terms if term in SAME_SHAPE_TERMS]
+        if same and shapes[0] != shapes[1]:
+            raise ValueError(
+                f"terms: {same[0]} expects a student as wide and as deep as its teacher, as pruning leaves it, got "
+                "(width, encoder layers, decoder layers) {} and {}".format(*shapes)
+            )
         mine, its = self.student_layers(student), self.teacher_layers(teacher)
         for place in self.places:
-            self._check_heads(
-                place, _query_width(student, place, mine[place]), _query_width(teacher, place, its[place])
-            )
-
-    def _check_heads(self, place: str, *widths: int) -> None:
-        if not all(widths):
-            raise ValueError(f"terms: {place} compares queries in a layer that pruning left without heads")
-        common = math.gcd(*widths)
-        if self.relation_heads < 1 or common % self.relation_heads:
-            valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise ValueError(
-                f"relation_heads: expected a divisor of {widths[0]} and {widths[1]}, the widths of the student's and "
-                f"the teacher's queries ({valid}), got {self.relation_heads}"
-            )
+            widths = _query_width(student, place, mine[place]), _query_width(teacher, place, its[place])
+            if not all(widths):
+                raise ValueError(f"terms: {place} compares queries in a layer that pruning left without heads")
+            common = math.gcd(*widths)
+            if self.relation_heads < 1 or common % self.relation_heads:
+                valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                raise ValueError(
+                    "relation_heads: expected a divisor of {} and {}, the widths of the student's and the teacher's "
+                    "queries ({}), got {}".format(*widths, valid, self.relation_heads)
+                )
 
 
 def _query_width(config: Any, place: str, layer: int) -> int:

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from transformers import Seq2SeqTrainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from ..common.errors import Interrupted, RunError, out_of_memory
 from ..common.processes import is_lost_process, of_all
-from ..models.sharding import not_finite
+from ..models.sharding import is_sharded, not_finite, whole
 from .callbacks import Ends, LossBar, WindowedValues
 from .checkpoints import PREFIX, STAGING, continued, flush, publish, recover, way_back, writing
 from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments
-
-_WINDOW = "log_window.pt"  # in a checkpoint
 
 
 class CheckpointingTrainer(Seq2SeqTrainer):
@@ -34,8 +33,8 @@ class CheckpointingTrainer(Seq2SeqTrainer):
     it would be anyway, and saved, unless `save_strategy` is "no". Raises RunError if the disk is full or read-only, if
     memory is short, and if a loss term, a gradient or a weight is not finite: on a CPU before the weights move, on
     other devices, where looking would make every step wait, at the next log entry and before anything is saved.
-    Subclasses give their numbers to `_non_finite`, and those of the log to `_window`; what else they keep in a
-    checkpoint they write in `save_model` and read in `restore`.
+    Subclasses give their numbers to `_non_finite`, and those of the log to `_window`; what has a `state_dict` and is to
+    be in checkpoints, in a file of its own, to `_beside`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -45,6 +44,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         # The filter would wait for every step's loss, and hide what stops the run here.
         self.args.logging_nan_inf_filter = False
         self._window = WindowedValues()
+        self._beside: dict[str, Any] = {"log_window.pt": self._window}
         self._ends = Ends(self._is_at_end)
         self._signals = Signals()
         self._stops = StopOnSignal(self._signals, self._stop)
@@ -102,12 +102,14 @@ class CheckpointingTrainer(Seq2SeqTrainer):
                 super()._save_checkpoint(model, trial)
                 self.args = args
                 self._window.average(self.accelerator)
+                states = {name: recursively_apply(whole, part.state_dict()) for name, part in self._beside.items()}
                 best = run / f"{PREFIX}{self.state.best_global_step}"
                 if best == final or best.is_dir():
                     self.state.best_model_checkpoint = str(best)  # transformers looked for it in the staging folder
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
-                    torch.save(self._window.state_dict(), staged / _WINDOW)
+                    for name, state in states.items():
+                        torch.save(state, staged / name)
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                     torch.save(args, staged / TRAINING_ARGS_NAME)
                     publish(staged, final)
@@ -146,10 +148,10 @@ class CheckpointingTrainer(Seq2SeqTrainer):
     # ---- Resuming ----
 
     def restore(self, checkpoint: Path) -> None:
-        """Load what a checkpoint keeps beside transformers' own; before it does."""
-        if (checkpoint / _WINDOW).is_file():
-            state = torch.load(checkpoint / _WINDOW, map_location=self.args.device, weights_only=True)
-            self._window.load_state_dict(state)
+        """Load what a checkpoint keeps beside transformers' own, before it does; that has what is sharded."""
+        for name, part in self._beside.items():
+            if not (isinstance(part, torch.nn.Module) and is_sharded(self.model)):
+                part.load_state_dict(torch.load(checkpoint / name, map_location=self.args.device, weights_only=True))
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

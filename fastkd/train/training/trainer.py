@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -15,7 +14,7 @@ from ..common.family import PLACES
 from ..common.processes import count
 from ..data.examples import EpochSampler, SpanCorruption
 from ..judge.evaluate import held_out_metrics, token_scores
-from ..models.sharding import is_sharded, whole
+from ..models.sharding import is_sharded
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
 from ..objectives.terms import Batch, losses, valid_positions
@@ -45,7 +44,6 @@ PRIVATE = {
         "heads are pruned inside of attention, and its table of relative positions is passed on between layers",
     ),
 }
-PROJECTION_FILE = "hidden_projection.pt"  # in a checkpoint, beside the student's own files
 
 
 class DistillTrainer(CheckpointingTrainer):
@@ -95,8 +93,7 @@ class DistillTrainer(CheckpointingTrainer):
             placed = teacher if is_sharded(teacher) else teacher.to(self.args.device)
             placed.eval().requires_grad_(False)
         self.workspace_mb = workspace_mb
-        self.embedding_learning_rate = embedding_learning_rate
-        self.projection_learning_rate = projection_learning_rate
+        self._own_rates = [(student.get_input_embeddings(), embedding_learning_rate)]
         self.cka_group = torch.distributed.group.WORLD if cka_over_processes and count() > 1 else None
         self.score = score
         # Other names of weights that are shared, as T5's embedding is: FSDP would save a copy for each, and
@@ -109,6 +106,8 @@ class DistillTrainer(CheckpointingTrainer):
             self.projection = torch.nn.Linear(mine, its, bias=False, device=self.args.device)
             student.hidden_projection = self.projection
             unsaved.add("hidden_projection.weight")
+            self._beside["hidden_projection.pt"] = self.projection
+            self._own_rates.append((self.projection, projection_learning_rate))
         student._keys_to_ignore_on_save = {*(student._keys_to_ignore_on_save or ()), *unsaved}
         if self.accelerator.ddp_handler is not None and self.args.ddp_find_unused_parameters is None:
             # They are those of the last layers of a method without vocabulary terms.
@@ -141,13 +140,12 @@ class DistillTrainer(CheckpointingTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimizer, with the embedding's own learning rate if there is one."""
-        is_new, student = self.optimizer is None, cast("Any", self.model)
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
-            if self.embedding_learning_rate is not None:
-                set_own_rate(optimizer, student.get_input_embeddings(), self.embedding_learning_rate)
-            if self.projection is not None:
-                set_own_rate(optimizer, self.projection, self.projection_learning_rate)
+            for module, rate in self._own_rates:
+                if rate is not None:
+                    set_own_rate(optimizer, module, rate)
             self._optimized = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
@@ -156,21 +154,6 @@ class DistillTrainer(CheckpointingTrainer):
         if is_sharded(self.model):
             keep_parameters(self.optimizer, self._optimized)
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, and beside it, if it is a checkpoint, the projection of its hidden states."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.projection is not None:
-            state = {name: whole(value) for name, value in self.projection.state_dict().items()}
-            if self.args.should_save:
-                torch.save(state, Path(str(output_dir)) / PROJECTION_FILE)
-
-    def restore(self, checkpoint: Path) -> None:
-        """Load the projection, too, unless it is sharded, when a checkpoint holds all that is trained."""
-        super().restore(checkpoint)
-        if self.projection is not None and not is_sharded(self.model):
-            state = torch.load(checkpoint / PROJECTION_FILE, map_location="cpu", weights_only=True)
-            self.projection.load_state_dict(state)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -211,10 +194,9 @@ class DistillTrainer(CheckpointingTrainer):
 
     def _terms(self, student: Any, teacher: Any, inputs: Any, targets: Any, mixup: Any) -> dict[str, torch.Tensor]:
         masks = valid_positions(inputs)
-        rows = {
-            "encoder": inputs.get("encoder_rows", masks["encoder"].sum()),
-            "decoder": masks["decoder"].sum() if targets is None else torch.as_tensor(targets),
-        }
+        rows = {side: mask.sum() for side, mask in masks.items()}
+        if targets is not None:
+            rows = {"encoder": inputs.get("encoder_rows", rows["encoder"]), "decoder": torch.as_tensor(targets)}
         stacks = [stack for stack, states in self.of_student.states.items() for _ in states]
         batch = Batch(inputs["labels"], masks, rows, stacks, mixup, self.cka_group, self.workspace_mb)
         return losses(self.method, batch, student, teacher)
@@ -286,16 +268,14 @@ class DistillTrainer(CheckpointingTrainer):
         return None, scores, inputs["labels"]
 
     @property
-    def seconds_per_step(self) -> float | None:
-        """Seconds per optimiser step of the last `train()`, data included and held-out evaluations not."""
-        return self._timer.seconds_per_step
-
-    @property
     def trained(self) -> dict[str, Any]:
-        """How the model came about: the steps it took, the time of one, and what the log says of them."""
+        """How the model came about: the steps it took, the seconds of one, and what the log says of them.
+
+        Seconds are of the last `train()`, data included and held-out evaluations not.
+        """
         steps, kept = self.state.global_step, ("step", "loss", "eval_", "grad_norm")
         history = [{k: v for k, v in entry.items() if k.startswith(kept)} for entry in self.state.log_history]
-        return {"steps": steps, "seconds_per_step": self.seconds_per_step, "history": history if steps else []}
+        return {"steps": steps, "seconds_per_step": self._timer.seconds_per_step, "history": history if steps else []}
 
     def show_progress(self, title: str) -> None:
         """Show one bar with the latest losses, or without bars a line of text per log entry."""
