@@ -18,14 +18,14 @@ class Mixup:
     lam: torch.Tensor
 
     @classmethod
-    def draw(cls, batch: int, alpha: float, device: torch.device) -> Mixup:
-        """Draw a random permutation and lam of Beta(alpha, alpha), one per pair, from torch's CPU generator.
+    def draw(cls, labels: torch.Tensor, alpha: float) -> Mixup:
+        """Draw a permutation of a batch and lam of Beta(alpha, alpha), one per pair, from torch's CPU generator.
 
         That generator's state is in every checkpoint, so a resumed run draws what an uninterrupted one would.
         """
-        partner = torch.randperm(batch)
-        lam = torch.distributions.Beta(alpha, alpha).sample((batch,))
-        return cls(partner.to(device), lam.to(device))
+        partner = torch.randperm(len(labels))
+        lam = torch.distributions.Beta(alpha, alpha).sample((len(labels),))
+        return cls(partner.to(labels.device), lam.to(labels.device))
 
     def mix(self, states: torch.Tensor) -> torch.Tensor:
         """Return lam * states + (1 - lam) * partner's states, [B, L, H]."""

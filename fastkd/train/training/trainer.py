@@ -98,8 +98,8 @@ class DistillTrainer(CheckpointingTrainer):
         self.score = score
         # Other names of weights that are shared, as T5's embedding is: FSDP would save a copy for each, and
         # transformers would miss them in a checkpoint.
-        unsaved = {name for name, _ in student.named_parameters(remove_duplicate=False)}
-        unsaved -= {name for name, _ in student.named_parameters()}
+        names = {name for name, _ in student.named_parameters()}
+        unsaved = {name for name, _ in student.named_parameters(remove_duplicate=False)} - names
         self.projection: torch.nn.Linear | None = None
         if "hidden_linear" in method.terms:
             mine, its = (config.d_model for config in configs)
@@ -155,26 +155,16 @@ class DistillTrainer(CheckpointingTrainer):
             keep_parameters(self.optimizer, self._optimized)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Count the encoder positions of all accumulated batches, too, where a term needs to know."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and any("encoder" in PLACES[place].sides for place in self.method.places):
             count_encoder_rows(self.accelerator, batches, device, self.args.average_tokens_across_devices)
         return batches, targets
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the method's loss on one (micro-)batch; num_items_in_batch counts the whole batch's target tokens."""
-        labels, mixup = inputs["labels"], None
-        if self.method.mixup_terms:
-            mixup = Mixup.draw(len(labels), self.method.mixup_alpha, labels.device)
+        mixup = Mixup.draw(inputs["labels"], self.method.mixup_alpha) if self.method.mixup_terms else None
         with self.accelerator.autocast():
             teacher = {} if self.teacher is None else self._teachers(inputs, mixup)
             student = forward(model, inputs, self.of_student, mixup)
@@ -205,9 +195,7 @@ class DistillTrainer(CheckpointingTrainer):
         """Compute the loss of a (micro-)batch and its gradients; return the loss."""
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def training_step(
-        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Measure the gradients when they are complete: after the last accumulated batch, before they are clipped."""
         loss = self._backward(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
