@@ -156,13 +156,12 @@ def test_windowed_values_go_on_after_a_resume() -> None:
         window.peak({"max": torch.tensor(value)})
         window.on_step_end(None, None, None)
     resumed.load_state_dict(window.state_dict())
-    resumed.on_train_begin(None, None, None)
     resumed.add({"loss": torch.tensor(4.0)})
     resumed.on_step_end(None, None, None)
     values = resumed.pop()
     assert torch.equal(values["loss"], torch.tensor(7.75) / 3) and values["max"].item() == 2.25
     resumed.add({"loss": torch.tensor(1.0)})
-    resumed.on_train_begin(None, None, None)  # of a run that is not resumed
+    resumed.start()  # of a run that is not resumed
     assert resumed.steps == 0 and not resumed.sums
 
 

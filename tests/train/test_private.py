@@ -13,8 +13,27 @@ import transformers
 from fastkd.train.minidisc import minidisc
 from fastkd.train.models import architectures as models
 from fastkd.train.training import resumable, trainer
-from fastkd.train.training.trainer import PRIVATE
 
+# The methods of transformers that fastkd overrides though they are not public: the parameters that it relies on, and
+# why there is no other way.
+PRIVATE = {
+    "Trainer._get_train_sampler": (
+        ("train_dataset",),
+        "no argument takes a sampler, and SpanCorruption's tells an example's epoch, also to data workers",
+    ),
+    "Trainer._save_checkpoint": (
+        ("model", "trial"),
+        "no event comes before a checkpoint is written, and one that is not complete must have no checkpoint's name",
+    ),
+    "T5PreTrainedModel._init_weights": (
+        ("module",),
+        "transformers' own hook for the first weights of a new model, here of EncT5's head and prompt",
+    ),
+    "T5Attention.forward": (
+        ("hidden_states",),
+        "heads are pruned inside of attention, and its table of relative positions is passed on between layers",
+    ),
+}
 OURS = [
     cls for module in (minidisc, models, resumable, trainer) for cls in vars(module).values() if inspect.isclass(cls)
 ]

@@ -44,26 +44,21 @@ class WindowedValues(TrainerCallback):
     """Numbers of every step between two log entries, summed on their device so that no step waits for them."""
 
     def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
-        self._start()
+        self.start()
 
-    def _start(self, steps: int = 0, sums: Any = None, peaks: Any = None) -> None:
-        self.steps = steps
-        self.sums: dict[str, torch.Tensor] = sums or {}
-        self.peaks: dict[str, torch.Tensor] = peaks or {}
+    def start(self) -> None:
+        """Start over, as a trainer may train more than once."""
+        self.load_state_dict({"steps": 0, "sums": {}, "peaks": {}})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint between two log entries must keep, for `load_state_dict`."""
         return {"steps": self.steps, "sums": self.sums, "peaks": self.peaks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the training that begins next go on from `state`."""
-        self._restored = state
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start over, as a trainer may train more than once, or where the checkpoint left off."""
-        self._start(**(self._restored or {}))
-        self._restored = None
+        """Go on where the checkpoint left off."""
+        self.steps: int = state["steps"]
+        self.sums: dict[str, torch.Tensor] = state["sums"]
+        self.peaks: dict[str, torch.Tensor] = state["peaks"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count an optimiser step, however many batches it accumulated."""
@@ -86,7 +81,7 @@ class WindowedValues(TrainerCallback):
     def pop(self) -> dict[str, torch.Tensor]:
         """Return the sums divided by the steps and the peaks, and start over."""
         values = {name: total / self.steps for name, total in self.sums.items()} | self.peaks
-        self._start()
+        self.start()
         return values
 
 

@@ -58,6 +58,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         run = self._run
         if self.is_world_process_zero():
             recover(run)
+        self._window.start()
         given: Any = contextlib.nullcontext()
         if resume_from_checkpoint:
             self.restore(Path(resume_from_checkpoint))

@@ -24,27 +24,6 @@ from .optimizer import gradient_norms, set_own_rate
 from .parallel import count_encoder_rows, keep_parameters, settle_fsdp, shard_student
 from .resumable import CheckpointingTrainer
 
-# The methods of transformers that fastkd overrides though they are not public: the parameters that it relies on, and
-# why there is no other way. A test holds the installed transformers to this.
-PRIVATE = {
-    "Trainer._get_train_sampler": (
-        ("train_dataset",),
-        "no argument takes a sampler, and SpanCorruption's tells an example's epoch, also to data workers",
-    ),
-    "Trainer._save_checkpoint": (
-        ("model", "trial"),
-        "no event comes before a checkpoint is written, and one that is not complete must have no checkpoint's name",
-    ),
-    "T5PreTrainedModel._init_weights": (
-        ("module",),
-        "transformers' own hook for the first weights of a new model, here of EncT5's head and prompt",
-    ),
-    "T5Attention.forward": (
-        ("hidden_states",),
-        "heads are pruned inside of attention, and its table of relative positions is passed on between layers",
-    ),
-}
-
 
 class DistillTrainer(CheckpointingTrainer):
     """Trains `model` by `method`; everything else (checkpoints, resuming, precision, DDP) is Seq2SeqTrainer's.
@@ -124,6 +103,7 @@ class DistillTrainer(CheckpointingTrainer):
         self.is_fsdp_enabled = settle_fsdp(self.accelerator.state, self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Private to transformers; those that are overridden, and why, are a table in tests/train/test_private.py.
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, SpanCorruption):
             return super()._get_train_sampler(dataset)
@@ -162,7 +142,9 @@ class DistillTrainer(CheckpointingTrainer):
             count_encoder_rows(self.accelerator, batches, device, self.args.average_tokens_across_devices)
         return batches, targets
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Return the method's loss on one (micro-)batch; num_items_in_batch counts the whole batch's target tokens."""
         mixup = Mixup.draw(inputs["labels"], self.method.mixup_alpha) if self.method.mixup_terms else None
         with self.accelerator.autocast():
