@@ -50,6 +50,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.long
 def test_demo_twice(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs" / "demo"
     assert run("--demo", "--train_file", text_file, "--output_dir", out) == 0

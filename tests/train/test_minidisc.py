@@ -358,7 +358,12 @@ _METRIC_ALONE = ["--tradeoff_lambda", "0"]
 
 
 @pytest.mark.parametrize(
-    ("step", "more"), [(3, _METRIC_ALONE), (6, _METRIC_ALONE), (9, ["--assistant_sparsity", "0.5"])]
+    ("step", "more"),
+    [
+        (3, _METRIC_ALONE),
+        pytest.param(6, _METRIC_ALONE, marks=pytest.mark.long),
+        pytest.param(9, ["--assistant_sparsity", "0.5"], marks=pytest.mark.long),
+    ],
 )  # in the first round, at its last checkpoint, and in the student's
 def test_a_schedule_resumes_from_any_interruption(
     step: int,
@@ -444,6 +449,7 @@ def test_rounds_are_reused_only_by_what_makes_the_same(
     assert rounds == [1, 0, 1, 1, 1]
 
 
+@pytest.mark.long
 def test_times_leave_scoring_out(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
