@@ -103,11 +103,14 @@ def _ready(
             with within(share):
                 if len(runs) < i:
                     release_memory()  # of what did not fit, perhaps
-                runs[name], rows[name] = _first_run(factories[name](), expected, with_outputs=name != problem.limit)
+                run, row = _first_run(factories[name](), expected, with_outputs=name != problem.limit)
         except TimeUp:
-            rows[name] = {"note": f"not measured: not ready in its share of the time, {max(0.0, share):.1f} s"}
+            row = {"note": f"not measured: not ready in its share of the time, {max(0.0, share):.1f} s"}
         except Exception as problem_found:  # a compiler's, perhaps: one row's, not the others'
-            rows[name] = {"note": (str(problem_found) or type(problem_found).__name__).splitlines()[0]}
+            row = {"note": (str(problem_found) or type(problem_found).__name__).splitlines()[0]}
+        else:
+            runs[name] = run
+        rows[name] = row
         _compare(problem, result)
         tell(result, name)
     return runs
