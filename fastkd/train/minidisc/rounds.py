@@ -30,7 +30,9 @@ from .schedule import Round, round_from_json
 
 VERSION = 2  # raise it when a round changes what it makes, so that older ones are not reused
 _ROUND_FILE = "round.json"
-_LOOP = (  # arguments of transformers that a round depends on, beside `recipe`
+# What a round depends on, beside `identity.recipe`: flags, and arguments of transformers.
+_FLAGS = "patience", "embedding_learning_rate", "projection_learning_rate", "teacher_dtype"
+_ARGUMENTS = (
     "num_train_epochs", "max_steps", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
     "dataloader_drop_last", "generation_max_length", "generation_num_beams",
 )  # fmt: skip
@@ -136,12 +138,9 @@ class Distiller:
             # A single candidate is chosen whatever lambda is.
             "tradeoff_lambda": flags.tradeoff_lambda if is_choice else 0,
             "sandwich_size": flags.sandwich_size if is_choice else 0,
-            "patience": flags.patience,
-            "embedding_learning_rate": flags.embedding_learning_rate,
-            "projection_learning_rate": flags.projection_learning_rate,
-            "teacher_dtype": flags.teacher_dtype,
+            **{name: getattr(flags, name) for name in _FLAGS},
+            **{name: getattr(self.run.args, name) for name in _ARGUMENTS},
             **recipe(self.run.args),
-            **{name: getattr(self.run.args, name) for name in _LOOP},
         }
 
     def _train(self, work: Path, name: str, parent: Parent, widths: Mapping[float, Widths], made: Path) -> None:
