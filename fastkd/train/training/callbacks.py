@@ -139,12 +139,10 @@ class LossBar(ProgressCallback):
             self.training_bar.close()
             self.training_bar = None
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Show no second bar during training: held-out evaluations are short."""
         if self.training_bar is None:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+            super().on_prediction_step(*args, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Put the training loss and the held-out loss beside the bar."""

@@ -162,9 +162,11 @@ class DistillTrainer(CheckpointingTrainer):
     # Not inference_mode: backward passes keep some of these tensors, which it would forbid.
     @torch.no_grad()
     def _teachers(self, inputs: dict[str, Any], mixup: Mixup | None) -> dict[str, Any]:
+        """Return what the loss reads of the teacher."""
         return forward(self.teacher, inputs, self.of_teacher, mixup)
 
     def _terms(self, student: Any, teacher: Any, inputs: Any, targets: Any, mixup: Any) -> dict[str, torch.Tensor]:
+        """Return the loss of each term of a batch; targets: how many there are in all that the losses are means of."""
         masks = valid_positions(inputs)
         rows = {side: mask.sum() for side, mask in masks.items()}
         if targets is not None:
