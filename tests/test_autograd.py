@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacfwd, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
@@ -221,6 +222,30 @@ def test_vmap_over_labels_and_weights():
 
     got = vmap(loss)(labels, weight)
     assert torch.equal(got, torch.stack([loss(*pair) for pair in zip(labels, weight, strict=True)]))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in ("attention_kl", "relation_kl")], ids=lambda op: op.name)
+def test_vmap_over_masks(op: Op):
+    """Masks of their own for each example, of hidden states that are all the same or not."""
+    x = inputs_of(op)
+    masks = {name: torch.rand(3, *mask.shape) < 0.7 for name, mask in options_of(op, x).items()}
+    got = vmap(lambda masks: op.function(**x, **masks))(masks)
+    looped = [op.function(**x, **{name: mask[i] for name, mask in masks.items()}) for i in range(3)]
+    assert torch.equal(got, torch.stack(looped))
+
+
+@over_ops
+def test_forward_mode(op: Op):
+    """Kernels say that they have no such derivative; the reference has that of the others."""
+    inputs = inputs_of(op)
+    name = op.student[0]
+
+    def loss(x: Tensor, impl: str = "reference") -> Tensor:
+        return op.function(**inputs | {name: x}, impl=impl)
+
+    with pytest.raises(NotImplementedError, match=r'no forward-mode derivative.*; impl="reference" has one'):
+        jacfwd(partial(loss, impl="fused"))(inputs[name])
+    assert distance(jacfwd(loss)(inputs[name]), grad(loss)(inputs[name])) <= 1e-5
 
 
 @over_reductions

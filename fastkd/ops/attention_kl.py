@@ -207,9 +207,9 @@ def row_coefficients(
     batch, queries, keys = shape
     valid = torch.full((batch, queries), keys > 0, device=device)
     if key_mask is not None:
-        valid &= (key_mask.cumsum(1) > 0) if causal else key_mask.any(1, keepdim=True)
+        valid = valid & ((key_mask.cumsum(1) > 0) if causal else key_mask.any(1, keepdim=True))
     if query_mask is not None:
-        valid &= query_mask
+        valid = valid & query_mask
     weight = average(valid.double(), reduction, normalizer)
     if reduction == "mean":
         weight = weight / num_heads

@@ -78,7 +78,18 @@ def apply(function: type[Function], *arguments: Any) -> Any:
         arguments = tuple(_told_apart(arguments))
     else:
         direct = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    return function.forward(*arguments) if direct else function.apply(*arguments)
+    if direct or torch.compiler.is_compiling():
+        return function.forward(*arguments) if direct else function.apply(*arguments)
+    try:
+        return function.apply(*arguments)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        # torch.compile takes no Function that has a jvp of its own, which could say this
+        raise NotImplementedError(
+            "fastkd: kernels have no forward-mode derivative, which torch.func.jvp, jacfwd and hessian ask for; "
+            'impl="reference" has one, and torch.func.jacrev asks for none'
+        ) from error
 
 
 # What torch binds arguments to, at every call: of a signature with names that takes longer than a small loss.

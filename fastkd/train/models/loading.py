@@ -273,7 +273,10 @@ def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
 def _reason(error: Exception) -> str:
     """Return in one line what transformers could not do, and what to do about it where that does not tell."""
     if isinstance(error, pickle.UnpicklingError):
-        return "its .bin file holds more than weights: expected safetensors, as save_pretrained writes them"
+        return (
+            "its .bin file holds more than weights, or is a pointer to them that git lfs pull replaces: expected "
+            "safetensors, as save_pretrained writes them"
+        )
     if any(package in str(error) for package in ("protobuf", "tiktoken")):  # the second is asked for the first's sake
         try:
             import google.protobuf  # noqa: F401
