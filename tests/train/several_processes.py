@@ -72,6 +72,18 @@ def sleep_over_data() -> None:
     prepare._settings = lambda *_: time.sleep(SLEEP)  # type: ignore[assignment, return-value]
 
 
+def sleep_over_a_step() -> None:
+    """Make process 0 hang in the middle of training."""
+    step = trainer.DistillTrainer.training_step
+
+    def sleeping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 12 and self.args.process_index == 0:
+            time.sleep(SLEEP)
+        return step(self, *args, **kwargs)
+
+    trainer.DistillTrainer.training_step = sleeping  # type: ignore[method-assign]
+
+
 def nothing_stays() -> None:
     """Make the loss read a head that is sharded again when the model has run."""
     parallel.shard = lambda *args, stay, **policy: sharding.shard(*args, **policy)  # type: ignore[assignment]
@@ -82,6 +94,7 @@ PATCHES = {
     "signal": signal_at_step_12,
     "nothing stays": nothing_stays,
     "hang over data": sleep_over_data,
+    "hang over a step": sleep_over_a_step,
 }
 
 

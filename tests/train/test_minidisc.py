@@ -21,7 +21,7 @@ from fastkd.train.common.errors import InputError
 from fastkd.train.data.tasks import TASKS, figure_names
 from fastkd.train.flags.arguments import parse
 from fastkd.train.flags.fields import GRID, parse_grid
-from fastkd.train.minidisc.minidisc import CandidateTrainer
+from fastkd.train.minidisc.candidates import CandidateTrainer
 from fastkd.train.minidisc.prune import narrowed, normalised, order_of, parts, sliced, widths_at
 from fastkd.train.minidisc.schedule import Candidate, Round, Schedule, Trial
 from fastkd.train.models import architectures as models

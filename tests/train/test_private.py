@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
-from fastkd.train.minidisc import minidisc
+from fastkd.train.minidisc import candidates
 from fastkd.train.models import architectures as models
 from fastkd.train.training import resumable, trainer
 
@@ -35,7 +35,7 @@ PRIVATE = {
     ),
 }
 OURS = [
-    cls for module in (minidisc, models, resumable, trainer) for cls in vars(module).values() if inspect.isclass(cls)
+    cls for module in (candidates, models, resumable, trainer) for cls in vars(module).values() if inspect.isclass(cls)
 ]
 
 

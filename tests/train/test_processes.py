@@ -225,12 +225,15 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line(runs: Runs) -> N
 @pytest.mark.long
 def test_a_first_process_that_hangs_is_waited_for_as_long_as_the_flag_says(text_file: Path, tmp_path: Path) -> None:
     runs = Runs(tmp_path, text_file)
-    runs.add("hung", 2, "scratch", "--ddp_timeout", "4", patch="hang over data")
+    for patch in ("hang over data", "hang over a step"):
+        runs.add(patch, 2, "scratch", "--ddp_timeout", "4", patch=patch)
     runs.run()
-    first, other = runs.ends("hung")
-    assert other["code"] == 1 and first["seconds"] > SLEEP > other["seconds"] + 5
-    (line,) = other["lines"]
-    assert line == "fastkd-train, rank 1: another process of this run has ended or does not answer"
+    for patch, more in (("hang over data", ""), ("hang over a step", "checkpoint-10 is whole, ")):
+        first, other = runs.ends(patch)
+        assert other["code"] == 1 and first["seconds"] > SLEEP > other["seconds"] + 5
+        (line,) = other["lines"]
+        said = "fastkd-train, rank 1: another process of this run has ended or does not answer"
+        assert line.startswith(said) and more in line and (more or line == said)
 
 
 @pytest.mark.long

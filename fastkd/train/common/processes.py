@@ -30,10 +30,15 @@ def is_first() -> bool:
     return count() == 1 or dist.get_rank() == 0
 
 
-def be_patient(seconds: float) -> None:
-    """Wait for other processes so long, and no longer, from the first time that there is anything to wait for."""
+def be_patient(seconds: float, on_cpus: bool, backend: str | None = None) -> None:
+    """Wait for other processes so long, and no longer, from the first time that there is anything to wait for.
+
+    on_cpus: whether the processes compute there. Their group is made here, as transformers would give it no limit.
+    """
     global _patience
     _patience = timedelta(seconds=seconds)
+    if on_cpus and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group(backend or "gloo", timeout=_patience)
 
 
 def patient_group() -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from ..common import processes
 from ..common.errors import InputError, closest
 from . import checks, config
 from .fields import FastkdArguments
@@ -126,6 +127,7 @@ def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments
     given = _names(words)
     _make_intervals_agree(theirs, given)
     checks.check_supported(theirs, _parsers()[1])
+    processes.be_patient(theirs["ddp_timeout"], theirs["use_cpu"], theirs["ddp_backend"])
     try:
         args = TransformersArguments(**theirs)
     except (ValueError, TypeError, ImportError) as error:  # transformers' own checks of its arguments

@@ -24,7 +24,7 @@ from ..stages.prepare import heading
 from ..stages.run import Run
 from ..stages.trainers import end_reports, make_trainer
 from ..training.checkpoints import last_checkpoint, recover
-from .minidisc import CandidateTrainer
+from .candidates import CandidateTrainer
 from .prune import Widths, sliced, widths_at
 from .schedule import Round, round_from_json
 

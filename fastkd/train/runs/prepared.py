@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..common.errors import writing
-from ..common.processes import be_patient, by_first
+from ..common.processes import by_first
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..models.loading import load_model
@@ -42,7 +42,6 @@ class Prepared:
 def prepare(flags: FastkdArguments, args: TransformersArguments) -> Prepared:
     """Return a run, its teacher trained and judged, but its folder as it was. Raises InputError if it cannot begin."""
     started, method = time.perf_counter(), flags.objective
-    be_patient(args.ddp_timeout)
     prunes, resuming = method.prunes, args.resume_from_checkpoint is not None
 
     def places() -> tuple[Path, Path, bool, Path | None]:
