@@ -1,4 +1,5 @@
-// An empty Python module: importing fastkd._C loads the library, whose static initialisers register the operators.
+// A Python module of nothing but a number: importing fastkd._C loads the library, whose static initialisers register the
+// operators. The number is that of their arguments, which fastkd/backend.py compares with its own.
 #if !defined(Py_LIMITED_API)
 #define Py_LIMITED_API 0x030a0000
 #endif
@@ -6,5 +7,7 @@
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  PyObject* extension = PyModule_Create(&module);
+  if (extension != nullptr) PyModule_AddIntConstant(extension, "interface", 1);
+  return extension;
 }

@@ -21,11 +21,17 @@ __all__ = ["EXTENSION_PROBLEM", "TRITON_PROBLEM", "backend_for", "interpret_trit
 IMPLS = ("auto", "reference", "fused")
 
 
+# Of the operators' arguments: raised here and in csrc/module.cpp where these change.
+INTERFACE = 1
+
+
 def _load_extension() -> str | None:
     try:
-        importlib.import_module("fastkd._C")
+        extension = importlib.import_module("fastkd._C")
     except ImportError as error:
         return f"the compiled extension fastkd._C is not usable ({error}); install with FASTKD_BUILD=cpu to build it"
+    if getattr(extension, "interface", 0) != INTERFACE:
+        return "the compiled extension fastkd._C was built from other sources; install fastkd again to build it anew"
     return None
 
 

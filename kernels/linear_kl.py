@@ -6,7 +6,7 @@ of the vocabulary, and goes through the stretch in tiles.
 
 - `statistics_kernel` keeps the running maxima and sums of exponentials of an item's rows, of both models at once.
 - `combine_kernel` merges the stretches of each row, always in the same order, and has the loss and the statistics of
-  kernels/rows.py, whose `divergence_gradient` could continue from them.
+  kernels/rows.py, whose gradient could continue from them.
 - `values_kernel` and `combine_values_kernel` take the second look that divergences without a closed form need.
 - `gradient_kernel` multiplies once more and writes the gradient of the scores, the operand of the GEMMs that follow.
 

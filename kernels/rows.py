@@ -45,11 +45,9 @@ from .common import _exp_nonpositive as _exp_nonpositive
 from .common import _log_1p as _log_1p
 
 __all__ = [
-    "divergence_gradient",
-    "divergence_rows_",
+    "divergence_rows",
     "divergence_shard_stats",
     "divergence_shard_sums",
-    "divergence_stats",
 ]
 
 LOWEST = tl.constexpr(float("-inf"))
@@ -576,20 +574,21 @@ def _checked(
     return teacher, labels
 
 
-def _launch(
-    student: Tensor,
-    teacher: Tensor | None,
-    coefficient: Tensor,
-    labels: Tensor | None,
-    loss: Tensor | None,
-    stats: Tensor | None,
-    gradient: Tensor | None,
+def divergence_rows(
+    student: Tensor,  # [R, V]
+    teacher: Tensor | None,  # [R, V]
+    coefficient: Tensor,  # [R]
+    labels: Tensor | None,  # [R]
+    loss: Tensor | None,  # [R]
+    stats: Tensor | None,  # [R, 7], given where there is no loss
+    gradient: Tensor | None,  # [R, V], of any float dtype and stride; it may be the student
     divergence: int,
     beta: float,
     temperature: float,
     kd_weight: float,
     ce_weight: float,
 ) -> None:
+    """Writes each row's loss and statistics, and coefficient * d loss / d student: of these what is given."""
     rows, columns = student.shape
     teacher, labels = _checked(student, teacher, coefficient, labels, divergence, kd_weight, ce_weight)
     if gradient is not None:
@@ -665,44 +664,6 @@ def _launch_shard(
             BLOCK=block,
             **options,
         )
-
-
-def divergence_rows_(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    loss: Tensor,  # [R]
-    *objective: float,  # divergence, beta, temperature, kd_weight, ce_weight
-) -> None:
-    """Writes each row's loss, and overwrites `student` with coefficient * d loss / d student."""
-    _launch(student, teacher, coefficient, labels, loss, None, student, *objective)
-
-
-def divergence_stats(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    loss: Tensor,  # [R]
-    stats: Tensor,  # [R, 7]
-    *objective: float,
-) -> None:
-    """Writes each row's loss and the statistics that `divergence_gradient` starts from."""
-    _launch(student, teacher, coefficient, labels, loss, stats, None, *objective)
-
-
-def divergence_gradient(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    stats: Tensor,  # [R, 7]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    gradient: Tensor,  # [R, V]
-    *objective: float,
-) -> None:
-    """Writes coefficient * d loss / d student into `gradient`, of any float dtype and stride."""
-    _launch(student, teacher, coefficient, labels, None, stats, gradient, *objective)
 
 
 def divergence_shard_stats(

@@ -21,7 +21,7 @@ from fastkd.kernels import rows
 
 from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
 
-PASSES = ("fused", "stats", "gradient")  # divergence_rows_, divergence_stats, divergence_gradient
+PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
 
 VOCABULARY = 32128
 

@@ -97,7 +97,8 @@ def fused(student: Tensor, teacher: Tensor | None, coefficient, labels, *options
     target = moved(student) if DEVICE.type == "cuda" else student.clone(memory_format=torch.preserve_format)
     skip_unless_made_for(target, teacher)
     loss = torch.empty(student.shape[0], dtype=torch.float64, device=DEVICE)
-    kernels.divergence_rows_(target, moved(teacher), moved(coefficient), moved(labels), loss, *options)
+    arguments = target, moved(teacher), moved(coefficient), moved(labels)
+    kernels.divergence_rows(*arguments, loss, None, target, *options)
     return loss.cpu(), target.cpu()
 
 
@@ -110,8 +111,8 @@ def in_two_steps(student, teacher, coefficient, labels, *options, dtype=None) ->
     stats = torch.empty(student.shape[0], STATS, dtype=torch.float64, device=DEVICE)
     gradient = torch.empty(student.shape, dtype=dtype or student.dtype, device=DEVICE)
     skip_unless_made_for(student, teacher, gradient)
-    kernels.divergence_stats(student, teacher, coefficient, labels, loss, stats, *options)
-    kernels.divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *options)
+    kernels.divergence_rows(student, teacher, coefficient, labels, loss, stats, None, *options)
+    kernels.divergence_rows(student, teacher, coefficient, labels, None, stats, gradient, *options)
     return loss.cpu(), gradient.cpu()
 
 
@@ -120,7 +121,7 @@ def oracle(student, teacher, coefficient, labels, *options) -> tuple[Tensor, Ten
     gradient = student.double().contiguous().clone()
     teacher = None if teacher is None else teacher.double()
     loss = torch.empty(student.shape[0], dtype=torch.float64)
-    torch.ops.fastkd.divergence_rows_(gradient, teacher, coefficient, labels, loss, *options)
+    torch.ops.fastkd.divergence_rows(gradient, teacher, coefficient, labels, loss, None, gradient, *options)
     return loss, gradient
 
 
@@ -281,7 +282,7 @@ def test_only_the_row_is_written():
     before, teacher = whole.clone(), torch.randn(3, 21, device=DEVICE)
     loss = torch.empty(3, dtype=torch.float64, device=DEVICE)
     inside = whole[1:4, 7:28]
-    kernels.divergence_rows_(inside, teacher, ones(3).to(DEVICE), None, loss, *objective("forward_kl"))
+    kernels.divergence_rows(inside, teacher, ones(3).to(DEVICE), None, loss, None, inside, *objective("forward_kl"))
     assert not torch.equal(inside, before[1:4, 7:28])
     whole[1:4, 7:28] = before[1:4, 7:28]
     assert torch.equal(whole, before)
@@ -369,15 +370,15 @@ def test_wrong_arguments():
     student, one = torch.randn(2, 5, device=DEVICE), ones(2).to(DEVICE)
     options = objective("jsd")
     for bad, message in [
-        ((student, student[:, :4], one, None, one, *options), "teacher"),
-        ((student, student, one.float(), None, one, *options), "coefficient"),
-        ((student, student, one, None, one[:1], *options), "loss"),
-        ((student, None, one, None, one, *options), "teacher"),
-        ((student, student, one, None, one, *objective("jsd", ce_weight=1.0)), "labels"),
-        ((student, student, one, None, one, 6, *options[1:]), "divergence"),
+        ((student, student[:, :4], one, None, one, None, student, *options), "teacher"),
+        ((student, student, one.float(), None, one, None, student, *options), "coefficient"),
+        ((student, student, one, None, one[:1], None, student, *options), "loss"),
+        ((student, None, one, None, one, None, student, *options), "teacher"),
+        ((student, student, one, None, one, None, student, *objective("jsd", ce_weight=1.0)), "labels"),
+        ((student, student, one, None, one, None, student, 6, *options[1:]), "divergence"),
     ]:
         with pytest.raises(RuntimeError if kernels is CudaRows else ValueError, match=message):
-            kernels.divergence_rows_(*bad)
+            kernels.divergence_rows(*bad)
 
 
 # ---- how CUDA C++ shares a row out -----------------------------------------------------------------------------------

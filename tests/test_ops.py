@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import fastkd.functions
+from fastkd import backend
 from fastkd.backend import interpret_triton
 from fastkd.checks import Objective, numbers
 from fastkd.divergence import divergence_code
@@ -19,11 +23,13 @@ from .cases import (
     HEADS,
     LINEAR_KL,
     LOGIT_KL,
+    NAN,
     RELATION_KL,
     UNRELATED,
     Op,
     distance,
     over_attention_ops,
+    over_divergences,
     over_fused,
     over_token_ops,
     running_on,
@@ -190,42 +196,59 @@ def test_attention_heads_guards_memory():
 
 
 def test_row_primitive_opcheck(rows):
-    student, teacher, coefficient, labels = rows
+    student = rows[0]
     loss, stats = torch.zeros(5, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
-    ops = torch.ops.fastkd
-    opcheck(ops.divergence_stats.default, (student, teacher, coefficient, labels, loss, stats, *OBJECTIVE))
-    opcheck(ops.divergence_rows_.default, (student.clone(), teacher, coefficient, labels, loss, *OBJECTIVE))
-    gradient = torch.empty_like(student)
-    opcheck(ops.divergence_gradient.default, (student, teacher, stats, coefficient, labels, gradient, *OBJECTIVE))
+    op, gradient = torch.ops.fastkd.divergence_rows, torch.empty_like(student)
+    op(*rows, loss, stats, None, *OBJECTIVE)
+    for wanted in ((loss, None, gradient), (loss, stats, None), (None, stats, gradient), (loss, stats, gradient)):
+        opcheck(op.default, (*rows, *wanted, *OBJECTIVE))
 
 
-def test_row_primitive_agrees_with_itself(rows):
-    """In place or through kept statistics: the same loss and the same gradient, to the bit."""
-    student, teacher, coefficient, labels = rows
-    ops = torch.ops.fastkd
-    loss, other_loss = torch.zeros(2, 5, dtype=torch.float64).unbind()
-    stats, gradient = torch.zeros(5, 7, dtype=torch.float64), torch.empty_like(student)
-    ops.divergence_stats(student, teacher, coefficient, labels, loss, stats, *OBJECTIVE)
-    ops.divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *OBJECTIVE)
-    ops.divergence_rows_(student, teacher, coefficient, labels, other_loss, *OBJECTIVE)
-    assert torch.equal(loss, other_loss)
-    assert torch.equal(gradient, student)
+@pytest.mark.parametrize("columns", [33, 2500])
+@over_divergences
+def test_row_primitive_agrees_with_itself(columns: int, divergence: str):
+    """In place, through kept statistics or all at once: the same loss, statistics and gradient, to the bit."""
+    student, teacher = (x.float() for x in UNRELATED.logits(5, columns))
+    coefficient = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
+    labels = torch.randint(0, columns, (5,))
+    objective = (divergence_code(divergence), *OBJECTIVE[1:])
+
+    def call(student: Tensor, *wanted: Tensor | None) -> None:
+        torch.ops.fastkd.divergence_rows(student, teacher, coefficient, labels, *wanted, *objective)
+
+    losses, stats = torch.full((3, 5), NAN).double(), torch.full((2, 5, 7), NAN).double()
+    gradients = torch.full((2, 5, columns), NAN)
+    call(student, losses[0], stats[0], None)
+    call(student, None, stats[0], gradients[0])
+    call(student, losses[1], stats[1], gradients[1])
+    call(student, losses[2], None, student)
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+    assert torch.equal(stats[0], stats[1]) and not stats[0, 2].any()
+    assert torch.equal(gradients[0], student) and torch.equal(gradients[1], student)
 
 
 def test_row_primitive_guards_memory(rows):
     """Called directly, wrong shapes are refused and a label out of range gives NaN instead of a wild read."""
     student, teacher, coefficient, labels = rows
-    loss = torch.zeros(5, dtype=torch.float64)
-    call = torch.ops.fastkd.divergence_rows_
-    with pytest.raises(RuntimeError, match="teacher must be"):
-        call(student, teacher[:, :-1], coefficient, labels, loss, *OBJECTIVE)
-    with pytest.raises(RuntimeError, match="labels must be"):
-        call(student, teacher, coefficient, labels[:-1], loss, *OBJECTIVE)
-    with pytest.raises(RuntimeError, match="coefficient has the wrong dtype"):
-        call(student, teacher, coefficient.float(), labels, loss, *OBJECTIVE)
-    with pytest.raises(RuntimeError, match="unknown divergence"):
-        call(student, teacher, coefficient, labels, loss, 6, *OBJECTIVE[1:])
-    call(student, teacher, coefficient, torch.tensor([0, 33, 2, 3, -1]), loss, *OBJECTIVE)
+    loss, stats = torch.zeros(5, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
+
+    def call(teacher=teacher, coefficient=coefficient, labels=labels, loss=loss, stats=None, gradient=student, code=2):
+        wanted = loss, stats, gradient, code, *OBJECTIVE[1:]
+        torch.ops.fastkd.divergence_rows(student, teacher, coefficient, labels, *wanted)
+
+    for message, changed in [
+        ("teacher must be", {"teacher": teacher[:, :-1]}),
+        ("labels must be", {"labels": labels[:-1]}),
+        ("coefficient has the wrong dtype", {"coefficient": coefficient.float()}),
+        ("loss must be", {"loss": loss[:-1]}),
+        ("stats must be", {"stats": stats[:, :-1]}),
+        ("gradient must be", {"gradient": student[:-1]}),
+        ("stats are needed", {"loss": None}),
+        ("unknown divergence", {"code": 6}),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**changed)
+    call(labels=torch.tensor([0, 33, 2, 3, -1]))
     assert loss.isnan().tolist() == [False, True, False, False, True]
     assert student.isnan().any(1).tolist() == [False, True, False, False, True]
 
@@ -304,6 +327,13 @@ def test_fake_tensors_have_no_values_to_check(op: Op):
         tokens = {"labels": labels, "weight": weight, "normalizer": weight.sum()}
         loss, gradients = value_and_gradients(op, inputs, ce_weight=1.0, **tokens)
     assert loss.shape == () and {x: g.shape for x, g in gradients.items()} == {x: inputs[x].shape for x in gradients}
+
+
+def test_an_extension_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """One that was built before an operator's arguments changed would take some for others."""
+    assert backend._load_extension() is None
+    monkeypatch.setitem(sys.modules, "fastkd._C", ModuleType("fastkd._C"))
+    assert "install fastkd again" in str(backend._load_extension())
 
 
 def test_functions_are_public():

@@ -230,7 +230,7 @@ def test_gradient_of_the_row_kernel_continues_from_the_statistics(divergence: st
     stats, scores = kernels.statistics(student, teacher, V, coefficient, labels, loss, *objective)
     kernels.gradient(student, teacher, V, coefficient, labels, stats, scores, 0, gradient, *objective)
     matrices = [torch.addmm(bias, hidden, weight.t()) for hidden, weight, bias, _ in (student, teacher)]
-    rows.divergence_gradient(*matrices, stats, coefficient, labels, other, *objective)
+    rows.divergence_rows(*matrices, coefficient, labels, None, stats, other, *objective)
     assert distance(gradient, other) <= 2e-6
 
 

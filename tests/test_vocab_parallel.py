@@ -26,7 +26,7 @@ from torch.library import opcheck
 import fastkd
 from fastkd.checks import Objective
 from fastkd.divergence import DIVERGENCES, divergence_code
-from fastkd.ops.divergence_rows import ELSEWHERE, divergence_shard_gradient, divergence_stats
+from fastkd.ops.divergence_rows import ELSEWHERE, divergence_rows, divergence_shard_gradient
 from fastkd.ops.vocabulary_shards import VocabularyShard, _checksum
 
 from .cases import (
@@ -563,7 +563,7 @@ def test_a_label_in_another_shard_adds_its_softmax_alone(backend: str):
     with running_on(backend) as (_, device):
         x, t, labels, coefficient = (tensor.to(device) for tensor in (student, teacher, labels, coefficient))
         loss, stats, gradient = torch.empty_like(coefficient), coefficient.new_empty(4, 7), torch.empty_like(x)
-        divergence_stats(x, t, coefficient, labels, loss, stats, *objective)
+        divergence_rows(x, t, coefficient, labels, loss, stats, None, *objective)
         divergence_shard_gradient(x, t, stats, coefficient, labels, gradient, *objective)
     wanted = student.double().softmax(1)
     wanted[0, 5] -= 1

@@ -15,6 +15,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "attention_arguments.h"
 #include "diagonals.h"
 #include "huge_pages.h"
 #include "row_kernel.h"
@@ -59,120 +60,11 @@ Span span_of(int64_t n, const Keep& keep) {
   return span;
 }
 
-// ---- the arguments of a call ----------------------------------------------------------------------------------------
-
 // A head of x [B, L, H], where head h has the columns from h * d.
 template <class F>
 Matrix<F> head_of(const Tensor& x, int64_t b, int64_t h, int64_t d) {
   char* data = static_cast<char*>(x.data_ptr()) + (b * x.stride(0) + h * d * x.stride(2)) * x.element_size();
   return Matrix<F>(data, x.scalar_type(), x.stride(1), x.stride(2));
-}
-
-struct Model {
-  const Tensor &q, &k;                // [B, Lq, H], [B, Lk, H]
-  const std::optional<Tensor>& bias;  // dense, [B, A, Lq, Lk] with any stride, or by its diagonals, [A, 2 * reach + 1]
-  double scale;
-
-  bool has_dense_bias() const { return bias && bias->dim() == 4; }
-};
-
-struct Gradients {
-  const std::optional<Tensor>&q, &k, &bias;  // the bias's: [B, A, 2 * reach + 1], or dense with a 1 where it broadcasts
-
-  bool any() const { return q || k || bias; }
-  bool dense_bias() const { return bias && bias->dim() == 4; }
-};
-
-struct Arguments {
-  Model student, teacher;
-  const Tensor& coefficient;              // [B, A, Lq] float64; rows of 0 are not read
-  const std::optional<Tensor>& key_mask;  // [B, Lk] bool
-  bool causal, relation;                  // relation: queries and keys are one tensor, and gradients.q is of both
-  int64_t rows_at_once;
-  Objective objective;
-  const Tensor& loss;  // as coefficient
-  Gradients gradients;
-
-  int64_t batch() const { return coefficient.size(0); }
-  int64_t heads() const { return coefficient.size(1); }
-  int64_t queries() const { return coefficient.size(2); }
-  int64_t keys() const { return student.k.size(1); }
-  int64_t width(const Model& model) const { return model.q.size(2) / heads(); }
-  int64_t reach(const Tensor& diagonals) const { return diagonals.size(diagonals.dim() - 1) / 2; }
-
-  void check() const;
-
- private:
-  void check_sides(const Model& model) const;
-  void check_gradients() const;
-};
-
-bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  if (x.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t i = 0;
-  for (const int64_t size : sizes) {
-    if (x.size(i++) != size) return false;
-  }
-  return true;
-}
-
-void Arguments::check_sides(const Model& model) const {
-  const int64_t H = model.q.dim() == 3 ? model.q.size(2) : -1;
-  STD_TORCH_CHECK(has_sizes(model.q, {batch(), queries(), H}) && has_sizes(model.k, {batch(), keys(), H}) &&
-                      heads() > 0 && H % heads() == 0,
-                  "fastkd: queries and keys must be [B, L, H] with heads of one width");
-  STD_TORCH_CHECK(is_float(model.q.scalar_type()) && is_float(model.k.scalar_type()),
-                  "fastkd: queries and keys must be of a floating dtype");
-  if (!model.bias) return;
-  const Tensor& bias = *model.bias;
-  const ScalarType wanted = student.q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(model.has_dense_bias()
-                      ? has_sizes(bias, {batch(), heads(), queries(), keys()}) && is_float(bias.scalar_type())
-                      : bias.dim() == 2 && bias.size(0) == heads() && bias.size(1) % 2 == 1 && bias.is_contiguous() &&
-                            bias.scalar_type() == wanted,
-                  "fastkd: a bias must be [B, A, Lq, Lk], or diagonals, contiguous [A, 2 * reach + 1] in the scores' dtype");
-}
-
-void Arguments::check_gradients() const {
-  for (const auto& [gradient, x] : {std::pair(&gradients.q, &student.q), std::pair(&gradients.k, &student.k)}) {
-    STD_TORCH_CHECK(!*gradient || (has_sizes(**gradient, {x->size(0), x->size(1), x->size(2)}) &&
-                                   is_float((*gradient)->scalar_type())),
-                    "fastkd: gradients must have the shapes of queries and keys");
-  }
-  STD_TORCH_CHECK(!relation || (!gradients.k && queries() == keys()), "fastkd: a relation has one gradient");
-  if (!gradients.bias) return;
-  const Tensor& gradient = *gradients.bias;
-  STD_TORCH_CHECK(student.bias && gradient.is_contiguous(), "fastkd: the bias's gradient must be contiguous");
-  if (!student.has_dense_bias()) {
-    STD_TORCH_CHECK(has_sizes(gradient, {batch(), heads(), student.bias->size(1)}) &&
-                        gradient.scalar_type() == ScalarType::Double,
-                    "fastkd: the diagonals' gradient must be float64 [B, A, 2 * reach + 1]");
-    return;
-  }
-  STD_TORCH_CHECK(gradient.dim() == 4 && (gradient.scalar_type() == ScalarType::Float ||
-                                          gradient.scalar_type() == ScalarType::Double),
-                  "fastkd: a dense bias's gradient must be float32 or float64 [B, A, Lq, Lk]");
-  for (int64_t i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(gradient.size(i) == 1 || gradient.size(i) == student.bias->size(i),
-                    "fastkd: a dense bias's gradient must broadcast to [B, A, Lq, Lk]");
-  }
-}
-
-void Arguments::check() const {
-  STD_TORCH_CHECK(coefficient.dim() == 3 && coefficient.is_contiguous() &&
-                      coefficient.scalar_type() == ScalarType::Double,
-                  "fastkd: coefficient must be contiguous float64 [B, A, Lq]");
-  STD_TORCH_CHECK(has_sizes(loss, {batch(), heads(), queries()}) && loss.is_contiguous() &&
-                      loss.scalar_type() == ScalarType::Double,
-                  "fastkd: loss must be contiguous float64 [B, A, Lq]");
-  STD_TORCH_CHECK(student.k.dim() == 3, "fastkd: keys must be [B, Lk, H]");
-  check_sides(student);
-  check_sides(teacher);
-  check_gradients();
-  STD_TORCH_CHECK(!key_mask || (has_sizes(*key_mask, {batch(), keys()}) && key_mask->is_contiguous() &&
-                                key_mask->scalar_type() == ScalarType::Bool),
-                  "fastkd: key_mask must be contiguous bool [B, Lk]");
-  STD_TORCH_CHECK(rows_at_once > 0, "fastkd: rows_at_once must be positive");
 }
 
 // ---- the bias on a row of scores, and its gradient ------------------------------------------------------------------
@@ -299,7 +191,8 @@ class Worker {
       if (weights_[i] != 0) {
         for (int m = 0; m < 2; ++m) finish(m, scores_[m] + (i - rows.begin) * n, i, keys);
       }
-      losses_[i] = row_loss(kernel, i - rows.begin, weights_[i]);
+      RowStats stats;
+      write_row(kernel, i - rows.begin, weights_[i], losses_ + i, stats, a_.gradients.any() ? &kernel.student : nullptr);
     }
     if (a_.gradients.any()) gradients(scores[0], rows, keys);
   }
@@ -318,12 +211,6 @@ class Worker {
     }
     if (has_holes_) hide_masked_keys(row, mask_ + keys.begin, n);
     if (a_.causal) hide_later_keys(row, n, distance);
-  }
-
-  double row_loss(const RowKernel<D, F>& kernel, int64_t row, double weight) const {
-    if (a_.gradients.any()) return loss_and_gradient_(kernel, row, weight);
-    RowStats stats;
-    return weight == 0 ? 0 : weight * kernel.loss(row, stats);
   }
 
   void gradients(const View<F>& g, const Span& rows, const Span& keys) {

@@ -45,7 +45,7 @@ struct Arguments {
   }
 };
 
-// Calls body(kernel, row, coefficient) for every row, with the kernel of this divergence and precision.
+// Calls body(kernel), with the kernel of this divergence and precision, for what to call with every (row, coefficient).
 template <class Body>
 void for_rows(const Arguments& a, const Body& body) {
   for_kernel(a.objective.divergence, a.student.scalar_type(), [&]<class D, class F>() {
@@ -54,10 +54,11 @@ void for_rows(const Arguments& a, const Body& body) {
     const RowKernel<D, F> kernel{Matrix<F>(a.student), kd ? std::optional(Matrix<F>(*a.teacher)) : std::nullopt,
                                  ce ? static_cast<const int64_t*>(a.labels->data_ptr()) : nullptr, a.student.size(1),
                                  a.objective, Beta<F>(a.objective.beta)};
+    const auto on_row = body(kernel);
     const auto* coefficient = static_cast<const double*>(a.coefficient.data_ptr());
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.student.size(1)));
     torch::stable::parallel_for(0, a.student.size(0), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) body(kernel, row, coefficient[row]);
+      for (int64_t row = begin; row < end; ++row) on_row(row, coefficient[row]);
     });
   });
 }
@@ -66,45 +67,28 @@ Objective objective(int64_t divergence, double beta, double temperature, double 
   return {static_cast<Divergence>(divergence), beta, temperature, kd_weight, ce_weight};
 }
 
-// loss [R] = coefficient * loss; `student` becomes its gradient. Rows of coefficient 0 are not read.
-void divergence_rows_(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
-                      Tensor loss, int64_t divergence, double beta, double temperature, double kd_weight,
-                      double ce_weight) {
+// loss [R] = coefficient * loss, and the statistics [R, 7] behind it; without a loss, the statistics are given. `gradient`
+// [R, V] = coefficient * d loss / d student, in any dtype; it may be the student itself. Rows of coefficient 0 are not read.
+void divergence_rows(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
+                      std::optional<Tensor> loss, std::optional<Tensor> stats, std::optional<Tensor> gradient,
+                      int64_t divergence, double beta, double temperature, double kd_weight, double ce_weight) {
   const Arguments a(student, teacher, coefficient, labels,
                     objective(divergence, beta, temperature, kd_weight, ce_weight));
-  double* losses = a.row_results(loss);
-  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
-    losses[row] = loss_and_gradient_(kernel, row, weight);
-  });
-}
-
-// loss [R] = coefficient * loss, and the statistics [R, 7] from which divergence_gradient starts.
-void divergence_stats(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
-                      Tensor loss, Tensor stats, int64_t divergence, double beta, double temperature, double kd_weight,
-                      double ce_weight) {
-  const Arguments a(student, teacher, coefficient, labels,
-                    objective(divergence, beta, temperature, kd_weight, ce_weight));
-  double* losses = a.row_results(loss);
-  RowStats* row_stats = a.row_statistics(stats);
-  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
-    row_stats[row] = {};
-    losses[row] = weight == 0 ? 0 : weight * kernel.loss(row, row_stats[row]);
-  });
-}
-
-// gradient [R, V] = coefficient * d loss / d student, in any dtype.
-void divergence_gradient(Tensor student, std::optional<Tensor> teacher, Tensor stats, Tensor coefficient,
-                         std::optional<Tensor> labels, Tensor gradient, int64_t divergence, double beta,
-                         double temperature, double kd_weight, double ce_weight) {
-  const Arguments a(student, teacher, coefficient, labels,
-                    objective(divergence, beta, temperature, kd_weight, ce_weight));
-  check_matrix(gradient, student.size(0), student.size(1), "gradient");
-  STD_TORCH_CHECK(is_float(gradient.scalar_type()), "fastkd: gradient must be of a floating dtype");
-  const RowStats* row_stats = a.row_statistics(stats);
-  advise_huge_pages(gradient);
-  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
-    const auto target = kernel.view(gradient);
-    weight == 0 ? kernel.zero(row, target) : kernel.gradient(row, row_stats[row], weight, target);
+  STD_TORCH_CHECK(loss || stats, "fastkd: stats are needed where no loss is asked for");
+  double* losses = loss ? a.row_results(*loss) : nullptr;
+  RowStats* row_stats = stats ? a.row_statistics(*stats) : nullptr;
+  if (gradient) {
+    check_matrix(*gradient, student.size(0), student.size(1), "gradient");
+    STD_TORCH_CHECK(is_float(gradient->scalar_type()), "fastkd: gradient must be of a floating dtype");
+    if (gradient->data_ptr() != student.data_ptr()) advise_huge_pages(*gradient);
+  }
+  for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel) {
+    const auto target = gradient ? std::optional(Matrix<F>(*gradient)) : std::nullopt;
+    return [&kernel, target, losses, row_stats](int64_t row, double weight) {
+      RowStats own;
+      write_row(kernel, row, weight, losses ? losses + row : nullptr, row_stats ? row_stats[row] : own,
+                target ? &*target : nullptr);
+    };
   });
 }
 
@@ -115,9 +99,11 @@ void divergence_shard_stats(Tensor student, std::optional<Tensor> teacher, Tenso
   const Arguments a(student, teacher, coefficient, labels,
                     objective(divergence, beta, temperature, kd_weight, ce_weight));
   RowStats* row_stats = a.row_statistics(stats);
-  for_rows(a, [&](const auto& kernel, int64_t row, double weight) {
-    row_stats[row] = {};
-    if (weight != 0) kernel.shard_statistics(row, row_stats[row]);
+  for_rows(a, [&](const auto& kernel) {
+    return [&kernel, row_stats](int64_t row, double weight) {
+      row_stats[row] = {};
+      if (weight != 0) kernel.shard_statistics(row, row_stats[row]);
+    };
   });
 }
 
@@ -131,20 +117,20 @@ void divergence_shard_sums(Tensor student, std::optional<Tensor> teacher, Tensor
                   "fastkd: sums must be contiguous float64");
   const RowStats* row_stats = a.row_statistics(stats);
   auto* row_sums = static_cast<BlockValue<double>*>(sums.data_ptr());
-  for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel, int64_t row, double weight) {
-    row_sums[row] = {0, 0, 0};
-    if constexpr (D::kMoment == Moment::kNone) {
-      if (weight != 0 && !row_stats[row].empty()) row_sums[row] = kernel.values(row, row_stats[row]);
-    }
+  for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel) {
+    return [&kernel, row_stats, row_sums](int64_t row, double weight) {
+      row_sums[row] = {0, 0, 0};
+      if constexpr (D::kMoment == Moment::kNone) {
+        if (weight != 0 && !row_stats[row].empty()) row_sums[row] = kernel.values(row, row_stats[row]);
+      }
+    };
   });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("divergence_rows_", TORCH_BOX(&divergence_rows_));
-  m.impl("divergence_stats", TORCH_BOX(&divergence_stats));
-  m.impl("divergence_gradient", TORCH_BOX(&divergence_gradient));
+  m.impl("divergence_rows", TORCH_BOX(&divergence_rows));
   m.impl("divergence_shard_stats", TORCH_BOX(&divergence_shard_stats));
   m.impl("divergence_shard_sums", TORCH_BOX(&divergence_shard_sums));
 }

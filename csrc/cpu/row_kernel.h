@@ -8,9 +8,8 @@
 // cache: once for the running maxima and sums of exponentials (online softmax of both models at once), once more for
 // the divergences that need normalised probabilities, and once for the gradient. One thread walks a row in a fixed order.
 //
-// The inner loops are plain loops over contiguous floats. Function clones compile each of them for AVX-512, AVX2 and
-// the baseline; the loader picks one when the library is loaded. Rows that are strided or of another dtype are copied
-// block by block into a small buffer first.
+// The loops over a block are in row_blocks.h. Rows that are strided or of another dtype are copied block by block into a
+// small buffer first.
 #pragma once
 
 #include <algorithm>
@@ -18,14 +17,12 @@
 #include <limits>
 #include <optional>
 
-#include "../divergence.h"
-#include "clones.h"
 #include "matrix.h"
+#include "row_blocks.h"
 
 namespace fastkd {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // columns: student, teacher and gradient blocks take 12 KB of fp32 together
 // Divergence, in nats, under which a row is computed with care. At 0.1 probabilities differ by some 40 %, so the plain
 // difference of two that are each good to 1e-7 is still good to 1e-6.
 constexpr double kNearlyEqual = 0.1;
@@ -33,169 +30,6 @@ constexpr double kNearlyEqual = 0.1;
 constexpr double kFarApart = 16;
 // The label of a row that is a shard of a longer one, in another shard of which the label lies.
 constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
-
-// ---- inner loops, one block each ------------------------------------------------------------------------------------
-
-template <class F>
-FASTKD_CLONES F block_max(const F* x, int64_t n) {
-  F top = -std::numeric_limits<F>::infinity();
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < n; ++j) top = x[j] > top ? x[j] : top;
-  return top;
-}
-
-template <class F>
-struct BlockMaxima {
-  F student, teacher;
-};
-
-// Of both models, in halves: four maxima under way at a time, where one would wait for itself.
-template <class F>
-FASTKD_CLONES BlockMaxima<F> block_maxima(const F* s, const F* t, int64_t n) {
-  const F lowest = -std::numeric_limits<F>::infinity();
-  const int64_t half = n / 2;
-  F s_0 = lowest, s_1 = lowest, t_0 = lowest, t_1 = lowest;
-#pragma omp simd reduction(max : s_0, s_1, t_0, t_1)
-  for (int64_t j = 0; j < half; ++j) {
-    s_0 = s[j] > s_0 ? s[j] : s_0;
-    s_1 = s[half + j] > s_1 ? s[half + j] : s_1;
-    t_0 = t[j] > t_0 ? t[j] : t_0;
-    t_1 = t[half + j] > t_1 ? t[half + j] : t_1;
-  }
-  if (n % 2 != 0) {
-    s_0 = s[n - 1] > s_0 ? s[n - 1] : s_0;
-    t_0 = t[n - 1] > t_0 ? t[n - 1] : t_0;
-  }
-  return {s_0 > s_1 ? s_0 : s_1, t_0 > t_1 ? t_0 : t_1};
-}
-
-template <class F>
-struct BlockSums {
-  F student, teacher, difference, moment, student_1;
-};
-
-// The exponentials of a row that is one block long, kept from the sums for the gradient: half of a short row's work. For a
-// careful forward KL, `student` is what the student's exceed the teacher's by.
-template <class F>
-struct Exponentials {
-  F student[kBlock], teacher[kBlock];
-  bool kept = false;
-};
-
-// How the first pass sums up a block: plainly; plainly with an eye on scores of -inf; or to the accuracy of Pair. The
-// moment is sum p log(p / q), or sum q log(q / p) for the student's; the careful pass sums up p log(p / q) + q - p
-// instead, of second order like the divergence, and its caller takes q - p off again, exactly.
-enum class Pass { kPlain, kMasked, kCareful };
-
-// Sums over a block relative to the maxima so far, which `row` holds with sums of 1: probabilities are the plain
-// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one. kKeep:
-// the exponentials are written to `kept`.
-template <class F, Moment kMoment, Pass kPass, bool kSeparate, bool kKeep>
-FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
-                                      Exponentials<F>* kept) {
-  F* const kept_student = kKeep ? kept->student : nullptr;
-  F* const kept_teacher = kKeep ? kept->teacher : nullptr;
-  const RowConstants<F> r = row;
-  F student = 0, teacher = 0, difference = 0, moment = 0, student_1 = 0;
-#pragma omp simd reduction(+ : student, teacher, difference, moment, student_1)
-  for (int64_t j = 0; j < n; ++j) {
-    F p, q;
-    if constexpr (kPass == Pass::kCareful) {
-      const Pair<F> c(s[j], t[j], r);
-      p = c.p, q = c.q;
-      difference += c.difference;
-      moment += kMoment == Moment::kStudent ? c.student_excess() : c.teacher_excess();
-      if constexpr (kKeep) kept_student[j] = kMoment == Moment::kStudent ? c.q : c.difference, kept_teacher[j] = c.p;
-    } else {
-      const F top_s = (kPass == Pass::kMasked ? unmasked(s[j]) : s[j]) - r.max_s;
-      const F top_t = (kPass == Pass::kMasked ? unmasked(t[j]) : t[j]) - r.max_t;
-      q = exp2_nonpositive(top_s * r.log2e_over_tau), p = exp2_nonpositive(top_t * r.log2e_over_tau);
-      moment += (kMoment == Moment::kStudent ? -q : p) * (top_t - top_s);
-      if constexpr (kKeep) kept_student[j] = q, kept_teacher[j] = p;
-    }
-    student += q;
-    teacher += p;
-    if constexpr (kSeparate) student_1 += exp2_nonpositive((s[j] - r.max_s) * F(kLog2E));
-  }
-  return {student, teacher, difference, kPass == Pass::kCareful ? moment : moment * r.inv_tau, student_1};
-}
-
-template <class F>
-FASTKD_CLONES F block_sum(const F* s, int64_t n, F max_s) {
-  F sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += exp2_nonpositive((s[j] - max_s) * F(kLog2E));
-  return sum;
-}
-
-template <class F>
-FASTKD_CLONES F block_residual(const F* s, const F* t, int64_t n, const RowConstants<F>& row) {
-  const RowConstants<F> r = row;
-  F sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += ReverseKL::gradient<false>(s[j], t[j], r);
-  return sum;
-}
-
-template <class F>
-struct BlockValue {
-  F value, slope, coslope;
-};
-
-template <class D, class F>
-FASTKD_CLONES BlockValue<F> block_value(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
-                                        const Beta<F>& beta) {
-  const RowConstants<F> r = row;
-  const Beta<F> b = beta;
-  F value = 0, slope = 0, coslope = 0;
-#pragma omp simd reduction(+ : value, slope, coslope)
-  for (int64_t j = 0; j < n; ++j) {
-    const Pair<F> column(s[j], t[j], r);
-    value += D::value(column, b);
-    slope += D::slope(column, b);
-    coslope += D::coslope(column, b);
-  }
-  return {value, slope, coslope};
-}
-
-// g may be s. All three are read and written at the same j only.
-template <class D, bool kCareful, class F>
-FASTKD_CLONES void block_gradient(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
-                                  const Beta<F>& beta, F scale) {
-  const RowConstants<F> r = row;
-  const Beta<F> b = beta;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = scale * gradient_of<D, kCareful>(s[j], t[j], b, r);
-}
-
-// The same where the exponentials are at hand. surplus: the student's sum of them over the teacher's, minus 1.
-template <class D, bool kCareful, class F>
-FASTKD_CLONES void block_gradient_kept(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
-                                       const Exponentials<F>& kept, F surplus, F scale) {
-  const RowConstants<F> r = row;
-  const F* const student = kept.student;
-  const F* const teacher = kept.teacher;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    if constexpr (kCareful && D::kMoment == Moment::kTeacher) {
-      g[j] = scale * ((student[j] - surplus * teacher[j]) * r.inv_sum_s);
-    } else {
-      g[j] = scale * D::gradient_of_probabilities(student[j] * r.inv_sum_s, teacher[j] * r.inv_sum_t, s[j], t[j], r);
-    }
-  }
-}
-
-template <class F>
-FASTKD_CLONES void block_softmax(const F* s, F* g, int64_t n, F max_s, F scale) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = scale * exp2_nonpositive((s[j] - max_s) * F(kLog2E));
-}
-
-template <class F>
-FASTKD_CLONES void block_kd_and_softmax(const F* s, const F* kd, F* g, int64_t n, F max_s, F scale) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = kd[j] + scale * exp2_nonpositive((s[j] - max_s) * F(kLog2E));
-}
 
 // ---- one row --------------------------------------------------------------------------------------------------------
 
@@ -215,8 +49,6 @@ struct RowKernel {
   Beta<F> beta;
 
   static constexpr double kLowest = -std::numeric_limits<double>::infinity();
-
-  Matrix<F> view(const Tensor& x) const { return Matrix<F>(x); }
 
   // What sums of e^((x - before) / tau) are multiplied with when the running maximum moves to `now`.
   static double rescale(double before, double now, double inv_tau) {
@@ -473,18 +305,18 @@ struct RowKernel {
   }
 };
 
-// One row's loss; its scores become their gradient.
+// One row: its loss and statistics, unless they are given, and its gradient, if wanted, which may be written over its scores.
 template <class D, class F>
-double loss_and_gradient_(const RowKernel<D, F>& kernel, int64_t row, double weight) {
-  if (weight == 0) {
-    kernel.zero(row, kernel.student);
-    return 0;
+void write_row(const RowKernel<D, F>& kernel, int64_t row, double weight, double* loss, RowStats& stats,
+               const Matrix<F>* gradient) {
+  if (weight == 0) {  // the row is not read
+    if (loss) *loss = 0, stats = {};
+    if (gradient) kernel.zero(row, *gradient);
+    return;
   }
-  RowStats stats;
   Exponentials<F> kept;
-  const double loss = weight * kernel.loss(row, stats, kernel.worth_keeping() ? &kept : nullptr);
-  kernel.gradient(row, stats, weight, kernel.student, &kept);
-  return loss;
+  if (loss) stats = {}, *loss = weight * kernel.loss(row, stats, gradient && kernel.worth_keeping() ? &kept : nullptr);
+  if (gradient) kernel.gradient(row, stats, weight, *gradient, &kept);
 }
 
 // body.template operator()<D, F>() for the divergence D and the working precision F of these students.

@@ -1,4 +1,4 @@
-// The row primitive on GPUs (row_kernel.h): one operator, from which fastkd/ops/divergence_rows.py makes its three.
+// The row primitive on GPUs (row_kernel.h): what cpu/divergence_rows.cpp is on CPUs.
 //
 // It takes what linear_kl and logit_kl mostly give it: both models in the same dtype of at most four bytes, and columns
 // that lie side by side. The Triton kernel takes the rest.

@@ -8,11 +8,14 @@ For student scores s and teacher scores t, both [R, V], row by row:
 The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows.py in Triton, which takes anything, and
 csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once.
 
+One operator writes what it is given of loss, statistics and gradient. Statistics are what the gradient needs of a row;
+without a loss they are given, of a pass before. The gradient may be written over the student.
+
 A row may also be a shard of a longer one. Two more functions make what of its statistics takes one shard; what they are
 of the whole row is in vocabulary_shards.py.
 
 R rows, V columns. coefficient [R] float64, 0 skips the row (it is not read; loss and gradient are 0); labels [R] int64;
-loss [R] float64; stats [R, 7] float64, what the gradient needs of a row, private to each kernel.
+loss [R] float64; stats [R, 7] float64, private to each kernel; gradient [R, V] of any float dtype and stride.
 """
 
 from __future__ import annotations
@@ -32,12 +35,10 @@ __all__ = [
     "STATS",
     "CudaRows",
     "cuda_rows_problem",
-    "divergence_gradient",
-    "divergence_rows_",
+    "divergence_rows",
     "divergence_shard_gradient",
     "divergence_shard_stats",
     "divergence_shard_sums",
-    "divergence_stats",
     "gpu_row_kernels",
     "gpu_rows",
 ]
@@ -51,18 +52,13 @@ _OBJECTIVE = "int divergence, float beta, float temperature, float kd_weight, fl
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
-_library.define(
-    "divergence_rows_(Tensor(a!) student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(b!) loss, "
-    f"{_OBJECTIVE}) -> ()"
+_ROWS = (
+    "Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!)? loss, Tensor(b!)? stats, "
+    f"Tensor(c!)? gradient, {_OBJECTIVE}"
 )
-_library.define(
-    "divergence_stats(Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!) loss, "
-    f"Tensor(b!) stats, {_OBJECTIVE}) -> ()"
-)
-_library.define(
-    "divergence_gradient(Tensor student, Tensor? teacher, Tensor stats, Tensor coefficient, Tensor? labels, "
-    f"Tensor(a!) gradient, {_OBJECTIVE}) -> ()"
-)
+_library.define(f"divergence_rows({_ROWS}) -> ()")
+# The same on a GPU, for rows that the kernel in CUDA C++ is made for.
+_library.define(f"divergence_rows_cuda({_ROWS}, int blocks) -> ()")
 _library.define(
     "divergence_shard_stats(Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!) stats, "
     f"{_OBJECTIVE}) -> ()"
@@ -70,11 +66,6 @@ _library.define(
 _library.define(
     "divergence_shard_sums(Tensor student, Tensor? teacher, Tensor stats, Tensor coefficient, Tensor(a!) sums, "
     f"{_OBJECTIVE}) -> ()"
-)
-# What the first three are on a GPU, for rows that the kernel in CUDA C++ is made for.
-_library.define(
-    "divergence_rows_cuda(Tensor(a!) student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(b!)? loss, "
-    f"Tensor(c!)? stats, Tensor(d!)? gradient, {_OBJECTIVE}, int blocks) -> ()"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -85,7 +76,7 @@ def _fake(*_: object) -> None:
 
 
 _SHARD_OPS = ("divergence_shard_stats", "divergence_shard_sums")
-for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient", *_SHARD_OPS):
+for _name in ("divergence_rows", *_SHARD_OPS):
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
 
 # ---- implementation: the extension registers its own for CPU tensors ------------------------------------------------
@@ -100,32 +91,15 @@ class CudaRows:
     blocks = -1
 
     @classmethod
-    def _launch(cls, student, teacher, coefficient, labels, loss, stats, gradient, *objective) -> None:
-        torch.ops.fastkd.divergence_rows_cuda(
-            student, teacher, coefficient, labels, loss, stats, gradient, *objective, cls.blocks
-        )
-
-    @classmethod
-    def divergence_rows_(cls, student, teacher, coefficient, labels, loss, *objective) -> None:
-        cls._launch(student, teacher, coefficient, labels, loss, None, student, *objective)
-
-    @classmethod
-    def divergence_stats(cls, student, teacher, coefficient, labels, loss, stats, *objective) -> None:
-        cls._launch(student, teacher, coefficient, labels, loss, stats, None, *objective)
-
-    @classmethod
-    def divergence_gradient(cls, student, teacher, stats, coefficient, labels, gradient, *objective) -> None:
-        cls._launch(student, teacher, coefficient, labels, None, stats, gradient, *objective)
+    def divergence_rows(cls, *arguments: Any) -> None:
+        torch.ops.fastkd.divergence_rows_cuda(*arguments, cls.blocks)
 
     @staticmethod
-    def takes(student: Tensor, teacher: Tensor | None, *arguments: object) -> bool:
+    def takes(student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None) -> bool:
         """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side."""
-        matrices = [x for x in (student, teacher, *arguments) if isinstance(x, Tensor) and x.dim() == 2]
-        scores = [student] if teacher is None else [student, teacher]
-        return (
-            student.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            and all(x.dtype == student.dtype for x in scores)
-            and all(x.stride(1) == 1 and x.dtype != torch.float64 for x in matrices if x.shape == student.shape)
+        given = [x for x in (student, teacher, gradient) if x is not None]
+        return all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.stride(1) == 1 for x in given) and (
+            teacher is None or teacher.dtype == student.dtype
         )
 
 
@@ -169,20 +143,15 @@ def _in_triton(name: str, *arguments: object) -> None:
     getattr(rows, name)(*arguments)
 
 
-def _on_gpu(name: str):
-    def call(*arguments: Any) -> None:
-        if _preferred == "cuda" and CudaRows.takes(*arguments):
-            getattr(CudaRows, name)(*arguments)
-        else:
-            _in_triton(name, *arguments)
-
-    return call
+def _on_gpu(student: Tensor, teacher: Tensor | None, *arguments: Any) -> None:
+    _, _, _, _, gradient, *_ = arguments
+    if _preferred == "cuda" and CudaRows.takes(student, teacher, gradient):
+        CudaRows.divergence_rows(student, teacher, *arguments)
+    else:
+        _in_triton("divergence_rows", student, teacher, *arguments)
 
 
-for _name in ("divergence_rows_", "divergence_stats", "divergence_gradient"):
-    _library.impl(_name, _on_gpu(_name), "CUDA")
-
-
+_library.impl("divergence_rows", _on_gpu, "CUDA")
 for _name in _SHARD_OPS:
     _library.impl(_name, functools.partial(_in_triton, _name), "CUDA")
 
@@ -197,52 +166,22 @@ def _call_shard(name: str, student: Tensor, *arguments: object) -> None:
         getattr(torch.ops.fastkd, name)(student, *arguments)
 
 
-def _call(name: str, student: Tensor, *arguments: object) -> None:
-    if backend_for(student.device)[0] == "triton":
-        _on_gpu(name)(student, *arguments)
-    else:
-        getattr(torch.ops.fastkd, name)(student, *arguments)
-
-
 # ---- functions for the other ops ------------------------------------------------------------------------------------
 
 
-def divergence_rows_(
+def divergence_rows(
     student: Tensor,  # [R, V]
     teacher: Tensor | None,  # [R, V]
     coefficient: Tensor,  # [R]
     labels: Tensor | None,  # [R]
-    loss: Tensor,  # [R]
+    loss: Tensor | None,  # [R]
+    stats: Tensor | None,  # [R, 7]
+    gradient: Tensor | None,  # [R, V]
     *objective: float,
 ) -> None:
-    """Writes each row's loss, and overwrites `student` with coefficient * d loss / d student."""
-    _call("divergence_rows_", student, teacher, coefficient, labels, loss, *objective)
-
-
-def divergence_stats(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    loss: Tensor,  # [R]
-    stats: Tensor,  # [R, 7]
-    *objective: float,
-) -> None:
-    """Writes each row's loss and the statistics that `divergence_gradient` starts from."""
-    _call("divergence_stats", student, teacher, coefficient, labels, loss, stats, *objective)
-
-
-def divergence_gradient(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    stats: Tensor,  # [R, 7]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    gradient: Tensor,  # [R, V]
-    *objective: float,
-) -> None:
-    """Writes coefficient * d loss / d student into `gradient`, of any float dtype and stride."""
-    _call("divergence_gradient", student, teacher, stats, coefficient, labels, gradient, *objective)
+    """Writes each row's loss and statistics, and coefficient * d loss / d student: of these what is given."""
+    call = _on_gpu if backend_for(student.device)[0] == "triton" else torch.ops.fastkd.divergence_rows
+    call(student, teacher, coefficient, labels, loss, stats, gradient, *objective)
 
 
 # ---- of rows that are shards of longer ones --------------------------------------------------------------------------
@@ -282,5 +221,5 @@ def divergence_shard_gradient(
     gradient: Tensor,  # [R, V]
     *objective: float,
 ) -> None:
-    """`divergence_gradient` by the statistics of the whole row; `gradient` may be `student`."""
-    _call_shard("divergence_gradient", student, teacher, stats, coefficient, labels, gradient, *objective)
+    """The gradient by the statistics of the whole row; `gradient` may be `student`."""
+    _call_shard("divergence_rows", student, teacher, coefficient, labels, None, stats, gradient, *objective)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from ..distributed import sum_
-from .divergence_rows import divergence_gradient, divergence_stats
+from .divergence_rows import STATS, divergence_rows
 from .whole_rows import RowBlock, whole_row_gradient, whole_row_stats
 
 if TYPE_CHECKING:
@@ -47,39 +47,27 @@ class Call(NamedTuple):
         """Whether rows are put together from parts, whose kernels do it in several passes."""
         return self.group is not None or self.columns > self.vocabulary
 
-    def stats(
+    def rows(
         self,
         student: Tensor,  # [n, columns]
         teacher: Tensor | None,  # [n, vocabulary]
         coefficient: Tensor,  # [n]
         labels: Tensor | None,  # [n]
-        loss: Tensor,  # [n]
-        stats: Tensor,  # [n, 7]
+        loss: Tensor | None,  # [n]
+        stats: Tensor | None,  # [n, 7], given where there is no loss
+        gradient: Tensor | None,  # [n, columns], may be the student
         *objective: float,
     ) -> None:
-        """Writes losses and statistics of rows."""
-        if self.in_parts:
-            block = RowBlock(slice(0, len(loss)), student, teacher)
+        """Writes losses and statistics of rows, and their gradients: of these what is given."""
+        if not self.in_parts:
+            divergence_rows(student, teacher, coefficient, labels, loss, stats, gradient, *objective)
+            return
+        block = RowBlock(slice(0, len(coefficient)), student, teacher)
+        stats = coefficient.new_empty(len(coefficient), STATS) if stats is None else stats
+        if loss is not None:
             whole_row_stats([block], coefficient, labels, loss, stats, self.group, *objective)
-        else:
-            divergence_stats(student, teacher, coefficient, labels, loss, stats, *objective)
-
-    def gradient(
-        self,
-        student: Tensor,  # [n, columns]
-        teacher: Tensor | None,  # [n, vocabulary]
-        stats: Tensor,  # [n, 7]
-        coefficient: Tensor,  # [n]
-        labels: Tensor | None,  # [n]
-        gradient: Tensor,  # [n, columns]; of rows in parts it may be the student
-        *objective: float,
-    ) -> None:
-        """Writes the gradients of rows."""
-        if self.in_parts:
-            block = RowBlock(slice(0, len(coefficient)), student, teacher)
+        if gradient is not None:
             whole_row_gradient(block, stats, coefficient, labels, gradient, *objective)
-        else:
-            divergence_gradient(student, teacher, stats, coefficient, labels, gradient, *objective)
 
 
 def sum_over(group: ProcessGroup | None, hidden_grad: Tensor | None) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .chunks import token_chunks
-from .divergence_rows import STATS, divergence_rows_
 from .dtypes import gradient_dtype, score_dtype
 from .linear_kl_call import Call, Head, sum_over
 
@@ -105,13 +104,8 @@ def on_cpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
             _scores_(teacher_scores, teacher.hidden[rows], teacher, call.vocabulary)
         row_labels = None if labels is None else labels[rows]
         row_loss = torch.empty_like(weights)
-        if any(gradients) and not call.in_parts:
-            divergence_rows_(scores, teacher_scores, weights, row_labels, row_loss, *objective)
-        else:
-            stats = weights.new_empty(len(weights), STATS)
-            call.stats(scores, teacher_scores, weights, row_labels, row_loss, stats, *objective)
-            if any(gradients):
-                call.gradient(scores, teacher_scores, stats, weights, row_labels, scores, *objective)
+        target = scores if any(gradients) else None
+        call.rows(scores, teacher_scores, weights, row_labels, row_loss, None, target, *objective)
         if any(gradients):
             total.add(rows, hidden, scores)
         loss[rows] = row_loss

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import divergence_code
-from .divergence_rows import STATS, divergence_rows_, gpu_row_kernels
+from .divergence_rows import STATS, gpu_row_kernels
 from .dtypes import fp16_lift, gradient_dtype, score_dtype
 from .linear_kl_call import Call, Head, sum_over
 
@@ -175,14 +175,13 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
                     target += head.bias[: target.shape[1]]
             arguments = both[0], None if teacher is None else both[1]
             row_labels = None if labels is None else labels[rows]
-            if wanted and in_place and not call.in_parts:
-                divergence_rows_(*arguments, coefficient[rows], row_labels, loss[rows], *objective)
+            if wanted and in_place:
+                call.rows(*arguments, coefficient[rows], row_labels, loss[rows], None, both[0], *objective)
             else:
                 stats = coefficient.new_empty(part.stop - part.start, STATS)
-                call.stats(*arguments, coefficient[rows], row_labels, loss[rows], stats, *objective)
+                call.rows(*arguments, coefficient[rows], row_labels, loss[rows], stats, None, *objective)
                 if wanted:
-                    target = both[0] if in_place else narrow[part]
-                    call.gradient(*arguments, stats, lifted[rows], row_labels, target, *objective)
+                    call.rows(*arguments, lifted[rows], row_labels, None, stats, narrow[part], *objective)
         if wanted:
             grad = both[0] if in_place else narrow[: block.stop - block.start]
             total.add(block, slice(0, columns), grad)

@@ -19,7 +19,7 @@ from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments
-from .divergence_rows import STATS, divergence_gradient, divergence_stats
+from .divergence_rows import STATS, divergence_rows
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
@@ -117,7 +117,7 @@ def _forward(student_logits, teacher_logits, coefficient, labels, divergence, nu
         return loss, stats
     for rows, (s, t) in _row_blocks(student, teacher):
         row_labels = None if labels is None else labels[rows]
-        divergence_stats(s, t, coefficient[rows], row_labels, loss[rows], stats[rows], *objective)
+        divergence_rows(s, t, coefficient[rows], row_labels, loss[rows], stats[rows], None, *objective)
     return loss, stats
 
 
@@ -142,7 +142,7 @@ def _backward(
         if in_parts:
             whole_row_gradient(RowBlock(rows, s, t), stats[rows], coefficient[rows], row_labels, g, *objective)
         else:
-            divergence_gradient(s, t, stats[rows], coefficient[rows], row_labels, g, *objective)
+            divergence_rows(s, t, coefficient[rows], row_labels, None, stats[rows], g, *objective)
     return gradient
 
 

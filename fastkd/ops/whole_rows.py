@@ -164,7 +164,7 @@ def whole_row_stats(
     group: ProcessGroup | None,
     *objective: float,
 ) -> None:
-    """What `divergence_stats` is of whole rows: writes their loss and statistics, on every rank the same."""
+    """Writes loss and statistics of whole rows, as `divergence_rows` does, on every rank the same."""
     divergence, _, tau, kd_weight, ce_weight = objective
     labels = labels if ce_weight != 0 else None
     own = torch.empty_like(stats)
