@@ -14,7 +14,7 @@ import torch
 
 from . import __version__
 from .backend import EXTENSION_PROBLEM, TRITON_PROBLEM, backend_for
-from .ops.divergence_rows import cuda_rows_problem
+from .ops.drivers.divergence_rows import cuda_rows_problem
 from .versions import Package, missing, packages
 
 

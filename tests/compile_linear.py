@@ -17,7 +17,7 @@ import fastkd.functions  # noqa: F401  # registers the operators
 from fastkd.backend import interpret_triton
 from fastkd.checks import Objective, numbers
 from fastkd.divergence import DIVERGENCES
-from fastkd.ops.linear_kl_gpu import _going_by
+from fastkd.ops.drivers.linear_kl_gpu import _going_by
 
 from .compile_common import DTYPES, TARGETS, in_parallel, launches, main, of_launch
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from fastkd.divergence import DIVERGENCES
-from fastkd.ops import linear_kl_gpu as linear_op
-from fastkd.ops.divergence_rows import gpu_row_kernels
+from fastkd.ops.drivers import linear_kl_gpu as linear_op
+from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
 
 from . import conftest  # noqa: F401  # Triton's interpreter, which must be chosen before Triton is imported
 from .cases import (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.ops import attention_kl_cpu as driver
+from fastkd.ops.drivers import attention_kl_cpu as driver
 
 from .cases import (
     ATTENTION_KL,

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastkd
 from fastkd.checks import numbers
 from fastkd.ops import cka_loss as op_file
-from fastkd.ops import cka_loss_torch as gemms
+from fastkd.ops.drivers import cka_loss_torch as gemms
 
 from .cases import (
     CKA_LOSS,

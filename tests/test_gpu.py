@@ -21,7 +21,7 @@ from torch import Tensor
 import fastkd
 from fastkd import backend, checks
 from fastkd.divergence import DIVERGENCES
-from fastkd.ops.divergence_rows import gpu_row_kernels
+from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
 
 from .cases import (
     ATTENTION_KL,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.divergence import divergence_code
-from fastkd.ops.divergence_rows import STATS, CudaRows, cuda_rows_problem, gpu_rows
+from fastkd.ops.drivers.divergence_rows import STATS, CudaRows, cuda_rows_problem, gpu_rows
 
 from . import emulated
 from .cases import (

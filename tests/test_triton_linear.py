@@ -17,7 +17,7 @@ from torch import Tensor
 import fastkd
 from fastkd.checks import numbers
 from fastkd.divergence import divergence_code
-from fastkd.ops import linear_kl_gpu as op
+from fastkd.ops.drivers import linear_kl_gpu as op
 
 from .cases import (
     DEVICE,
@@ -376,7 +376,7 @@ def test_work_is_shared_out_evenly():
 
 
 def test_the_way_that_is_chosen():
-    """As the table in fastkd/ops/linear_kl_gpu.py says; nothing else than 16 bits on a GPU goes by tiles."""
+    """As the table in fastkd/ops/drivers/linear_kl_gpu.py says; nothing else than 16 bits on a GPU goes by tiles."""
 
     def way(width_t: int, width_s: int, gradients: bool, divergence: str, dtype: torch.dtype = torch.bfloat16) -> bool:
         class Hidden:

@@ -26,7 +26,7 @@ from torch.library import opcheck
 import fastkd
 from fastkd.checks import Objective
 from fastkd.divergence import DIVERGENCES, divergence_code
-from fastkd.ops.divergence_rows import ELSEWHERE, divergence_rows, divergence_shard_gradient
+from fastkd.ops.drivers.divergence_rows import ELSEWHERE, divergence_rows, divergence_shard_gradient
 from fastkd.ops.vocabulary_shards import VocabularyShard, _checksum
 
 from .cases import (

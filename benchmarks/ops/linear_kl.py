@@ -37,7 +37,7 @@ from benchmarks.harness.problem import (
     peer,
 )
 from benchmarks.harness.timing import fastest
-from fastkd.ops import linear_kl_gpu as op
+from fastkd.ops.drivers import linear_kl_gpu as op
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
 GPU_ROWS = ("eager", "Liger, Triton")

@@ -32,7 +32,7 @@ from benchmarks.harness.problem import (
     on_gpu,
     peer,
 )
-from fastkd.ops.divergence_rows import gpu_row_kernels
+from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
 LIMIT = "copy"

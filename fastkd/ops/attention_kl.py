@@ -1,6 +1,7 @@
 """attention_kl: the divergence between the attention distributions of two models, without an [Lq, Lk] matrix.
 
-On a CPU scores stay in the second-level cache (attention_kl_cpu.py), on a GPU in registers (kernels/attention_kl.py).
+On a CPU scores stay in the second-level cache (drivers/attention_kl_cpu.py), on a GPU in registers
+(kernels/attention_kl.py).
 
 As in linear_kl, a scalar loss has its gradients made in the forward pass, and losses per row run the op again.
 
@@ -32,7 +33,6 @@ from ..checks import (
     numbers,
 )
 from ..relative_bias import RelativeBias
-from .attention_kl_cpu import Model, attend_on_cpu
 from .autograd import (
     Function,
     Gradient,
@@ -44,6 +44,7 @@ from .autograd import (
     for_arguments,
     wants_gradient,
 )
+from .drivers.attention_kl_cpu import Model, attend_on_cpu
 from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]

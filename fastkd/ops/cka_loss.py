@@ -28,9 +28,9 @@ from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
 from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor, numbers
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments, wants_gradient
-from .cka_loss_torch import torch_backward_, torch_forward
+from .drivers.cka_loss_torch import torch_backward_, torch_forward
+from .drivers.huge_pages import in_huge_pages
 from .dtypes import autocast_like_linear, score_dtype, without_autocast
-from .huge_pages import in_huge_pages
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,7 +8,7 @@ weight. The [T, V] logits never exist, and nothing is computed twice: 2 T V (Ht 
 A scalar loss fixes every token's coefficient before the pass, so the gradients are made in the forward pass and scaled
 by the upstream gradient in the backward pass. Per-token losses do not know theirs: their backward runs the op again.
 
-That is linear_kl_cpu.py; on a GPU there is another way beside it (linear_kl_gpu.py).
+That is drivers/linear_kl_cpu.py; on a GPU there is another way beside it (drivers/linear_kl_gpu.py).
 
 A vocabulary may be spread over the ranks of a process group (vocabulary_shards.py). Each rank multiplies its shards of
 the heads, and a chunk's rows are completed by what the ranks gather of them. Such calls go by rows.
@@ -37,10 +37,11 @@ from .autograd import (
     for_arguments,
     wants_gradient,
 )
+from .drivers.linear_kl_call import Call, Head
+from .drivers.linear_kl_cpu import on_cpu
+from .drivers.linear_kl_gpu import on_gpu
+from .drivers.whole_rows import known_labels
 from .dtypes import autocast_like_linear, gradient_dtype
-from .linear_kl_call import Call, Head
-from .linear_kl_cpu import on_cpu
-from .linear_kl_gpu import on_gpu
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
@@ -51,7 +52,6 @@ from .vocabulary_shards import (
     shard_on,
     vocabulary_group,
 )
-from .whole_rows import known_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -19,7 +19,8 @@ from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments
-from .divergence_rows import STATS, divergence_rows
+from .drivers.divergence_rows import STATS, divergence_rows
+from .drivers.whole_rows import RowBlock, known_labels, whole_row_gradient, whole_row_stats
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
@@ -30,7 +31,6 @@ from .vocabulary_shards import (
     shard_on,
     vocabulary_group,
 )
-from .whole_rows import RowBlock, known_labels, whole_row_gradient, whole_row_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -27,7 +27,6 @@ from ..checks import (
     numbers,
 )
 from .attention_kl import check_heads, empty_gradient, row_coefficients
-from .attention_kl_cpu import Model, attend_on_cpu
 from .autograd import (
     Function,
     Gradient,
@@ -38,6 +37,7 @@ from .autograd import (
     for_arguments,
     wants_gradient,
 )
+from .drivers.attention_kl_cpu import Model, attend_on_cpu
 from .dtypes import autocast_like_linear
 
 __all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..checks import Objective, TokenArguments
-from .divergence_rows import ELSEWHERE
+from .drivers.divergence_rows import ELSEWHERE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

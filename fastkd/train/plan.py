@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import T5Config
 
-from fastkd.ops.cka_loss_torch import WORKSPACE as CKA_WORKSPACE
+from fastkd.ops.drivers.cka_loss_torch import WORKSPACE as CKA_WORKSPACE
 from fastkd.ops.linear_kl import WORKSPACE_MB
 
 from .common.errors import InputError

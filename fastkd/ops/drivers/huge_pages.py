@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import EXTENSION_PROBLEM
+from ...backend import EXTENSION_PROBLEM
 
 __all__ = ["in_huge_pages"]
 

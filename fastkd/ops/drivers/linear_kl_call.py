@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ..distributed import sum_
+from ...distributed import sum_
 from .divergence_rows import STATS, divergence_rows
 from .whole_rows import RowBlock, whole_row_gradient, whole_row_stats
 

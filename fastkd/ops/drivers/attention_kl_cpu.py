@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dtypes import score_dtype
+from ..dtypes import score_dtype
 
 __all__ = ["Model", "attend_on_cpu"]
 

@@ -1,6 +1,6 @@
 """cka_loss by torch's GEMMs: on a CPU, and on any device where the tokens are spread over a process group.
 
-cka_loss.py has the mathematics. N tokens, Ds and Dt widths, W their sum.
+fastkd/ops/cka_loss.py has the mathematics. N tokens, Ds and Dt widths, W their sum.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import distributed
+from ... import distributed
+from ..dtypes import score_dtype
 from .chunks import equal_parts, token_chunks
-from .dtypes import score_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,7 +12,7 @@ One operator writes what it is given of loss, statistics and gradient. Statistic
 without a loss they are given, of a pass before. The gradient may be written over the student.
 
 A row may also be a shard of a longer one. Two more functions make what of its statistics takes one shard; what they are
-of the whole row is in vocabulary_shards.py.
+of the whole row is in ../vocabulary_shards.py.
 
 R rows, V columns. coefficient [R] float64, 0 skips the row (it is not read; loss and gradient are 0); labels [R] int64;
 loss [R] float64; stats [R, 7] float64, private to each kernel; gradient [R, V] of any float dtype and stride.
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import backend_for
+from ...backend import backend_for
 
 __all__ = [
     "ELSEWHERE",
@@ -138,7 +138,7 @@ def gpu_row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManage
 
 
 def _in_triton(name: str, *arguments: object) -> None:
-    from ..kernels import rows
+    from ...kernels import rows
 
     getattr(rows, name)(*arguments)
 

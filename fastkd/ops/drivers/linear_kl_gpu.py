@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..divergence import divergence_code
+from ...divergence import divergence_code
+from ..dtypes import fp16_lift, gradient_dtype, score_dtype
 from .divergence_rows import STATS, gpu_row_kernels
-from .dtypes import fp16_lift, gradient_dtype, score_dtype
 from .linear_kl_call import Call, Head, sum_over
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _tiles(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, 
 
     No score is written, 2 bytes an element of gradients of 16-bit operands are, and nothing accumulates the weight's.
     """
-    from ..kernels import linear_kl as kernels
+    from ...kernels import linear_kl as kernels
 
     student, teacher, vocabulary, _, coefficient, labels, workspace_bytes, gradients, *_ = call
     tokens, weight = coefficient.shape[0], student.weight

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..dtypes import gradient_dtype, score_dtype
 from .chunks import token_chunks
-from .dtypes import gradient_dtype, score_dtype
 from .linear_kl_call import Call, Head, sum_over
 
 if TYPE_CHECKING:

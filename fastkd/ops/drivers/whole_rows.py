@@ -1,9 +1,9 @@
 """Rows of scores whose statistics come in parts: shards of a row on several ranks, and students wider than teachers.
 
 A rank sums its shard up as if it were the row, and the ranks compute the same row from what they gather of these
-(vocabulary_shards.py has the maths). A student may also have columns that the teacher has none of, its tail. There the
-divergence is of the columns that both have, and the cross-entropy of all: the tail adds to its sum of exponentials, and
-its gradient is that of a row without a teacher.
+(../vocabulary_shards.py has the maths). A student may also have columns that the teacher has none of, its tail. There
+the divergence is of the columns that both have, and the cross-entropy of all: the tail adds to its sum of exponentials,
+and its gradient is that of a row without a teacher.
 
 R rows, V columns of the student, of which the teacher has the first; K ranks. Labels count from the first column here;
 those of other ranks are ELSEWHERE, those of nobody -1. Of the statistics [R, 7] the last is here the logarithm of what
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..divergence import divergence_code
+from ... import distributed
+from ...divergence import divergence_code
+from ..dtypes import score_dtype
 from .divergence_rows import ELSEWHERE, divergence_shard_gradient, divergence_shard_stats, divergence_shard_sums
-from .dtypes import score_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
