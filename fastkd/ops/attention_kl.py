@@ -40,8 +40,8 @@ from .autograd import (
     apply,
     constant,
     differentiable,
-    dtypes_at,
     for_arguments,
+    in_dtypes_of,
     wants_gradient,
 )
 from .drivers.attention_kl_cpu import Model, attend_on_cpu
@@ -174,8 +174,7 @@ class _AttentionKLGradient(Gradient):
     @staticmethod
     def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
         _, *gradients = torch.ops.fastkd.attention_kl(*arguments)
-        dtypes = dtypes_at(OF_STUDENT, arguments)
-        return tuple(gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
+        return in_dtypes_of(OF_STUDENT, arguments, gradients)
 
 
 # ---- public function ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ __all__ = [
     "constant",
     "differentiable",
     "for_arguments",
+    "in_dtypes_of",
     "wants_gradient",
 ]
 
@@ -140,6 +141,16 @@ class Gradient(Function):
         )
 
 
+def _dtypes_at(places: Sequence[int], arguments: Sequence[Any]) -> list[torch.dtype]:
+    """Those of the student's tensors, of which the first is always given."""
+    return [arguments[places[0] if arguments[place] is None else place].dtype for place in places]
+
+
+def in_dtypes_of(places: Sequence[int], arguments: Sequence[Any], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients as an op returns them, in the dtypes of their arguments."""
+    return tuple(grad.to(dtype) for grad, dtype in zip(gradients, _dtypes_at(places, arguments), strict=True))
+
+
 class Loss(Function):
     """One whose first output is a loss, and the others what the backward pass starts from.
 
@@ -189,17 +200,12 @@ class GradientsAhead(Loss):
     def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
         ctx.save_for_backward(*output)
         ctx.places = cls.of_student(inputs)
-        ctx.dtypes = dtypes_at(ctx.places, inputs)
+        ctx.dtypes = _dtypes_at(ctx.places, inputs)
 
     @classmethod
     def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         loss, *saved = ctx.saved_tensors
         return for_arguments(ctx, ctx.places, apply(_Scaled, cls.op, loss, grad_loss, ctx.dtypes, *saved))
-
-
-def dtypes_at(places: Sequence[int], arguments: Sequence[Any]) -> list[torch.dtype]:
-    """Those of the student's tensors, of which the first is always given."""
-    return [arguments[places[0] if arguments[place] is None else place].dtype for place in places]
 
 
 class _Scaled(Gradient):

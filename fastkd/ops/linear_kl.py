@@ -35,6 +35,7 @@ from .autograd import (
     constant,
     differentiable,
     for_arguments,
+    in_dtypes_of,
     wants_gradient,
 )
 from .drivers.linear_kl_call import Call, Head
@@ -186,7 +187,7 @@ class _LinearKLGradient(Gradient):
     @staticmethod
     def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
         _, *gradients = torch.ops.fastkd.linear_kl(*arguments)
-        return tuple(gradient.to(arguments[1].dtype) for gradient in gradients)
+        return in_dtypes_of(OF_STUDENT, arguments, gradients)
 
 
 # ---- public function ------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from .autograd import (
     constant,
     differentiable,
     for_arguments,
+    in_dtypes_of,
     wants_gradient,
 )
 from .drivers.attention_kl_cpu import Model, attend_on_cpu
@@ -97,10 +98,6 @@ _library.impl("relation_kl", _relation_kl, "CompositeExplicitAutograd")
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
-# The arguments of both: causal (a tuple), num_heads, gradients (a tuple), the divergence's code; one after the other
-# the student's tensors, the teacher's, coefficients and key masks of ``torch.ops.fastkd.relation_kl``; and beta.
-
-
 class RelationKL(GradientsAhead):
     """The summed loss of all entries, a 0-d float64 tensor, and the gradients, which the forward pass computes.
 
@@ -154,10 +151,9 @@ class RelationKLPerRow(Function):
 
 class _RelationKLGradient(Gradient):
     @staticmethod
-    def forward(op: str, causal: Any, num_heads: int, gradients: Any, divergence: int, *tensors):
-        inputs = _in_four(tensors[:-1])
-        _, results = torch.ops.fastkd.relation_kl(*inputs, causal, num_heads, gradients, divergence, tensors[-1])
-        return tuple(grad.to(x.dtype) for x, grad in zip(inputs[0], results, strict=True))
+    def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
+        _, gradients = torch.ops.fastkd.relation_kl(*_in_four(arguments[4:-1]), *arguments[:4], arguments[-1])
+        return in_dtypes_of(_of_student(arguments[0]), arguments, gradients)
 
 
 def _of_student(causal: Sequence[bool]) -> Sequence[int]:
