@@ -172,6 +172,14 @@ def test_names_and_files_exist(page: Path) -> None:
             check(shlex.split(span))
 
 
+def test_the_map_has_every_room() -> None:
+    package = ROOT / "fastkd"
+    files = {f"fastkd/{path.name}" for path in package.glob("[a-z]*.py")}
+    rooms = {f"{path.parent.relative_to(ROOT)}/" for path in package.rglob("__init__.py")} - {"fastkd/"}
+    drivers = "fastkd/ops/drivers/"  # it is named beside the ops
+    assert files | rooms - {drivers} <= set(spans(ROOT / "CONTRIBUTING.md"))
+
+
 def resolve(name: str) -> Any:
     """The module or the object in one that a dotted name means."""
     parts = name.split(".")
