@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..common.family import is_enct5
 from ..models.sharding import is_sharded
+from .memory import LiveTensors
 
 TOKENS = 128  # on both sides, as MiniEnD counts
 MIB = 2**20
@@ -120,35 +118,10 @@ def _peak(run: Callable[[], Any], device: torch.device, known: Sequence[torch.Te
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    with _LiveTensors(known) as live:
+    live = LiveTensors()
+    for tensor in known:
+        live.count(tensor, "known")
+    before = live.peak
+    with live:
         run()
-    return live.peak
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, while they live."""
-
-    def __init__(self, known: Sequence[torch.Tensor]):
-        super().__init__()
-        self.known = [tensor.untyped_storage() for tensor in known]  # held, so that no other takes their identity
-        self.alive = {id(storage) for storage in self.known}
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and count the storages among its results that are no views of others."""
-        results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return results
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) not in self.alive:  # torch keeps a storage's Python object as long as the storage
-            self.alive.add(id(storage))
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
-
-    def _forget(self, identity: int, size: int) -> None:
-        self.alive.discard(identity)
-        self.bytes -= size
+    return live.peak - before

@@ -41,7 +41,7 @@ def check_schedule(run: Run, scores: Mapping[str, torch.Tensor], config: Any) ->
             f"--target_sparsity {flags.target_sparsity:g} would leave no head, or no neuron, of this teacher "
             f"(reachable: {reachable})"
         )
-    for sparsity in _trained_sparsities(flags):
+    for sparsity in trained_sparsities(flags):
         narrower = copy.deepcopy(config)
         narrower.widths = widths_at(scores, sparsity)
         try:
@@ -51,7 +51,7 @@ def check_schedule(run: Run, scores: Mapping[str, torch.Tensor], config: Any) ->
     compared_figures(run)
 
 
-def _trained_sparsities(flags: FastkdArguments) -> list[float]:
+def trained_sparsities(flags: FastkdArguments) -> list[float]:
     """Return the sparsities of all that the schedule may train."""
     target = flags.target_sparsity
     if flags.assistant_sparsity is not None:
@@ -89,7 +89,7 @@ def _by_assistant(distiller: Distiller, teacher: Parent, sparsity: float) -> lis
 def _by_tradeoff(distiller: Distiller, teacher: Parent) -> list[Result]:
     """Pick assistants by the lambda-tradeoff, one after the other, until they are enough or the target is picked."""
     flags, results, parent = distiller.run.flags, [], teacher
-    candidates = _trained_sparsities(flags)
+    candidates = trained_sparsities(flags)
     for i in range(flags.assistants):
         results.append(distiller.round(f"round {i + 1}", parent, candidates))
         chosen = results[-1].round.chosen

@@ -24,7 +24,7 @@ class Mixup:
         That generator's state is in every checkpoint, so a resumed run draws what an uninterrupted one would.
         """
         partner = torch.randperm(len(labels))
-        lam = torch.distributions.Beta(alpha, alpha).sample((len(labels),))
+        lam = torch.distributions.Beta(alpha, alpha, validate_args=False).sample((len(labels),))
         return cls(partner.to(labels.device), lam.to(labels.device))
 
     def mix(self, states: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:
             f"teacher {flags.teacher} ({its}) and student {flags.student} ({mine}) have different classes: expected "
             "the same, in the same order"
         )
-    given = Given(configs, tokenizer=next(iter(tokenizers), None), architecture=_architecture(flags, configs))
+    given = Given(configs, tokenizer=next(iter(tokenizers), None), architecture=architecture(flags, configs))
     method = flags.objective
     if flags.teacher and method.uses_teacher:
         given.teacher = load_teacher(flags, args, flags.teacher, configs["teacher"])
@@ -77,7 +77,7 @@ def load_teacher(flags: FastkdArguments, args: TransformersArguments, name: str 
     return load_weights(name, "teacher", config, flags.teacher_dtype, args.device if shards else None)
 
 
-def _architecture(flags: FastkdArguments, configs: dict[str, Any]) -> str:
+def architecture(flags: FastkdArguments, configs: dict[str, Any]) -> str:
     """Return the flag's, or else that of the models; a student that is to become an EncT5 may be a T5."""
     kinds = {role: "enct5" if is_enct5(config) else "t5" for role, config in configs.items()}
     chosen = flags.architecture or next(iter(kinds.values()), "t5")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,19 +42,29 @@ def trained_config(flags: FastkdArguments, rows: int, classes: Sequence[str] = (
     return enct5_config(config, classes) if classes else config
 
 
+def configs(
+    flags: FastkdArguments, method: Method, given: Mapping[str, Any], architecture: str, rows: int = 2
+) -> tuple[Any, Any]:
+    """Return the configs of (student, teacher): those that are given, by their roles, or of what the run makes.
+
+    rows: of the embeddings where no teacher's tells. Raises ValueError as `planned_config` does.
+    """
+    classes = ["?"] if architecture == "enct5" else []
+    teacher, student = given.get("teacher") or trained_config(flags, rows, classes), given.get("student")
+    if student is None:
+        student = copy.copy(planned_config(method, teacher, flags.student_d_model, flags.student_layers))
+        student.vocab_size = teacher.vocab_size if teacher else rows
+    return enct5_config(student, classes) if classes and not is_enct5(student) else student, teacher
+
+
 def check_objective(flags: FastkdArguments, method: Method, given: Given) -> None:
     """Raise InputError if the method cannot compare the student with the teacher: one that was given, or the trained.
 
     Or if the student cannot be sliced from it. Before anything else is made, so that nobody waits for a teacher that is
     of no use.
     """
-    classes = ["?"] if given.architecture == "enct5" else []
-    teacher = given.configs.get("teacher") or trained_config(flags, 2, classes)
     try:
-        student = given.configs.get("student")
-        student = student or planned_config(method, teacher, flags.student_d_model, flags.student_layers)
-        if classes and not is_enct5(student):
-            student = enct5_config(student, classes)
+        student, teacher = configs(flags, method, given.configs, given.architecture)
         method.check_fits(student, teacher or student)
     except ValueError as error:
         raise InputError(f"--{error}") from error
