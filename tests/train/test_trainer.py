@@ -336,3 +336,14 @@ def test_other_errors_are_not_of_memory(make_trainer: Callable[..., Any], tiny: 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)  # as torch says it itself
     assert "python -m fastkd.train.plan" in str(out_of_memory(caught.value))
+
+
+def test_dropped_last_batches_leave_a_step(
+    make_trainer: Callable[..., DistillTrainer], tiny: Callable[..., Any]
+) -> None:
+    """Of 64 examples a batch of 64 is one, and a batch of 65 none that anything could be learnt from."""
+    flags = ["--dataloader_drop_last", "--per_device_train_batch_size"]
+    make_trainer(tiny(), "scratch", [*flags, "64"])
+    message = "--dataloader_drop_last drops all training examples: a batch takes 65 and there are 64"
+    with pytest.raises(InputError, match=message):
+        make_trainer(tiny(), "scratch", [*flags, "65"])

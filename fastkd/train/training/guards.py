@@ -36,6 +36,16 @@ def check_arguments(args: Any) -> None:
         )
 
 
+def check_steps(args: Any, examples: Any) -> None:
+    """Raise InputError for training examples that --dataloader_drop_last leaves no step of."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(examples, "__len__") and len(examples) < batch:
+        raise InputError(
+            f"--dataloader_drop_last drops all training examples: a batch takes {batch} and there are {len(examples)}; "
+            "give a smaller --per_device_train_batch_size"
+        )
+
+
 class Signals:
     """Keeps the first SIGINT, SIGTERM or SIGHUP that comes while a `with` lasts; another one ends the process at once.
 

@@ -23,7 +23,7 @@ from ..common.processes import is_lost_process, of_all
 from ..models.sharding import is_sharded, not_finite, whole
 from .callbacks import Ends, LossBar, WindowedValues
 from .checkpoints import PREFIX, STAGING, continued, flush, publish, recover, way_back, writing
-from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments
+from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments, check_steps
 
 
 class CheckpointingTrainer(Seq2SeqTrainer):
@@ -40,6 +40,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
+        check_steps(self.args, self.train_dataset)
         self.args = copy.copy(self.args)  # the caller's stay as they are
         # The filter would wait for every step's loss, and hide what stops the run here.
         self.args.logging_nan_inf_filter = False
