@@ -77,6 +77,7 @@ def _reason(error: Exception) -> str:
 
 def _tells(words: Sequence[str]) -> bool:
     """Print what the words ask to be told, if they do, and return whether they did."""
+    words = _underscored(words)
     if "--version" in words:
         print(_version())
     elif "-h" in words or "--help" in words:
@@ -88,6 +89,11 @@ def _tells(words: Sequence[str]) -> bool:
     else:
         return False
     return True
+
+
+def _underscored(words: Sequence[str]) -> list[str]:
+    """Return words with underscores for dashes inside, as flags may be written with either."""
+    return [f"{word[:2]}{word[2:].replace('-', '_')}" for word in words]
 
 
 def _version() -> str:
@@ -108,7 +114,7 @@ def _run(words: Sequence[str]) -> None:
     transformers.logging.disable_progress_bar()  # ours stay: these are "Loading weights" and "Writing shards"
     from .flags import arguments
 
-    if "--help_all" in words:
+    if "--help_all" in _underscored(words):
         print(arguments.help_of_everything(), end="")
         return
     flags, args = arguments.parse(words)

@@ -319,6 +319,7 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--load_best_model_at_end", "--eval_steps", "3", "--save_steps", "4"], ["4", "multiple", "3"]),
         (["--batch_size", "3"], ["unknown flag '--batch_size'; did you mean '--per_device_train_batch_size'"]),
         (["--lr", "3"], ["did you mean '--learning_rate'"]),
+        (["--beta", "0.1"], ["did you mean '--divergence_beta'"]),
         (["--epochs=3"], ["did you mean '--num_train_epochs'"]),
         (["--max-length", "64"], ["did you mean '--max_source_length or --sequence_length'"]),
         (["--qwertz", "64"], ["unknown flag '--qwertz'\n"]),
@@ -341,6 +342,8 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--resume_from_checkpoint", "last"], ["no checkpoint", str(out)]),
         (["--resume_from_checkpoint", tmp_path], ["no checkpoint", str(tmp_path)]),
     ]
+    (tmp_path / "config.yaml").write_text("method: kd")
+    cases.append((["--config", tmp_path], ["expected a file", f"give {tmp_path / 'config.yaml'}"]))
     for name, content in (
         ("list", "- kd"),
         ("broken", "a: [b"),
@@ -369,6 +372,7 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     sizes = ["--student_layers", "1", "--student_d_model", "32"]
     for flags, expected in (
         (["--teacher", "t"], "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data"),
+        (["--resume_from_checkpoint", "last"], f"to resume a run, give --config {tmp_path / 'out'}/config.yaml"),
         (["--train_file", "x"], "--method mlmkd needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher"),
         (["--config", "hsm-cka", "--train_file", "x"], "--method hsm-cka needs a teacher"),
         (["--train_file", "x", "--train_teacher"], "--teacher_layers and --teacher_d_model and --teacher_steps"),
@@ -484,14 +488,14 @@ def test_help_is_short_and_its_defaults_are_those_that_apply(capsys: pytest.Capt
     for name, default in shown.items():
         actual = getattr(flags, name, getattr(args, name, None))
         assert str(getattr(actual, "value", actual)) == default, name
-    assert cli.main(["--help_all"]) == 0
+    assert cli.main(["--help-all"]) == 0
     everything = capsys.readouterr().out
     for name in (*(f.name for f in dataclasses.fields(flags)), "adam_beta1", "ddp_timeout"):
         assert name == "transformers_flags" or f"  --{name}" in everything
 
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--list_methods"]) == 0
+    assert cli.main(["--list-methods"]) == 0
     table, more = capsys.readouterr().out.split("\n\n")
     lines = table.splitlines()
     assert [line.split()[0] for line in lines] == list(METHODS)

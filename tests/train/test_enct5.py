@@ -97,6 +97,17 @@ def teacher(tool: Callable[..., int], t5: Path, data: list[Any], place: Path) ->
 # ---- What it learns --------------------------------------------------------------------------------------------------
 
 
+def test_its_classes_need_not_be_what_a_tokenizer_can_write(
+    tool: Callable[..., int], t5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "t.jsonl", [{"text": f"sil {i}", "label": "{" if i % 2 else "mon"} for i in range(8)])
+    flags = ["--method", "scratch", "--student", t5, "--task", "classification", "--train_file", path]
+    for architecture, warnings in ((ENCT5, 0), ([], 2)):
+        out = tmp_path / f"{warnings}"
+        assert tool(*flags, *architecture, "--eval_file", path, "--max_steps", 1, "--output_dir", out) == 0
+        assert capsys.readouterr().err.count("warning: ") == warnings
+
+
 def test_it_learns_from_nothing(tool: Callable[..., int], data: list[Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = ["--method", "scratch", *ENCT5, *data, "--max_steps", 40, "--per_device_train_batch_size", 16]

@@ -538,7 +538,7 @@ def test_importance_is_measured_on_what_nothing_is_trained_on(
         (["--truncation", "1.5"], "--truncation: must be at least 0 and at most 1, got 1.5"),
         (["--assistants", "-1"], "--assistants: must be at least 0"),
         (["--assistants", "6"], "--assistants 6: the grid has 5 from --truncation 0.5 to below the target 0.9"),
-        (["--truncation", "0.95"], "--assistants 1: the grid has 0"),
+        (["--truncation", "0.95"], "0.9, 0.95); give a smaller --truncation, or --assistants 0"),
         (
             ["--assistant_sparsity", "0.9"],
             "--assistant_sparsity: expected one above 0 and below the target's, 0.9, got 0.9",

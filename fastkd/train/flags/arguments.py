@@ -57,7 +57,7 @@ _ALIASES = {
     "student_layers": "layers num_layers n_layers depth",
     "student_d_model": "d_model hidden_size width dim hidden_dim student_dim",
     "target_sparsity": "sparsity prune_ratio pruning_ratio", "max_train_examples": "max_train_samples max_samples",
-    "max_eval_examples": "max_eval_samples", "overwrite_output_dir": "overwrite force",
+    "max_eval_examples": "max_eval_samples", "overwrite_output_dir": "overwrite force", "divergence_beta": "beta",
 }  # fmt: skip
 
 

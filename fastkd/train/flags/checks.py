@@ -100,7 +100,7 @@ def check(
         raise InputError("--streaming needs --teacher or --student: a tokenizer cannot be trained on a stream")
     if not flags.compare:
         _check_no_effect(flags, method, line)
-        _check_inputs(flags, method, needs_data)
+        _check_inputs(flags, args, method, needs_data)
 
 
 def _check_transformers(flags: FastkdArguments, args: Seq2SeqTrainingArguments) -> None:
@@ -184,12 +184,15 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
                 raise InputError(f"--{found} has no effect {why}")
 
 
-def _check_inputs(flags: FastkdArguments, method: Method, needs_data: bool) -> None:
+def _check_inputs(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method, needs_data: bool) -> None:
     """Raise InputError if something is missing: data, a teacher, or the size of a model."""
     if needs_data and not flags.has_own_data and flags.embedded_data is None:
+        resumes = (
+            f"; to resume a run, give --config {args.output_dir}/config.yaml" if args.resume_from_checkpoint else ""
+        )
         raise InputError(
             "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data "
-            f"{' or '.join(EMBEDDED_DATA)}, or --demo"
+            f"{' or '.join(EMBEDDED_DATA)}, or --demo{resumes}"
         )
     if flags.embedded_data is not None and flags.task not in EMBEDDED_DATA[flags.embedded_data]:
         raise InputError(
@@ -256,7 +259,7 @@ def _check_pruning(flags: FastkdArguments, args: Seq2SeqTrainingArguments, metho
     if picks and flags.assistants > len(between):
         raise InputError(
             f"--assistants {flags.assistants}: the grid has {len(between)} from --truncation {flags.truncation:g} to "
-            f"below the target {target:g} ({sparsities})"
+            f"below the target {target:g} ({sparsities}); give a smaller --truncation, or --assistants {len(between)}"
         )
     if flags.sandwich_size == 1:
         raise InputError("--sandwich_size: expected 0 for all, or at least 2, the least and the most sparse, got 1")

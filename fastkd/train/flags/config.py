@@ -28,6 +28,8 @@ def load(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name)
     if not path.is_file():
         known = shipped()
+        if (path / "config.yaml").is_file():
+            raise InputError(f"--config: expected a file, got the folder {name}: give {path / 'config.yaml'}")
         if path.name != name or path.stem not in known:
             raise InputError(f"--config: no file {name}, and none of ours is called so ({', '.join(known)})")
         path = known[path.stem]

@@ -87,10 +87,13 @@ def heading(text: str) -> None:
     endings.begin(f'"{text}"')
 
 
-def get_data(flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = None) -> Data:
+def get_data(
+    flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = None, targets_are_written: bool = True
+) -> Data:
     """Return the data that the flags ask for, tokenised by the given tokenizer or by one trained on it.
 
-    seed: of corruptions and orders. Raises InputError for data that cannot be read or holds too little.
+    seed: of corruptions and orders. targets_are_written: whether to warn of those that no output can equal.
+    Raises InputError for data that cannot be read or holds too little.
     """
     heading(f"Data: {flags.task}")
     task, settings = TASKS[flags.task], by_first(lambda: _settings(flags, cache))
@@ -111,7 +114,7 @@ def get_data(flags: FastkdArguments, cache: Path, seed: int, tokenizer: Any = No
         make = functools.partial(_tokenise, flags, side, functools.partial(rows, side), tokenizer, limits)
         folder, _ = cached(cache, "tokenised", by, make)
         known = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        if warning := known.pop("warning", ""):
+        if (warning := known.pop("warning", "")) and targets_are_written:
             print(f"warning: {warning}", file=sys.stderr)
         facts |= known
         made.append(folder)

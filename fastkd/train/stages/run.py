@@ -34,5 +34,6 @@ def data_seed(args: TransformersArguments) -> int:
 
 def with_data(flags: FastkdArguments, args: TransformersArguments, cache: Path, given: Given) -> Run:
     """Return a run with the data that its flags ask for, with classes for an EncT5."""
-    data = get_data(flags, cache, data_seed(args), given.tokenizer)
-    return Run(flags, args, cache, given, with_classes(data, given.classes) if given.architecture == "enct5" else data)
+    classifies = given.architecture == "enct5"
+    data = get_data(flags, cache, data_seed(args), given.tokenizer, targets_are_written=not classifies)
+    return Run(flags, args, cache, given, with_classes(data, given.classes) if classifies else data)
