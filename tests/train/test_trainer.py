@@ -347,3 +347,13 @@ def test_dropped_last_batches_leave_a_step(
     message = "--dataloader_drop_last drops all training examples: a batch takes 65 and there are 64"
     with pytest.raises(InputError, match=message):
         make_trainer(tiny(), "scratch", [*flags, "65"])
+
+
+@pytest.mark.parametrize("batch", [48, 100])
+def test_no_held_out_example_is_dropped(
+    make_trainer: Callable[..., DistillTrainer], tiny: Callable[..., Any], batch: int
+) -> None:
+    flags = ["--per_device_eval_batch_size", str(batch)]
+    whole, dropping = (make_trainer(tiny(), "scratch", [*flags, *more]) for more in ([], ["--dataloader_drop_last"]))
+    assert len(dropping.get_eval_dataloader().dataset) == 64 and dropping.args.dataloader_drop_last
+    assert dropping.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]

@@ -218,6 +218,14 @@ class DistillTrainer(CheckpointingTrainer):
         self._timer.leave_out()
         return metrics
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return held-out data with its last batch, too: --dataloader_drop_last is about what is learnt from."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as transformers does, every example once and the model as it is."""
         # Seq2SeqTrainer has set one that keeps the examples that fill up the last batches of several processes.
