@@ -283,6 +283,7 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "no_such"], ["--config", "no_such", "miniend-e"]),
         (["--config", tmp_path / "list.yaml"], ["list.yaml", "no mapping"]),
         (["--config", tmp_path / "broken.yaml"], ["broken.yaml", "line 1"]),
+        (["--config", tmp_path / "twice.yaml"], ["twice.yaml", "seed is given twice"]),
         (["--config", tmp_path / "typo.yaml"], ["typo.yaml", "unknown key 'studen_layers'", "'student_layers'"]),
         (["--config", tmp_path / "word.yaml"], ["word.yaml: max_steps: invalid", "many"]),
         (["--compare", tmp_path], [str(tmp_path), "no metrics.json"]),
@@ -347,6 +348,7 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content in (
         ("list", "- kd"),
         ("broken", "a: [b"),
+        ("twice", "seed: 1\nmethod: kd\nseed: 2"),
         ("typo", "studen_layers: 3"),
         ("word", "max_steps: many"),
         ("nested", "config: kd"),

@@ -244,6 +244,7 @@ def test_the_old_run_is_there_until_the_new_one_is(
 ) -> None:
     assert scratch() == 0
     out, again = place / "out", [*SAVING, "--overwrite_output_dir", "--seed", 7]
+    (out / "notes.txt").write_text("what a user wrote")
     before = files(out)
     seen: list[Any] = []
     disturb(1, lambda: seen.append(files(out / "previous-run")))
@@ -268,6 +269,7 @@ def test_the_old_run_is_there_until_the_new_one_is(
     assert scratch(*SAVING, "--seed", 7, *RESUME) == 0
     assert not (out / "previous-run").exists() and json.loads((out / "run.json").read_text())["seed"] == 7
     assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert (out / "notes.txt").read_bytes() == before["notes.txt"]
 
 
 @pytest.mark.parametrize("moves", range(6))

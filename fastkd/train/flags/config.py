@@ -14,6 +14,16 @@ from ..common.errors import InputError
 FOLDER = Path(__file__).parent / "configs"
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, in which one key twice is an error: the first would go without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(problem=f"{twice} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def shipped() -> dict[str, Path]:
     """Return the configurations that ship with fastkd, by name: of methods, and the demo's."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -34,7 +44,7 @@ def load(name: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"--config: no file {name}, and none of ours is called so ({', '.join(known)})")
         path = known[path.stem]
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):

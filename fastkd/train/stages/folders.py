@@ -24,6 +24,8 @@ from .identity import RECORD
 
 DEMO = "demo.json"  # in place of a run's record, in the folder of a demo
 PREVIOUS = "previous-run"  # what a run replaces, until it is complete
+# What one run makes and another may not, beside what all of them do.
+_MADE = ("checkpoint-*", ".*", "*.safetensors*", "*_curve*.png", "assistant", "runs", "rounds", "added_tokens.json")
 _MOVING = ".moving"  # files of the run's folder that are on their way to PREVIOUS, or back
 
 
@@ -184,7 +186,7 @@ def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None
     finally:
         if is_first():
             os.close(lock)
-    by_first(lambda: shutil.rmtree(out / PREVIOUS, ignore_errors=True))
+    by_first(lambda: _forget(out))
 
 
 def _locked(out: Path) -> int:
@@ -206,6 +208,14 @@ def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
         _set_aside(out)
         print(f"what {out} holds waits in {out / PREVIOUS} until this run is complete", flush=True)
     write_json(out / RECORD, identity)
+
+
+def _forget(out: Path) -> None:
+    """Remove PREVIOUS; what no run makes, such as somebody's notes, stays in the folder."""
+    for path in (out / PREVIOUS).glob("*"):
+        if not (out / path.name).exists() and not any(path.match(kind) for kind in _MADE):
+            path.rename(out / path.name)
+    shutil.rmtree(out / PREVIOUS, ignore_errors=True)
 
 
 def _has_made(out: Path) -> bool:
