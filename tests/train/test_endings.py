@@ -91,10 +91,20 @@ def test_the_evaluation_at_the_end_is_stopped(
     monkeypatch.setattr(judging, "score", lambda *_: signal.raise_signal(number))
     assert scratch(*flags) == 128 + number
     assert said(capsys) == f"interrupted during the evaluation of scratch; {way}"
-    assert names(tmp_path / "out") >= {"run.json"} and not (tmp_path / "out" / "report.md").exists()
+    assert names(tmp_path / "out") >= {"run.json", "config.yaml"} and not (tmp_path / "out" / "report.md").exists()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "README.md", "metrics.json", "loss_curves.png", "report.html"])
+def test_the_configuration_of_a_run_that_was_cut_off_continues_it(
+    scratch: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(judging, "score", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert scratch("--save_strategy", "steps", "--save_steps", 2) == 143
+    assert cli.main(["--config", "out/config.yaml", "--resume_from_checkpoint", "last"]) == 0
+    assert names(tmp_path / "out") >= {"model.safetensors", "report.md"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "metrics.json", "loss_curves.png", "report.html"])
 def test_a_file_of_the_report_is_whole_or_absent(
     name: str,
     scratch: Callable[..., int],

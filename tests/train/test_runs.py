@@ -297,7 +297,7 @@ def test_a_kill_while_files_move_loses_none(moves: int, tmp_path: Path, monkeypa
     assert folders.is_used(flags, out, False)
     held = files(out) if (out / "model.safetensors").exists() else files(out / "previous-run")
     assert held == before
-    with pytest.raises(KeyError), folders.running(out, True, {}):
+    with pytest.raises(KeyError), folders.running(out, True, {}, ""):
         raise KeyError
     held = files(out) if (out / "model.safetensors").exists() else files(out / "previous-run")
     assert held == before
@@ -331,7 +331,7 @@ def test_two_runs_do_not_write_to_one_folder(
     message = "another run is writing to out: give another folder, or wait for its end"
 
     def meanwhile() -> None:
-        with pytest.raises(InputError, match=message), folders.running(Path("out"), False, {}):
+        with pytest.raises(InputError, match=message), folders.running(Path("out"), False, {}, ""):
             raise AssertionError
 
     disturb(3, meanwhile)

@@ -39,7 +39,7 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     scores, key = rank(run, examples, teacher.model)
     check_schedule(run, scores, teacher.model.config)
 
-    with running(ready.out, ready.is_used, ready.identity):
+    with running(ready.out, ready.is_used, ready.identity, flags.config_text(args)):
         resuming, work = ready.checkpoint is not None, ready.out / "rounds"
         distiller = Distiller(run, scores, work, resuming)
         first = Parent(teacher.model, teacher.source, None, order_of(scores), key)

@@ -18,7 +18,8 @@ def train(flags: FastkdArguments, args: TransformersArguments) -> None:
     overwriting was asked for, or if the run cannot be resumed.
     """
     ready, method = prepare(flags, args), flags.objective
-    with running(ready.out, ready.is_used, ready.identity):  # only now, when no input can turn out bad any more
+    config = flags.config_text(args)
+    with running(ready.out, ready.is_used, ready.identity, config):  # only now, when no input can turn out bad any more
         trainer, outcome = train_student(ready.run, flags.method, method, ready.teacher, ready.checkpoint)
         outcomes = [ready.teacher.outcome, outcome] if ready.teacher else [outcome]
         leave(ready, trainer, outcomes, facts_of(ready, method, trainer.model, trainer.teacher, flags.method))

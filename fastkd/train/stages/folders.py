@@ -160,14 +160,16 @@ def are_used(flags: FastkdArguments, args: TransformersArguments, out: Path, par
 
 
 @contextlib.contextmanager
-def running(out: Path, is_used: bool, identity: dict[str, Any]) -> Iterator[None]:
+def running(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> Iterator[None]:
     """Make the run's folder and write down what the run is; the run lasts as long as the context.
+
+    config: the YAML by which it is repeated and, if it is cut off, continued.
 
     A run that it replaces waits in PREVIOUS until this one is complete, and comes back if this one fails before it has
     anything that could be continued or used.
     """
     lock = by_first(lambda: _locked(out))
-    by_first(lambda: _begin(out, is_used, identity))
+    by_first(lambda: _begin(out, is_used, identity, config))
     try:
         with writing("output_dir", out):
             yield
@@ -203,11 +205,12 @@ def _locked(out: Path) -> int:
     return lock
 
 
-def _begin(out: Path, is_used: bool, identity: dict[str, Any]) -> None:
+def _begin(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> None:
     if is_used:
         _set_aside(out)
         print(f"what {out} holds waits in {out / PREVIOUS} until this run is complete", flush=True)
     write_json(out / RECORD, identity)
+    write_whole(out / "config.yaml", config)
 
 
 def _forget(out: Path) -> None:
