@@ -7,6 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fastkd.train import plan
+
 from .test_docs import DOCS, ROOT, prose
 
 PAGE = DOCS / "performance.md"
@@ -164,3 +168,9 @@ def test_what_pruning_reaches_is_what_was_measured() -> None:
             share.strip("x"), method["tflop"] / methods["maxidisc"]["tflop"]
         )
     assert len(lines) == len(titles)
+
+
+@pytest.mark.long
+def test_what_large_teachers_take_is_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--table"]) == 0
+    assert capsys.readouterr().out in (DOCS / "trainer" / "memory.md").read_text(encoding="utf-8")
