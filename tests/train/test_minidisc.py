@@ -526,6 +526,13 @@ def test_importance_is_measured_on_what_nothing_is_trained_on(
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_a_fixed_assistant_goes_with_the_shipped_settings() -> None:
+    given = ["--assistant_sparsity", "0.7", "--task", "sst2", "--teacher", "t", "--train_file", "glue", "--use_cpu"]
+    assert parse(["--config", "minidisc", *given])[0].assistant_sparsity == 0.7
+    with pytest.raises(InputError, match="--sandwich_size has no effect with --assistant_sparsity"):
+        parse(["--config", "minidisc", *given, "--sandwich_size", "2"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -143,8 +143,6 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
         (f"{_OF_PAIRS} label_column", is_text, f"{reads}, which reads texts alone"),
         (f"{_OF_PAIRS} text_column dataset_config train_split eval_split", glue, f"{reads}, whose data is GLUE's"),
         (" ".join(pruning), not prunes, f"{of_method}which does not prune its teacher"),
-        (picks, method.schedule != "minidisc", f"{of_method}which picks no assistant"),
-        (picks, flags.assistant_sparsity is not None, "with --assistant_sparsity, which picks the assistant"),
         ("assistant_sparsity", method.schedule == "maxidisc", f"{of_method}which tries all of the grid"),
         (
             "importance_examples",
@@ -155,6 +153,8 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
         ("cka_over_processes", "hidden_cka" not in terms, f"{of_method}which has no CKA"),
     )
     on_the_line = (
+        (picks, method.schedule != "minidisc", f"{of_method}which picks no assistant"),
+        (picks, flags.assistant_sparsity is not None, "with --assistant_sparsity, which picks the assistant"),
         (_NOT_READ.get(flags.task, ""), True, reads),
         ("sequence_length", not is_text, f"{reads}: pairs have --max_source_length and --max_target_length"),
         ("dataset_config train_split eval_split", not flags.dataset_name, "without --dataset_name"),

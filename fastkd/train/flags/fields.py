@@ -205,6 +205,7 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, Data
         """Return all flags as YAML, to repeat the run by."""
         depend_on_others = ("learning_rate", "max_steps", "num_train_epochs", "output_dir")
         settled = {name: getattr(args, name) for name in depend_on_others}
+        del settled["num_train_epochs" if args.max_steps > 0 else "max_steps"]  # the other one says how long
         no_place = ("config", "compare", "overwrite_output_dir", "transformers_flags")
         ours = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in no_place}
         theirs = {name: v for name, v in self.transformers_flags.items() if name != "resume_from_checkpoint"}
