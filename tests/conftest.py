@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a machine may be busy
+hypothesis.settings.load_profile("unhurried")
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and the tool goes by that
 
 torch.set_num_threads(1)  # faster for tensors this small, and several test processes share the cores
 

@@ -52,7 +52,7 @@ def test_texts_are_distinct_collapsed_and_from_every_kind_of_place(library: Path
 
 def test_reading_the_standard_library_imports_nothing_of_it() -> None:
     code = (
-        "import inspect, sys; from fastkd.train import corpus\n"  # ast imports inspect to clean strings
+        "import inspect, sys; from fastkd.train.data import corpus\n"  # ast imports inspect to clean strings
         "files = corpus.source_files(); before = set(sys.modules)\n"
         "files = [f for f in files if f.name in ('antigravity.py', 'this.py', 'topics.py')]\n"
         "assert len(files) == 3 and corpus.embedded_corpus(files)\n"
@@ -64,7 +64,7 @@ def test_reading_the_standard_library_imports_nothing_of_it() -> None:
 
 def test_the_same_texts_in_another_process_with_another_hash_seed(library: Path) -> None:
     code = (
-        "import sys, pathlib; from fastkd.train import corpus\n"
+        "import sys, pathlib; from fastkd.train.data import corpus\n"
         "texts = corpus.embedded_corpus(corpus.source_files(pathlib.Path(sys.argv[1])))\n"
         "print(texts, [corpus.is_held_out(text, 50) for text in texts])"
     )

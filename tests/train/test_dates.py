@@ -80,7 +80,8 @@ def test_a_demo_of_few_labels(
     decoded = teacher.processing_class.batch_decode(list(answered["labels"]), skip_special_tokens=True)
     assert [text.strip() for text in decoded] == texts
 
-    assert scratch.embedding_learning_rate == 80 * scratch.args.learning_rate and start.embedding_learning_rate is None
+    (own,), (none,) = ([rate for _, rate in trainer._own_rates[:1]] for trainer in (scratch, start))
+    assert own == 80 * scratch.args.learning_rate and none is None
     metrics = json.loads((out / "metrics.json").read_text())
     assert [model["name"] for model in metrics["models"]] == ["teacher", "scratch", "sliced start", "hsm-cka"]
     assert metrics["run"]["texts"] == "dates as people write them, made here"

@@ -642,7 +642,7 @@ def test_other_processes_are_waited_for_as_long_as_the_flag_says(monkeypatch: py
     monkeypatch.setattr(processes, "_patient", {})
     monkeypatch.setattr(processes, "_patience", None)
     monkeypatch.setattr(processes.dist, "new_group", lambda **options: made.append(options["timeout"]))
-    processes.be_patient(7)
+    processes.be_patient(7, on_cpus=True)  # alone, with nobody to wait for
     processes.patient_group()
     assert made == [timedelta(seconds=7)]
 

@@ -85,9 +85,9 @@ def test_translation() -> None:
     assert pairs_of("translation", three, source_lang="de", target_lang="fr") == [
         ("translate German to French: b", "c")
     ]
-    with pytest.raises(InputError, match=r"expected --source_lang and --target_lang \(found en, de, fr\)"):
+    with pytest.raises(InputError, match=r"expected --source_lang and --target_lang \(found de, en, fr\)"):
         pairs_of("translation", three)
-    with pytest.raises(InputError, match=r"no en to es in the data \(languages: en, de, fr\)"):
+    with pytest.raises(InputError, match=r"no en to es in the data \(languages: de, en, fr\)"):
         pairs_of("translation", three, source_lang="en", target_lang="es")
     with pytest.raises(InputError, match="expected --source_lang and --target_lang"):
         pairs_of("translation", [{"source": "Hello", "target": "Hola"}], source_lang="en")

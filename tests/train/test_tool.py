@@ -201,11 +201,11 @@ def test_classes_from_csv(tool: Callable[..., int], texts: list[str], tmp_path: 
     rows = [{"id": i, "text": text, "label": ("ment", "sil")[i % 2]} for i, text in enumerate(texts[:90])]
     data, out = write(tmp_path / "classes.csv", rows), tmp_path / "run"
     flags = ["--method", "scratch", "--task", "classification", "--train_file", data, "--report_examples", 90]
-    assert tool(*flags, "--max_steps", 30, "--output_dir", out) == 0
+    assert tool(*flags, "--eval_file", data, "--max_steps", 60, "--output_dir", out) == 0
     metrics = metrics_of(out)
     labels = {row["text"]: row["label"] for row in rows}
     examples, outputs = metrics["examples"], student_of(out)["outputs"]
-    assert len(examples) + metrics["run"]["training_examples"] == 90
+    assert len(examples) == metrics["run"]["training_examples"] == 90
     assert all(labels[example["source"]] == example["target"] for example in examples)
     right = sum(output == example["target"] for output, example in zip(outputs, examples, strict=True))
     assert student_of(out)["metrics"]["accuracy"] == pytest.approx(100 * right / len(examples))
@@ -278,7 +278,9 @@ def test_all_of_glue(tool: Callable[..., int], glue: tuple[Path, list[tuple[str,
     ]
     assert metrics["run"]["training_examples"] == 7 * 24
 
-    outputs = written(out, [source for _, source, _ in held_out], 40)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    longest = max(len(tokenizer(target)["input_ids"]) for _, _, target in held_out)
+    outputs = written(out, [source for _, source, _ in held_out], longest)
     assert outputs == student["outputs"]
     figures: dict[str, float] = {}
     for column in GLUE_COLUMNS:

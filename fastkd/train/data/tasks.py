@@ -142,11 +142,13 @@ def _translation(features: dict[str, Any], names: list[str], columns: Columns) -
     given = columns.source_lang, columns.target_lang
     guessed = tuple(keys) if len(keys) == 2 and given == (None, None) else given
     if None in guessed and (columns.source_prefix is None or nested):
-        found = f" (found {', '.join(keys)})" if keys else ""
+        found = f" (found {', '.join(sorted(keys))})" if keys else ""
         raise InputError(f"translation: expected --source_lang and --target_lang{found}")
     source, target = (_language(keys if nested else names, str(lang)) for lang in guessed)
     if nested and (source is None or target is None):
-        raise InputError(f"translation: no {guessed[0]} to {guessed[1]} in the data (languages: {', '.join(keys)})")
+        raise InputError(
+            f"translation: no {guessed[0]} to {guessed[1]} in the data (languages: {', '.join(sorted(keys))})"
+        )
     if not nested:
         source = _chosen(names, columns.source_column or source, SOURCES, "source_column")
         target = _chosen(names, columns.target_column or target, TARGETS, "target_column")
