@@ -6,13 +6,15 @@ Beside them what a dtype's rounding is worth, and the parameters that tests go o
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fastkd
@@ -224,6 +226,15 @@ def value_and_gradients(op: Op, inputs: Inputs, upstream: Tensor | float = 1.0, 
 def oracle(op: Op, inputs: Inputs, **options) -> tuple[Tensor, Inputs]:
     """The reference in float64 on exactly the values that `inputs` hold: nothing is rounded on the way."""
     return value_and_gradients(op, to(inputs, torch.float64), impl="reference", **placed(options, "cpu"))
+
+
+def end_process() -> NoReturn:
+    """End one of the processes of a test when all of them have come so far.
+
+    Not by Python's own end, where gloo may wait for a thread of its own that waits for Python's lock.
+    """
+    dist.barrier()
+    os._exit(0)
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:

@@ -28,6 +28,7 @@ from .cases import (
     Inputs,
     by_name,
     distance,
+    end_process,
     oracle,
     over_backends,
     over_fused,
@@ -459,7 +460,7 @@ def _process(rank: int, store: str, results: str) -> None:
         loss.backward()
         found[name, squared] = (loss.detach(), [p.grad for p in model.parameters()])
     torch.save(found, f"{results}{rank}")
-    dist.destroy_process_group()
+    end_process()
 
 
 def test_a_group_is_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,6 +37,7 @@ from .cases import (
     Op,
     Regime,
     distance,
+    end_process,
     oracle,
     over_fused,
     running_on,
@@ -383,7 +384,7 @@ def _rank(rank: int, folder: str) -> None:
     if rank in PAIR:
         results[2] = {case.name: _call(case, pair) for case in cases(2)}
     torch.save({"results": results, "errors": _errors(rank), "traffic": _traffic()}, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    end_process()
 
 
 # ---- in their parent ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -98,6 +99,7 @@ def by_first(work: Callable[[], T]) -> T:
 def leave() -> None:
     """End what processes do together; threads that still wait for others might crash a process that just ends."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # models whose gradients the group added up end before it: its end might wait for theirs for ever
         dist.destroy_process_group()
 
 
