@@ -163,10 +163,9 @@ def are_used(flags: FastkdArguments, args: TransformersArguments, out: Path, par
 def running(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> Iterator[None]:
     """Make the run's folder and write down what the run is; the run lasts as long as the context.
 
-    config: the YAML by which it is repeated and, if it is cut off, continued.
-
     A run that it replaces waits in PREVIOUS until this one is complete, and comes back if this one fails before it has
-    anything that could be continued or used.
+    anything that could be continued or used. config: the YAML by which the run is repeated and, if it is cut off,
+    continued.
     """
     lock = by_first(lambda: _locked(out))
     by_first(lambda: _begin(out, is_used, identity, config))
@@ -185,10 +184,11 @@ def running(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> 
         if back and isinstance(error, InputError | RunError):
             error.args = (f"{error}{back}",)
         raise
+    else:
+        by_first(lambda: _forget(out))
     finally:
         if is_first():
             os.close(lock)
-    by_first(lambda: _forget(out))
 
 
 def _locked(out: Path) -> int:
