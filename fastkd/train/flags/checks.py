@@ -136,7 +136,7 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
     is_text, glue, no_term = flags.task == "span_corruption", is_glue(task), f"{of_method}none of whose terms it is for"
     diverges = "logit_kl" in terms or ("mixup_kd" in terms and method.mixup_distance == "divergence")
     prunes, picks = method.prunes, "assistants truncation tradeoff_lambda sandwich_size"
-    has_teacher, pruning = method.needs_teacher or prunes, [f.name for f in dataclasses.fields(PruningArguments)]
+    has_teacher, pruning = method.uses_teacher, [f.name for f in dataclasses.fields(PruningArguments)]
     reads = f"with --task {flags.task}"
     of_teacher = "teacher_layers teacher_d_model teacher_steps teacher_learning_rate"
     everywhere = (
@@ -199,8 +199,7 @@ def _check_inputs(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method
             f"--task {flags.task} needs --train_file or --dataset_name: --embedded_data {flags.embedded_data} is for "
             f"{', '.join(EMBEDDED_DATA[flags.embedded_data])}"
         )
-    needs = method.uses_teacher
-    if needs and not (flags.teacher or flags.train_teacher):
+    if method.uses_teacher and not (flags.teacher or flags.train_teacher):
         why = "" if method.needs_teacher else " with --student_init prune"
         raise InputError(
             f"--method {flags.method}{why} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to "

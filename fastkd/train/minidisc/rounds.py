@@ -18,6 +18,7 @@ from ..common.cache import cached, copy_folder, key
 from ..common.errors import InputError
 from ..data.tasks import figure_names
 from ..models.loading import load_model
+from ..objectives.methods import Method
 from ..stages.folders import write_json
 from ..stages.identity import recipe
 from ..stages.prepare import heading
@@ -99,7 +100,11 @@ class Distiller:
 
     def __post_init__(self) -> None:
         self._compared = compared_figures(self.run)
-        self.method = self.run.flags.objective
+
+    @property
+    def method(self) -> Method:
+        """What the rounds minimise."""
+        return self.run.flags.objective
 
     @property
     def metric_name(self) -> str:
