@@ -6,10 +6,12 @@ Beside them what a dtype's rounding is worth, and the parameters that tests go o
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -235,6 +237,20 @@ def end_process() -> NoReturn:
     """
     dist.barrier()
     os._exit(0)
+
+
+@contextlib.contextmanager
+def group_of_one(folder: Path) -> Iterator[dist.ProcessGroup]:
+    """Be the only process of a gloo group. What holds it, as DDP does, must be out of reach at the end.
+
+    DDP that lets go of a group last waits, with Python's lock, for gloo's thread, which may wait for that lock.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:

@@ -29,6 +29,7 @@ from .cases import (
     by_name,
     distance,
     end_process,
+    group_of_one,
     oracle,
     over_backends,
     over_fused,
@@ -489,18 +490,15 @@ def test_a_group_is_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_group_has_no_reference(tmp_path: Path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path) as group:
         inputs = to(hidden(20, (3, 5)), torch.float32)
         alone, gradients = value_and_gradients(CKA_LOSS, inputs)
         with pytest.raises(ValueError, match='impl: expected auto or fused, because a group is given, got "reference"'):
-            fastkd.cka_loss(**inputs, group=dist.group.WORLD, impl="reference")
-        loss, got = value_and_gradients(CKA_LOSS, inputs, group=dist.group.WORLD)
+            fastkd.cka_loss(**inputs, group=group, impl="reference")
+        loss, got = value_and_gradients(CKA_LOSS, inputs, group=group)
         few = to(hidden(4, (3, 5)), torch.float32)  # alone these would take the form of Grams
         wanted, few_gradients = value_and_gradients(CKA_LOSS, few)
-        grouped, few_got = value_and_gradients(CKA_LOSS, few, group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+        grouped, few_got = value_and_gradients(CKA_LOSS, few, group=group)
     assert torch.equal(loss, alone)
     assert torch.equal(got["student"], gradients["student"])
     assert distance(grouped, wanted) <= 1e-6

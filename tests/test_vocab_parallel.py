@@ -38,6 +38,7 @@ from .cases import (
     Regime,
     distance,
     end_process,
+    group_of_one,
     oracle,
     over_fused,
     running_on,
@@ -538,9 +539,7 @@ def test_what_a_rank_sends(found: list[dict[str, Any]]):
 def test_a_group_of_one_is_no_group(op: Op, tmp_path: Path):
     module = fastkd.nn.LinearKLLoss if op is LINEAR_KL else fastkd.nn.LogitKLLoss
     inputs = to(op.make(UNRELATED), torch.float32)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        group = dist.group.WORLD
+    with group_of_one(tmp_path) as group:
         for divergence in DIVERGENCES:
             alone, gradients = value_and_gradients(op, inputs, divergence=divergence)
             loss, got = value_and_gradients(op, inputs, divergence=divergence, vocab_group=group)
@@ -548,8 +547,6 @@ def test_a_group_of_one_is_no_group(op: Op, tmp_path: Path):
             assert torch.equal(module(divergence=divergence, vocab_group=group)(**inputs), alone)
             for name, gradient in got.items():
                 assert distance(gradient, gradients[name]) <= 1e-6
-    finally:
-        dist.destroy_process_group()
     for make in (module, lambda vocab_group: op.function(**inputs, vocab_group=vocab_group)):
         with pytest.raises(RuntimeError, match=r"vocab_group: expected an initialised torch.distributed"):
             make(vocab_group=group)

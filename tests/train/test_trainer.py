@@ -26,6 +26,7 @@ from fastkd.train.objectives.methods import METHODS
 from fastkd.train.training.guards import check_arguments
 from fastkd.train.training.optimizer import gradient_norms
 from fastkd.train.training.trainer import DistillTrainer
+from tests.cases import group_of_one
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -150,13 +151,13 @@ def test_ddp_reduces_all_gradients(
         reduced.append(bucket.buffer().numel())
         return allreduce_hook(torch.distributed.group.WORLD, bucket)
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    def reduce_gradients() -> None:
         wrapped = torch.nn.parallel.DistributedDataParallel(student, find_unused_parameters=True)
         wrapped.register_comm_hook(None, count_and_reduce)
         trainer.compute_loss(wrapped, batch).backward()
-    finally:
-        torch.distributed.destroy_process_group()
+
+    with group_of_one(tmp_path):
+        reduce_gradients()
     assert sum(reduced) == sum(p.numel() for p in student.parameters())
 
 
