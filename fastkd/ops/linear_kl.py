@@ -19,20 +19,19 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, check_number, check_same_device, check_tensor, is_finite, numbers
+from ..checks import Objective, TokenArguments, check_number, is_finite, numbers
 from .autograd import (
     Function,
     Gradient,
     GradientsAhead,
     apply,
-    constant,
     differentiable,
     for_arguments,
     in_dtypes_of,
@@ -42,11 +41,11 @@ from .drivers.linear_kl_call import Call, Head
 from .drivers.linear_kl_cpu import on_cpu
 from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
-from .dtypes import autocast_like_linear, gradient_dtype
+from .dtypes import gradient_dtype
+from .linear_kl_arguments import Inputs, check_inputs, facts, flat
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
-    Facts,
     agree,
     group_by_name,
     local_tensor,
@@ -193,87 +192,6 @@ class _LinearKLGradient(Gradient):
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
-class _Inputs(NamedTuple):
-    """The public function's tensors, checked, in the dtypes that autocast gives them, and of this rank alone."""
-
-    student_hidden: Tensor  # [..., Hs]
-    student_weight: Tensor  # [Vs, Hs]
-    student_bias: Tensor | None  # [Vs]
-    teacher_hidden: Tensor | None  # [..., Ht]
-    teacher_weight: Tensor | None  # [Vt, Ht]
-    teacher_bias: Tensor | None  # [Vt]
-
-
-def _check_head(
-    model: str, hidden: Any, weight: Any, bias: Any, leading: Any, device: torch.device, sharded: bool
-) -> None:
-    """Checks one model's hidden [..., H], weight [V, H] and bias [V]; a shard may be of no columns."""
-    check_tensor(f"{model}_hidden", hidden, shape=None if leading is None else [*leading, None], floating=True)
-    width = hidden.shape[-1] if hidden.dim() else 0
-    if width == 0:
-        raise ValueError(f"{model}_hidden: expected shape [..., H] with H > 0, got {list(hidden.shape)}")
-    check_tensor(f"{model}_weight", weight, shape=[None, width], floating=True)
-    if weight.shape[0] == 0 and not sharded:
-        raise ValueError(f"{model}_weight: expected shape [V, {width}] with V > 0, got {list(weight.shape)}")
-    named = [(f"{model}_hidden", hidden), (f"{model}_weight", weight)]
-    if bias is not None:
-        check_tensor(f"{model}_bias", bias, shape=[weight.shape[0]], floating=True)
-        named.append((f"{model}_bias", bias))
-    for name, tensor in named:
-        check_same_device(name, tensor, device)
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}: expected dtype {hidden.dtype}, that of {model}_hidden, got {tensor.dtype}")
-
-
-def _check_inputs(inputs: _Inputs, objective: Objective, tokens: TokenArguments, sharded: bool) -> _Inputs:
-    """Checks the tensors and the keywords that go with them, and applies autocast."""
-    check_tensor("student_hidden", inputs.student_hidden, floating=True)
-    inputs = _Inputs(*autocast_like_linear(*inputs))
-    inputs = _Inputs(*map(differentiable, inputs[:3]), *map(constant, inputs[3:]))
-    leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
-    _check_head("student", *inputs[:3], None, device, sharded)
-    vocabulary = inputs.student_weight.shape[0]
-    if inputs.teacher_hidden is not None or inputs.teacher_weight is not None:
-        _check_head("teacher", *inputs[3:], leading, device, sharded)
-        assert inputs.teacher_weight is not None
-    elif objective.kd_weight != 0:
-        raise ValueError(f"teacher_hidden: expected a tensor because kd_weight is {objective.kd_weight}, got None")
-    tokens.check(objective, leading, None if sharded else vocabulary, device)
-    return inputs
-
-
-def _flat(hidden: Any) -> Any:
-    """Hidden states [T, H]"""
-    return None if hidden is None else hidden.reshape(-1, hidden.shape[-1])
-
-
-def _facts(
-    inputs: _Inputs, objective: Objective, tokens: TokenArguments, fused: bool, keywords: dict[str, Any]
-) -> Facts:
-    """What this rank tells the others that hold a shard of the vocabulary."""
-    hidden, teacher = inputs.student_hidden, inputs.teacher_hidden
-    others = {
-        **keywords,
-        "reduction": tokens.reduction,
-        "fused": fused,
-        "dtype": hidden.dtype,
-        "width": hidden.shape[-1],
-        "device": hidden.device.type,
-        "gradients": [wants_gradient(x) for x in inputs[:3]],
-        "teacher": teacher is not None,
-    }
-    return Facts(
-        objective,
-        others,
-        inputs.student_weight.shape[0],
-        None if inputs.teacher_weight is None else inputs.teacher_weight.shape[0],
-        tokens,
-        _flat(hidden),
-        _flat(teacher),
-        tokens.coefficients(hidden.shape[:-1], hidden.device) != 0,
-    )
-
-
 def linear_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -343,7 +261,7 @@ def linear_kl(
     }
     group = vocabulary_group(vocab_group, heads, 0)
 
-    def check() -> tuple[_Inputs, Objective, TokenArguments, bool]:
+    def check() -> tuple[Inputs, Objective, TokenArguments, bool]:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
         token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
         local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
@@ -355,12 +273,12 @@ def linear_kl(
         shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
         hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
         whole = {name: local_tensor(name, x) for name, x in hidden.items()}
-        inputs = _check_inputs(_Inputs(**whole, **shards), objective, tokens, group is not None)
+        inputs = check_inputs(Inputs(**whole, **shards), objective, tokens, group is not None)
         return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device)
 
     scales: dict[str, Any] = {"student_scale": student_scale, "teacher_scale": teacher_scale}
     keywords = {**scales, "workspace_mb": workspace_mb}
-    (inputs, objective, tokens, fused), shard = agree(group, check, lambda checked: _facts(*checked, keywords))
+    (inputs, objective, tokens, fused), shard = agree(group, check, lambda checked: facts(*checked, keywords))
 
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
     if not fused:
@@ -369,7 +287,7 @@ def linear_kl(
     flat_labels = tokens.flat_labels()
     wanted = tuple(wants_gradient(x) for x in inputs[:3])
     arguments = (
-        *inputs._replace(student_hidden=_flat(inputs.student_hidden), teacher_hidden=_flat(inputs.teacher_hidden)),
+        *inputs._replace(student_hidden=flat(inputs.student_hidden), teacher_hidden=flat(inputs.teacher_hidden)),
         tokens.coefficients(leading, device),
         flat_labels if shard is None else shard.local_labels(flat_labels),
         numbers(student_scale, teacher_scale, WORKSPACE_MB[device.type] if workspace_mb is None else workspace_mb),

@@ -1,0 +1,97 @@
+"""The arguments of linear_kl: their checks, and what ranks with shards of a vocabulary tell each other of them.
+
+T tokens, V vocabulary, Hs and Ht hidden widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import Objective, TokenArguments, check_same_device, check_tensor
+from .autograd import constant, differentiable, wants_gradient
+from .dtypes import autocast_like_linear
+from .vocabulary_shards import Facts
+
+__all__ = ["Inputs", "check_inputs", "facts", "flat"]
+
+
+class Inputs(NamedTuple):
+    """The public function's tensors, checked, in the dtypes that autocast gives them, and of this rank alone."""
+
+    student_hidden: Tensor  # [..., Hs]
+    student_weight: Tensor  # [Vs, Hs]
+    student_bias: Tensor | None  # [Vs]
+    teacher_hidden: Tensor | None  # [..., Ht]
+    teacher_weight: Tensor | None  # [Vt, Ht]
+    teacher_bias: Tensor | None  # [Vt]
+
+
+def _check_head(
+    model: str, hidden: Any, weight: Any, bias: Any, leading: Any, device: torch.device, sharded: bool
+) -> None:
+    """Checks one model's hidden [..., H], weight [V, H] and bias [V]; a shard may be of no columns."""
+    check_tensor(f"{model}_hidden", hidden, shape=None if leading is None else [*leading, None], floating=True)
+    width = hidden.shape[-1] if hidden.dim() else 0
+    if width == 0:
+        raise ValueError(f"{model}_hidden: expected shape [..., H] with H > 0, got {list(hidden.shape)}")
+    check_tensor(f"{model}_weight", weight, shape=[None, width], floating=True)
+    if weight.shape[0] == 0 and not sharded:
+        raise ValueError(f"{model}_weight: expected shape [V, {width}] with V > 0, got {list(weight.shape)}")
+    named = [(f"{model}_hidden", hidden), (f"{model}_weight", weight)]
+    if bias is not None:
+        check_tensor(f"{model}_bias", bias, shape=[weight.shape[0]], floating=True)
+        named.append((f"{model}_bias", bias))
+    for name, tensor in named:
+        check_same_device(name, tensor, device)
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name}: expected dtype {hidden.dtype}, that of {model}_hidden, got {tensor.dtype}")
+
+
+def check_inputs(inputs: Inputs, objective: Objective, tokens: TokenArguments, sharded: bool) -> Inputs:
+    """Checks the tensors and the keywords that go with them, and applies autocast."""
+    check_tensor("student_hidden", inputs.student_hidden, floating=True)
+    inputs = Inputs(*autocast_like_linear(*inputs))
+    inputs = Inputs(*map(differentiable, inputs[:3]), *map(constant, inputs[3:]))
+    leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
+    _check_head("student", *inputs[:3], None, device, sharded)
+    vocabulary = inputs.student_weight.shape[0]
+    if inputs.teacher_hidden is not None or inputs.teacher_weight is not None:
+        _check_head("teacher", *inputs[3:], leading, device, sharded)
+        assert inputs.teacher_weight is not None
+    elif objective.kd_weight != 0:
+        raise ValueError(f"teacher_hidden: expected a tensor because kd_weight is {objective.kd_weight}, got None")
+    tokens.check(objective, leading, None if sharded else vocabulary, device)
+    return inputs
+
+
+def flat(hidden: Any) -> Any:
+    """Hidden states [T, H]"""
+    return None if hidden is None else hidden.reshape(-1, hidden.shape[-1])
+
+
+def facts(inputs: Inputs, objective: Objective, tokens: TokenArguments, fused: bool, keywords: dict[str, Any]) -> Facts:
+    """What this rank tells the others that hold a shard of the vocabulary."""
+    hidden, teacher = inputs.student_hidden, inputs.teacher_hidden
+    others = {
+        **keywords,
+        "reduction": tokens.reduction,
+        "fused": fused,
+        "dtype": hidden.dtype,
+        "width": hidden.shape[-1],
+        "device": hidden.device.type,
+        "gradients": [wants_gradient(x) for x in inputs[:3]],
+        "teacher": teacher is not None,
+    }
+    return Facts(
+        objective,
+        others,
+        inputs.student_weight.shape[0],
+        None if inputs.teacher_weight is None else inputs.teacher_weight.shape[0],
+        tokens,
+        flat(hidden),
+        flat(teacher),
+        tokens.coefficients(hidden.shape[:-1], hidden.device) != 0,
+    )
