@@ -385,7 +385,7 @@ def test_the_way_that_is_chosen():
             def __init__(self, width: int):
                 self.shape = (8, width)
 
-        student, teacher = (op.Head(Hidden(width), None, None, 1.0) for width in (width_s, width_t))  # type: ignore[arg-type]
+        student, teacher = (op.Projection(Hidden(width), None, None, 1.0) for width in (width_s, width_t))  # type: ignore[arg-type]
         return op._by_tiles(student, teacher, gradients, divergence_code(divergence))
 
     assert way(768, 192, False, "forward_kl") and not way(768, 192, True, "forward_kl")

@@ -37,7 +37,7 @@ from .autograd import (
     in_dtypes_of,
     wants_gradient,
 )
-from .drivers.linear_kl_call import Call, Head
+from .drivers.linear_kl_call import Call, Projection
 from .drivers.linear_kl_cpu import on_cpu
 from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
@@ -113,11 +113,11 @@ def _linear_kl(
     workspace_bytes, objective = int(workspace_mb * 2**20), (divergence, *numbers.tolist())
     *_, kd_weight, ce_weight = objective
     group = group_by_name(vocab_group)
-    student, teacher = Head(student_hidden, student_weight, student_bias, student_scale), None
+    student, teacher = Projection(student_hidden, student_weight, student_bias, student_scale), None
     columns = vocabulary = student_weight.shape[0]
     if teacher_weight is not None and kd_weight != 0:
         assert teacher_hidden is not None
-        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+        teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
         vocabulary = min(vocabulary, teacher_weight.shape[0])
     if ce_weight == 0 or labels is None:
         columns, labels = vocabulary, None

@@ -16,10 +16,10 @@ from .whole_rows import RowBlock, whole_row_gradient, whole_row_stats
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Call", "Head", "sum_over"]
+__all__ = ["Call", "Projection", "sum_over"]
 
 
-class Head(NamedTuple):
+class Projection(NamedTuple):
     """One model's vocabulary projection and what goes into it."""
 
     hidden: Tensor  # [T, H]
@@ -31,8 +31,8 @@ class Head(NamedTuple):
 class Call(NamedTuple):
     """What every way of computing the op is given, but for the objective."""
 
-    student: Head
-    teacher: Head | None  # None: cross-entropy alone
+    student: Projection
+    teacher: Projection | None  # None: cross-entropy alone
     vocabulary: int  # that both models share; of a shard its columns
     columns: int  # of the student that count: all for the cross-entropy, else what both models share
     coefficient: Tensor  # [T] float64

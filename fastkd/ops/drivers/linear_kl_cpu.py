@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dtypes import gradient_dtype, score_dtype
 from .chunks import token_chunks
-from .linear_kl_call import Call, Head, sum_over
+from .linear_kl_call import Call, Projection, sum_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +32,7 @@ def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor
         yield rows, weight[rows].to(dtype)
 
 
-def _scores_(out: Tensor, hidden: Tensor, head: Head, vocabulary: int) -> None:
+def _scores_(out: Tensor, hidden: Tensor, head: Projection, vocabulary: int) -> None:
     """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
     hidden = hidden.to(out.dtype)
     for columns, block in _widened(head.weight[:vocabulary], out.dtype):
@@ -47,7 +47,7 @@ def _scores_(out: Tensor, hidden: Tensor, head: Head, vocabulary: int) -> None:
 class _Gradients:
     """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
 
-    def __init__(self, student: Head, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
+    def __init__(self, student: Projection, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
         hidden, weight, bias, self.scale = student
         self.weight, self.dtype, self.group = weight, dtype, group
         self.written = 0  # rows of weight_grad

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...divergence import divergence_code
 from ..dtypes import fp16_lift, gradient_dtype, score_dtype
 from .divergence_rows import STATS, gpu_row_kernels
-from .linear_kl_call import Call, Head, sum_over
+from .linear_kl_call import Call, Projection, sum_over
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,7 +60,7 @@ class _GpuGradients:
 
     def __init__(
         self,
-        student: Head,
+        student: Projection,
         coefficient: Tensor,  # [T]
         vocabulary: int,
         lift: Tensor | None,  # what gradients of scores have been multiplied by
@@ -268,7 +268,7 @@ def _gpu_ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     return ways | {"tiles": functools.partial(_going_by, "tiles")}
 
 
-def _by_tiles(student: Head, teacher: Head | None, gradients: bool, divergence: int) -> bool:
+def _by_tiles(student: Projection, teacher: Projection | None, gradients: bool, divergence: int) -> bool:
     """Whether a call goes by tiles: where the counts above say that it takes less time."""
     heads = [student] if teacher is None else [student, teacher]
     if _forced is not None:
