@@ -24,10 +24,12 @@ if _TYPE_CHECKING:
     from .ops.logit_kl import logit_kl
     from .ops.relation_kl import relation_kl
     from .relative_bias import RelativeBias
+    from .teachers import TopK
 
 __all__ = [
     "DIVERGENCES",
     "RelativeBias",
+    "TopK",
     "__version__",
     "attention_kl",
     "cka_loss",
@@ -43,13 +45,25 @@ __version__ = "0.1.0"
 _HOMES = {
     "DIVERGENCES": ".divergence",
     "RelativeBias": ".relative_bias",
+    "TopK": ".teachers",
     "attention_kl": ".ops.attention_kl",
     "cka_loss": ".ops.cka_loss",
     "linear_kl": ".ops.linear_kl",
     "logit_kl": ".ops.logit_kl",
     "relation_kl": ".ops.relation_kl",
 }
-_MODULES = ("backend", "checks", "distributed", "divergence", "functions", "nn", "ops", "reference", "relative_bias")
+_MODULES = (
+    "backend",
+    "checks",
+    "distributed",
+    "divergence",
+    "functions",
+    "nn",
+    "ops",
+    "reference",
+    "relative_bias",
+    "teachers",
+)
 
 
 def __getattr__(name: str) -> _Any:

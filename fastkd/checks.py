@@ -31,6 +31,7 @@ __all__ = [
     "check_tensor",
     "is_finite",
     "numbers",
+    "values_are_at_hand",
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -94,7 +95,7 @@ class TokenArguments:
             check_tensor("weight", self.weight, shape=leading, floating=True)
             check_same_device("weight", self.weight, device)
             check_constant("weight", self.weight)
-            if _values_are_at_hand(self.weight) and not self.weight.isfinite().all():
+            if values_are_at_hand(self.weight) and not self.weight.isfinite().all():
                 raise ValueError(f"weight: expected finite numbers, got {_first(self.weight, ~self.weight.isfinite())}")
         if self.labels is None and objective.ce_weight != 0:
             raise ValueError(f"labels: expected a tensor because ce_weight is {objective.ce_weight}, got None")
@@ -110,7 +111,7 @@ class TokenArguments:
         check_same_device("labels", labels, device)
 
     def check_label_range(self, vocabulary: int) -> None:
-        if self.labels is not None and _values_are_at_hand(self.labels):
+        if self.labels is not None and values_are_at_hand(self.labels):
             labels = self.labels.long()  # small dtypes would wrap around in comparisons
             bad = ((labels < 0) | (labels >= vocabulary)) & (labels != self.ignore_index)
             if bad.any():
@@ -159,7 +160,7 @@ def check_normalizer(value: object, reduction: str) -> None:
         if value.dim() != 0:
             raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(value)}")
         check_constant("normalizer", value)
-        if not _values_are_at_hand(value):
+        if not values_are_at_hand(value):
             return
         value = value.item()
     check_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
@@ -220,12 +221,13 @@ def check_constant(name: str, value: Tensor) -> None:
         )
 
 
-def check_same_device(name: str, value: Tensor, device: torch.device) -> None:
+def check_same_device(name: str, value: Tensor, device: torch.device, of: str = "the student") -> None:
     if value.device != device:
-        raise ValueError(f"{name}: expected device {device}, that of the student, got {value.device}")
+        raise ValueError(f"{name}: expected device {device}, that of {of}, got {value.device}")
 
 
-def _values_are_at_hand(x: Tensor) -> bool:
+def values_are_at_hand(x: Tensor) -> bool:
+    """Whether checks may look at values: they would wait for a GPU, and while a graph is traced there are none."""
     known = x.device.type == "cpu" and not isinstance(x, FakeTensor)
     return known and not torch.compiler.is_compiling() and not _is_batched(x)
 

@@ -453,7 +453,7 @@ def test_linear_kl_beyond_2_to_the_31(place: Place, op: Op, way: str, at_once: b
 @over(TOKEN_OPS)
 def test_labels_out_of_range_give_nan(place: Place, op: Op, way: str, monkeypatch: pytest.MonkeyPatch):
     """Which a GPU cannot check without waiting; nothing is read out of bounds, no other token is touched."""
-    monkeypatch.setattr(checks, "_values_are_at_hand", lambda x: False)  # nor does a rehearsal look
+    monkeypatch.setattr(checks, "values_are_at_hand", lambda x: False)  # nor does a rehearsal look
     inputs, options = arguments(op, place)
     vocabulary = inputs["student_weight" if op is LINEAR_KL else "student_logits"].shape[0 if op is LINEAR_KL else 1]
     labels = options["labels"].clamp(0, vocabulary - 1)

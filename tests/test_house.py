@@ -14,7 +14,7 @@ LINES = 400
 STOREYS = (
     "divergence versions",
     "checks",
-    "backend distributed relative_bias",
+    "backend distributed relative_bias teachers",
     "reference",
     "ops kernels",
     "functions",
