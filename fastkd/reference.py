@@ -18,6 +18,7 @@ from torch import Tensor
 from .distributed import GatheredColumns, ReplicatedInput
 from .divergence import DIVERGENCES
 from .relative_bias import RelativeBias
+from .teachers import TopK
 
 if TYPE_CHECKING:
     from .ops.vocabulary_shards import VocabularyShard
@@ -31,9 +32,55 @@ def _token_weights(x: Tensor, weight: Tensor | None, labels: Tensor | None, igno
     return weight if labels is None else weight.masked_fill(labels.long() == ignore_index, 0)
 
 
+def _shared(scores: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log q, log p) [T..., V] over the columns that both models have, and which rows have no distribution [T...]"""
+    vocabulary = min(scores.shape[-1], target.shape[-1])
+    shared, target = scores[..., :vocabulary], target[..., :vocabulary]
+    # a row of nothing but -inf counts as masked
+    empty = (shared == -torch.inf).all(-1) | (target == -torch.inf).all(-1)  # [T...]
+    log_q, log_p = (
+        F.log_softmax(x.masked_fill(empty.unsqueeze(-1), 0) / temperature, -1) for x in (shared, target)
+    )  # [T..., V]
+    return log_q, log_p, empty
+
+
+def _categories(
+    scores: Tensor,  # [T..., V]
+    teacher: TopK,  # [T..., K]
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log q, log p) [T..., K + 1], of the teacher's ids and of the tail that all other columns are, and as above.
+
+    With the tail "conditional" [T..., K], of the ids alone.
+    """
+    vocabulary, leading = scores.shape[-1], scores.shape[:-1]
+    ids, log_p, log_tail = teacher.for_op(temperature, vocabulary)
+    ids, log_p = ids.reshape(*leading, -1), log_p.reshape(*leading, -1)  # [T..., K]
+    padding = ids < 0
+    given = scores.gather(-1, ids.clamp_min(0)).masked_fill(padding, -torch.inf) / temperature  # [T..., K]
+    if teacher.tail != "conditional":
+        aside = torch.zeros(*leading, vocabulary + 1, dtype=torch.bool, device=scores.device)
+        aside = aside.scatter(-1, ids.masked_fill(padding, vocabulary), True)[..., :vocabulary]
+        others = scores.masked_fill(aside, -torch.inf) / temperature
+        nothing = (others == -torch.inf).all(-1)  # [T...]: then the tail is no category
+        tail = others.masked_fill(nothing.unsqueeze(-1), 0).logsumexp(-1).masked_fill(nothing, -torch.inf)
+        given = torch.cat([given, tail.unsqueeze(-1)], -1)
+        if teacher.tail == "bucket":
+            log_tail = log_tail.reshape(leading)
+            of_ids = log_p.logsumexp(-1).masked_fill(~nothing | padding.all(-1), 0)
+            log_p = log_p - of_ids.unsqueeze(-1)
+            log_tail = log_tail.masked_fill(nothing, -torch.inf)
+        else:
+            log_tail = torch.full_like(log_p[..., 0], -torch.inf)
+        log_p = torch.cat([log_p, log_tail.unsqueeze(-1)], -1)
+    empty = (given == -torch.inf).all(-1) | (log_p == -torch.inf).all(-1)
+    log_q = F.log_softmax(given.masked_fill(empty.unsqueeze(-1), 0), -1)
+    return log_q, log_p.masked_fill(empty.unsqueeze(-1), 0).to(scores.dtype), empty
+
+
 def logit_kl(
     student_logits: Tensor,  # [T..., Vs]
-    teacher_logits: Tensor | None,  # [T..., Vt]
+    teacher_logits: Tensor | TopK | None,  # [T..., Vt]
     *,
     divergence: str,
     beta: float,
@@ -52,27 +99,23 @@ def logit_kl(
         scores = student_logits.to(dtype)
         if shard is not None:
             scores = GatheredColumns.apply(scores, shard.student_columns, shard.group)
-            if teacher_logits is not None:
+            if isinstance(teacher_logits, Tensor):
                 teacher_logits = GatheredColumns.apply(teacher_logits.detach(), shard.teacher_columns, shard.group)
         weight = _token_weights(scores, weight, labels, ignore_index)  # [T...]
         dropped = (weight == 0).unsqueeze(-1)
         scores = scores.masked_fill(dropped, 0)  # whatever a dropped token holds, NaN included, it counts for nothing
 
         loss = scores.new_zeros(scores.shape[:-1])  # [T...]
-        if teacher_logits is not None:
-            vocabulary = min(scores.shape[-1], teacher_logits.shape[-1])
-            shared = scores[..., :vocabulary]
-            target = teacher_logits.detach()[..., :vocabulary].to(dtype).masked_fill(dropped, 0)
-            if kd_weight != 0:
-                # a row of nothing but -inf has no distribution: it counts as masked
-                empty = (shared == -torch.inf).all(-1) | (target == -torch.inf).all(-1)  # [T...]
-                log_q, log_p = (  # [T..., V]
-                    F.log_softmax(x.masked_fill(empty.unsqueeze(-1), 0) / temperature, -1) for x in (shared, target)
-                )
-                divergences = DIVERGENCES[divergence](log_p, log_q, beta).masked_fill(empty, 0)
-                loss = (
-                    divergences * temperature * temperature * kd_weight
-                )  # one by one: torch.compile keeps numbers free
+        if teacher_logits is not None and kd_weight != 0:
+            if isinstance(teacher_logits, TopK):
+                log_q, log_p, empty = _categories(scores, teacher_logits, temperature)
+            else:
+                target = teacher_logits.detach().to(dtype).masked_fill(dropped, 0)
+                log_q, log_p, empty = _shared(scores, target, temperature)
+            log_q, log_p = log_q.masked_fill(dropped, 0), log_p.masked_fill(dropped, 0)
+            divergences = DIVERGENCES[divergence](log_p, log_q, beta).masked_fill(empty, 0)
+            # one by one: torch.compile keeps numbers free
+            loss = divergences * temperature * temperature * kd_weight
         if labels is not None and ce_weight != 0:
             index = labels.long().masked_fill(dropped.squeeze(-1), 0).unsqueeze(-1)
             loss = loss - ce_weight * F.log_softmax(scores, -1).gather(-1, index).squeeze(-1)
@@ -92,7 +135,7 @@ def logit_kl(
 def linear_kl(
     student_hidden: Tensor,  # [T..., Hs]
     student_weight: Tensor,  # [Vs, Hs]
-    teacher_hidden: Tensor | None,  # [T..., Ht]
+    teacher_hidden: Tensor | TopK | None,  # [T..., Ht]
     teacher_weight: Tensor | None,  # [Vt, Ht]
     *,
     student_bias: Tensor | None,  # [Vs]
@@ -116,8 +159,8 @@ def linear_kl(
         if shard is not None:
             student_hidden = ReplicatedInput.apply(student_hidden.to(dtype), shard.group)
         student_logits = logits(student_hidden, student_weight, student_bias, student_scale)
-        teacher_logits = None
-        if teacher_hidden is not None and teacher_weight is not None:
+        teacher_logits: Tensor | TopK | None = teacher_hidden if isinstance(teacher_hidden, TopK) else None
+        if isinstance(teacher_hidden, Tensor) and teacher_weight is not None:
             with torch.no_grad():
                 teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
         return logit_kl(student_logits, teacher_logits, shard=shard, **options)

@@ -16,6 +16,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Half a step of bfloat16 at 1: what a log-probability of that size may be off by rounding. Those in float32 have often
 # been 16-bit numbers before, so it is one number for all dtypes.
 _ROUNDING = 2.0**-8
+# Of a tail that nobody has measured. Where rounded probabilities sum to 1 or more it is not known to be empty, and with
+# a mass of 0 it would make a reverse KL infinite.
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +41,7 @@ class TopK:
             ``skew_kl`` alone). ``"renormalize"`` does so with probabilities divided by their sum. ``"conditional"``
             renormalises those of both models over the ids: any divergence.
         tail_log_prob: [...] float, the tail's log-probability for ``"bucket"``; by default what the ids' leave to 1,
-            which has few digits where they leave little. -inf where nothing is left.
+            which has few digits where they leave little, and is 1e-12 at least. -inf where nothing is left.
         temperature: at which the probabilities are, > 0. A loss of another temperature takes each of the K + 1
             probabilities to the power of the temperatures' quotient and renormalises them, which is an approximation:
             what is inside the tail is not known.
@@ -116,14 +119,17 @@ class TopK:
         """What the ops take, constants of T tokens: ids, their log-probabilities, and the tail's.
 
         Ids are [T, K] int64, and -1 for padding and where the student's vocabulary ends. The log-probabilities [T, K]
-        are float32, or float64 where the teacher's are: at this temperature, of the tail's convention, -inf where the
-        id is -1. The tail's, [T], holds what is beyond the vocabulary; it is of use to "bucket" alone.
+        are float64, as dividing them by their sum would round what a student that has nearly converged differs by: at
+        this temperature, of the tail's convention, -inf where the id is -1. The tail's, [T], holds what is beyond the
+        vocabulary; it is of use to "bucket" alone.
         """
         k = self.indices.shape[-1]
         ids = self.indices.reshape(-1, k).long()
         log_probs = self.log_probs.detach().reshape(-1, k).double().masked_fill(ids < 0, -torch.inf)
         if self.tail_log_prob is None:
-            rest = (1 - log_probs.exp().sum(-1)).clamp(min=0).log()
+            masses, most = log_probs.exp(), log_probs.amax(-1)
+            # 1 less the largest keeps the digits of a row that is all but sure
+            rest = (-most.expm1() - (masses.sum(-1) - most.exp())).clamp(min=_LEAST).log()
         else:
             rest = self.tail_log_prob.detach().reshape(-1).double()
         rest = rest.masked_fill((log_probs == -torch.inf).all(-1), 0)  # a row that says nothing
@@ -138,8 +144,7 @@ class TopK:
         if self.tail in ("renormalize", "conditional"):
             total = log_probs.logsumexp(-1, keepdim=True)
             log_probs = log_probs - total.masked_fill(total == -torch.inf, 0)
-        dtype = torch.float64 if self.log_probs.dtype == torch.float64 else torch.float32
-        return ids.masked_fill(~ours, -1), log_probs.to(dtype), rest.to(dtype)
+        return ids.masked_fill(~ours, -1), log_probs, rest
 
 
 def _check_log_probs(name: str, log_probs: Tensor) -> None:
