@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +23,13 @@ from .divergence import DIVERGENCES, divergence_code
 __all__ = [
     "Objective",
     "TokenArguments",
+    "as_int",
+    "as_normalizer",
+    "as_number",
     "average",
     "check_choice",
     "check_constant",
     "check_mask",
-    "check_normalizer",
-    "check_number",
     "check_same_device",
     "check_tensor",
     "is_finite",
@@ -35,6 +38,9 @@ __all__ = [
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASKS = (torch.bool, *INTEGERS)
 
 
 def numbers(*values: float) -> Tensor:
@@ -60,10 +66,13 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.divergence, DIVERGENCES)
-        check_number("beta", self.beta, "in (0, 1)", lambda x: 0 < x < 1)
-        check_number("temperature", self.temperature, "> 0", lambda x: 0 < x < math.inf)
-        check_number("kd_weight", self.kd_weight, "that is finite", is_finite)
-        check_number("ce_weight", self.ce_weight, "that is finite", is_finite)
+        self._set("beta", as_number("beta", self.beta, "in (0, 1)", lambda x: 0 < x < 1))
+        self._set("temperature", as_number("temperature", self.temperature, "> 0", lambda x: 0 < x < math.inf))
+        self._set("kd_weight", as_number("kd_weight", self.kd_weight, "that is finite", is_finite))
+        self._set("ce_weight", as_number("ce_weight", self.ce_weight, "that is finite", is_finite))
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def code(self) -> int:
@@ -85,14 +94,20 @@ class TokenArguments:
     reduction: str
     normalizer: float | Tensor | None
 
+    def __post_init__(self) -> None:
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        object.__setattr__(self, "ignore_index", as_int("ignore_index", self.ignore_index))
+        object.__setattr__(self, "normalizer", as_normalizer(self.normalizer, self.reduction))
+
     def check(self, objective: Objective, leading: torch.Size, vocabulary: int | None, device: torch.device) -> None:
         """Raises unless the keywords fit scores of shape [*leading, vocabulary], or [*leading, any] for None."""
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(f"ignore_index: expected an int, got {type(self.ignore_index).__name__}")
-        check_normalizer(self.normalizer, self.reduction)
         if self.weight is not None:
-            check_tensor("weight", self.weight, shape=leading, floating=True)
+            check_tensor("weight", self.weight, shape=leading)
+            if self.weight.dtype not in (*FLOATING, *MASKS):
+                raise TypeError(
+                    "weight: expected dtype float32, float64, float16, bfloat16, bool or an integer one, "
+                    f"got {self.weight.dtype}"
+                )
             check_same_device("weight", self.weight, device)
             check_constant("weight", self.weight)
             if values_are_at_hand(self.weight) and not self.weight.isfinite().all():
@@ -106,7 +121,7 @@ class TokenArguments:
 
     def _check_labels(self, labels: Tensor, leading: torch.Size, device: torch.device) -> None:
         check_tensor("labels", labels, shape=leading)
-        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        if labels.dtype not in INTEGERS:
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
         check_same_device("labels", labels, device)
 
@@ -151,19 +166,20 @@ def average(weight: Tensor, reduction: str, normalizer: float | Tensor | None) -
     return torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
 
 
-def check_normalizer(value: object, reduction: str) -> None:
+def as_normalizer(value: Any, reduction: str) -> float | Tensor | None:
+    """A normalizer as `average` takes it. A tensor may be on a GPU: nobody asks for its value."""
     if value is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(f'normalizer: only used with reduction="mean", got reduction={reduction!r}')
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(value)}")
         check_constant("normalizer", value)
-        if not values_are_at_hand(value):
-            return
-        value = value.item()
-    check_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
+        if values_are_at_hand(value):
+            as_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
+        return value
+    return as_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -175,11 +191,44 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     raise ValueError(f"{name}: expected one of {', '.join(names)}, got {value!r}{hint}")
 
 
-def check_number(name: str, value: object, expected: str, holds) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number {expected}, got {type(value).__name__}")
-    if not holds(value):
-        raise ValueError(f"{name}: expected a number {expected}, got {value}")
+def as_number(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
+    """The number that a Python number, a NumPy scalar or a 0-d tensor on the CPU is.
+
+    Raises where it is none of them, or does not hold.
+    """
+    number = _as_python(name, value, f"a number {expected}")
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name}: expected a number {expected}, got {type(number).__name__}")
+    if not holds(number):
+        raise ValueError(f"{name}: expected a number {expected}, got {number}")
+    return number
+
+
+def as_int(name: str, value: Any, expected: str = "an int") -> int:
+    """The int that a Python int, a NumPy integer or a 0-d tensor of integers on the CPU is."""
+    number = _as_python(name, value, expected)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name}: expected {expected}, got {type(number).__name__}")
+    return number
+
+
+def _as_python(name: str, value: Any, expected: str) -> Any:
+    """What a NumPy scalar or 0-d tensor holds; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: expected {expected}, got a tensor of shape {_list(value)}")
+        check_constant(name, value)
+        if not _has_values(value):
+            raise ValueError(
+                f"{name}: expected {expected}, or a 0-d tensor of it on the CPU, got one whose value is not at hand, "
+                f"on {value.device}; a number of its item() is, for which you wait"
+            )
+        return value.item()
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def is_finite(x: float) -> bool:
@@ -193,7 +242,7 @@ def check_tensor(
     """`shape` may hold None where any size will do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if floating and value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if floating and value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {value.dtype}")
     if shape is not None:
         wanted = list(shape)
@@ -207,7 +256,7 @@ def check_mask(name: str, value: object, shape: Iterable[int], device: torch.dev
     """A mask is True, or not 0, where something takes part."""
     check_tensor(name, value, shape=shape)
     assert isinstance(value, Tensor)
-    if value.dtype not in (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if value.dtype not in MASKS:
         raise TypeError(f"{name}: expected a bool or integer dtype (True or 1 takes part), got {value.dtype}")
     check_same_device(name, value, device)
 
@@ -228,8 +277,13 @@ def check_same_device(name: str, value: Tensor, device: torch.device, of: str = 
 
 def values_are_at_hand(x: Tensor) -> bool:
     """Whether checks may look at values: they would wait for a GPU, and while a graph is traced there are none."""
+    return not torch.compiler.is_compiling() and _has_values(x)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether x's values are on the CPU; torch.compile, to read them, ends its graph."""
     known = x.device.type == "cpu" and not isinstance(x, FakeTensor)
-    return known and not torch.compiler.is_compiling() and not _is_batched(x)
+    return known and (torch.compiler.is_compiling() or not _is_batched(x))
 
 
 def _is_batched(x: Tensor) -> bool:

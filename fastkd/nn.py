@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from .backend import IMPLS
-from .checks import REDUCTIONS, Objective, check_choice
+from .checks import REDUCTIONS, Objective, as_int, check_choice
 from .distributed import check_group
 from .ops.attention_kl import attention_kl, check_heads
 from .ops.cka_loss import check_constants, cka_loss
@@ -162,7 +162,7 @@ class _AttentionLoss(_Loss):
     ) -> None:
         super().__init__()
         # what is wrong with these fails here, not in training
-        check_heads(num_heads, {})
+        check_heads(as_int("num_heads", num_heads), {})
         Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("impl", impl, IMPLS)

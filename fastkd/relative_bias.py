@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
+from .checks import as_int, check_tensor
 
 __all__ = ["RelativeBias"]
 
@@ -40,8 +40,7 @@ class RelativeBias:
         check_tensor("RelativeBias.table", self.table, shape=[None, None], floating=True)
         if not isinstance(self.bidirectional, bool):
             raise TypeError(f"RelativeBias.bidirectional: expected a bool, got {type(self.bidirectional).__name__}")
-        if isinstance(self.max_distance, bool) or not isinstance(self.max_distance, int):
-            raise TypeError(f"RelativeBias.max_distance: expected an int, got {type(self.max_distance).__name__}")
+        object.__setattr__(self, "max_distance", as_int("RelativeBias.max_distance", self.max_distance))
         buckets, least = self.table.shape[0], 4 if self.bidirectional else 2
         if buckets < least or (self.bidirectional and buckets % 2):
             kind = "an even number of buckets of at least 4" if self.bidirectional else "at least 2 buckets"

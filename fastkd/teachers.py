@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_number, check_same_device, check_tensor, values_are_at_hand
+from .checks import INTEGERS, as_number, check_choice, check_same_device, check_tensor, values_are_at_hand
 
 __all__ = ["TAILS", "TopK"]
 
 TAILS = ("bucket", "ignore", "renormalize", "conditional")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Half a step of bfloat16 at 1: what a log-probability of that size may be off by rounding. Those in float32 have often
 # been 16-bit numbers before, so it is one number for all dtypes.
 _ROUNDING = 2.0**-8
@@ -60,14 +59,15 @@ class TopK:
 
     def __post_init__(self) -> None:
         check_tensor("TopK.indices", self.indices)
-        if self.indices.dtype not in _INTEGERS:
+        if self.indices.dtype not in INTEGERS:
             raise TypeError(f"TopK.indices: expected an integer dtype, got {self.indices.dtype}")
         if self.indices.dim() == 0 or self.indices.shape[-1] == 0:
             raise ValueError(f"TopK.indices: expected shape [..., K] with K > 0, got {list(self.indices.shape)}")
         check_tensor("TopK.log_probs", self.log_probs, shape=self.indices.shape, floating=True)
         check_same_device("TopK.log_probs", self.log_probs, self.indices.device, "the indices")
         check_choice("TopK.tail", self.tail, TAILS)
-        check_number("TopK.temperature", self.temperature, "> 0", lambda x: 0 < x < float("inf"))
+        temperature = as_number("TopK.temperature", self.temperature, "> 0", lambda x: 0 < x < float("inf"))
+        object.__setattr__(self, "temperature", temperature)
         if self.tail_log_prob is not None:
             if self.tail != "bucket":
                 raise ValueError(f'TopK.tail_log_prob: only used with tail="bucket", got tail={self.tail!r}')

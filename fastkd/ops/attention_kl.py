@@ -22,11 +22,12 @@ from ..backend import backend_for, use_fused
 from ..checks import (
     REDUCTIONS,
     Objective,
+    as_int,
+    as_normalizer,
+    as_number,
     average,
     check_choice,
     check_mask,
-    check_normalizer,
-    check_number,
     check_same_device,
     check_tensor,
     is_finite,
@@ -180,10 +181,8 @@ class _AttentionKLGradient(Gradient):
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
-def check_heads(num_heads: object, widths: dict[str, int]) -> None:
+def check_heads(num_heads: int, widths: dict[str, int]) -> None:
     """Raises unless heads of equal width fit every named width."""
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
     if num_heads < 1 and not widths:
         raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
     if num_heads < 1 or any(width % num_heads for width in widths.values()):
@@ -216,6 +215,11 @@ def row_coefficients(
     return weight.unsqueeze(1).expand(batch, num_heads, queries).contiguous()
 
 
+def as_scale(name: str, value: Any) -> float | None:
+    """A scale of scores as a float, or None for the default."""
+    return None if value is None else as_number(name, value, "that is finite", is_finite)
+
+
 def _check_bias(name: str, bias: object, shape: tuple[int, ...], device: torch.device) -> None:
     if isinstance(bias, RelativeBias):
         check_tensor(f"{name}.table", bias.table, shape=[None, shape[1]])
@@ -241,7 +245,7 @@ class _Inputs(NamedTuple):
     teacher_q: Tensor  # [B, Lq, Ht]
     teacher_k: Tensor  # [B, Lk, Ht]
     num_heads: int
-    student_scale: Any
+    student_scale: Any  # a float; None before `completed`
     teacher_scale: Any
     student_bias: Any  # [B, A, Lq, Lk] or what broadcasts to it, or a RelativeBias
     teacher_bias: Any
@@ -265,9 +269,7 @@ class _Inputs(NamedTuple):
                 raise TypeError(f"{model}_k: expected dtype {q.dtype}, that of {model}_q, got {k.dtype}")
             for name, x in ((f"{model}_q", q), (f"{model}_k", k)):
                 check_same_device(name, x, device)
-            scale, bias = getattr(self, f"{model}_scale"), getattr(self, f"{model}_bias")
-            if scale is not None:
-                check_number(f"{model}_scale", scale, "that is finite", is_finite)
+            bias = getattr(self, f"{model}_bias")
             if bias is not None:
                 _check_bias(f"{model}_bias", bias, (batch, self.num_heads, queries, keys), device)
         if not isinstance(self.causal, bool):
@@ -359,9 +361,10 @@ def attention_kl(
     """
     objective = Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_normalizer(normalizer, reduction)
+    normalizer, num_heads = as_normalizer(normalizer, reduction), as_int("num_heads", num_heads)
+    scales = as_scale("student_scale", student_scale), as_scale("teacher_scale", teacher_scale)
     given = _Inputs(
-        student_q, student_k, teacher_q, teacher_k, num_heads, student_scale, teacher_scale, student_bias, teacher_bias,
+        student_q, student_k, teacher_q, teacher_k, num_heads, *scales, student_bias, teacher_bias,
         key_mask, query_mask, causal,
     )  # fmt: skip
     given.check()
@@ -369,7 +372,7 @@ def attention_kl(
     device = inputs.student_q.device
     if not use_fused(impl, device):
         return reference.attention_kl(
-            **inputs._asdict(), divergence=divergence, beta=beta, reduction=reduction, normalizer=normalizer
+            **inputs._asdict(), divergence=divergence, beta=objective.beta, reduction=reduction, normalizer=normalizer
         )
 
     dtype, keys = score_dtype(inputs.student_q), inputs.student_k.shape[1]
@@ -385,7 +388,7 @@ def attention_kl(
         num_heads,
         tuple(wants_gradient(x) for x in (inputs.student_q, inputs.student_k, bias)),
         objective.code,
-        numbers(beta, inputs.student_scale, inputs.teacher_scale),
+        numbers(objective.beta, inputs.student_scale, inputs.teacher_scale),
     )
     loss = apply(AttentionKLPerRow, *arguments) if reduction == "none" else apply(AttentionKL, *arguments)[0]
     return loss if dtype == torch.float64 else loss.float()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
-from ..checks import check_choice, check_mask, check_number, check_same_device, check_tensor, numbers
+from ..checks import as_number, check_choice, check_mask, check_same_device, check_tensor, numbers
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments, wants_gradient
 from .drivers.cka_loss_torch import torch_backward_, torch_forward
 from .drivers.huge_pages import in_huge_pages
@@ -187,8 +187,9 @@ def _use_fused(impl: str, device: torch.device) -> bool:
     return impl != "reference" if device.type == "cpu" else use_fused(impl, device)
 
 
-def check_constants(eps: Any, squared: Any, reduction: Any, group: Any, impl: Any) -> None:
-    check_number("eps", eps, "> 0", lambda x: 0 < x < float("inf"))
+def check_constants(eps: Any, squared: Any, reduction: Any, group: Any, impl: Any) -> float:
+    """eps as a float; raises unless all of them fit."""
+    eps = as_number("eps", eps, "> 0", lambda x: 0 < x < float("inf"))
     if not isinstance(squared, bool):
         raise TypeError(f"squared: expected a bool, got {type(squared).__name__}")
     check_choice("reduction", reduction, REDUCTIONS)
@@ -197,6 +198,7 @@ def check_constants(eps: Any, squared: Any, reduction: Any, group: Any, impl: An
         distributed.check_group(group)
         if impl == "reference":
             raise ValueError('impl: expected auto or fused, because a group is given, got "reference"')
+    return eps
 
 
 def _as_lists(student: Any, teacher: Any, mask: Any) -> tuple[list[Any], list[Any], list[Any]]:
@@ -291,7 +293,7 @@ def cka_loss(
     Examples:
         >>> hsm = cka_loss(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
     """
-    check_constants(eps, squared, reduction, group, impl)
+    eps = check_constants(eps, squared, reduction, group, impl)
     several = isinstance(student, (list, tuple))
     students, teachers, masks = _as_lists(student, teacher, mask)
     _check_pairs(students, teachers, masks, several, isinstance(mask, (list, tuple)))

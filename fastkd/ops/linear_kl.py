@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, check_number, is_finite, numbers
+from ..checks import Objective, TokenArguments, as_number, is_finite, numbers
 from .autograd import (
     Function,
     Gradient,
@@ -192,6 +192,11 @@ class _LinearKLGradient(Gradient):
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
+def as_workspace(megabytes: Any) -> float | None:
+    """The argument workspace_mb as a float, or None for the default."""
+    return None if megabytes is None else as_number("workspace_mb", megabytes, "> 0", lambda x: 0 < x < float("inf"))
+
+
 def linear_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -261,28 +266,28 @@ def linear_kl(
     }
     group = vocabulary_group(vocab_group, heads, 0)
 
-    def check() -> tuple[Inputs, Objective, TokenArguments, bool]:
+    def check() -> tuple[Inputs, Objective, TokenArguments, bool, dict[str, Any]]:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
         token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
         local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
         tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
-        check_number("student_scale", student_scale, "that is finite", is_finite)
-        check_number("teacher_scale", teacher_scale, "that is finite", is_finite)
-        if workspace_mb is not None:
-            check_number("workspace_mb", workspace_mb, "> 0", lambda x: 0 < x < float("inf"))
+        keywords: dict[str, Any] = {
+            "student_scale": as_number("student_scale", student_scale, "that is finite", is_finite),
+            "teacher_scale": as_number("teacher_scale", teacher_scale, "that is finite", is_finite),
+            "workspace_mb": as_workspace(workspace_mb),
+        }
         shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
         hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
         whole = {name: local_tensor(name, x) for name, x in hidden.items()}
         inputs = check_inputs(Inputs(**whole, **shards), objective, tokens, group is not None)
-        return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device)
+        return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device), keywords
 
-    scales: dict[str, Any] = {"student_scale": student_scale, "teacher_scale": teacher_scale}
-    keywords = {**scales, "workspace_mb": workspace_mb}
-    (inputs, objective, tokens, fused), shard = agree(group, check, lambda checked: facts(*checked, keywords))
+    (inputs, objective, tokens, fused, keywords), shard = agree(group, check, lambda checked: facts(*checked))
+    workspace = keywords.pop("workspace_mb")
 
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
     if not fused:
-        return reference.linear_kl(**inputs._asdict(), **scales, shard=shard, **vars(objective), **vars(tokens))
+        return reference.linear_kl(**inputs._asdict(), **keywords, shard=shard, **vars(objective), **vars(tokens))
 
     flat_labels = tokens.flat_labels()
     wanted = tuple(wants_gradient(x) for x in inputs[:3])
@@ -290,7 +295,7 @@ def linear_kl(
         *inputs._replace(student_hidden=flat(inputs.student_hidden), teacher_hidden=flat(inputs.teacher_hidden)),
         tokens.coefficients(leading, device),
         flat_labels if shard is None else shard.local_labels(flat_labels),
-        numbers(student_scale, teacher_scale, WORKSPACE_MB[device.type] if workspace_mb is None else workspace_mb),
+        numbers(*keywords.values(), WORKSPACE_MB[device.type] if workspace is None else workspace),
         wanted,
         *(objective if shard is None else shard).for_op(),
     )

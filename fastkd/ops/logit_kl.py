@@ -284,7 +284,8 @@ def logit_kl(
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tvd``.
         beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
         temperature: > 0.
-        weight: [...] a float for each token; 0 drops it. A constant, as ``normalizer`` is.
+        weight: [...] a number for each token, or a mask of bool or integers; 0 drops it. A constant, as ``normalizer``
+            is.
         labels: [...] integers in [0, Vs) or ``ignore_index``, which drops the token from both terms.
         ce_weight, kd_weight: weights of the two terms.
         ignore_index: the label of tokens that are dropped.

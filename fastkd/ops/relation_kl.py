@@ -19,9 +19,10 @@ from ..backend import backend_for, use_fused
 from ..checks import (
     REDUCTIONS,
     Objective,
+    as_int,
+    as_normalizer,
     check_choice,
     check_mask,
-    check_normalizer,
     check_same_device,
     check_tensor,
     numbers,
@@ -204,11 +205,11 @@ def _entries(student: Any, teacher: Any, key_mask: Any, causal: Any, normalizer:
     return _Entries(students, list(teacher) if several else [teacher], **listed)
 
 
-def _check(entries: _Entries, num_heads: object, reduction: str, several: bool, masks_listed: bool) -> None:
+def _check(entries: _Entries, num_heads: int, several: bool, masks_listed: bool) -> None:
     """Raises unless what is given for every entry fits."""
     first = entries.student[0]
     widths: dict[str, int] = {}
-    for i, (x, t, mask, is_causal, normalizer) in enumerate(zip(*entries, strict=True)):
+    for i, (x, t, mask, is_causal, _) in enumerate(zip(*entries, strict=True)):
         at = f"[{i}]" if several else ""
         check_tensor(f"student{at}", x, shape=[None if i == 0 else first.shape[0], None, None], floating=True)
         check_tensor(f"teacher{at}", t, shape=[*x.shape[:2], None], floating=True)
@@ -221,7 +222,6 @@ def _check(entries: _Entries, num_heads: object, reduction: str, several: bool, 
             raise TypeError(f"causal: expected a bool, got {type(is_causal).__name__}")
         if mask is not None:
             check_mask(f"key_mask{at if masks_listed else ''}", mask, x.shape[:2], x.device)
-        check_normalizer(normalizer, reduction)
     check_heads(num_heads, widths)
 
 
@@ -275,7 +275,9 @@ def relation_kl(
     check_choice("reduction", reduction, REDUCTIONS)
     several = isinstance(student, (list, tuple))
     entries = _entries(student, teacher, key_mask, causal, normalizer)
-    _check(entries, num_heads, reduction, several, isinstance(key_mask, (list, tuple)))
+    entries = entries._replace(normalizer=[as_normalizer(x, reduction) for x in entries.normalizer])
+    num_heads = as_int("num_heads", num_heads)
+    _check(entries, num_heads, several, isinstance(key_mask, (list, tuple)))
     students = [differentiable(x) for x in autocast_like_linear(*entries.student)]
     teachers = [constant(t) for t in autocast_like_linear(*entries.teacher)]
     masks = [None if mask is None else differentiable(mask.bool()) for mask in entries.key_mask]
@@ -289,7 +291,7 @@ def relation_kl(
             key_mask=masks,
             causal=entries.causal,
             divergence=divergence,
-            beta=beta,
+            beta=objective.beta,
             reduction=reduction,
             normalizer=entries.normalizer,
         )
@@ -306,7 +308,7 @@ def relation_kl(
         coefficients = [c / len(students) for c in coefficients]
     wanted = tuple(wants_gradient(x) for x in students)
     constants = (tuple(entries.causal), num_heads, wanted, objective.code)
-    arguments = (*constants, *students, *teachers, *coefficients, *masks, numbers(beta))
+    arguments = (*constants, *students, *teachers, *coefficients, *masks, numbers(objective.beta))
     if reduction != "none":
         loss, *_ = apply(RelationKL, *arguments)
         return loss if loss.dtype == students[0].dtype else loss.float()
