@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import INTEGERS, as_number, check_choice, check_same_device, check_tensor, values_are_at_hand
+from . import teacher_formats as formats
+from . import teacher_scores as scores
+from .checks import (
+    INTEGERS,
+    as_int,
+    as_number,
+    check_choice,
+    check_same_device,
+    check_tensor,
+    is_finite,
+    values_are_at_hand,
+)
 
 __all__ = ["TAILS", "TopK"]
 
@@ -66,18 +80,211 @@ class TopK:
         check_tensor("TopK.log_probs", self.log_probs, shape=self.indices.shape, floating=True)
         check_same_device("TopK.log_probs", self.log_probs, self.indices.device, "the indices")
         check_choice("TopK.tail", self.tail, TAILS)
-        temperature = as_number("TopK.temperature", self.temperature, "> 0", lambda x: 0 < x < float("inf"))
-        object.__setattr__(self, "temperature", temperature)
+        object.__setattr__(self, "temperature", as_number("TopK.temperature", self.temperature, "> 0", _is_positive))
         if self.tail_log_prob is not None:
             if self.tail != "bucket":
                 raise ValueError(f'TopK.tail_log_prob: only used with tail="bucket", got tail={self.tail!r}')
             check_tensor("TopK.tail_log_prob", self.tail_log_prob, shape=self.shape, floating=True)
             check_same_device("TopK.tail_log_prob", self.tail_log_prob, self.indices.device, "the indices")
 
+    # ---- made of logits -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, k: int, *, tail: str = "bucket", temperature: float = 1.0) -> TopK:
+        """The k likeliest ids of logits [..., V], with the exact mass of the others.
+
+        Rows are taken in chunks: beside the logits nothing of their size is made, in any dtype.
+
+        Args:
+            logits: [..., V], float32, float64, float16 or bfloat16, of any stride.
+            k: how many, at most V.
+            tail: as of ``TopK``.
+            temperature: of the softmax, > 0; the losses know that it has been applied.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit.
+        """
+        vocabulary = _check_rows("logits", logits)
+        k, temperature = _as_count("k", k, vocabulary), _as_temperature(temperature)
+        check_choice("tail", tail, TAILS)
+        return cls._joined(
+            [scores.top([rows], k, temperature) for rows in scores.row_chunks(logits)], logits, tail, temperature
+        )
+
+    @classmethod
+    def from_hidden(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        k: int,
+        *,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        tail: str = "bucket",
+        temperature: float = 1.0,
+    ) -> TopK:
+        """The k likeliest ids of a head, without its logits: scores are made a block at a time.
+
+        The logits are ``scale * hidden @ weight.T + bias``, and ``softcap * tanh(logits / softcap)`` of these where a
+        soft cap is given. They are summed up in float32 whatever the dtype of the operands, and never rounded to it.
+
+        Args:
+            hidden: [..., H], float32, float64, float16 or bfloat16.
+            weight: [V, H], in the dtype of ``hidden``.
+            k: how many ids, at most V.
+            bias: [V].
+            scale, softcap: numbers that follow the head's product; the soft cap > 0.
+            tail: as of ``TopK``.
+            temperature: of the softmax, > 0; the losses know that it has been applied.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit.
+        """
+        width = _check_rows("hidden", hidden)
+        check_tensor("weight", weight, shape=[None, width], floating=True)
+        if weight.dtype != hidden.dtype:
+            raise TypeError(f"weight: expected {hidden.dtype}, the dtype of hidden, got {weight.dtype}")
+        check_same_device("weight", weight, hidden.device, "hidden")
+        if bias is not None:
+            check_tensor("bias", bias, shape=weight.shape[:1], floating=True)
+            check_same_device("bias", bias, hidden.device, "hidden")
+        scale = as_number("scale", scale, "that is finite", is_finite)
+        softcap = None if softcap is None else as_number("softcap", softcap, "> 0", _is_positive)
+        k, temperature = _as_count("k", k, weight.shape[0]), _as_temperature(temperature)
+        check_choice("tail", tail, TAILS)
+        with torch.autocast(hidden.device.type, enabled=False):
+            parts = [
+                scores.top(scores.head_scores(rows, weight, bias, scale, softcap), k, temperature)
+                for rows in scores.token_chunks(hidden)
+            ]
+        return cls._joined(parts, hidden, tail, temperature)
+
+    @classmethod
+    def sampled(
+        cls, logits: Tensor, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> TopK:
+        """n ids drawn from the softmax of logits [..., V], with replacement: each one's probability is its share.
+
+        With them the gradient of ``forward_kl`` is on average that of the whole distribution, where the k likeliest
+        alone lead elsewhere ("Sparse Logit Sampling", Anshumann et al., ACL 2025, arXiv 2503.16870). The rows have n
+        entries, those that were drawn and padding, and the tail is ignored.
+
+        Args:
+            logits: [..., V], float32, float64, float16 or bfloat16, of any stride.
+            n: how many draws; 12 to 64 are usual.
+            temperature: of the softmax, > 0; the losses know that it has been applied.
+            generator: of random numbers, on the device of the logits.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit.
+        """
+        _check_rows("logits", logits)
+        n, temperature = _as_count("n", n), _as_temperature(temperature)
+        drawn = [scores.draw(rows, n, temperature, generator) for rows in scores.row_chunks(logits)]
+        return cls._joined(drawn, logits, "ignore", temperature)
+
+    @classmethod
+    def _joined(cls, parts: Sequence[Sequence[Tensor]], like: Tensor, tail: str, temperature: float) -> TopK:
+        """Chunks of tokens, as one of the leading shape that `like` has."""
+        whole = [torch.cat(chunks) for chunks in zip(*parts, strict=True)]
+        ids, log_probs, *rest = (x.view((*like.shape[:-1], *x.shape[1:])) for x in whole)
+        return cls(ids, log_probs, tail, rest[0] if tail == "bucket" else None, temperature)
+
+    # ---- read of lists and files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_lists(cls, indices: Any, log_probs: Any, *, tail: str = "bucket", temperature: float = 1.0) -> TopK:
+        """Nested lists [..., K] of ids and of log-probabilities, padded where they are ragged, at every level.
+
+        A batch of sequences of any length, with any number of entries for a token. None stands for a list of nothing.
+        """
+        return cls(*formats.ragged("TopK.from_lists", indices, log_probs), tail, None, temperature)
+
+    @classmethod
+    def from_vllm(cls, logprobs: Any, *, tail: str = "bucket", temperature: float = 1.0) -> TopK:
+        """``prompt_logprobs`` or ``logprobs`` of vLLM: of a request, or a list of those of several requests.
+
+        For each token a dict of ids, the values of which are vLLM's ``Logprob``, {"logprob": x} of its servers' JSON or
+        numbers; or a list of {"token": "token_id:17", "logprob": x}. None, as for a prompt's first token, is a row
+        without entries. A row is the distribution *of* its token, so it goes with the logits at the token before:
+        ``logit_kl(logits[:, :-1], teacher[:, 1:])``. Sampling parameters or a ``logprobs_mode`` that change vLLM's
+        log-probabilities change the teacher.
+        """
+        return cls(*formats.ragged("TopK.from_vllm", *formats.vllm_lists(logprobs)), tail, None, temperature)
+
+    @classmethod
+    def from_trl(cls, response: Mapping[str, Any], *, tail: str = "bucket", temperature: float = 1.0) -> TopK:
+        """What TRL's vLLM server answers to ``get_sequence_logprobs``, in JSON or in base64, or its client returns.
+
+        Rows are the distributions of the completions' tokens, [sequences, longest completion].
+        """
+        return cls(*formats.trl_response(response), tail, None, temperature)
+
+    @classmethod
+    def from_columns(
+        cls,
+        table: Any,
+        indices: str,
+        log_probs: str,
+        mask: str | None = None,
+        *,
+        tail: str = "bucket",
+        temperature: float = 1.0,
+    ) -> TopK:
+        """Columns of nested lists, by their names: of a dict of lists, or a table of pyarrow, pandas or datasets.
+
+        Where ``mask``, a column of nested lists too, is 0, an entry is padding. axolotl writes ``target_token_ids``,
+        ``target_logprobs`` and ``target_mask``, renormalised over the ids, which is ``tail="renormalize"``. DistillKit
+        writes ``token_ids`` and ``top_values``; its compressed columns are not read.
+        """
+        return cls(*formats.columns(table, indices, log_probs, mask), tail, None, temperature)
+
+    # ---- as of a tensor of tokens -----------------------------------------------------------------------------------
+
     @property
     def shape(self) -> torch.Size:
         """The leading shape [...], that of the tokens."""
         return self.indices.shape[:-1]
+
+    @property
+    def known(self) -> Tensor:
+        """[...] bool: the tokens that have an entry, for the losses' ``weight``."""
+        return ((self.indices >= 0) & (self.log_probs > -torch.inf)).any(-1)
+
+    def __len__(self) -> int:
+        return len(self.indices[..., 0])
+
+    def __getitem__(self, index: Any) -> TopK:
+        """Some of the tokens, by an index into the leading shape."""
+        rows = torch.arange(self.shape.numel(), device=self.indices.device).reshape(self.shape)[index]
+        k = self.indices.shape[-1]
+        return self._map(lambda x: x.reshape(-1, k)[rows], lambda x: x.flatten()[rows])
+
+    def reshape(self, *shape: int) -> TopK:
+        """With another leading shape of as many tokens."""
+        k = self.indices.shape[-1]
+        return self._map(lambda x: x.reshape((*shape, k)), lambda x: x.reshape(shape))
+
+    def to(self, *args: Any, **kwargs: Any) -> TopK:
+        """On another device, or with log-probabilities in another dtype: arguments are those of ``Tensor.to``."""
+        log_probs = self.log_probs.to(*args, **kwargs)
+        indices = self.indices.to(log_probs.device, non_blocking=kwargs.get("non_blocking", False))
+        rest = None if self.tail_log_prob is None else self.tail_log_prob.to(*args, **kwargs)
+        return replace(self, indices=indices, log_probs=log_probs, tail_log_prob=rest)
+
+    def pin_memory(self) -> TopK:
+        """In page-locked memory, as a DataLoader with ``pin_memory=True`` asks of what it loads."""
+        return self._map(Tensor.pin_memory, Tensor.pin_memory)
+
+    def _map(self, entries: Callable[[Tensor], Tensor], tokens: Callable[[Tensor], Tensor]) -> TopK:
+        rest = None if self.tail_log_prob is None else tokens(self.tail_log_prob)
+        return replace(self, indices=entries(self.indices), log_probs=entries(self.log_probs), tail_log_prob=rest)
+
+    def __repr__(self) -> str:
+        k, dtype, device = self.indices.shape[-1], self.log_probs.dtype, self.indices.device
+        at = "" if self.temperature == 1 else f", temperature={self.temperature}"
+        return f"TopK({list(self.shape)}, k={k}, tail={self.tail!r}{at}, {dtype}, {device})"
 
     # ---- for the losses ---------------------------------------------------------------------------------------------
 
@@ -151,3 +358,27 @@ def _check_log_probs(name: str, log_probs: Tensor) -> None:
     bad = ~(log_probs <= _ROUNDING)  # NaN too
     if bad.any():
         raise ValueError(f"{name}: expected log-probabilities, which are <= 0, got {log_probs[bad][0].item()}")
+
+
+def _is_positive(x: float) -> bool:
+    return 0 < x < math.inf
+
+
+def _check_rows(name: str, x: Tensor) -> int:
+    """Checks a tensor [..., n] of rows, and returns n."""
+    check_tensor(name, x, floating=True)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [..., n] with n > 0, got {list(x.shape)}")
+    return x.shape[-1]
+
+
+def _as_count(name: str, count: int, most: int | None = None) -> int:
+    count = as_int(name, count)
+    if count < 1 or (most is not None and count > most):
+        limit = "" if most is None else f" and at most the vocabulary's {most}"
+        raise ValueError(f"{name}: expected at least 1{limit}, got {count}")
+    return count
+
+
+def _as_temperature(temperature: float) -> float:
+    return as_number("temperature", temperature, "> 0", _is_positive)
