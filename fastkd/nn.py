@@ -7,16 +7,16 @@ holds a parameter or a buffer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .backend import IMPLS
-from .checks import REDUCTIONS, Objective, as_int, check_choice
+from .checks import REDUCTIONS, Objective, TokenArguments, as_int, as_number, check_choice, is_finite
 from .distributed import check_group
-from .ops.attention_kl import attention_kl, check_heads
+from .ops.attention_kl import as_scale, attention_kl, check_heads
 from .ops.cka_loss import check_constants, cka_loss
-from .ops.linear_kl import linear_kl
+from .ops.linear_kl import as_workspace, linear_kl
 from .ops.logit_kl import logit_kl
 from .ops.relation_kl import relation_kl
 from .relative_bias import RelativeBias
@@ -30,16 +30,31 @@ __all__ = ["AttentionKLLoss", "CKALoss", "LinearKLLoss", "LogitKLLoss", "Relatio
 class _Loss(nn.Module):
     """Constants of a loss, shown by repr."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options: dict = {}
+        self.options: dict[str, Any] = options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class _TokenLoss(_Loss):
-    """The keywords that ``LogitKLLoss`` and ``LinearKLLoss`` share."""
+# What is wrong with constants fails where a module is made, not in training. Each class names all its keywords, so that
+# Python, type checkers and help() know them.
+
+
+def _check_token_constants(ignore_index: int, reduction: str, vocab_group: ProcessGroup | None, impl: str) -> None:
+    TokenArguments(None, None, ignore_index, reduction, None)
+    if vocab_group is not None:
+        check_group(vocab_group, "vocab_group")
+    check_choice("impl", impl, IMPLS)
+
+
+class LogitKLLoss(_Loss):
+    """``fastkd.logit_kl`` as a module; keywords as there.
+
+    Examples:
+        >>> loss = LogitKLLoss(temperature=2.0)(student_logits, teacher_logits, weight=mask)  # doctest: +SKIP
+    """
 
     def __init__(
         self,
@@ -54,32 +69,19 @@ class _TokenLoss(_Loss):
         vocab_group: ProcessGroup | None = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        # what is wrong with these fails here, not in training
         Objective(divergence, beta, temperature, kd_weight, ce_weight)
-        check_choice("reduction", reduction, REDUCTIONS)
-        if vocab_group is not None:
-            check_group(vocab_group, "vocab_group")
-        check_choice("impl", impl, IMPLS)
-        self.options = {
-            "divergence": divergence,
-            "beta": beta,
-            "temperature": temperature,
-            "ce_weight": ce_weight,
-            "kd_weight": kd_weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "vocab_group": vocab_group,
-            "impl": impl,
-        }
-
-
-class LogitKLLoss(_TokenLoss):
-    """``fastkd.logit_kl`` as a module; keywords as there.
-
-    Examples:
-        >>> loss = LogitKLLoss(temperature=2.0)(student_logits, teacher_logits, weight=mask)  # doctest: +SKIP
-    """
+        _check_token_constants(ignore_index, reduction, vocab_group, impl)
+        super().__init__(
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            vocab_group=vocab_group,
+            impl=impl,
+        )
 
     def forward(
         self,
@@ -96,7 +98,7 @@ class LogitKLLoss(_TokenLoss):
         )
 
 
-class LinearKLLoss(_TokenLoss):
+class LinearKLLoss(_Loss):
     """``fastkd.linear_kl`` as a module; keywords as there.
 
     Examples:
@@ -110,14 +112,35 @@ class LinearKLLoss(_TokenLoss):
         student_scale: float = 1.0,
         teacher_scale: float = 1.0,
         workspace_mb: float | None = None,
-        **options,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        ce_weight: float = 0.0,
+        kd_weight: float = 1.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        vocab_group: ProcessGroup | None = None,
+        impl: str = "auto",
     ) -> None:
-        super().__init__(**options)
-        self.options |= {
-            "student_scale": student_scale,
-            "teacher_scale": teacher_scale,
-            "workspace_mb": workspace_mb,
-        }
+        Objective(divergence, beta, temperature, kd_weight, ce_weight)
+        _check_token_constants(ignore_index, reduction, vocab_group, impl)
+        as_number("student_scale", student_scale, "that is finite", is_finite)
+        as_number("teacher_scale", teacher_scale, "that is finite", is_finite)
+        as_workspace(workspace_mb)
+        super().__init__(
+            student_scale=student_scale,
+            teacher_scale=teacher_scale,
+            workspace_mb=workspace_mb,
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            vocab_group=vocab_group,
+            impl=impl,
+        )
 
     def forward(
         self,
@@ -147,8 +170,18 @@ class LinearKLLoss(_TokenLoss):
         )
 
 
-class _AttentionLoss(_Loss):
-    """The keywords that ``RelationKLLoss`` and ``AttentionKLLoss`` share."""
+def _check_attention_constants(num_heads: int, reduction: str, impl: str) -> None:
+    check_heads(as_int("num_heads", num_heads), {})
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("impl", impl, IMPLS)
+
+
+class RelationKLLoss(_Loss):
+    """``fastkd.relation_kl`` as a module; keywords as there.
+
+    Examples:
+        >>> loss = RelationKLLoss(num_heads=32)([q_s, k_s, v_s], [q_t, k_t, v_t], key_mask=mask)  # doctest: +SKIP
+    """
 
     def __init__(
         self,
@@ -160,28 +193,16 @@ class _AttentionLoss(_Loss):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        # what is wrong with these fails here, not in training
-        check_heads(as_int("num_heads", num_heads), {})
         Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("impl", impl, IMPLS)
-        self.options = {
-            "num_heads": num_heads,
-            "causal": causal,
-            "divergence": divergence,
-            "beta": beta,
-            "reduction": reduction,
-            "impl": impl,
-        }
-
-
-class RelationKLLoss(_AttentionLoss):
-    """``fastkd.relation_kl`` as a module; keywords as there.
-
-    Examples:
-        >>> loss = RelationKLLoss(num_heads=32)([q_s, k_s, v_s], [q_t, k_t, v_t], key_mask=mask)  # doctest: +SKIP
-    """
+        _check_attention_constants(num_heads, reduction, impl)
+        super().__init__(
+            num_heads=num_heads,
+            causal=causal,
+            divergence=divergence,
+            beta=beta,
+            reduction=reduction,
+            impl=impl,
+        )
 
     def forward(
         self,
@@ -195,16 +216,39 @@ class RelationKLLoss(_AttentionLoss):
         return relation_kl(student, teacher, key_mask=key_mask, normalizer=normalizer, **self.options)
 
 
-class AttentionKLLoss(_AttentionLoss):
+class AttentionKLLoss(_Loss):
     """``fastkd.attention_kl`` as a module; keywords as there.
 
     Examples:
         >>> loss = AttentionKLLoss(num_heads=12)(q_s, k_s, q_t, k_t, key_mask=mask)  # doctest: +SKIP
     """
 
-    def __init__(self, *, student_scale: float | None = None, teacher_scale: float | None = None, **options) -> None:
-        super().__init__(**options)
-        self.options |= {"student_scale": student_scale, "teacher_scale": teacher_scale}
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        student_scale: float | None = None,
+        teacher_scale: float | None = None,
+        causal: bool = False,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        as_scale("student_scale", student_scale)
+        as_scale("teacher_scale", teacher_scale)
+        Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
+        _check_attention_constants(num_heads, reduction, impl)
+        super().__init__(
+            num_heads=num_heads,
+            student_scale=student_scale,
+            teacher_scale=teacher_scale,
+            causal=causal,
+            divergence=divergence,
+            beta=beta,
+            reduction=reduction,
+            impl=impl,
+        )
 
     def forward(
         self,
@@ -250,9 +294,8 @@ class CKALoss(_Loss):
         group: ProcessGroup | None = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        check_constants(eps, squared, reduction, group, impl)  # what is wrong with these fails here, not in training
-        self.options = {"eps": eps, "squared": squared, "reduction": reduction, "group": group, "impl": impl}
+        check_constants(eps, squared, reduction, group, impl)
+        super().__init__(eps=eps, squared=squared, reduction=reduction, group=group, impl=impl)
 
     def forward(
         self,

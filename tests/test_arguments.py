@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +87,63 @@ def test_numbers_of_any_kind(op: Op, options: dict[str, Any], kind: str, impl: s
     got = value_and_gradients(op, inputs, **{name: KINDS[kind](x) for name, x in options.items()}, **others)
     assert torch.equal(got[0], wanted[0])
     assert all(torch.equal(got[1][name], wanted[1][name]) for name in op.student)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("LogitKLLoss", {}),
+        ("LinearKLLoss", {}),
+        ("RelationKLLoss", {"num_heads": 2}),
+        ("AttentionKLLoss", {"num_heads": 2}),
+        ("CKALoss", {}),
+    ],
+)
+def test_modules_know_their_keywords(name: str, needed: dict[str, int]):
+    """An unknown one is an error that names the class that was called; bad constants are errors before any call."""
+    module = getattr(fastkd.nn, name)
+    with pytest.raises(TypeError, match=rf"{name}.__init__\(\) got an unexpected keyword argument 'temperatur'"):
+        module(**needed, temperatur=2.0)
+    constants = module(**needed).options
+    assert set(constants) == set(inspect.signature(module).parameters)
+    for constant in constants:
+        if constant not in ("causal", "workspace_mb", "vocab_group", "group"):
+            with pytest.raises((TypeError, ValueError), match=f"{constant}: expected"):
+                module(**{**needed, constant: object()})
+
+
+TYPED = """
+import torch
+from torch import Tensor
+
+import fastkd
+
+x, y = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+loss = fastkd.logit_kl(x, y) + fastkd.relation_kl(x, y, num_heads=2)
+loss = loss + fastkd.relation_kl([x, x], [y, y], num_heads=2, reduction="sum", causal=[True, False])
+rows: tuple[Tensor, ...] = fastkd.relation_kl([x, x], [y, y], num_heads=2, reduction="none")
+loss = loss + rows[0].sum() + fastkd.relation_kl(x, y, num_heads=2, reduction="none").sum()
+loss = loss + fastkd.cka_loss([x], [y], reduction="none").sum() + fastkd.nn.LinearKLLoss(temperature=2.0)(x, x, y, y)
+fastkd.nn.LinearKLLoss(temperatur=2.0)
+x + fastkd.relation_kl([x], [y], num_heads=2, reduction="none")
+fastkd.relation_kl(x, y, num_heads=2, casual=True)
+"""
+
+
+@pytest.mark.long
+def test_types(tmp_path: Path):
+    """mypy --strict takes what is right and finds what is not."""
+    pytest.importorskip("mypy")
+    (tmp_path / "use.py").write_text(TYPED, encoding="utf-8")
+    root = Path(fastkd.__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=", "use.py"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(root)}, capture_output=True, text=True
+    )
+    found = [line.split(": ", 2) for line in run.stdout.splitlines() if ": error: " in line]
+    expected = [(13, "temperatur"), (14, "Unsupported operand types"), (15, "casual"), (15, "No overload variant")]
+    for (place, _, message), (line, words) in zip(found, expected, strict=True):
+        assert place == f"use.py:{line}" and words in message
 
 
 @pytest.mark.parametrize("kind", KINDS)

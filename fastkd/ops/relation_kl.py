@@ -9,7 +9,7 @@ B batch, L length, A relation heads, Hs and Ht widths; one of each for every ent
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from .autograd import (
 )
 from .drivers.attention_kl_cpu import Model, attend_on_cpu
 from .dtypes import autocast_like_linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["RelationKL", "RelationKLPerRow", "relation_kl"]
 
@@ -225,6 +228,48 @@ def _check(entries: _Entries, num_heads: int, several: bool, masks_listed: bool)
     check_heads(num_heads, widths)
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that what is returned does not depend on."""
+
+    key_mask: Tensor | Sequence[Tensor | None] | None
+    causal: bool | Sequence[bool]
+    divergence: str
+    beta: float
+    normalizer: float | Tensor | Sequence[float | Tensor | None] | None
+    impl: str
+
+
+@overload
+def relation_kl(
+    student: Tensor, teacher: Tensor, *, num_heads: int, reduction: str = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def relation_kl(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    num_heads: int,
+    reduction: Literal["mean", "sum"] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def relation_kl(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    num_heads: int,
+    reduction: Literal["none"],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, ...]: ...
+@overload
+def relation_kl(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    num_heads: int,
+    reduction: str = ...,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, ...]: ...
 def relation_kl(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
