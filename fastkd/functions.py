@@ -5,6 +5,7 @@ from .ops.cka_loss import CKA
 from .ops.linear_kl import LinearKL, LinearKLPerToken
 from .ops.logit_kl import LogitKL
 from .ops.relation_kl import RelationKL, RelationKLPerRow
+from .ops.topk_kl import TopKLinearKL, TopKLinearKLPerToken, TopKLogitKL
 
 __all__ = [
     "CKA",
@@ -15,4 +16,7 @@ __all__ = [
     "LogitKL",
     "RelationKL",
     "RelationKLPerRow",
+    "TopKLinearKL",
+    "TopKLinearKLPerToken",
+    "TopKLogitKL",
 ]

@@ -20,6 +20,7 @@ from .ops.linear_kl import as_workspace, linear_kl
 from .ops.logit_kl import logit_kl
 from .ops.relation_kl import relation_kl
 from .relative_bias import RelativeBias
+from .teachers import TopK
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,7 +87,7 @@ class LogitKLLoss(_Loss):
     def forward(
         self,
         student_logits: Tensor,  # [..., Vs]
-        teacher_logits: Tensor | None,  # [..., Vt]
+        teacher_logits: Tensor | TopK | None,  # [..., Vt]
         *,
         weight: Tensor | None = None,  # [...]
         labels: Tensor | None = None,  # [...]
@@ -146,8 +147,8 @@ class LinearKLLoss(_Loss):
         self,
         student_hidden: Tensor,  # [..., Hs]
         student_weight: Tensor,  # [Vs, Hs]
-        teacher_hidden: Tensor | None,  # [..., Ht]
-        teacher_weight: Tensor | None,  # [Vt, Ht]
+        teacher_hidden: Tensor | TopK | None,  # [..., Ht]
+        teacher_weight: Tensor | None = None,  # [Vt, Ht]
         *,
         student_bias: Tensor | None = None,  # [Vs]
         teacher_bias: Tensor | None = None,  # [Vt]

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, as_number, is_finite, numbers
+from ..teachers import TopK
 from .autograd import (
     Function,
     Gradient,
@@ -43,6 +44,7 @@ from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
 from .dtypes import gradient_dtype
 from .linear_kl_arguments import Inputs, check_inputs, facts, flat
+from .topk_kl import topk_linear_kl
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
@@ -200,8 +202,8 @@ def as_workspace(megabytes: Any) -> float | None:
 def linear_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
+    teacher_weight: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
@@ -230,12 +232,14 @@ def linear_kl(
         student_hidden: [..., Hs], the input of the student's head. Receives a gradient.
         student_weight: [Vs, Hs], ``lm_head.weight``, in the dtype of ``student_hidden``. Receives a gradient.
         teacher_hidden, teacher_weight: [..., Ht] with the same leading shape, and [Vt, Ht]; constants. May be None with
-            ``kd_weight=0``, which makes this a fused linear cross-entropy.
+            ``kd_weight=0``, which makes this a fused linear cross-entropy. In place of both a ``fastkd.TopK`` is a
+            teacher of which some log-probabilities [..., K] are known; it takes no ``vocab_group`` yet.
         student_bias, teacher_bias: [Vs] and [Vt]. The student's receives a gradient.
         student_scale, teacher_scale: multiply the hidden states; T5 v1.0 has ``d_model ** -0.5``.
         workspace_mb: memory for the logits of the tokens in flight, in units of 2**20 bytes; default 128 on CPU, 768 on
             a GPU. At least one token is taken at a time. On a GPU the gradients of 16-bit logits are held for all
-            tokens, beside it, where that takes no more than summing up the weight's gradient in float32 would.
+            tokens, beside it, where that takes no more than summing up the weight's gradient in float32 would. With a
+            ``TopK`` the default is half of it.
         vocab_group: a ``torch.distributed`` process group over whose ranks the vocabulary is spread, of which
             ``student_weight``, ``teacher_weight`` and the biases are this rank's shards: contiguous, in the order of
             ranks, of any size, 0 included, and the same columns of both models as far as both have them. All other
@@ -258,6 +262,30 @@ def linear_kl(
     forward pass and kept until the backward pass; with ``"none"`` the backward pass computes the logits again. On a GPU
     float32 inputs are multiplied as torch is set to: in TF32 only where ``torch.backends.cuda.matmul`` allows it.
     """
+    if isinstance(teacher_hidden, TopK):
+        if teacher_weight is not None or teacher_bias is not None:
+            name = "teacher_bias" if teacher_weight is None else "teacher_weight"
+            raise ValueError(f"{name}: expected None, as the teacher is a TopK, got a tensor")
+        return topk_linear_kl(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            student_bias=student_bias,
+            student_scale=student_scale,
+            workspace_mb=workspace_mb,
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            weight=weight,
+            labels=labels,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            vocab_group=vocab_group,
+            impl=impl,
+        )
     heads = {
         "student_weight": student_weight,
         "student_bias": student_bias,

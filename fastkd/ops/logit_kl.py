@@ -9,7 +9,7 @@ T tokens (any leading shape), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,9 +18,12 @@ from torch import Tensor
 from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
+from ..teachers import TopK
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments
+from .drivers.chunks import row_blocks
 from .drivers.divergence_rows import STATS, divergence_rows
 from .drivers.whole_rows import RowBlock, known_labels, whole_row_gradient, whole_row_stats
+from .topk_kl import topk_logit_kl
 from .vocabulary_shards import (
     OBJECTIVE,
     SHARD_ARGUMENTS,
@@ -65,26 +68,6 @@ def _(student_logits, teacher_logits, stats, coefficient, labels, *rest):
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def _row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Any]]]:
-    """[..., V] tensors as 2-d views of the same rows, without copying.
-
-    One block where the leading dimensions collapse. Where they do not (`logits[:, :-1]`, the usual shift), one block
-    for every index of the first dimension.
-    """
-    given = [x for x in logits if x is not None]
-    leading = given[0].shape[:-1]
-    try:
-        yield slice(0, leading.numel()), [None if x is None else x.view(leading.numel(), x.shape[-1]) for x in logits]
-        return
-    except RuntimeError:
-        pass
-    start = 0
-    for i in range(leading[0]):
-        for rows, block in _row_blocks(*[None if x is None else x[i] for x in logits]):
-            yield slice(start + rows.start, start + rows.stop), block
-        start += leading[1:].numel()
-
-
 def _compared(student: Tensor, teacher: Tensor | None, labels: Tensor | None, objective: Sequence[float]) -> list[Any]:
     """What the two terms are of: [student, teacher, labels], where a term of no weight asks for nothing.
 
@@ -112,10 +95,10 @@ def _forward(student_logits, teacher_logits, coefficient, labels, divergence, nu
         if labels is not None and group is None:
             labels = known_labels(labels, student.shape[-1])
         if len(loss):
-            blocks = [RowBlock(rows, s, t) for rows, (s, t) in _row_blocks(student, teacher)]
+            blocks = [RowBlock(rows, s, t) for rows, (s, t) in row_blocks(student, teacher)]
             whole_row_stats(blocks, coefficient, labels, loss, stats, group, *objective)
         return loss, stats
-    for rows, (s, t) in _row_blocks(student, teacher):
+    for rows, (s, t) in row_blocks(student, teacher):
         row_labels = None if labels is None else labels[rows]
         divergence_rows(s, t, coefficient[rows], row_labels, loss[rows], stats[rows], None, *objective)
     return loss, stats
@@ -137,7 +120,7 @@ def _backward(
         labels = known_labels(labels, student.shape[-1])
     gradient[..., student.shape[-1] :] = 0  # columns of neither term
     target = gradient[..., : student.shape[-1]]
-    for rows, (s, t, g) in _row_blocks(student, teacher, target):
+    for rows, (s, t, g) in row_blocks(student, teacher, target):
         row_labels = None if labels is None else labels[rows]
         if in_parts:
             whole_row_gradient(RowBlock(rows, s, t), stats[rows], coefficient[rows], row_labels, g, *objective)
@@ -254,7 +237,7 @@ def _facts(checked: _Checked) -> Facts:
 
 def logit_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | TopK | None,
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -280,7 +263,8 @@ def logit_kl(
         student_logits: [..., Vs], float32, float64, float16 or bfloat16, of any stride. Receives the gradient.
         teacher_logits: [..., Vt], the same leading shape; a constant. Where Vs and Vt differ, both models are compared
             over the prefix they share, renormalised there; the cross-entropy is over all Vs columns. Without it those
-            beyond the prefix get a gradient of exactly 0. May be None with ``kd_weight=0``.
+            beyond the prefix get a gradient of exactly 0. May be None with ``kd_weight=0``. A ``fastkd.TopK`` is a
+            teacher of which some log-probabilities [..., K] are known; it takes no ``vocab_group`` yet.
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tvd``.
         beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
         temperature: > 0.
@@ -316,6 +300,23 @@ def logit_kl(
     where it is, or where the ranks' arguments do not fit together, and a RuntimeError that names the rank elsewhere.
     For that the ranks exchange a hundred bytes first, and on a GPU this waits for the device.
     """
+    if isinstance(teacher_logits, TopK):
+        return topk_logit_kl(
+            student_logits,
+            teacher_logits,
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            weight=weight,
+            labels=labels,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            vocab_group=vocab_group,
+            impl=impl,
+        )
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     group = vocabulary_group(vocab_group, logits, -1)
 

@@ -1,12 +1,13 @@
-"""Tokens in chunks that fit a workspace."""
+"""Tokens in chunks that fit a workspace, and in blocks that are matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["equal_parts", "token_chunks"]
+__all__ = ["equal_parts", "row_blocks", "token_chunks"]
 
 
 def equal_parts(count: int, at_most: int) -> Iterator[slice]:
@@ -26,3 +27,23 @@ def token_chunks(kept: Tensor | None, count: int, at_most: int) -> Iterator[slic
         return
     index = kept.nonzero().squeeze(1)
     yield from (index[rows] for rows in equal_parts(index.shape[0], at_most))
+
+
+def row_blocks(*logits: Tensor | None) -> Iterator[tuple[slice, list[Any]]]:
+    """[..., V] tensors as 2-d views of the same rows, without copying.
+
+    One block where the leading dimensions collapse. Where they do not (`logits[:, :-1]`, the usual shift), one block
+    for every index of the first dimension.
+    """
+    given = [x for x in logits if x is not None]
+    leading = given[0].shape[:-1]
+    try:
+        yield slice(0, leading.numel()), [None if x is None else x.view(leading.numel(), x.shape[-1]) for x in logits]
+        return
+    except RuntimeError:
+        pass
+    start = 0
+    for i in range(leading[0]):
+        for rows, block in row_blocks(*[None if x is None else x[i] for x in logits]):
+            yield slice(start + rows.start, start + rows.stop), block
+        start += leading[1:].numel()

@@ -18,7 +18,7 @@ from .linear_kl_call import Call, Projection, sum_over
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["on_cpu"]
+__all__ = ["Gradients", "on_cpu", "scores_"]
 
 # Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
 WIDENED_ROWS = 4096
@@ -32,7 +32,7 @@ def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor
         yield rows, weight[rows].to(dtype)
 
 
-def _scores_(out: Tensor, hidden: Tensor, head: Projection, vocabulary: int) -> None:
+def scores_(out: Tensor, hidden: Tensor, head: Projection, vocabulary: int) -> None:
     """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
     hidden = hidden.to(out.dtype)
     for columns, block in _widened(head.weight[:vocabulary], out.dtype):
@@ -44,7 +44,7 @@ def _scores_(out: Tensor, hidden: Tensor, head: Projection, vocabulary: int) -> 
             torch.addmm(bias, hidden, block.t(), alpha=head.scale, out=target)
 
 
-class _Gradients:
+class Gradients:
     """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
 
     def __init__(self, student: Projection, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
@@ -93,15 +93,15 @@ def on_cpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
     rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
     workspace = student.hidden.new_empty(buffers, rows_at_once, call.columns, dtype=dtype)
     loss = torch.zeros_like(coefficient)
-    total = _Gradients(student, dtype, call.group, gradients)
+    total = Gradients(student, dtype, call.group, gradients)
     for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
         weights = coefficient[rows]
         scores, teacher_scores = workspace[0, : len(weights)], None
         hidden = student.hidden[rows]
-        _scores_(scores, hidden, student, call.columns)
+        scores_(scores, hidden, student, call.columns)
         if teacher is not None:
             teacher_scores = workspace[1, : len(weights), : call.vocabulary]
-            _scores_(teacher_scores, teacher.hidden[rows], teacher, call.vocabulary)
+            scores_(teacher_scores, teacher.hidden[rows], teacher, call.vocabulary)
         row_labels = None if labels is None else labels[rows]
         row_loss = torch.empty_like(weights)
         target = scores if any(gradients) else None
