@@ -314,13 +314,13 @@ class TopK:
         masses = log_probs.exp()
         total = masses.sum(-1)
         slack = _ROUNDING * (1 + torch.where(masses > 0, -masses * log_probs, 0).sum(-1))
-        if (total > 1 + slack).any():
-            name, most = (
-                ("log_probs", "at most 1") if self.tail_log_prob is None else ("tail_log_prob", "1 with the ids'")
-            )
-            raise ValueError(
-                f"TopK.{name}: expected probabilities that sum to {most}, got {total[total > 1 + slack][0].item():.6g}"
-            )
+        if self.tail_log_prob is None:
+            name, most, bad = "log_probs", "at most 1", total > 1 + slack
+        else:
+            name, most, bad = "tail_log_prob", "1 with the ids'", (total - 1).abs() > slack
+            bad &= (log_probs[..., :-1] > -torch.inf).any(-1)  # a row that says nothing says nothing of its tail
+        if bad.any():
+            raise ValueError(f"TopK.{name}: expected probabilities that sum to {most}, got {total[bad][0].item():.6g}")
 
     def for_op(self, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the ops take, constants of T tokens: ids, their log-probabilities, and the tail's.

@@ -201,7 +201,7 @@ def test_for_op(tail: str, temperature: float, vocabulary: int) -> None:
     got_ids, got_log_probs, got_rest = teacher.for_op(temperature, vocabulary)
     for row in range(3):
         known = {i: m for i, m in zip(ids[row].tolist(), masses[row].tolist(), strict=True) if i >= 0 and m > 0}
-        rest = max(0.0, 1 - sum(known.values()))
+        rest = max(1e-12, 1 - sum(known.values()))
         if temperature != 1:
             powers = {i: m ** (1 / temperature) for i, m in known.items()}
             total = sum(powers.values()) + rest ** (1 / temperature)
@@ -236,9 +236,10 @@ def test_a_row_of_nothing_is_all_tail() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("deviation", [0.1, 2, 10])
-def test_rounded_log_probabilities_are_no_error(dtype: torch.dtype, deviation: float) -> None:
+@pytest.mark.parametrize("k", [10, 60])
+def test_rounded_log_probabilities_are_no_error(k: int, dtype: torch.dtype, deviation: float) -> None:
     """All of a distribution in 16 bits may sum to more than 1; what ops get of it does not."""
-    teacher = TopK.from_logits(torch.randn(200, 60) * deviation, 60)
+    teacher = TopK.from_logits(torch.randn(200, 60) * deviation, k)
     rounded = TopK(teacher.indices, teacher.log_probs.to(dtype))
     for given in (rounded, rounded.to(torch.float32), teacher.to(dtype)):  # the second: it does not know it was rounded
         given.check(given.shape, given.indices.device)
