@@ -21,6 +21,7 @@ ROWS = {  # what each benchmark's tables list below fastkd, its limit last
     "ops.attention_kl": ("reference", "torch.compile", "GEMMs"),
     "ops.cka_loss": ("reference", "eager", "torch.compile", "ckatorch", "torch-cka", "five GEMMs"),
     "ops.linear_kl": ("reference", "torch.compile", "Liger", "bare GEMMs"),
+    "ops.linear_kl_topk": ("reference", "fastkd, dense", "eager", "chunks, checkpointed", "Liger, dense", "bare GEMMs"),
     "ops.logit_kl": ("reference", "torch.compile", "Liger", "copy"),
     "ops.relation_kl": ("reference", "torch.compile", "GEMMs"),
     "trainer.prune": ("eager", "copy"),
