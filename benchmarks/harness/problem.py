@@ -114,7 +114,7 @@ def held_to(context: Callable[[], contextlib.AbstractContextManager], run: Run) 
     return held
 
 
-def noted(run: Run, note: str) -> Run:
+def noted(run: Run, note: str | None) -> Run:
     """The run with a remark for the table."""
 
     def with_note() -> tuple[Tensor, ...]:
@@ -122,6 +122,13 @@ def noted(run: Run, note: str) -> Run:
 
     with_note.note = note  # type: ignore[attr-defined]
     return with_note
+
+
+def of_another_objective(run: Run) -> Run:
+    """The run, whose results are not to be compared with the problem's: it is there for its time and memory."""
+    run = noted(run, getattr(run, "note", None))
+    run.of_another_objective = True  # type: ignore[attr-defined]
+    return run
 
 
 def peer(module: str, name: str) -> Any:

@@ -23,7 +23,16 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from benchmarks.harness.command import main
-from benchmarks.harness.problem import Problem, Run, Target, both_ways, gradients, name_of, normals, noted
+from benchmarks.harness.problem import (
+    Problem,
+    Run,
+    Target,
+    both_ways,
+    gradients,
+    name_of,
+    normals,
+    of_another_objective,
+)
 from benchmarks.ops.linear_kl import best_chunk, liger
 
 DENSE, CHECKPOINTED = "fastkd, dense", "chunks, checkpointed"
@@ -98,16 +107,6 @@ def exact(hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor) -> tup
     return hidden.grad, weight.grad
 
 
-def unchecked(run: Run) -> Run:
-    """A run whose gradients are those of another objective."""
-
-    def without_results() -> tuple[Tensor, ...]:
-        run()
-        return ()
-
-    return noted(without_results, getattr(run, "note", ""))
-
-
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
     normal = normals(device, shape.dtype)
     T, V, Ht, Hs = shape.tokens, shape.vocabulary, shape.teacher_width, shape.student_width
@@ -123,10 +122,10 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
 
     dense, plain = ready(teacher_hidden, teacher_weight), ready(ids, log_probs)
     rows = both_ways(fastkd.linear_kl, ready(topk)) | {
-        DENSE: lambda: unchecked(dense(partial(fastkd.linear_kl, impl="fused"))),
+        DENSE: lambda: of_another_objective(dense(partial(fastkd.linear_kl, impl="fused"))),
         "eager": lambda: plain(plain_loss),
         CHECKPOINTED: lambda: checkpointed(plain, T, device),
-        "Liger, dense": lambda: unchecked(liger(dense, T, device)),
+        "Liger, dense": lambda: of_another_objective(liger(dense, T, device)),
         LIMIT: lambda: gemms(hidden, weight),
     }
     return rows, partial(exact, hidden, weight, ids, log_probs)
