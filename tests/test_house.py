@@ -28,6 +28,7 @@ ROOMS = (
     "data",
     "objectives",
     "judge",
+    "teaching",
     "training",
     "report",
     "flags",

@@ -1,9 +1,10 @@
 """Distillation of T5 models with fastkd's losses; `fastkd-train --help` is the way in.
 
-Rooms, each of which imports only from those before it: common, models, data, objectives, judge, training, report,
-flags, stages, minidisc, runs; on top cli, and plan, which says beforehand what each process of a run will hold. A run
-goes the same way: its flags are parsed (flags), its data and models made (stages, by data and models), the student
-trained (training, by the losses of objectives) and judged (judge), and what is left to read is written (report).
+Rooms, each of which imports only from those before it: common, models, data, objectives, judge, teaching, training,
+report, flags, stages, minidisc, runs; on top cli, and plan, which says beforehand what each process of a run will hold.
+A run goes the same way: its flags are parsed (flags), its data and models made (stages, by data and models), the
+student trained (training, by the losses of objectives) and judged (judge), and what is left to read is written
+(report).
 Needs the packages of `pip install 'fastkd[train]'`; importing this module loads none of them.
 """
 

@@ -43,6 +43,7 @@ from .models.student import is_tied
 from .stages.given import architecture
 from .stages.planning import configs
 from .stages.prepare import EMBEDDED_LENGTH, MODEL_LENGTH
+from .teaching.cached import CachedTeacher
 from .training.trainer import DistillTrainer
 
 GIB = 2**30
@@ -102,6 +103,18 @@ class Plan:
         return self.total(self.largest)
 
 
+@dataclass(frozen=True)
+class _Kept(CachedTeacher):
+    """A teacher of which a step reads what is kept, and of whose weights it holds the head alone. dtype: of states."""
+
+    dtype: torch.dtype = torch.float32
+
+    def read(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return states without numbers."""
+        shape = *inputs["labels"].shape, self.head.shape[-1]
+        return {"hidden": (torch.zeros(shape, dtype=self.dtype), self.head)}
+
+
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +138,7 @@ def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any
     for role in ("teacher", "student"):
         if name := getattr(flags, role):
             known = name in PUBLISHED and not Path(name).is_dir()
-            given[role] = PUBLISHED[name] if known else load_config(name, role)
+            given[role] = copy.deepcopy(PUBLISHED[name]) if known else load_config(name, role)
     config, its = configs(flags, method, given, architecture(flags, given), -(-flags.vocabulary_size // 128) * 128)
     with fakes:
         if method.needs_teacher:
@@ -180,6 +193,10 @@ def _trainer(flags: FastkdArguments, args: TransformersArguments, folder: str, f
                 model.to = lambda *_, model=model, **__: model  # it sets the parameters' data, which fake ones refuse
         if candidates is not None:
             kind, options["candidates"], options["sandwich_size"] = SandwichTrainer, candidates, flags.sandwich_size
+        if flags.teacher_cache:
+            head = teacher.get_output_embeddings().weight
+            shards: Any = None
+            teacher = _Kept(shards, teacher.config, head, 1, torch.bfloat16 if args.bf16 else head.dtype)
         with fakes:
             trainer = kind(**options, model=student, teacher=teacher)
     except ValueError as error:  # of models that do not fit together
@@ -215,7 +232,8 @@ def step(flags: FastkdArguments, args: TransformersArguments, device: str) -> di
         update.zero_grad()
         for tensor in [x for state in update.state.values() for x in state.values() if isinstance(x, torch.Tensor)]:
             alive.count(tensor, "optimiser")
-        for parameter in () if teacher is None else teacher.parameters():
+        is_kept = isinstance(teacher, CachedTeacher)
+        for parameter in () if teacher is None else [teacher.head] if is_kept else teacher.parameters():
             alive.count(parameter, "teacher's weights")
         forward = alive.at("loss", "student's activations", trainer.training_step)
         trainer._teachers = alive.at("teacher", "teacher's activations", trainer._teachers)
@@ -226,7 +244,7 @@ def step(flags: FastkdArguments, args: TransformersArguments, device: str) -> di
             for _ in range(min(args.gradient_accumulation_steps, 2)):  # the second beside the first one's gradients
                 forward(model, examples, torch.ones((), dtype=torch.long))
             alive.at("update", "optimiser", update.step)()
-    if teacher is not None:
+    if teacher is not None and not is_kept:
         alive.moments["teacher"]["its gathered"] = teacher.dtype.itemsize * _gathered(teacher)
         alive.moments["loss"]["its gathered"] = teacher.get_output_embeddings().weight.nbytes
     gathered = 2 * (2 if args.bf16 or args.fp16 else 4) * _gathered(student)  # weights, and their gradients
@@ -259,9 +277,11 @@ def plan(flags: FastkdArguments, args: TransformersArguments, processes: int = 1
 
     The student is sharded over them if `--fsdp` is given, and the teacher if `--teacher_sharding` is full. Pairs count
     as being as long as the flags allow. A run that prunes counts as its first round, with equal shares of all layers.
-    Raises InputError for optimisers that it does not know, and models that do not fit together.
+    With `--teacher_cache` what the teacher says is there: the first run, which computes it before its student is made,
+    has it loaded then. Raises InputError for optimisers that it does not know, and models that do not fit together.
     """
-    return spread(step(flags, args, device), args.fsdp, flags.teacher_sharding, processes)
+    sharding = "none" if flags.teacher_cache else flags.teacher_sharding
+    return spread(step(flags, args, device), args.fsdp, sharding, processes)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -291,7 +311,9 @@ def _others(flags: FastkdArguments, args: TransformersArguments, processes: int)
         yield "--teacher_dtype bfloat16"
     if processes > 1 and not args.fsdp:
         yield "--fsdp"
-    if processes > 1 and flags.teacher_sharding != "full":
+    if not flags.teacher_cache and flags.objective.needs_teacher:
+        yield "--teacher_cache hidden"
+    if processes > 1 and flags.teacher_sharding != "full" and not flags.teacher_cache:
         yield "--teacher_sharding full"
     for power in reversed(range((args.per_device_train_batch_size - 1).bit_length())):
         yield f"--per_device_train_batch_size {2**power}"

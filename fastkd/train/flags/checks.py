@@ -77,6 +77,8 @@ def check(
     if method.prunes:
         _check_pruning(flags, args, method)
     _check_processes(flags, args, method)
+    if flags.teacher_cache:
+        _check_cache(flags, method)
     if flags.demo and not method.needs_teacher:
         raise InputError("--demo compares a distillation method with scratch: choose another --method")
     if method.student_init == "slice" and not method.needs_teacher:
@@ -149,7 +151,7 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
             flags.importance_on == "dev",
             "with --importance_on dev, which takes all of it",
         ),
-        ("train_teacher", not has_teacher, f"{of_method}which has no teacher"),
+        ("train_teacher teacher_cache", not has_teacher, f"{of_method}which has no teacher"),
         ("cka_over_processes", "hidden_cka" not in terms, f"{of_method}which has no CKA"),
     )
     on_the_line = (
@@ -162,6 +164,8 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
         ("vocabulary_size", flags.teacher or flags.student, "beside a model, which brings its tokenizer"),
         (of_teacher, not flags.train_teacher, "without --train_teacher"),
         ("teacher_dtype teacher_sharding", not has_teacher, f"{of_method}which has no teacher"),
+        ("teacher_cache_dir teacher_cache_epochs", not flags.teacher_cache, "without --teacher_cache"),
+        ("teacher_cache_epochs", not is_text, f"{reads}: pairs are the same in every epoch"),
         ("student_layers student_d_model student_init", flags.student, "beside --student, which is the student"),
         ("student_layers student_d_model", prunes, "with a student that is its teacher pruned: give --target_sparsity"),
         ("assistant_layers assistant_d_model", not flags.interpolated, "without --interpolated"),
@@ -225,6 +229,33 @@ def _check_processes(flags: FastkdArguments, args: Seq2SeqTrainingArguments, met
         raise InputError(f"--method {flags.method} runs in one process, got {args.world_size}")
     if flags.demo:
         raise InputError(f"--demo runs in one process, got {args.world_size}")
+
+
+_NOT_WITH_CACHE = {
+    "streaming": "examples of a stream have no numbers",
+    "labelled_examples": "its teacher writes targets, which are then other examples",
+}
+
+
+def _check_cache(flags: FastkdArguments, method: Method) -> None:
+    """Raise InputError for a cache of the teacher that is no such, or that would not hold what the run needs."""
+    this = f"--teacher_cache {flags.teacher_cache}"
+    if flags.teacher_cache != "hidden":
+        raise InputError(f"--teacher_cache: expected hidden, got {flags.teacher_cache!r}")
+    for name, why in _NOT_WITH_CACHE.items():
+        if getattr(flags, name):
+            raise InputError(f"{this} is not supported with --{name}: {why}")
+    if method.prunes:
+        raise InputError(f"{this} is not supported with --method {flags.method}: each round has another teacher")
+    if "mixup_kd" in method.terms:
+        raise InputError(f"{this} is not supported with --method {flags.method}: every step mixes other examples")
+    if others := [*method.places, *method.hidden_terms]:
+        raise InputError(
+            f"{this} is not supported with --method {flags.method}: it keeps what the teacher's head is given, and "
+            f"{', '.join(others)} compares states of its layers"
+        )
+    if flags.interpolated and flags.teacher_cache_dir:
+        raise InputError("--teacher_cache_dir is of one teacher, and --interpolated has two: leave it away")
 
 
 _NOT_WITH_PRUNING = {

@@ -37,8 +37,8 @@ def _flag(default: Any, help: str, choices: Sequence[str] = (), **bounds: float)
 # fmt: off
 USUAL = (  # what --help shows; --help_all shows the others too
     "method", "config", "demo", "compare", "interpolated", "temperature", "divergence", "weights", "teacher",
-    "train_teacher", "teacher_dtype", "student", "student_layers", "student_d_model", "student_init", "architecture",
-    "task", "train_file", "eval_file", "dataset_name", "embedded_data", "text_column", "source_column",
+    "train_teacher", "teacher_dtype", "teacher_cache", "student", "student_layers", "student_d_model", "student_init",
+    "architecture", "task", "train_file", "eval_file", "dataset_name", "embedded_data", "text_column", "source_column",
     "target_column", "label_column", "sequence_length", "max_source_length", "max_target_length", "streaming",
     "overwrite_output_dir", "target_sparsity",
 )
@@ -97,6 +97,12 @@ class ModelArguments:
     teacher_sharding: str = _flag(
         "full", "of the teacher over the processes of a run, each of which gathers a layer when it computes, or all "
         "of it in each", ("full", "none"))
+    teacher_cache: str | None = _flag(
+        None, "let the teacher run once and keep what it says of the training data, for all epochs, students and runs: "
+        "hidden, the states before its head, exact")
+    teacher_cache_dir: str | None = _flag(None, "of --teacher_cache; without it, a folder in --cache_dir")
+    teacher_cache_epochs: int = _flag(
+        1, "of --teacher_cache: epochs of span corruption that are kept, which then begins again", least=1)
     student: str | None = _flag(None, "folder or hub name of a T5 to start from, in place of a new one")
     student_layers: int | None = _flag(None, "a side, of a new student; without it, half the teacher's", above=0)
     student_d_model: int | None = _flag(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import pickle
 import warnings
 import zipfile
@@ -167,6 +168,17 @@ def load_weights(
     return load() if shard_on is None else _load_sharded(load, config, shard_on)
 
 
+def files_fingerprint(name: str | Path) -> str | None:
+    """Return a fingerprint of a model's files, whose config was loaded; None if its weights are not here yet."""
+    folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
+    found, weights = hashlib.sha256(), _weight_files(folder)
+    for path in (folder / "config.json", *weights):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()[:16] if weights else None
+
+
 def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: str) -> None:
     """Raise InputError for weights that the checkpoint lacks, has too many, in another shape, or that are no numbers.
 
@@ -192,9 +204,8 @@ def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: s
 
 def _no_floats(folder: Path) -> list[str]:
     """Return the tensors of a checkpoint, each with its type, of which transformers makes floats without a word."""
-    kinds = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
     found = []
-    for path in next((files for kind in kinds if (files := sorted(folder.glob(kind)))), []):
+    for path in _weight_files(folder):
         if path.suffix == ".bin":  # of which nothing but the head is read
             state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
             types = {key: value.dtype for key, value in state.items() if not value.is_floating_point()}
@@ -204,6 +215,12 @@ def _no_floats(folder: Path) -> list[str]:
             types = {key: value for key, value in every.items() if not value.startswith(("F", "BF"))}
         found += [f"{key} ({value})" for key, value in types.items()]
     return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that transformers takes a model's weights from."""
+    kinds = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+    return next((files for kind in kinds if (files := sorted(folder.glob(kind)))), [])
 
 
 def _some(names: Any) -> str:

@@ -56,7 +56,7 @@ def prepare(flags: FastkdArguments, args: TransformersArguments) -> Prepared:
         load_model(checkpoint, "checkpoint")
     # What is pruned is pruned as it is, and teaches in its own dtype.
     exact = replace(flags, teacher_dtype="float32") if prunes else flags
-    given = load_given(exact, args)
+    given = load_given(exact, args, cache)
     check_objective(flags, method, given)
     with writing("cache_dir", cache):
         run = with_data(flags, args, cache, given)

@@ -31,16 +31,17 @@ _MOVING = ".moving"  # files of the run's folder that are on their way to PREVIO
 
 def output_folder(args: TransformersArguments) -> Path:
     """Return `--output_dir`, after making sure that it can be written to, or made: not hours later."""
-    return _writable("output_dir", Path(str(args.output_dir)))
+    return writable("output_dir", Path(str(args.output_dir)))
 
 
 def cache_folder(flags: FastkdArguments, args: TransformersArguments) -> Path:
     """Return `--cache_dir`, by default beside the output, after the same check."""
     beside = Path(str(args.output_dir)).absolute().parent / "cache"
-    return _writable("cache_dir", Path(flags.cache_dir) if flags.cache_dir else beside)
+    return writable("cache_dir", Path(flags.cache_dir) if flags.cache_dir else beside)
 
 
-def _writable(flag: str, folder: Path) -> Path:
+def writable(flag: str, folder: Path) -> Path:
+    """Return a folder that can be written to, or made; raise InputError, which names the flag, if it is none."""
     real = Path(os.path.realpath(folder))
     try:
         str(folder).encode()
@@ -82,12 +83,17 @@ def check_outside(out: Path, flags: FastkdArguments, cache: Path, is_used: bool)
 
     is_used: whether the folder holds a run that is replaced.
     """
-    for flag, path in [("cache_dir", cache), *_inputs(flags, is_used)]:
+    kept = [("teacher_cache_dir", Path(flags.teacher_cache_dir))] if flags.teacher_cache_dir else []
+    for flag, path in [("cache_dir", cache), *kept, *_inputs(flags, is_used)]:
         if lies_in(path, out):
             raise InputError(
                 f"--{flag} {path} lies in --output_dir {out}, which the run replaces: choose another place"
             )
-        if is_used and flag != "cache_dir" and (lies_in(out, path) or any(lies_in(link, out) for link in _links(path))):
+        if (
+            is_used
+            and "cache_dir" not in flag
+            and (lies_in(out, path) or any(lies_in(link, out) for link in _links(path)))
+        ):
             raise InputError(
                 f"--{flag} {path} holds or leads into --output_dir {out}, which the run replaces: choose another place"
             )

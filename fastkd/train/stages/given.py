@@ -3,18 +3,79 @@
 from __future__ import annotations
 
 import functools
+import gc
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from ..common.cache import cached
 from ..common.errors import InputError
 from ..common.family import is_enct5
-from ..common.processes import count
+from ..common.processes import by_first, count, is_first
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
-from ..models.loading import load_config, load_tokenizer, load_weights
+from ..models.loading import files_fingerprint, load_config, load_tokenizer, load_weights
 from ..models.tokenizer import fingerprint
+from .folders import write_json
 from .identity import digest
+
+
+@dataclass
+class OnDemand:
+    """A model that is loaded when something of it is first asked for that is not known.
+
+    name: its folder's, or on the hub. load: loads it in the dtype `dtype`. notes: a cache where what is known of it is
+    kept for other runs, by its files, if loading it is to be spared.
+    """
+
+    name: str | Path
+    config: Any
+    load: Callable[[], Any]
+    dtype: str
+    notes: Path | None = None
+    _model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        if self._model is None:
+            self._model = self.load()
+            self.config = self._model.config
+        return self._model
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it is here already."""
+        return self._model is not None
+
+    def let_go(self) -> None:
+        """Give its memory back."""
+        self._model = None
+        gc.collect()
+
+    @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """Its fingerprint, "digest", and the "dtype" in which it computes."""
+
+        def make(folder: Path) -> None:
+            found = digest(self.model)
+            if is_first():
+                dtype = str(self.model.dtype).removeprefix("torch.")
+                write_json(folder / "facts.json", {"digest": found, "dtype": dtype})
+
+        files = by_first(lambda: files_fingerprint(self.name)) if self.notes else None
+        if self.notes is None or files is None:
+            return {"digest": digest(self.model), "dtype": str(self.model.dtype).removeprefix("torch.")}
+        by = {"files": files, "dtype": self.dtype, "transformers": transformers.__version__}
+        folder, _ = cached(self.notes, "weights", by, make, by_all=True)
+        known: dict[str, str] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        self.config.dtype = getattr(torch, known["dtype"])
+        return known
 
 
 @dataclass
@@ -26,7 +87,7 @@ class Given:
     """
 
     configs: dict[str, Any] = field(default_factory=dict)
-    teacher: Any = None
+    teacher: OnDemand | None = None
     student: Any = None
     tokenizer: Any = None
     architecture: str = "t5"
@@ -40,13 +101,14 @@ class Given:
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """What tells the models that were given from others, by their roles."""
-        models = {"teacher": self.teacher, "student": self.student}
-        return {role: digest(model) for role, model in models.items() if model is not None}
+        found = {} if self.teacher is None else {"teacher": self.teacher.facts["digest"]}
+        return found if self.student is None else {**found, "student": digest(self.student)}
 
 
-def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:
+def load_given(flags: FastkdArguments, args: TransformersArguments, cache: Path | None = None) -> Given:
     """Load `--teacher`, as far as the method needs it, and `--student`; their weights once all else is in order.
 
+    cache: where it is looked up what is known of a teacher whose answers are cached, which need not be loaded then.
     Raises InputError if one cannot be loaded, or if they do not go together.
     """
     names = {role: getattr(flags, role) for role in ("teacher", "student") if getattr(flags, role)}
@@ -65,16 +127,27 @@ def load_given(flags: FastkdArguments, args: TransformersArguments) -> Given:
     given = Given(configs, tokenizer=next(iter(tokenizers), None), architecture=architecture(flags, configs))
     method = flags.objective
     if flags.teacher and method.uses_teacher:
-        given.teacher = load_teacher(flags, args, flags.teacher, configs["teacher"])
+        given.teacher = teacher_on_demand(flags, args, flags.teacher, configs["teacher"], cache)
     if flags.student:
         given.student = load_weights(flags.student, "student", configs["student"])
     return given
 
 
-def load_teacher(flags: FastkdArguments, args: TransformersArguments, name: str | Path, config: Any) -> Any:
-    """Return a teacher of that config, sharded if there are several processes and the flags say so."""
+def teacher_on_demand(
+    flags: FastkdArguments, args: TransformersArguments, name: str | Path, config: Any, cache: Path | None
+) -> OnDemand:
+    """Return a teacher of that config, sharded if there are several processes and the flags say so.
+
+    Without `--teacher_cache` it is loaded at once.
+    """
     shards = flags.teacher_sharding == "full" and count() > 1
-    return load_weights(name, "teacher", config, flags.teacher_dtype, args.device if shards else None)
+    load = functools.partial(
+        load_weights, name, "teacher", config, flags.teacher_dtype, args.device if shards else None
+    )
+    teacher = OnDemand(name, config, load, flags.teacher_dtype, cache if flags.teacher_cache else None)
+    if teacher.notes is None:
+        assert teacher.model is not None
+    return teacher
 
 
 def architecture(flags: FastkdArguments, configs: dict[str, Any]) -> str:

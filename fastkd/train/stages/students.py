@@ -16,6 +16,7 @@ from ..models.student import is_tied, new_model, slice_teacher, smaller_config, 
 from ..models.tokenizer import padded_size
 from ..objectives.methods import Method
 from ..report.outcome import Outcome
+from ..teaching.cached import Numbered, collated
 from ..training.trainer import DistillTrainer
 from .identity import examples_per_step
 from .judging import judge, written
@@ -44,10 +45,16 @@ def train_student(
     if student is not None and data.classes and not is_enct5(student.config):
         student = enct5_from(student, data.classes)
     if student is None:
-        student = new_student(run, teacher.model if teacher else None)
+        student = new_student(run, teacher)
         if teacher and method.student_init == "slice":
             slice_teacher(student, teacher.model)
-    objective: dict[str, Any] = {"method": method, "teacher": teacher.model if teacher else None}
+    objective: dict[str, Any] = {"method": method, "teacher": None}
+    if teacher and method.needs_teacher:
+        objective["teacher"] = teacher.says
+        if teacher.cached:
+            teacher.weights.let_go()
+            train, collate = Numbered(data.train, teacher.cached.epochs), collated(data.collate)
+            run = dataclasses.replace(run, data=dataclasses.replace(data, train=train, collate=collate))
     trainer = make_trainer(run, student, name, reports=name == run.flags.method, **objective)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     outcome = judge(run, trainer, name)
@@ -75,12 +82,13 @@ def _labelled(run: Run, teacher: Teacher | None) -> Data:
     return dataclasses.replace(data, train=Classes(known, data.classes) if data.classes else Pairs(known))
 
 
-def new_student(run: Run, teacher: Any) -> Any:
+def new_student(run: Run, teacher: Teacher | None) -> Any:
     """Return a student with random weights, of the teacher's variant of T5 if the flags ask for a slice of it."""
     flags, data, seed = run.flags, run.data, run.args.seed
     width, layers, tokenizer = flags.student_d_model, flags.student_layers, data.tokenizer
     if flags.objective.student_init == "slice":
-        return new_model(smaller_config(teacher.config, width, layers), seed, tied=is_tied(teacher))
+        assert teacher is not None
+        return new_model(smaller_config(teacher.config, width, layers), seed, tied=is_tied(teacher.model))
     config = student_config(teacher.config if teacher else None, width, layers)
     config.vocab_size = teacher.config.vocab_size if teacher else padded_size(tokenizer)
     config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id

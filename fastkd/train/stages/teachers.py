@@ -22,9 +22,11 @@ from ..models.student import new_model
 from ..models.tokenizer import padded_size
 from ..objectives.methods import METHODS
 from ..report.outcome import Outcome
+from ..teaching.cached import CachedTeacher
+from .caching import cached_teacher
 from .folders import write_json
-from .given import load_teacher
-from .identity import digest, recipe
+from .given import OnDemand, teacher_on_demand
+from .identity import recipe
 from .judging import decoding, judge
 from .planning import trained_config
 from .prepare import VERSION, heading
@@ -34,11 +36,30 @@ from .trainers import make_trainer
 
 @dataclass
 class Teacher:
-    """A teacher, the save_pretrained folder it came from (or its name), and how it did."""
+    """A teacher, the save_pretrained folder it came from (or its name), and how it did.
 
-    model: Any
+    cached: what it said of the training data, if that is kept. It is loaded no more, then, than anything else needs it.
+    """
+
+    weights: OnDemand
     source: str
     outcome: Outcome
+    cached: CachedTeacher | None = None
+
+    @property
+    def model(self) -> Any:
+        """Its model."""
+        return self.weights.model
+
+    @property
+    def config(self) -> Any:
+        """Its config."""
+        return self.weights.config
+
+    @property
+    def says(self) -> Any:
+        """What stands for it in a trainer: what is cached, or else the model."""
+        return self.cached or self.model
 
 
 def get_teacher(run: Run) -> Teacher:
@@ -46,8 +67,8 @@ def get_teacher(run: Run) -> Teacher:
     flags, args, data, given = run.flags, run.args, run.data, run.given
     if given.teacher is not None:
         heading(f"Teacher: {flags.teacher}")
-        outcome = _judged(run, given.teacher, given.digests["teacher"])
-        return Teacher(given.teacher, str(flags.teacher), outcome)
+        outcome = _judged(run, given.teacher)
+        return _with_cache(run, Teacher(given.teacher, str(flags.teacher), outcome))
     heading("Teacher: a T5 trained from scratch")
     rate, seed = flags.teacher_learning_rate, args.seed + 1  # other corruptions and orders than the student will see
     own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
@@ -73,17 +94,23 @@ def get_teacher(run: Run) -> Teacher:
             write_json(folder / "training.json", trainer.trained)
 
     folder, _ = cached(run.cache, "teacher", settings, make, by_all=True, says=True)
-    model = load_teacher(flags, args, folder, load_config(folder, "teacher"))
+    weights = teacher_on_demand(flags, args, folder, load_config(folder, "teacher"), run.cache)
     trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    outcome = _judged(run, model, digest(model))
-    return Teacher(model, str(folder), dataclasses.replace(outcome, **trained))
+    outcome = dataclasses.replace(_judged(run, weights), **trained)
+    return _with_cache(run, Teacher(weights, str(folder), outcome))
 
 
-def _judged(run: Run, model: Any, known: str) -> Outcome:
-    """Return how a teacher does, which answers all held-out data for that only once. known: its fingerprint."""
+def _with_cache(run: Run, teacher: Teacher) -> Teacher:
+    """Return a teacher with what is cached of it, if the flags ask for that."""
+    wanted = run.flags.teacher_cache and run.flags.objective.needs_teacher
+    return dataclasses.replace(teacher, cached=cached_teacher(run, teacher.weights)) if wanted else teacher
+
+
+def _judged(run: Run, teacher: OnDemand) -> Outcome:
+    """Return how a teacher does, which answers all held-out data for that only once."""
     settings = {
         "version": [VERSION, fastkd.__version__, transformers.__version__],
-        "teacher": known,
+        "teacher": teacher.facts["digest"],
         "data": run.data.digest,
         "decoding": decoding(run),
         "precision": [run.args.bf16, run.args.fp16],
@@ -91,14 +118,16 @@ def _judged(run: Run, model: Any, known: str) -> Outcome:
     }
 
     def make(folder: Path) -> None:
-        trainer = make_trainer(run, model, "teacher", method=METHODS["scratch"])
+        trainer = make_trainer(run, teacher.model, "teacher", method=METHODS["scratch"])
         outcome = judge(run, trainer, "teacher")
         if is_first():
             write_json(folder / "outcome.json", outcome.to_json())
 
     folder, _ = cached(run.cache, "answers", settings, make, by_all=True, says=True)
     outcome = Outcome.from_json(json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
-    return dataclasses.replace(outcome, cost=cost.measure(model))  # of this machine
+    if not teacher.is_loaded:  # nor is it for what it cost when it was judged
+        return outcome
+    return dataclasses.replace(outcome, cost=cost.measure(teacher.model))  # of this machine
 
 
 def check_knows_task(run: Run, teacher: Teacher) -> None:

@@ -18,6 +18,7 @@ from ..models.sharding import is_sharded
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
 from ..objectives.terms import Batch, losses, valid_positions
+from ..teaching.cached import CachedTeacher, Numbered
 from .callbacks import LossBar, LossLines, StepTimer
 from .forward import Needs, compiled_blocks, forward, needs
 from .optimizer import gradient_norms, set_own_rate
@@ -30,6 +31,7 @@ class DistillTrainer(CheckpointingTrainer):
 
     method: a row of METHODS, or one with other settings by `dataclasses.replace`. teacher: a T5 with the student's
     vocabulary, or None if the method needs none; it is frozen, kept in evaluation mode and never part of a checkpoint.
+    Or a `teaching.cached.CachedTeacher`, whose training data is `Numbered`.
     workspace_mb: see `fastkd.linear_kl`. embedding_learning_rate: see `optimizer.set_own_rate`; None gives the
     embedding the rate of all other weights. projection_learning_rate: that of the matrix by which "hidden_linear"
     projects the student's hidden states to the teacher's width, one for all layers: `model.hidden_projection`, as a
@@ -68,7 +70,11 @@ class DistillTrainer(CheckpointingTrainer):
         configs = student.config, (self.teacher or student).config
         method.check_fits(*configs)
         self.of_student, self.of_teacher = needs(method, *configs)
-        if self.teacher is not None:
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_holds(self.of_teacher)
+            self.teacher = self.teacher.to(self.args.device)
+            self.args.remove_unused_columns = False  # the numbers of examples are none of a model's arguments
+        elif self.teacher is not None:
             placed = teacher if is_sharded(teacher) else teacher.to(self.args.device)
             placed.eval().requires_grad_(False)
         self.workspace_mb = workspace_mb
@@ -105,7 +111,8 @@ class DistillTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Private to transformers; those that are overridden, and why, are a table in tests/train/test_private.py.
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, SpanCorruption):
+        examples = dataset.examples if isinstance(dataset, Numbered) else dataset
+        if not isinstance(examples, SpanCorruption):
             return super()._get_train_sampler(dataset)
         return EpochSampler(len(dataset), self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
@@ -114,7 +121,8 @@ class DistillTrainer(CheckpointingTrainer):
         if self.is_fsdp_enabled and not is_sharded(self.model):
             within = {} if self.method.vocabulary_terms else self.of_student.layers
             shard_student(self.model, self.args.device, self.accelerator.state.fsdp_plugin, within)
-        models = (self.model, self.of_student), (self.teacher, self.of_teacher)
+        teacher = None if isinstance(self.teacher, CachedTeacher) else self.teacher
+        models = (self.model, self.of_student), (teacher, self.of_teacher)
         with compiled_blocks(models, self.args) if self.args.torch_compile else contextlib.nullcontext():
             return super().train(*args, **kwargs)
 
@@ -163,6 +171,8 @@ class DistillTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _teachers(self, inputs: dict[str, Any], mixup: Mixup | None) -> dict[str, Any]:
         """Return what the loss reads of the teacher."""
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher.read(inputs)
         return forward(self.teacher, inputs, self.of_teacher, mixup)
 
     def _terms(self, student: Any, teacher: Any, inputs: Any, targets: Any, mixup: Any) -> dict[str, torch.Tensor]:

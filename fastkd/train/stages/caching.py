@@ -1,0 +1,164 @@
+"""What the teacher of a run says of its training data, kept on disk: from an earlier run, or computed once here."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+import fastkd
+
+from ..common.cache import key
+from ..common.errors import InputError, writing
+from ..common.processes import by_first, count, is_first, of_all
+from ..data.examples import IGNORED, SpanCorruption
+from ..models.sharding import is_sharded, whole
+from ..objectives.methods import METHODS
+from ..teaching.cached import CachedTeacher, content, valid_lengths
+from ..teaching.store import SHARD_BYTES, Manifest, Store, free_bytes, locked
+from ..training.forward import Needs, forward
+from .folders import writable
+from .given import OnDemand
+from .identity import examples_per_step
+from .prepare import heading
+from .run import Run
+from .trainers import make_trainer
+
+GIB = 2**30
+
+
+def cached_teacher(run: Run, teacher: OnDemand) -> CachedTeacher:
+    """Return what `--teacher_cache` asks for, of all examples of all epochs that it asks for.
+
+    It is read if it is there, or else the teacher is loaded and computes it, so that the next run does not need it.
+    Raises InputError for a folder that holds something else, and if there is no room for it.
+    """
+    flags = run.flags
+    heading(f"Teacher cache: {flags.teacher_cache}")
+    is_text = isinstance(run.data.train, SpanCorruption)
+    epochs = flags.teacher_cache_epochs if is_text else 1
+    fits = {
+        "what": flags.teacher_cache,
+        "teacher": teacher.facts["digest"],
+        "computed in": _dtype(run, teacher),
+        "data": content(run.data.train),
+        "tokenizer": run.data.parts["tokenizer"],
+        "seed of the corruption": run.seed if is_text else None,
+        "epochs": epochs,
+    }
+    folder = Path(flags.teacher_cache_dir) if flags.teacher_cache_dir else run.cache / f"teacher_cache-{key(fits)}"
+
+    def is_whole() -> bool:
+        found = Store.find(folder, fits)
+        return found is not None and not found.missing() and found.head is not None
+
+    if by_first(is_whole):
+        print(f"reusing {folder}, without the teacher")
+    else:
+        by_first(lambda: writable("teacher_cache_dir", folder))
+        with writing("teacher_cache_dir", folder), locked(folder):
+            missing = by_first(lambda: _begun(run, teacher, folder, fits))
+            _fill(run, teacher, Store(folder, _manifest(folder, fits)), missing)
+    _say_what_is_read(run, epochs if is_text else None)
+    store = Store(folder, _manifest(folder, fits))
+    assert store.head is not None
+    return CachedTeacher(store, teacher.config, store.head["weight"], epochs)
+
+
+def _manifest(folder: Path, fits: dict[str, Any]) -> Manifest:
+    found = Store.find(folder, fits)
+    assert found is not None
+    return found.manifest
+
+
+def _dtype(run: Run, teacher: OnDemand) -> str:
+    """Return the dtype of what the loss reads: what autocast makes of it, or else the teacher's own."""
+    return "bfloat16" if run.args.bf16 else "float16" if run.args.fp16 else teacher.facts["dtype"]
+
+
+def _begun(run: Run, teacher: OnDemand, folder: Path, fits: dict[str, Any]) -> list[int]:
+    """Return which shards of a folder are missing, all where it was empty; say what it will take."""
+    store, config = Store.find(folder, fits), teacher.config
+    lengths = valid_lengths(run.data.train, fits["epochs"])
+    size = config.d_model * getattr(torch, fits["computed in"]).itemsize  # of a position
+    if store is None:
+        shard = max(1, SHARD_BYTES * len(lengths) // max(1, int(lengths.sum()) * size))
+        of = {"teacher": run.flags.teacher or "trained on the same data", "width": config.d_model}
+        of |= {"fastkd": fastkd.__version__, "torch": torch.__version__}
+        positions = int(lengths.sum())
+        store = Store(folder, Manifest(fits, of, len(lengths), positions, shard, positions * size))
+    manifest, missing = store.manifest, store.missing()
+    needed = sum(int(lengths[list(manifest.examples_of(shard))].sum()) for shard in missing) * size
+    free = free_bytes(folder)
+    left = "" if len(missing) == manifest.shards else f", of which {needed / GIB:.2f} GiB are missing"
+    print(
+        f"{manifest.positions:,} positions of {manifest.examples:,} examples, {config.d_model} wide in "
+        f"{fits['computed in']}: {manifest.bytes / GIB:.2f} GiB{left}; {free / GIB:.2f} GiB are free in {folder}",
+        flush=True,
+    )
+    if needed > free:
+        raise InputError(
+            f"--teacher_cache_dir {folder}: {needed / GIB:.2f} GiB do not fit into the {free / GIB:.2f} GiB that are "
+            "free there: give another folder, less data or fewer --teacher_cache_epochs"
+        )
+    Store.begin(folder, manifest)
+    return missing
+
+
+@torch.no_grad()
+def _fill(run: Run, teacher: OnDemand, store: Store, missing: list[int]) -> None:
+    """Let the teacher compute the shards that are missing, each process its share; and keep its head.
+
+    Batches are as large as in training, also where they have to be filled up, and examples of like length share one:
+    by how many rows it computes a product, a processor may choose another order of additions.
+    """
+    data, batch = run.data, run.args.train_batch_size
+    trainer = make_trainer(run, teacher.model, "teacher", method=METHODS["scratch"])
+    model: Any = trainer.model
+    model.eval()
+    weight = whole(model.get_output_embeddings().weight)
+    if is_first() and store.head is None:
+        store.write_head({"weight": weight.cpu()})
+    dtype, each = getattr(torch, store.manifest.fits["computed in"]), store.manifest.examples_per_shard
+    rank = dist.get_rank() if count() > 1 else 0
+    mine, turns = missing[rank :: count()], -(-len(missing) // count())
+    hidden = sum(len(store.manifest.examples_of(shard)) for shard in mine)
+    bar = tqdm(total=hidden, desc="the teacher's states", unit="example", disable=not is_first() or None, mininterval=1)
+    for turn in range(turns):
+        shard = (mine or missing)[min(turn, max(len(mine) - 1, 0))]
+        items = {number: data.train[number] for number in store.manifest.examples_of(shard)}
+        numbers = sorted(items, key=lambda number: len(items[number]["input_ids"]))
+        found: dict[int, torch.Tensor] = {}
+        # A teacher that is sharded needs all processes for each of its batches.
+        for start in range(0, each if is_sharded(model) else len(numbers), batch):
+            some = numbers[start : start + batch]
+            inputs = data.collate([items[number] for number in islice(chain(some, cycle(numbers)), batch)])
+            valid = inputs["labels"] != IGNORED
+            with trainer.accelerator.autocast():
+                states = forward(model, trainer._prepare_inputs(inputs), Needs())["hidden"][0].to(dtype).cpu()
+            found |= {number: states[i, valid[i]] for i, number in enumerate(some)}
+            bar.update(len(some) if turn < len(mine) else 0)
+        if turn < len(mine):
+            lengths = np.array([len(found[number]) for number in items])
+            store.write(shard, {"hidden": torch.cat([found[number] for number in items])}, lengths)
+    bar.close()
+    of_all(None)  # have written theirs
+
+
+def _say_what_is_read(run: Run, epochs: int | None) -> None:
+    """Print how often the run reads what is kept; epochs: of span corruption, None for what no epoch changes."""
+    args, examples = run.args, len(run.data.train)
+    passes = args.max_steps * examples_per_step(args) / examples if args.max_steps > 0 else args.num_train_epochs
+    if epochs is not None and passes > epochs:
+        print(
+            f"the corruption of epoch {epochs + 1} is that of the first again: --teacher_cache_epochs "
+            f"{math.ceil(passes)} keeps one for each epoch of this run"
+        )
+    if passes < (epochs or 1):
+        print(f"this run reads {passes / (epochs or 1):.0%} of it")

@@ -1,0 +1,104 @@
+"""A teacher of whom there is only what was kept: it stands in a trainer where the model would."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Dataset
+
+from ..data.examples import IGNORED, Classes, Item, Pairs, SpanCorruption
+from .store import Store
+
+NUMBERS = "examples"  # in a batch: which of the training data it holds
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """What a trainer reads of a teacher that is not there. config: the teacher's. epochs: of span corruption, kept."""
+
+    store: Store
+    config: Any
+    head: torch.Tensor
+    epochs: int
+
+    def check_holds(self, needs: Any) -> None:
+        """Raise ValueError if a loss reads more of the teacher than is kept; needs: see `forward.Needs`."""
+        if needs.layers or needs.states or needs.mixed:
+            raise ValueError("teacher: this method reads more of it than is cached, which is what its head is given")
+
+    def to(self, device: torch.device) -> CachedTeacher:
+        """Return the same with its head on a device."""
+        return dataclasses.replace(self, head=self.head.to(device))
+
+    def read(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return what the loss reads of a batch from `Numbered`: what the head is given, [B, L, H], and its weight.
+
+        Where a label is -100 that is 0.
+        """
+        labels = inputs["labels"]
+        kept = [self.store.read(number)["hidden"] for number in inputs[NUMBERS]]
+        hidden = kept[0].new_zeros(*labels.shape, kept[0].shape[-1])  # on the CPU, as no device is to wait for lengths
+        for row, states in zip(hidden, kept, strict=True):
+            row[: len(states)] = states
+        return {"hidden": (hidden.to(labels.device, non_blocking=True), self.head)}
+
+
+class Numbered(Dataset):
+    """Training examples that say their numbers, of which there is one for each that is kept.
+
+    epochs: after how many span corruption begins again with what it drew in the first. Items are those of `examples`,
+    and under NUMBERS the number.
+    """
+
+    def __init__(self, examples: SpanCorruption | Pairs, epochs: int):
+        self.examples, self.kept = examples, len(examples) * epochs
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = index % self.kept
+        return {**self.examples[number], NUMBERS: number}
+
+
+def collated(collate: Callable[..., Item]) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
+    """Return a collator that lets examples keep their numbers, as a list, which no device gets."""
+
+    def with_numbers(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        plain = [{name: value for name, value in item.items() if name != NUMBERS} for item in items]
+        numbers = {NUMBERS: [item[NUMBERS] for item in items]} if NUMBERS in items[0] else {}  # none if held out
+        return {**collate(plain), **numbers}
+
+    return with_numbers
+
+
+def valid_lengths(examples: SpanCorruption | Pairs, epochs: int) -> np.ndarray:
+    """Return how many positions of each example, in the order of their numbers, have a label."""
+    if isinstance(examples, SpanCorruption):
+        return np.full(len(examples) * epochs, len(examples[0]["labels"]))
+    if isinstance(examples, Classes):
+        return (np.array(examples.labels) != IGNORED).astype(np.int64)
+    blocks = examples.ids.with_format("arrow").iter(10_000)
+    return np.concatenate([pc.list_value_length(block["labels"]).to_numpy() for block in blocks])
+
+
+def content(examples: SpanCorruption | Pairs) -> str:
+    """Return a fingerprint of the tokens, and the classes, of training examples as they are before any corruption."""
+    found, tokens = hashlib.sha256(), examples.chunks if isinstance(examples, SpanCorruption) else examples.ids
+    if isinstance(tokens, np.ndarray):
+        found.update(np.ascontiguousarray(tokens).data)
+    else:
+        for block in tokens.with_format("arrow").iter(10_000):
+            for column in block.columns:
+                found.update(np.ascontiguousarray(pc.list_value_length(column).to_numpy()).data)
+                found.update(np.ascontiguousarray(pc.list_flatten(column).to_numpy()).data)
+    if isinstance(examples, Classes):
+        found.update(np.array(examples.labels).data)
+    return found.hexdigest()[:16]

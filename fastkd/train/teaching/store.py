@@ -1,0 +1,194 @@
+"""A folder of what a teacher said of numbered examples: shards that are whole or absent, and mapped, not read.
+
+It holds cache.json, which says to people and to later runs what it is of; head.safetensors, the teacher's head; and
+00000.safetensors and so on, each of as many examples, in the order of their numbers: what was said of each valid
+position of theirs, one after the other, and under "ends" where each example ends. A file has its name only when it is
+complete, so that a writer that is killed loses the shard under way, and another goes on behind the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..common.cache import write_whole
+from ..common.errors import InputError
+from ..common.processes import by_first, is_first
+
+MANIFEST, HEAD, ENDS = "cache.json", "head.safetensors", "ends"
+SHARD_BYTES = 1 << 26
+MAPPED = 256  # shards at a time
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds, as cache.json says it.
+
+    fits: what a run must have, too, to read it, by names that people understand. of: where that came from, which may
+    change. examples, positions: how many, in all epochs. examples_per_shard: but for the last. head: how it came
+    about, such as its dtype. bytes: of all shards.
+    """
+
+    fits: Mapping[str, Any]
+    of: Mapping[str, Any]
+    examples: int
+    positions: int
+    examples_per_shard: int
+    bytes: int
+
+    @property
+    def shards(self) -> int:
+        """How many there are once all are written."""
+        return -(-self.examples // self.examples_per_shard)
+
+    def examples_of(self, shard: int) -> range:
+        """Return the numbers of a shard's examples."""
+        start = shard * self.examples_per_shard
+        return range(start, min(start + self.examples_per_shard, self.examples))
+
+
+class Store:
+    """The shards of a folder, whose manifest is there."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+        self._shard = functools.lru_cache(MAPPED)(self._mapped)
+
+    @classmethod
+    def find(cls, folder: Path, fits: Mapping[str, Any]) -> Store | None:
+        """Return what a folder holds, or None if it is empty or not there.
+
+        Raises InputError, saying what differs, if it does not fit, or holds something else.
+        """
+        try:
+            written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = Manifest(**{name: written[name] for name in Manifest.__dataclass_fields__})
+        except FileNotFoundError as error:
+            if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+                raise InputError(
+                    f"--teacher_cache_dir {folder} holds files, and no {MANIFEST} among them: expected a cache, or a "
+                    "name for a new one"
+                ) from error
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--teacher_cache_dir {folder}: its {MANIFEST} is none that this version wrote") from error
+        names = sorted({*manifest.fits, *fits})
+        others = [name for name in names if manifest.fits.get(name) != fits.get(name)]
+        if others:
+            differs = "; ".join(
+                f"{name}: it has {manifest.fits.get(name)}, the run {fits.get(name)}" for name in others
+            )
+            raise InputError(
+                f"--teacher_cache_dir {folder} is of another run and does not fit ({differs}): give another folder, "
+                "or none, for one beside the data's cache that fits"
+            )
+        return cls(folder, manifest)
+
+    @classmethod
+    def begin(cls, folder: Path, manifest: Manifest) -> Store:
+        """Write a manifest into a folder, made if need be, of which no shard is there yet."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+        return cls(folder, manifest)
+
+    def missing(self) -> list[int]:
+        """Return the shards that are not there, or not whole as somebody cut them off."""
+        return [shard for shard in range(self.manifest.shards) if not _is_whole(self._path(shard))]
+
+    @property
+    def head(self) -> dict[str, torch.Tensor] | None:
+        """The tensors of the teacher's head, mapped; None where they are not there."""
+        return _tensors(self.folder / HEAD) if _is_whole(self.folder / HEAD) else None
+
+    def write_head(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the tensors of the teacher's head."""
+        _save(tensors, self.folder / HEAD)
+
+    def write(self, shard: int, columns: Mapping[str, torch.Tensor], lengths: np.ndarray) -> None:
+        """Keep what was said of the positions of a shard's examples, [positions, ...] in order; lengths: of each."""
+        _save({**columns, ENDS: torch.from_numpy(np.cumsum(lengths))}, self._path(shard))
+
+    def read(self, example: int) -> dict[str, torch.Tensor]:
+        """Return what was said of an example's positions, [positions, ...] in memory that is mapped."""
+        shard, i = divmod(example, self.manifest.examples_per_shard)
+        columns, ends = self._shard(shard)
+        start, end = ends[i - 1] if i else 0, ends[i]
+        return {name: tensor[start:end] for name, tensor in columns.items()}
+
+    def _mapped(self, shard: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+        columns = _tensors(self._path(shard))
+        return columns, columns.pop(ENDS).tolist()
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05}.safetensors"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let no other run write to a folder, made if need be; wait for one that does, and remove what one left by half."""
+    lock = by_first(lambda: _lock(folder))
+    try:
+        yield
+    finally:
+        if is_first():
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that writes to {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(".*.partial"):
+            left.unlink()
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how much room there is for a folder that need not be there yet."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a file that has its name only when the disk has all of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with part.open("wb") as file:  # not safetensors' own way, by which others may not read it
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):  # which reads its head, and whether it is as long as that says
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return a file's tensors, which are mapped: no more of them is read than is looked at."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
