@@ -26,7 +26,7 @@ from fastkd.train import cli
 from fastkd.train.models import sharding
 from fastkd.train.report import reports  # noqa: F401 (imported before the fork)
 from fastkd.train.runs import train  # noqa: F401
-from fastkd.train.stages import prepare
+from fastkd.train.stages import caching, prepare
 from fastkd.train.training import parallel, trainer
 
 PATIENCE = 60  # seconds
@@ -89,7 +89,13 @@ def nothing_stays() -> None:
     parallel.shard = lambda *args, stay, **policy: sharding.shard(*args, **policy)  # type: ignore[assignment]
 
 
+def small_shards() -> None:
+    """Make a teacher's cache so many shards that every process writes some."""
+    caching.SHARD_BYTES = 1 << 16
+
+
 PATCHES = {
+    "small shards": small_shards,
     "kill": kill_at_step_12,
     "signal": signal_at_step_12,
     "nothing stays": nothing_stays,

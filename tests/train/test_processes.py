@@ -152,6 +152,10 @@ def runs(text_file: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
         runs.add(f"{method}-one", 1, method, *teacher)
         runs.add(f"{method}-ddp", ranks, method, *teacher)
         runs.add(f"{method}-fsdp", ranks, method, *teacher, "--fsdp")
+    cached = ["--teacher_cache", "hidden", "--teacher_cache_epochs", "2"]
+    runs.add("kd-one", 1, "kd")
+    runs.add("kd-ddp", 2, "kd", *cached, patch="small shards")  # by a teacher that is sharded
+    runs.add("kd-fsdp", 3, "kd", *cached, "--fsdp")  # read
     # Of two processes, then three; with every weight gathered in between, as it need not be.
     first_half = {"copy": "miniend-e-ddp", "without": [f"checkpoint-{STEPS}"]}
     again = ["--resume_from_checkpoint", "last"]
@@ -177,6 +181,8 @@ SAME = [
     *((f"{method}-{mode}", method) for method in METHODS for mode in ("ddp", "fsdp")),
     *((name, "miniend-e") for name in ("resumed-ddp", "resumed-fsdp", "after-killed")),
     ("enct5-fsdp", "enct5"),
+    ("kd-ddp", "kd"),
+    ("kd-fsdp", "kd"),
 ]
 
 

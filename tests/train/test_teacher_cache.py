@@ -1,0 +1,383 @@
+"""--teacher_cache: the same losses without the teacher, shards that are whole or absent, folders that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_flags import with_inputs
+from transformers import default_data_collator
+
+from fastkd.train import cli
+from fastkd.train.common.errors import InputError
+from fastkd.train.data.examples import Pairs, SpanCorruption, pad
+from fastkd.train.data.tasks import TASKS
+from fastkd.train.flags.arguments import parse
+from fastkd.train.models import loading
+from fastkd.train.objectives.methods import METHODS
+from fastkd.train.plan import plan
+from fastkd.train.stages import caching
+from fastkd.train.stages.caching import cached_teacher
+from fastkd.train.stages.given import Given, OnDemand
+from fastkd.train.stages.prepare import Data
+from fastkd.train.stages.run import Run
+from fastkd.train.teaching.cached import NUMBERS, Numbered, collated, content
+from fastkd.train.teaching.store import Manifest, Store, locked
+from fastkd.train.training.trainer import DistillTrainer
+
+FLAGS = [
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+    "--logging_steps",
+    "1",
+    "--eval_strategy",
+    "no",
+    "--save_strategy",
+    "no",
+]
+CACHE = ["--teacher_cache", "hidden"]
+
+
+# ---- What is kept ----
+
+
+@pytest.fixture
+def examples(dataset: SpanCorruption, tokenizer: Any) -> dict[str, Any]:
+    """Training data by its kind, with its collator: chunks, and pairs of different lengths."""
+    rows = [{"input_ids": [3 + i] * (9 + 3 * i), "labels": [4 + i] * (2 + i)} for i in range(8)]
+    return {
+        "chunks": (dataset.select(range(24)), default_data_collator),
+        "pairs": (Pairs(datasets.Dataset.from_list(rows)), pad(tokenizer)),
+    }
+
+
+@pytest.fixture
+def make_run(examples: dict[str, Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Run]:
+    """make_run(kind, flag, ...): a run on one kind of the examples, by kd."""
+
+    def make(kind: str = "chunks", *flags: str) -> Run:
+        train, collate = examples[kind]
+        words = ["--method", "kd", "--output_dir", str(tmp_path / "out"), "--teacher", "t5-base", *FLAGS, *flags]
+        words += ["--max_steps", "6"]
+        words += [] if "--per_device_train_batch_size" in flags else ["--per_device_train_batch_size", "8"]
+        ours, args = parse(with_inputs(*words, *CACHE))
+        names = {"digest": "", "facts": {}, "parts": {"tokenizer": "pieces"}}
+        data = Data(
+            TASKS["span_corruption"], tokenizer, train, train, datasets.Dataset.from_dict({}), 8, collate, **names
+        )
+        return Run(ours, args, tmp_path / "cache", Given(), data)
+
+    return make
+
+
+def on_demand(model: Any) -> OnDemand:
+    fresh = copy.deepcopy(model)  # trainers change configs
+    return OnDemand("teacher", fresh.config, lambda: fresh, "auto")
+
+
+def trained(run: Run, student: Any, teacher: Any, epochs: int = 0) -> tuple[list[float], Any]:
+    """Losses and weights of a training, cached if there are epochs that are."""
+    train = Numbered(run.data.train, epochs) if epochs else run.data.train
+    collate = collated(run.data.collate) if epochs else run.data.collate
+    objective: Any = {"method": METHODS["kd"], "teacher": teacher, "data_collator": collate}
+    trainer = DistillTrainer(model=student, args=run.args, train_dataset=train, **objective)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], student.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["chunks", "pairs"])
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "autocast"])
+def test_losses_are_equal_to_the_bit(make_run: Any, tiny: Any, kind: str, precision: list[str]) -> None:
+    """Chunks of two epochs, in batches that are shuffled; pairs in one batch, as their padding is part of a sum."""
+    run, epochs = make_run(kind, *precision, "--teacher_cache_epochs", "2"), 2 if kind == "chunks" else 1
+    teacher = tiny(64, 1, 2)
+    losses, weights = trained(run, tiny(), teacher)
+    cached = cached_teacher(run, on_demand(teacher))
+    assert cached.epochs == epochs
+    again, others = trained(run, tiny(), cached, epochs)
+    assert len(losses) == 6 and losses == again
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    dtype = torch.bfloat16 if precision else torch.float32
+    assert cached.store.read(0)["hidden"].dtype == dtype and cached.head.dtype == torch.float32
+
+
+def test_other_batches_read_the_same(make_run: Any, tiny: Any) -> None:
+    """Accumulated gradients, another order: as near as batches of other sizes are to each other without a cache."""
+    teacher, run = tiny(64, 1, 2), make_run("chunks", "--teacher_cache_epochs", "2")
+    cached = cached_teacher(run, on_demand(teacher))
+    few = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--data_seed", "5"]
+    other = make_run("chunks", "--teacher_cache_epochs", "2", *few)
+    losses, others = (trained(other, tiny(), model, n)[0] for model, n in ((teacher, 0), (cached, 2)))
+    assert losses == pytest.approx(others, rel=1e-6)
+
+
+def test_corruption_begins_again_after_the_last_epoch_that_is_kept(make_run: Any, dataset: SpanCorruption) -> None:
+    twice = Numbered(dataset, 2)
+    size = len(dataset)
+    assert len(twice) == size
+    for index, number in ((3, 3), (size + 3, size + 3), (2 * size + 3, 3), (5 * size + 3, size + 3)):
+        item = twice[index]
+        assert item[NUMBERS] == number and torch.equal(item["input_ids"], dataset[number]["input_ids"])
+    assert not torch.equal(twice[3]["input_ids"], twice[size + 3]["input_ids"])
+
+
+def test_methods_that_read_more_are_refused(make_run: Any, tiny: Any) -> None:
+    run = make_run()
+    cached = cached_teacher(run, on_demand(tiny(64, 1, 2)))
+    with pytest.raises(ValueError, match="reads more of it than is cached"):
+        DistillTrainer(model=tiny(), args=run.args, method=METHODS["hsm-cka"], teacher=cached)
+
+
+# ---- Shards ----
+
+
+def test_what_is_written_is_not_computed_again(
+    make_run: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(caching, "SHARD_BYTES", 1 << 13)
+    run, teacher, write = make_run(), tiny(64, 1, 2), Store.write
+
+    def stopping(store: Store, shard: int, *rest: Any) -> None:
+        if shard == 2:
+            raise KeyboardInterrupt
+        write(store, shard, *rest)
+
+    monkeypatch.setattr(Store, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cached_teacher(run, on_demand(teacher))
+    (folder,) = (tmp for tmp in run.cache.iterdir() if tmp.name.startswith("teacher_cache"))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*")}
+    assert sorted(before) == ["00000.safetensors", "00001.safetensors"]
+    monkeypatch.setattr(Store, "write", write)
+    (folder / ".00002.safetensors.7.partial").write_bytes(b"half")
+    cut = folder / "00001.safetensors"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])  # by somebody else
+    capsys.readouterr()
+
+    cached = cached_teacher(run, on_demand(teacher))
+    assert "are missing" in capsys.readouterr().out
+    assert (
+        cut.read_bytes() == whole and (folder / "00000.safetensors").stat().st_mtime_ns == before["00000.safetensors"]
+    )
+    assert not list(folder.glob(".*")) and not cached.store.missing() and cached.store.manifest.shards > 3
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    unloadable = dataclasses.replace(on_demand(teacher), load=lambda: pytest.fail("the teacher was loaded"))
+    vars(unloadable)["facts"] = on_demand(teacher).facts
+    cached_teacher(run, unloadable)
+    assert "without the teacher" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
+    make_run: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(caching, "free_bytes", lambda folder: 1000)
+    with pytest.raises(InputError, match=r"do not fit into the 0\.00 GiB that are free there"):
+        cached_teacher(make_run("chunks", "--teacher_cache_dir", str(tmp_path / "kept")), on_demand(tiny(64, 1, 2)))
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_folders_that_do_not_fit(make_run: Any, tiny: Any, tmp_path: Path) -> None:
+    folder, teacher = str(tmp_path / "kept"), tiny(64, 1, 2)
+    run = make_run("chunks", "--teacher_cache_dir", folder)
+    cached_teacher(run, on_demand(teacher))
+    others = {
+        "teacher": (run, tiny(64, 2, 2)),
+        "computed in": (make_run("chunks", "--teacher_cache_dir", folder, "--bf16"), teacher),
+        "data": (make_run("pairs", "--teacher_cache_dir", folder), teacher),
+        "seed of the corruption": (make_run("chunks", "--teacher_cache_dir", folder, "--data_seed", "9"), teacher),
+        "epochs": (make_run("chunks", "--teacher_cache_dir", folder, "--teacher_cache_epochs", "3"), teacher),
+        "tokenizer": (make_run("chunks", "--teacher_cache_dir", folder), teacher),
+    }
+    others["tokenizer"][0].data.parts["tokenizer"] = "other pieces"
+    for what, (other, model) in others.items():
+        with pytest.raises(InputError, match=rf"--teacher_cache_dir .*kept is of another run.*{what}: it has"):
+            cached_teacher(other, on_demand(model))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds files, and no cache\.json"):
+        Store.find(tmp_path / "mine", {})
+    (tmp_path / "kept" / "cache.json").write_text("{}")
+    with pytest.raises(InputError, match=r"cache\.json is none that this version wrote"):
+        Store.find(tmp_path / "kept", {})
+
+
+def test_content_is_that_of_tokens_however_they_are_stored(dataset: SpanCorruption, tokenizer: Any) -> None:
+    ids = datasets.List(datasets.Value("int32"), dataset.chunks.shape[1])
+    rows = datasets.Dataset.from_dict({"input_ids": dataset.chunks}, datasets.Features({"input_ids": ids}))
+    found = [content(SpanCorruption(chunks, tokenizer, 1)) for chunks in (rows, rows.select(range(64)))]
+    assert len(set(found)) == 1 and content(SpanCorruption(rows.select(range(63)), tokenizer, 1)) != found[0]
+    rows = [{"input_ids": [3, 4], "labels": [5]}, {"input_ids": [3], "labels": [4, 5]}]
+    assert len({content(Pairs(datasets.Dataset.from_list(some))) for some in (rows, rows[::-1], rows[:1])}) == 3
+
+
+def test_another_run_that_writes_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    let_go = threading.Timer(0.2, os.close, [other])
+    let_go.start()
+    began = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - began > 0.15
+    assert "waiting for another run" in capsys.readouterr().out
+
+
+# ---- Flags ----
+
+
+REFUSED = {
+    "--teacher_cache all": "expected hidden, got 'all'",
+    "--teacher_cache hidden --method miniend-e": "decoder_self, encoder_self compares states of its layers",
+    "--teacher_cache hidden --method hsm-cka": "hidden_cka compares states",
+    "--teacher_cache hidden --method mixkd": "every step mixes other examples",
+    "--teacher_cache hidden --method minidisc --task text2text": "each round has another teacher",
+    "--teacher_cache hidden --method scratch": "no effect with --method scratch",
+    "--teacher_cache hidden --streaming --max_steps 2": "not supported with --streaming",
+    "--teacher_cache hidden --task text2text --labelled_examples 3": "not supported with --labelled_examples",
+    "--teacher_cache hidden --task text2text --teacher_cache_epochs 2": "pairs are the same in every epoch",
+    "--teacher_cache hidden --interpolated --teacher_cache_dir x": "--interpolated has two",
+    "--teacher_cache_dir x": "no effect without --teacher_cache",
+    "--teacher_cache_epochs 2": "no effect without --teacher_cache",
+    "--teacher_cache hidden --teacher_cache_epochs 0": "must be at least 1, got 0",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_a_cache_cannot_do_is_refused(flags: str) -> None:
+    method = [] if "--method" in flags else ["--method", "kd"]
+    with pytest.raises(InputError, match=REFUSED[flags]):
+        parse([*flags.split(), *method, "--use_cpu", "--train_file", "x.txt", "--teacher", "t5-base"])
+
+
+def test_a_plan_counts_the_head_alone() -> None:
+    words = ["--method", "kd", "--train_file", "x", "--teacher", "t5-small", "--student_layers", "1", "--use_cpu"]
+    kept = plan(*parse([*words, *CACHE]), device="cpu")
+    assert kept.moments["loss"]["teacher's weights"] == 32128 * 512 * 4
+    assert kept.moments["teacher"]["teacher's activations"] == 8 * 26 * 512 * 4
+
+
+# ---- Whole runs ----
+
+
+SMALL = [
+    *FLAGS, "--sequence_length", "16", "--max_train_examples", "24", "--max_eval_examples", "8",
+    "--report_examples", "1", "--per_device_train_batch_size", "8", "--student_layers", "1", "--student_d_model", "32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A folder with a teacher."""
+    folder = tmp_path_factory.mktemp("cached")
+    sizes = ["--student_layers", "2", "--student_d_model", "64", "--max_steps", "3", "--vocabulary_size", "512"]
+    words = with_inputs("--method", "scratch", *SMALL, *sizes, "--train_file", text_file)
+    assert cli.main([*words, "--output_dir", str(folder / "teacher")]) == 0
+    return folder
+
+
+@pytest.fixture
+def kd(root: Path, text_file: Path) -> Callable[..., int]:
+    """kd(name, flag, ...): a run of kd into root/name; its exit code."""
+
+    def run(name: str, *flags: object) -> int:
+        inputs = ["--teacher", root / "teacher", "--train_file", text_file, "--output_dir", root / name]
+        return cli.main(with_inputs("--method", "kd", *SMALL, "--max_steps", "4", *inputs, *flags))
+
+    return run
+
+
+def losses(folder: Path) -> list[float]:
+    """What each step of a run logged, to the last bit."""
+    student = json.loads((folder / "metrics.json").read_text())["models"][-1]
+    return [entry["loss"] for entry in student["history"] if "loss" in entry]
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.long
+def test_a_run_without_its_teacher_is_the_one_with_it(
+    root: Path, kd: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = [*CACHE, "--teacher_cache_dir", root / "kept", "--teacher_cache_epochs", "2"]
+    assert kd("plain") == 0
+    capsys.readouterr()
+    assert kd("first", *cache) == 0
+    said = capsys.readouterr().out
+    assert "GiB are free in" in said and "positions of" in said and "% of it" in said
+    written = files(root / "kept")
+
+    load = loading.load_weights
+
+    def no_teacher(name: Any, role: str, *rest: Any) -> Any:
+        return pytest.fail("the teacher was loaded") if role == "teacher" else load(name, role, *rest)
+
+    monkeypatch.setattr("fastkd.train.stages.given.load_weights", no_teacher)
+    assert kd("second", *cache) == 0
+    assert "without the teacher" in capsys.readouterr().out
+    assert kd("other", *cache, "--student_d_model", "64", "--seed", "7", "--data_seed", "42") == 0
+
+    assert losses(root / "plain") == losses(root / "first") == losses(root / "second") != losses(root / "other")
+    assert len(losses(root / "plain")) == 4
+    students = [load_file(root / name / "model.safetensors") for name in ("plain", "first", "second")]
+    assert all(torch.equal(tensor, other[name]) for other in students for name, tensor in students[0].items())
+    assert files(root / "kept") == written
+
+
+KILLED = """
+import sys, time
+from fastkd.train import cli
+from fastkd.train.stages import caching
+from fastkd.train.teaching import store
+caching.SHARD_BYTES = 1 << 12
+save = store._save
+def slow(tensors, path):
+    time.sleep(0.1)
+    save(tensors, path)
+store._save = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_loses_one_shard(root: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL at some moment of the writing; the next run goes on behind the last whole shard, with equal bytes."""
+    inputs = ["--teacher", root / "teacher", "--train_file", text_file, "--max_steps", "2"]
+    folder = root / "killed"
+    words = with_inputs("--method", "kd", *SMALL, *inputs, *CACHE, "--teacher_cache_dir", folder)
+    with subprocess.Popen([sys.executable, "-c", KILLED, *words, "--output_dir", str(root / "a")]) as process:
+        while len(files(folder)) < 4 and process.poll() is None:  # the head is one
+            time.sleep(0.01)
+        process.kill()
+    before = files(folder)
+    manifest = Manifest(**json.loads((folder / "cache.json").read_text()))
+    assert 4 <= len(before) < manifest.shards + 1
+    assert cli.main([*words, "--output_dir", str(root / "b")]) == 0
+    after = files(folder)
+    assert len(after) == manifest.shards + 1 and before.items() <= after.items()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+    monkeypatch.setattr(caching, "SHARD_BYTES", 1 << 12)
+    words = [str(root / "whole") if word == str(folder) else word for word in words]
+    assert cli.main([*words, "--output_dir", str(root / "c")]) == 0
+    assert {name: (folder / name).read_bytes() for name in after} == {
+        name: (root / "whole" / name).read_bytes() for name in after
+    }
