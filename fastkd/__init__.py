@@ -18,6 +18,7 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from . import functions, nn
     from .divergence import DIVERGENCES
+    from .heads import Head
     from .ops.attention_kl import attention_kl
     from .ops.cka_loss import cka_loss
     from .ops.linear_kl import linear_kl
@@ -28,6 +29,7 @@ if _TYPE_CHECKING:
 
 __all__ = [
     "DIVERGENCES",
+    "Head",
     "RelativeBias",
     "TopK",
     "__version__",
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DIVERGENCES": ".divergence",
+    "Head": ".heads",
     "RelativeBias": ".relative_bias",
     "TopK": ".teachers",
     "attention_kl": ".ops.attention_kl",
@@ -58,6 +61,7 @@ _MODULES = (
     "distributed",
     "divergence",
     "functions",
+    "heads",
     "nn",
     "ops",
     "reference",

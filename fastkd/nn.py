@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .backend import IMPLS
 from .checks import REDUCTIONS, Objective, TokenArguments, as_int, as_number, check_choice, is_finite
 from .distributed import check_group
+from .heads import Head
 from .ops.attention_kl import as_scale, attention_kl, check_heads
 from .ops.cka_loss import check_constants, cka_loss
-from .ops.linear_kl import as_workspace, linear_kl
+from .ops.linear_kl import as_softcap, as_workspace, linear_kl
 from .ops.logit_kl import logit_kl
 from .ops.relation_kl import relation_kl
 from .relative_bias import RelativeBias
@@ -112,6 +113,8 @@ class LinearKLLoss(_Loss):
         *,
         student_scale: float = 1.0,
         teacher_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
         workspace_mb: float | None = None,
         divergence: str = "forward_kl",
         beta: float = 0.5,
@@ -127,10 +130,14 @@ class LinearKLLoss(_Loss):
         _check_token_constants(ignore_index, reduction, vocab_group, impl)
         as_number("student_scale", student_scale, "that is finite", is_finite)
         as_number("teacher_scale", teacher_scale, "that is finite", is_finite)
+        as_softcap("student_softcap", student_softcap)
+        as_softcap("teacher_softcap", teacher_softcap)
         as_workspace(workspace_mb)
         super().__init__(
             student_scale=student_scale,
             teacher_scale=teacher_scale,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
             workspace_mb=workspace_mb,
             divergence=divergence,
             beta=beta,
@@ -146,9 +153,9 @@ class LinearKLLoss(_Loss):
     def forward(
         self,
         student_hidden: Tensor,  # [..., Hs]
-        student_weight: Tensor,  # [Vs, Hs]
+        student_weight: Tensor | Head,  # [Vs, Hs]
         teacher_hidden: Tensor | TopK | None,  # [..., Ht]
-        teacher_weight: Tensor | None = None,  # [Vt, Ht]
+        teacher_weight: Tensor | Head | None = None,  # [Vt, Ht]
         *,
         student_bias: Tensor | None = None,  # [Vs]
         teacher_bias: Tensor | None = None,  # [Vt]

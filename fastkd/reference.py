@@ -142,13 +142,16 @@ def linear_kl(
     teacher_bias: Tensor | None,  # [Vt]
     student_scale: float,
     teacher_scale: float,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     shard: VocabularyShard | None = None,  # whose columns the heads make
     **options,
 ) -> Tensor:
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
 
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        return F.linear(scale * hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+        z = F.linear(scale * hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     with torch.autocast(student_hidden.device.type, enabled=False):
         # what a dropped token holds, NaN included, counts for nothing, in the weight's gradient too
@@ -158,11 +161,11 @@ def linear_kl(
         student_hidden = student_hidden.masked_fill(~kept.unsqueeze(-1), 0)
         if shard is not None:
             student_hidden = ReplicatedInput.apply(student_hidden.to(dtype), shard.group)
-        student_logits = logits(student_hidden, student_weight, student_bias, student_scale)
+        student_logits = logits(student_hidden, student_weight, student_bias, student_scale, student_softcap)
         teacher_logits: Tensor | TopK | None = teacher_hidden if isinstance(teacher_hidden, TopK) else None
         if isinstance(teacher_hidden, Tensor) and teacher_weight is not None:
             with torch.no_grad():
-                teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+                teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
         return logit_kl(student_logits, teacher_logits, shard=shard, **options)
 
 

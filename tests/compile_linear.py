@@ -34,7 +34,7 @@ def call(dtype: torch.dtype, divergence: str, options: str) -> None:
     with interpret_triton(), _going_by("tiles"):  # sends CPU tensors to kernels, which `launches` does not start
         torch.ops.fastkd.linear_kl(
             student, student_weight, bias, teacher, teacher_weight, bias, torch.ones(TOKENS).double(),
-            torch.zeros(TOKENS, dtype=torch.int64), numbers(1.0, 1.0, 1024.0), [True, False, False],
+            torch.zeros(TOKENS, dtype=torch.int64), numbers(1.0, 1.0, 0.0, 0.0, 1024.0), [True, False, False],
             *objective.for_op(),
         )  # fmt: skip
 

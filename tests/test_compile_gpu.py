@@ -55,25 +55,27 @@ def _show(name: str, table: str) -> None:
 
 
 def test_every_kernel_compiles_for_hopper_and_none_spills():
-    """One case of each; the others are long."""
+    """One case of each, and all that matter of the smallest; the others are long."""
     code = """
 import json
-from tests import compile_attention, compile_cka, compile_linear, compile_rows
-from tests.compile_common import SHARED_LIMIT
+from tests import compile_attention, compile_cka, compile_linear, compile_rows, compile_softcap
+from tests.compile_common import SHARED_LIMIT, TARGETS
 cases = [(compile_rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in compile_rows.PASSES]
 cases += [(compile_linear, ("sm_90", "bf16", "forward_kl", "labels"))]
 cases += [(compile_cka, ("sm_90", "bf16", grams, 2)) for grams in (False, True)]
 cases += [(compile_attention, ("sm_90", op, "forward_kl", "bf16", 64, 64, False)) for op in ("relation", "diagonals")]
+cases += [(compile_softcap, (target, dtype, True)) for target in TARGETS for dtype in ("fp32", "fp64")]
+cases += [(compile_softcap, ("sm_90", "fp32", False))]
 found = {}
 for module, case in cases:
     measured = module.measure(case)
     for one in measured if isinstance(measured, list) else [measured]:
-        name = f"{module.__name__.removeprefix('tests.compile_')}: {one.get('kernel') or one['pass']}"
+        name = f"{module.__name__.removeprefix('tests.compile_')}: {one.get('kernel') or one['pass']} {case[0]}"
         found[name] = one["local"], one["shared"] <= SHARED_LIMIT["sm_90"]
 print(json.dumps(found))
 """
     found = _printed("-c", code)
-    assert {name.split(":")[0] for name in found} == {"attention", "cka", "linear", "rows"}
+    assert {name.split(":")[0] for name in found} == {"attention", "cka", "linear", "rows", "softcap"}
     spilling = {name for name, (local, fits) in found.items() if local or not fits}
     assert not spilling, found
 

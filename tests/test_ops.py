@@ -71,7 +71,7 @@ def test_linear_kl_opcheck(gradients: list[bool]):
             x["teacher_bias"],
             torch.rand(5, dtype=torch.float64),
             torch.randint(0, 203, (5,)),
-            numbers(1.0, 1.0, 2**-9),
+            numbers(1.0, 1.0, 0.0, 0.0, 2**-9),
             gradients,
             CODE,
             NUMBERS,

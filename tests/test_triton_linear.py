@@ -316,7 +316,7 @@ def test_labels_out_of_range():
             *(inputs[f"student_{name}"] for name in ("hidden", "weight", "bias")),
             *(inputs[f"teacher_{name}"] for name in ("hidden", "weight", "bias")),
             torch.ones(T, dtype=torch.float64, device=DEVICE), labels,
-            numbers(1.0, 1.0, 1.0), [True] * 3, 0, numbers(0.5, 1.0, 1.0, 1.0),
+            numbers(1.0, 1.0, 0.0, 0.0, 1.0), [True] * 3, 0, numbers(0.5, 1.0, 1.0, 1.0),
         )  # fmt: skip
     assert loss.isnan().nonzero().flatten().tolist() == [3, 7]
     assert gradients[0].isnan().any(1).nonzero().flatten().tolist() == [3, 7]

@@ -126,7 +126,7 @@ EVERYTHING: dict[str, Any] = {
     "temperature": 2.0,
     "beta": 0.3,
 }
-SCALES = {"student_scale": 0.5, "teacher_scale": 1.5}
+SCALES = {"student_scale": 0.5, "teacher_scale": 1.5, "student_softcap": 6.0, "teacher_softcap": 5.0}
 
 
 def mask_both(inputs: Inputs) -> None:

@@ -43,7 +43,7 @@ from .drivers.linear_kl_cpu import on_cpu
 from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
 from .dtypes import gradient_dtype
-from .linear_kl_arguments import Inputs, check_inputs, facts, flat
+from .linear_kl_arguments import Inputs, as_head, check_inputs, facts, flat
 from .topk_kl import topk_linear_kl
 from .vocabulary_shards import (
     OBJECTIVE,
@@ -57,6 +57,8 @@ from .vocabulary_shards import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from ..heads import Head
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
@@ -104,22 +106,25 @@ def _linear_kl(
     teacher_bias: Tensor | None,  # [Vt]
     coefficient: Tensor,  # [T] float64
     labels: Tensor | None,  # [T] int64
-    sizes: Tensor,  # [3]: student_scale, teacher_scale, workspace_mb
+    sizes: Tensor,  # [5]: student_scale, teacher_scale, student_softcap, teacher_softcap (0: none), workspace_mb
     gradients: list[bool],  # of student_hidden, student_weight, student_bias
     divergence: int,
     numbers: Tensor,  # [4]: beta, temperature, kd_weight, ce_weight
     vocab_group: str = "",
     widest_shard: int = 0,
 ) -> tuple[Tensor, ...]:
-    student_scale, teacher_scale, workspace_mb = sizes.tolist()
+    student_scale, teacher_scale, student_softcap, teacher_softcap, workspace_mb = sizes.tolist()
     workspace_bytes, objective = int(workspace_mb * 2**20), (divergence, *numbers.tolist())
     *_, kd_weight, ce_weight = objective
     group = group_by_name(vocab_group)
-    student, teacher = Projection(student_hidden, student_weight, student_bias, student_scale), None
+    student, teacher = (
+        Projection(student_hidden, student_weight, student_bias, student_scale, student_softcap or None),
+        None,
+    )
     columns = vocabulary = student_weight.shape[0]
     if teacher_weight is not None and kd_weight != 0:
         assert teacher_hidden is not None
-        teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_scale)
+        teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap or None)
         vocabulary = min(vocabulary, teacher_weight.shape[0])
     if ce_weight == 0 or labels is None:
         columns, labels = vocabulary, None
@@ -199,16 +204,23 @@ def as_workspace(megabytes: Any) -> float | None:
     return None if megabytes is None else as_number("workspace_mb", megabytes, "> 0", lambda x: 0 < x < float("inf"))
 
 
+def as_softcap(name: str, cap: Any) -> float | None:
+    """A softcap as a float, or None for none."""
+    return None if cap is None else as_number(name, cap, "> 0", lambda x: 0 < x < float("inf"))
+
+
 def linear_kl(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | Head,
     teacher_hidden: Tensor | TopK | None,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: Tensor | Head | None = None,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     workspace_mb: float | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -226,16 +238,20 @@ def linear_kl(
     """Distillation loss from hidden states and vocabulary heads, without ever holding the logits.
 
     Equal to ``fastkd.logit_kl`` on ``student_scale * student_hidden @ student_weight.T + student_bias`` and the
-    teacher's logits likewise, with scores in float32 whatever the inputs' dtype (float64 for float64 students).
+    teacher's logits likewise, both capped where a softcap is given, with scores in float32 whatever the inputs' dtype
+    (float64 for float64 students).
 
     Args:
         student_hidden: [..., Hs], the input of the student's head. Receives a gradient.
         student_weight: [Vs, Hs], ``lm_head.weight``, in the dtype of ``student_hidden``. Receives a gradient.
         teacher_hidden, teacher_weight: [..., Ht] with the same leading shape, and [Vt, Ht]; constants. May be None with
-            ``kd_weight=0``, which makes this a fused linear cross-entropy. In place of both a ``fastkd.TopK`` is a
-            teacher of which some log-probabilities [..., K] are known; it takes no ``vocab_group`` yet.
+            ``kd_weight=0``, which makes this a fused linear cross-entropy. A weight may be a ``fastkd.Head``; bias,
+            scale and softcap are its own then, and not given beside it. In place of both of the teacher's, a
+            ``fastkd.TopK`` is a teacher of which some log-probabilities [..., K] are known; it takes no ``vocab_group``
+            and no ``student_softcap`` yet.
         student_bias, teacher_bias: [Vs] and [Vt]. The student's receives a gradient.
         student_scale, teacher_scale: multiply the hidden states; T5 v1.0 has ``d_model ** -0.5``.
+        student_softcap, teacher_softcap: make logits z ``softcap * tanh(z / softcap)``, as Gemma 2 does; None: not.
         workspace_mb: memory for the logits of the tokens in flight, in units of 2**20 bytes; default 128 on CPU, 768 on
             a GPU. At least one token is taken at a time. On a GPU the gradients of 16-bit logits are held for all
             tokens, beside it, where that takes no more than summing up the weight's gradient in float32 would. With a
@@ -262,16 +278,19 @@ def linear_kl(
     forward pass and kept until the backward pass; with ``"none"`` the backward pass computes the logits again. On a GPU
     float32 inputs are multiplied as torch is set to: in TF32 only where ``torch.backends.cuda.matmul`` allows it.
     """
+    student = as_head("student", student_weight, student_bias, student_scale, student_softcap)
     if isinstance(teacher_hidden, TopK):
         if teacher_weight is not None or teacher_bias is not None:
             name = "teacher_bias" if teacher_weight is None else "teacher_weight"
             raise ValueError(f"{name}: expected None, as the teacher is a TopK, got a tensor")
+        if student.softcap is not None:
+            raise ValueError(f"student_softcap: expected None, as the teacher is a TopK, got {student.softcap}")
         return topk_linear_kl(
             student_hidden,
-            student_weight,
+            student.weight,
             teacher_hidden,
-            student_bias=student_bias,
-            student_scale=student_scale,
+            student_bias=student.bias,
+            student_scale=student.scale,
             workspace_mb=workspace_mb,
             divergence=divergence,
             beta=beta,
@@ -286,11 +305,12 @@ def linear_kl(
             vocab_group=vocab_group,
             impl=impl,
         )
+    teacher = as_head("teacher", teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     heads = {
-        "student_weight": student_weight,
-        "student_bias": student_bias,
-        "teacher_weight": teacher_weight,
-        "teacher_bias": teacher_bias,
+        "student_weight": student.weight,
+        "student_bias": student.bias,
+        "teacher_weight": teacher.weight,
+        "teacher_bias": teacher.bias,
     }
     group = vocabulary_group(vocab_group, heads, 0)
 
@@ -300,8 +320,10 @@ def linear_kl(
         local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
         tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
         keywords: dict[str, Any] = {
-            "student_scale": as_number("student_scale", student_scale, "that is finite", is_finite),
-            "teacher_scale": as_number("teacher_scale", teacher_scale, "that is finite", is_finite),
+            "student_scale": as_number("student_scale", student.scale, "that is finite", is_finite),
+            "teacher_scale": as_number("teacher_scale", teacher.scale, "that is finite", is_finite),
+            "student_softcap": as_softcap("student_softcap", student.softcap),
+            "teacher_softcap": as_softcap("teacher_softcap", teacher.softcap),
             "workspace_mb": as_workspace(workspace_mb),
         }
         shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
@@ -317,13 +339,14 @@ def linear_kl(
     if not fused:
         return reference.linear_kl(**inputs._asdict(), **keywords, shard=shard, **vars(objective), **vars(tokens))
 
+    workspace = WORKSPACE_MB[device.type] if workspace is None else workspace
     flat_labels = tokens.flat_labels()
     wanted = tuple(wants_gradient(x) for x in inputs[:3])
     arguments = (
         *inputs._replace(student_hidden=flat(inputs.student_hidden), teacher_hidden=flat(inputs.teacher_hidden)),
         tokens.coefficients(leading, device),
         flat_labels if shard is None else shard.local_labels(flat_labels),
-        numbers(*keywords.values(), WORKSPACE_MB[device.type] if workspace is None else workspace),
+        numbers(*(0.0 if x is None else x for x in keywords.values()), workspace),
         wanted,
         *(objective if shard is None else shard).for_op(),
     )

@@ -11,11 +11,26 @@ import torch
 from torch import Tensor
 
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
+from ..heads import Head
 from .autograd import constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
 from .vocabulary_shards import Facts
 
-__all__ = ["Inputs", "check_inputs", "facts", "flat"]
+__all__ = ["Inputs", "as_head", "check_inputs", "facts", "flat"]
+
+
+def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Head:
+    """One model's head: what is given as its weight, where that is one already, and nothing beside it then."""
+    if not isinstance(weight, Head):
+        return Head(weight, bias, scale, softcap)
+    beside = {"bias": (bias, None), "scale": (scale, 1.0), "softcap": (softcap, None)}
+    for name, (value, default) in beside.items():
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            raise ValueError(
+                f"{model}_{name}: expected nothing, as {model}_weight is a Head with a {name} of its own, got "
+                f"{value!r}; head._replace({name}=...) makes another Head"
+            )
+    return weight
 
 
 class Inputs(NamedTuple):

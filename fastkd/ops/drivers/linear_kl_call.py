@@ -26,6 +26,7 @@ class Projection(NamedTuple):
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     scale: float
+    softcap: float | None = None
 
 
 class Call(NamedTuple):

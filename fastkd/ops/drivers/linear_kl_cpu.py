@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dtypes import gradient_dtype, score_dtype
 from .chunks import token_chunks
 from .linear_kl_call import Call, Projection, sum_over
+from .softcap import softcap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,6 +23,8 @@ __all__ = ["Gradients", "on_cpu", "scores_"]
 
 # Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
 WIDENED_ROWS = 4096
+# Rows of scores for each thread between which and their gradient little else goes through its cache.
+CAPPED_ROWS = 8
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -48,7 +51,7 @@ class Gradients:
     """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
 
     def __init__(self, student: Projection, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
-        hidden, weight, bias, self.scale = student
+        hidden, weight, bias, self.scale, _ = student
         self.weight, self.dtype, self.group = weight, dtype, group
         self.written = 0  # rows of weight_grad
         want_hidden, want_weight, want_bias = wanted
@@ -83,6 +86,39 @@ class Gradients:
         return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
+def _losses_(
+    call: Call,
+    student: Tensor,  # [n, columns]
+    teacher: Tensor | None,  # [n, vocabulary]
+    coefficient: Tensor,  # [n]
+    labels: Tensor | None,  # [n]
+    loss: Tensor,  # [n]
+    *objective: float,
+) -> None:
+    """Writes losses of rows of scores that are yet to be capped, and where gradients are wanted these over them."""
+    wanted, cap = any(call.gradients), call.student.softcap
+    teacher_cap = None if call.teacher is None else call.teacher.softcap
+    if cap is None and teacher_cap is None:
+        call.rows(student, teacher, coefficient, labels, loss, None, student if wanted else None, *objective)
+        return
+    # what ranks tell each other they tell of all rows at once
+    step = max(1, len(loss) if call.group is not None else CAPPED_ROWS * torch.get_num_threads())
+    slopes = torch.empty_like(student[:step]) if wanted and cap is not None else None
+    for start in range(0, len(loss), step):
+        rows = slice(start, start + step)
+        scores, target = student[rows], None if teacher is None else teacher[rows]
+        slope = None if slopes is None else slopes[: len(scores)]
+        if cap is not None:
+            softcap(scores, scores, slope, cap)
+        if target is not None and teacher_cap is not None:
+            softcap(target, target, None, teacher_cap)
+        row_labels = None if labels is None else labels[rows]
+        gradient = scores if wanted else None
+        call.rows(scores, target, coefficient[rows], row_labels, loss[rows], None, gradient, *objective)
+        if slope is not None:
+            scores.mul_(slope)
+
+
 def on_cpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
     student, teacher, coefficient, labels, gradients = (
         call.student, call.teacher, call.coefficient, call.labels, call.gradients,
@@ -104,8 +140,7 @@ def on_cpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
             scores_(teacher_scores, teacher.hidden[rows], teacher, call.vocabulary)
         row_labels = None if labels is None else labels[rows]
         row_loss = torch.empty_like(weights)
-        target = scores if any(gradients) else None
-        call.rows(scores, teacher_scores, weights, row_labels, row_loss, None, target, *objective)
+        _losses_(call, scores, teacher_scores, weights, row_labels, row_loss, *objective)
         if any(gradients):
             total.add(rows, hidden, scores)
         loss[rows] = row_loss

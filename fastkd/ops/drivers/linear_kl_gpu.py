@@ -20,6 +20,7 @@ from ...divergence import divergence_code
 from ..dtypes import fp16_lift, gradient_dtype, score_dtype
 from .divergence_rows import STATS, gpu_row_kernels
 from .linear_kl_call import Call, Projection, sum_over
+from .softcap import softcap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,7 +93,7 @@ class _GpuGradients:
 
     def add(self, rows: slice, columns: slice, scores_grad: Tensor) -> None:
         """A block's gradient of scores [rows, columns], in the dtype of the operands."""
-        hidden, weight, _, scale = self.student
+        hidden, weight, _, scale, _ = self.student
         if self.bias_grad is not None:
             self.bias_grad[columns] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
         if self.hidden_grad is not None:
@@ -149,7 +150,8 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
     tokens, dtype = coefficient.shape[0], score_dtype(hidden)
     buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
     gradient_row = 0 if in_place or not wanted else widest * weight.itemsize
-    score_row = buffers * widest * dtype.itemsize
+    sloped = wanted and student.softcap is not None
+    score_row = (buffers + sloped) * widest * dtype.itemsize
     weight_rows = weight.shape[0] if call.group is None else widest
     instead = weight_rows * weight.shape[1] * dtype.itemsize if gradients[1] and gradient_row else -1
     score_rows, gradient_rows = _rows_at_once(tokens, score_row, gradient_row, instead, call.workspace_bytes)
@@ -159,6 +161,7 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
 
     scores = hidden.new_empty(buffers, score_rows, columns, dtype=dtype)
     narrow = hidden.new_empty(gradient_rows if gradient_row else 0, columns)
+    slopes = scores.new_empty(score_rows if sloped else 0, columns)
     loss = torch.empty_like(coefficient)
     lifted = coefficient if lift is None else coefficient * lift
     total = _GpuGradients(student, coefficient, columns, lift, call.group, gradient_rows >= tokens, True, gradients)
@@ -168,20 +171,28 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
             both = [scores[0, : part.stop - part.start]]
             if teacher is not None:
                 both.append(scores[1, : part.stop - part.start, : call.vocabulary])
+            slope = slopes[: part.stop - part.start] if sloped else None
             for target, head in zip(both, (student, teacher), strict=False):
                 assert head is not None
                 _multiply_(target, head.hidden[rows], head.weight[: target.shape[1]].t(), head.scale)
                 if head.bias is not None:
                     target += head.bias[: target.shape[1]]
+                if head.softcap is not None:
+                    softcap(target, target, slope if head is student else None, head.softcap)
             arguments = both[0], None if teacher is None else both[1]
             row_labels = None if labels is None else labels[rows]
             if wanted and in_place:
                 call.rows(*arguments, coefficient[rows], row_labels, loss[rows], None, both[0], *objective)
+                if slope is not None:
+                    both[0].mul_(slope)
             else:
                 stats = coefficient.new_empty(part.stop - part.start, STATS)
                 call.rows(*arguments, coefficient[rows], row_labels, loss[rows], stats, None, *objective)
                 if wanted:
-                    call.rows(*arguments, lifted[rows], row_labels, None, stats, narrow[part], *objective)
+                    target = narrow[part] if slope is None else both[0]
+                    call.rows(*arguments, lifted[rows], row_labels, None, stats, target, *objective)
+                    if slope is not None:
+                        torch.mul(target, slope, out=narrow[part])  # rounded once
         if wanted:
             grad = both[0] if in_place else narrow[: block.stop - block.start]
             total.add(block, slice(0, columns), grad)
@@ -288,5 +299,8 @@ def on_gpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
     if call.student.weight.dtype == torch.float16 and any(call.gradients):
         largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
         lift = fp16_lift(largest, int(divergence))
-    by_tiles = not call.in_parts and _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence))
+    capped = any(model is not None and model.softcap is not None for model in (call.student, call.teacher))
+    by_tiles = (
+        not call.in_parts and not capped and _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence))
+    )
     return (_tiles if by_tiles else _rows)(call, lift, *objective)
