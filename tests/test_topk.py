@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -211,6 +212,21 @@ def test_masked_columns(divergence: str, impl: str):
     alone = TopK(teacher.indices[1:2], teacher.log_probs[1:2], "conditional")  # what no tail comes to
     wanted, wanted_gradient = run(student[1:2], alone, divergence=divergence, reduction="none", impl=impl)
     assert torch.allclose(loss[1:2], wanted) and torch.allclose(gradient[1:2], wanted_gradient, atol=1e-14)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "conditional"])
+@over_impls
+def test_what_one_model_rules_out_is_infinite_however_little_the_other_gives_it(tail: str, impl: str):
+    student, logits = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
+    logits[:, 1] = -80.0
+    teacher = top(logits, 5, tail, dtype=torch.float64)
+    student[0, 1] = -INF
+    loss, gradient = run(student, teacher, reduction="none", impl=impl)
+    assert loss[0] == INF and loss[1].isfinite() and gradient.isfinite().all()
+    ids = teacher.indices[:, :3]  # of a teacher that has nothing else
+    sure = TopK(ids, torch.full((2, 3), -math.log(3)).double(), tail_log_prob=torch.full((2,), -INF).double())
+    student = torch.full_like(student, -80.0).scatter(1, ids, 0.0)
+    assert (run(student, sure, divergence="reverse_kl", reduction="none", impl=impl)[0] == INF).all()
 
 
 @over_impls

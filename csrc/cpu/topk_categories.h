@@ -58,6 +58,9 @@ struct Categories {
       const Pair<double> c(log_q[i], log_p[i], as_given);
       q[i] = c.q;
       difference += c.difference;
+      // a category that one model rules out and the other does not, however little it gives it
+      if (kForward && log_q[i] == kNothing && c.p > 0) value = -kNothing;
+      if (kReverse && log_p[i] == kNothing && c.q > 0) value = -kNothing;
       if constexpr (kForward) {
         value += c.teacher_excess();
         slope[i] = c.difference;
