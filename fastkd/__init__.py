@@ -18,7 +18,7 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from . import functions, nn
     from .divergence import DIVERGENCES
-    from .heads import Head
+    from .heads import Head, head
     from .ops.attention_kl import attention_kl
     from .ops.cka_loss import cka_loss
     from .ops.linear_kl import linear_kl
@@ -36,6 +36,7 @@ __all__ = [
     "attention_kl",
     "cka_loss",
     "functions",
+    "head",
     "linear_kl",
     "logit_kl",
     "nn",
@@ -51,6 +52,7 @@ _HOMES = {
     "TopK": ".teachers",
     "attention_kl": ".ops.attention_kl",
     "cka_loss": ".ops.cka_loss",
+    "head": ".heads",
     "linear_kl": ".ops.linear_kl",
     "logit_kl": ".ops.logit_kl",
     "relation_kl": ".ops.relation_kl",

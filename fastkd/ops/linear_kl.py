@@ -263,8 +263,8 @@ def linear_kl(
             of the whole vocabulary and, for ``student_hidden``, its gradient, summed up over the ranks already; those
             of ``student_weight`` and ``student_bias`` are of the shard. Heads that are DTensors, ``Shard(0)`` over a
             one-dimensional mesh, need no ``vocab_group``, and get gradients that are DTensors; what else is a DTensor
-            has to be ``Replicate()``. Of a vocabulary that FSDP has sharded, over ranks of different data, gather the
-            heads with ``.full_tensor()`` instead.
+            has to be ``Replicate()``. A head that FSDP has sharded, over ranks of different data, is gathered by
+            ``fastkd.head`` instead, which averages its gradient over them; a bare ``.full_tensor()`` does not.
 
     With ``vocab_group`` every rank of the group has to make the call, and its backward pass, in the same grad mode. It
     sends 56 bytes for every token that is not dropped, 24 more for divergences other than forward and reverse KL, and

@@ -277,7 +277,7 @@ def _differs(name: str, rank: int) -> ValueError:
     return ValueError(
         f"{name}: expected the same on every rank that the vocabulary is spread over, but that of rank {rank} is not "
         "rank 0's. If it is FSDP that has sharded a head, its ranks hold different data: gather the head with "
-        "`.full_tensor()` first"
+        "fastkd.head(model, sharding='data') first"
     )
 
 

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
+
+from fastkd.heads import gathered
 
 
 def is_asked_for(args: Any) -> bool:
@@ -28,14 +30,8 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of which each process may hold a shard; every process must ask for it.
-
-    Gradients of what processes compute from it are averaged, as FSDP averages those of the weights inside its modules.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+# A tensor of which each process may hold a shard, whole; gradients are averaged over the processes.
+whole = gathered
 
 
 def not_finite(model: Any) -> str | None:
