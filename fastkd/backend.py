@@ -63,12 +63,16 @@ def backend_for(device: torch.device) -> tuple[str | None, str | None]:
     return None, f"there are no kernels for device type {device.type!r}"
 
 
-def use_fused(impl: str, device: torch.device) -> bool:
-    """Whether a call runs on kernels. Raises RuntimeError where ``impl="fused"`` has none to run on."""
+def use_fused(impl: str, device: torch.device, problem: str | None = None) -> bool:
+    """Whether a call runs on kernels. Raises RuntimeError where ``impl="fused"`` has none to run on.
+
+    `problem`: why the device's kernels do not take the call's arguments, if they do not.
+    """
     check_choice("impl", impl, IMPLS)
     if impl == "reference":
         return False
-    backend, problem = backend_for(device)
-    if backend is None and impl == "fused":
+    _, missing = backend_for(device)
+    problem = missing or problem
+    if problem is not None and impl == "fused":
         raise RuntimeError(f'impl="fused" cannot run: {problem}')
-    return backend is not None
+    return problem is None

@@ -9,6 +9,8 @@ Triton, attention: what tests/compile_attention.py chooses; all of it by `python
 
 Triton, linear: what tests/compile_linear.py chooses; all of it by `python -m tests.compile_linear --all`.
 
+Triton, rows of top-k teachers: what tests/compile_topk.py chooses; all of it by `python -m tests.compile_topk --all`.
+
 Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.compile_cka --all`.
 
 nvcc: all of csrc/cuda, for sm_80 and sm_90.
@@ -58,9 +60,10 @@ def test_every_kernel_compiles_for_hopper_and_none_spills():
     """One case of each, and all that matter of the smallest; the others are long."""
     code = """
 import json
-from tests import compile_attention, compile_cka, compile_linear, compile_rows, compile_softcap
+from tests import compile_attention, compile_cka, compile_linear, compile_rows, compile_softcap, compile_topk
 from tests.compile_common import SHARED_LIMIT, TARGETS
 cases = [(compile_rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in compile_rows.PASSES]
+cases += [(compile_topk, ("sm_90", "fused", "fp32", 64, "labels, temperature"))]
 cases += [(compile_linear, ("sm_90", "bf16", "forward_kl", "labels"))]
 cases += [(compile_cka, ("sm_90", "bf16", grams, 2)) for grams in (False, True)]
 cases += [(compile_attention, ("sm_90", op, "forward_kl", "bf16", 64, 64, False)) for op in ("relation", "diagonals")]
@@ -75,7 +78,7 @@ for module, case in cases:
 print(json.dumps(found))
 """
     found = _printed("-c", code)
-    assert {name.split(":")[0] for name in found} == {"attention", "cka", "linear", "rows", "softcap"}
+    assert {name.split(":")[0] for name in found} == {"attention", "cka", "linear", "rows", "softcap", "topk"}
     spilling = {name for name, (local, fits) in found.items() if local or not fits}
     assert not spilling, found
 
@@ -114,6 +117,31 @@ def test_two_sum_survives(compiled: dict):
     assert sum(number for name, number in count.items() if name.startswith(("add", "sub"))) == 9, count
     assert sum(number for name, number in count.items() if name.startswith("mul")) == 1, count
     assert not any(name.startswith("fma") for name in count), count
+
+
+@pytest.fixture(scope="module")
+def topk() -> list:
+    return _compiled("compile_topk")
+
+
+@pytest.mark.long
+def test_no_topk_kernel_spills(topk: list):
+    """On NVIDIA's. AMD's compiler puts scalars aside."""
+    from .compile_topk import table
+
+    _show("topk", table(topk))
+    spilling = [kernel for kernel in topk if kernel["target"].startswith("sm_") and kernel["local"] != 0]
+    assert not spilling, "\n" + table(spilling)
+    assert {kernel["target"] for kernel in topk} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+@pytest.mark.long
+def test_sixteen_topk_warps_fit_a_multiprocessor(topk: list):
+    """Of 65536 registers: with 16 columns a thread 32 KB of fp32 rows are in flight. fp64 and many ids have half."""
+    for kernel in topk:
+        if kernel["target"].startswith("sm_"):
+            few = kernel["dtype"] != "fp64" and kernel["entries"] <= 128
+            assert kernel["registers"] <= (128 if few else 255) and kernel["wide"], kernel
 
 
 @pytest.mark.long
@@ -192,7 +220,7 @@ def test_linear_multiplies_by_warp_group(linear: list):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("op", ["compiled", "attention", "cka", "linear"])
+@pytest.mark.parametrize("op", ["compiled", "attention", "cka", "linear", "topk"])
 def test_shared_memory_fits(op: str, request: pytest.FixtureRequest):
     from .compile_common import SHARED_LIMIT
 

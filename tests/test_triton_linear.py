@@ -358,12 +358,12 @@ def test_blocks_of_tokens():
     """Those of T 8192 and 1024, V 128256, H 4096, and of T 16384, V 32128, H 512, in bf16 and 768 MiB."""
     mebibytes = 768 * 2**20
     for tokens, wanted in ((8192, (768, 8192)), (1024, (768, 1024))):
-        assert op._rows_at_once(tokens, 8 * 128256, 2 * 128256, 4 * 128256 * 4096, mebibytes) == wanted
-    scores, gradients = op._rows_at_once(16384, 8 * 32128, 2 * 32128, 4 * 32128 * 512, mebibytes)
+        assert op.rows_at_once(tokens, 8 * 128256, 2 * 128256, 4 * 128256 * 4096, mebibytes) == wanted
+    scores, gradients = op.rows_at_once(16384, 8 * 32128, 2 * 32128, 4 * 32128 * 512, mebibytes)
     assert scores % 128 == gradients % 128 == 0 and gradients >= 3 * scores
     assert 0.95 * mebibytes <= 32128 * (8 * scores + 2 * gradients) <= mebibytes
-    assert [part.stop - part.start for part in op._parts(1024, 768)] == [512, 512]
-    assert [part.stop - part.start for part in op._parts(300, 128)] == [128, 128, 44]
+    assert [part.stop - part.start for part in op.parts_of(1024, 768)] == [512, 512]
+    assert [part.stop - part.start for part in op.parts_of(300, 128)] == [128, 128, 44]
 
 
 def test_work_is_shared_out_evenly():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import use_fused
+from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, as_number, check_tensor, is_finite, numbers
 from ..divergence import DIVERGENCES
 from ..teachers import TopK
@@ -35,7 +35,8 @@ from .autograd import (
 from .drivers.chunks import row_blocks
 from .drivers.linear_kl_call import Projection
 from .drivers.topk_linear_cpu import TopKTeacher, on_cpu
-from .drivers.topk_rows import TOPK_STATS, topk_rows
+from .drivers.topk_linear_gpu import on_gpu
+from .drivers.topk_rows import TOPK_STATS, topk_rows, topk_rows_problem
 from .dtypes import gradient_dtype
 from .linear_kl_arguments import Inputs, check_inputs, flat
 from .vocabulary_shards import local_tensor, vocabulary_group
@@ -79,12 +80,16 @@ def _(student_logits, *rest):
     return student_logits.new_empty(student_logits.shape)
 
 
-@torch.library.register_fake("fastkd::topk_linear_kl", lib=_library)
-def _(hidden, weight, bias, ids, log_probs, tail_log_prob, coefficient, labels, sizes, gradients, *rest):
+def _outputs(hidden, weight, bias, coefficient, gradients):
     dtype = gradient_dtype(weight)
     wanted = zip(gradients, (hidden, weight, bias), strict=True)
     shapes = [x.shape if want and x is not None else (0,) for want, x in wanted]
     return torch.empty_like(coefficient), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.register_fake("fastkd::topk_linear_kl", lib=_library)
+def _(hidden, weight, bias, ids, log_probs, tail_log_prob, coefficient, labels, sizes, gradients, *rest):
+    return _outputs(hidden, weight, bias, coefficient, gradients)
 
 
 # ---- forward and backward -------------------------------------------------------------------------------------------
@@ -135,8 +140,11 @@ def _linear(
     scale, workspace_mb = sizes.tolist()
     student = Projection(student_hidden, student_weight, student_bias, scale)
     teacher = TopKTeacher(ids, log_probs, tail_log_prob)
+    if coefficient.shape[0] == 0:
+        return tuple(x.zero_() for x in _outputs(student_hidden, student_weight, student_bias, coefficient, gradients))
+    driver = on_cpu if backend_for(student_hidden.device)[0] == "cpp" else on_gpu
     workspace_bytes = int(workspace_mb * 2**20)
-    return on_cpu(student, teacher, coefficient, labels, workspace_bytes, gradients, *_objective(conditional, numbers))
+    return driver(student, teacher, coefficient, labels, workspace_bytes, gradients, *_objective(conditional, numbers))
 
 
 _library.impl("topk_logit_kl", _forward, "CompositeExplicitAutograd")
@@ -292,7 +300,7 @@ def topk_logit_kl(student_logits: Tensor, teacher: TopK, *, impl: str, **keyword
     vocabulary, leading = student.shape[-1], student.shape[:-1]
     teacher.check(leading, student.device)
     tokens.check(objective, leading, vocabulary, student.device)
-    if not use_fused(impl, student.device):
+    if not use_fused(impl, student.device, topk_rows_problem(student.device, teacher.indices.shape[-1])):
         return reference.logit_kl(student, teacher, **vars(objective), **vars(tokens))
     given, trailing = _arguments(teacher, common, student, vocabulary)
     loss, _ = apply(TopKLogitKL, student, *given, *trailing)
@@ -323,7 +331,7 @@ def topk_linear_kl(
     inputs = check_inputs(inputs, without_teacher, tokens, False)
     hidden, weight, bias = inputs[:3]
     teacher.check(hidden.shape[:-1], hidden.device)
-    if not use_fused(impl, hidden.device):
+    if not use_fused(impl, hidden.device, topk_rows_problem(hidden.device, teacher.indices.shape[-1])):
         return reference.linear_kl(
             hidden, weight, teacher, None, student_bias=bias, teacher_bias=None, student_scale=student_scale,
             teacher_scale=1.0, **vars(objective), **vars(tokens),

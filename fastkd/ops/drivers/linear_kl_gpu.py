@@ -25,13 +25,13 @@ from .softcap import softcap
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["on_gpu"]
+__all__ = ["GpuGradients", "multiply_", "on_gpu", "parts_of", "rows_at_once"]
 
 # A GPU's GEMM has tiles of so many rows.
 GEMM_ROWS = 128
 
 
-def _multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
+def multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
     """out = scale * a @ b, plus what out holds if `add`: summed up in fp32 or better, of operands as they are."""
     beta = 1 if add else 0
     if a.shape[1] == 0:  # a shard without columns
@@ -52,7 +52,7 @@ def _multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = Fals
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=scale, out=out)
 
 
-class _GpuGradients:
+class GpuGradients:
     """Multiplies gradients of scores into those of hidden states, weight and bias, block by block.
 
     A block is some tokens by some of the vocabulary. Blocks of all columns write their tokens' gradients once and add
@@ -97,9 +97,9 @@ class _GpuGradients:
         if self.bias_grad is not None:
             self.bias_grad[columns] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
         if self.hidden_grad is not None:
-            _multiply_(self.hidden_grad[rows], scores_grad, weight[columns], scale, add=columns.start > 0)
+            multiply_(self.hidden_grad[rows], scores_grad, weight[columns], scale, add=columns.start > 0)
         if self.weight_grad is not None:
-            _multiply_(self.weight_grad[columns], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
+            multiply_(self.weight_grad[columns], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
 
     def results(self) -> Iterator[Tensor]:
         """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
@@ -111,7 +111,7 @@ class _GpuGradients:
                 yield (grad if self.lift is None else grad.div_(self.lift)).to(self.narrow)
 
 
-def _parts(count: int, at_most: int) -> Iterator[slice]:
+def parts_of(count: int, at_most: int) -> Iterator[slice]:
     """A range in nearly equal parts of whole tiles of a GEMM."""
     parts = -(-count // at_most)
     step = min(at_most, -(-count // (parts * GEMM_ROWS)) * GEMM_ROWS)
@@ -122,7 +122,7 @@ def _whole_tiles(count: int) -> int:
     return max(1, count if count < GEMM_ROWS else count - count % GEMM_ROWS)
 
 
-def _rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, workspace: int) -> tuple[int, int]:
+def rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, workspace: int) -> tuple[int, int]:
     """How many tokens' scores, and how many tokens' gradients of scores, are held at a time: of so many bytes each.
 
     Gradients are held for more tokens than scores are. Each block of them reads the weight once, and reads and writes
@@ -154,7 +154,7 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
     score_row = (buffers + sloped) * widest * dtype.itemsize
     weight_rows = weight.shape[0] if call.group is None else widest
     instead = weight_rows * weight.shape[1] * dtype.itemsize if gradients[1] and gradient_row else -1
-    score_rows, gradient_rows = _rows_at_once(tokens, score_row, gradient_row, instead, call.workspace_bytes)
+    score_rows, gradient_rows = rows_at_once(tokens, score_row, gradient_row, instead, call.workspace_bytes)
     if gradient_row == 0:
         gradient_rows = score_rows
     score_rows, gradient_rows = min(score_rows, tokens), min(gradient_rows, tokens)
@@ -164,9 +164,9 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
     slopes = scores.new_empty(score_rows if sloped else 0, columns)
     loss = torch.empty_like(coefficient)
     lifted = coefficient if lift is None else coefficient * lift
-    total = _GpuGradients(student, coefficient, columns, lift, call.group, gradient_rows >= tokens, True, gradients)
-    for block in _parts(tokens, gradient_rows):
-        for part in _parts(block.stop - block.start, score_rows):
+    total = GpuGradients(student, coefficient, columns, lift, call.group, gradient_rows >= tokens, True, gradients)
+    for block in parts_of(tokens, gradient_rows):
+        for part in parts_of(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)
             both = [scores[0, : part.stop - part.start]]
             if teacher is not None:
@@ -174,7 +174,7 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
             slope = slopes[: part.stop - part.start] if sloped else None
             for target, head in zip(both, (student, teacher), strict=False):
                 assert head is not None
-                _multiply_(target, head.hidden[rows], head.weight[: target.shape[1]].t(), head.scale)
+                multiply_(target, head.hidden[rows], head.weight[: target.shape[1]].t(), head.scale)
                 if head.bias is not None:
                     target += head.bias[: target.shape[1]]
                 if head.softcap is not None:
@@ -212,10 +212,10 @@ def _tiles(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, 
     loss = torch.empty_like(coefficient)
     lifted = coefficient if lift is None else coefficient * lift
     stats = kernels.statistics(student, teacher, vocabulary, coefficient, labels, loss, *objective)
-    total = _GpuGradients(student, coefficient, vocabulary, lift, None, True, columns_at_once >= vocabulary, gradients)
+    total = GpuGradients(student, coefficient, vocabulary, lift, None, True, columns_at_once >= vocabulary, gradients)
     if any(gradients):
         buffer = student.hidden.new_empty(tokens * columns_at_once)
-        for columns in _parts(vocabulary, columns_at_once):
+        for columns in parts_of(vocabulary, columns_at_once):
             grad = buffer[: tokens * (columns.stop - columns.start)].view(tokens, -1)
             kernels.gradient(student, teacher, vocabulary, lifted, labels, *stats, columns.start, grad, *objective)
             total.add(slice(0, tokens), columns, grad)

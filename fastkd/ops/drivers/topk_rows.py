@@ -40,9 +40,11 @@ from torch import Tensor
 
 from ...backend import backend_for
 
-__all__ = ["TOPK_STATS", "topk_rows"]
+__all__ = ["TOPK_STATS", "topk_rows", "topk_rows_problem"]
 
 TOPK_STATS = 3
+# Ids in a row, for the kernel in Triton: it holds them in registers.
+MOST_IN_TRITON = 511
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
@@ -72,7 +74,14 @@ def _in_triton(*arguments: object) -> None:
 
 _library.impl("topk_rows", _in_triton, "CUDA")
 
-# ---- function for the other ops -------------------------------------------------------------------------------------
+# ---- functions for the other ops ------------------------------------------------------------------------------------
+
+
+def topk_rows_problem(device: torch.device, entries: int) -> str | None:
+    """Why the kernel for this device does not take so many ids in a row, or None."""
+    if backend_for(device)[0] != "triton" or entries <= MOST_IN_TRITON:
+        return None
+    return f"the kernel for GPUs takes at most {MOST_IN_TRITON} ids in a row of a TopK, got {entries}"
 
 
 def topk_rows(

@@ -1,0 +1,97 @@
+"""Compiles kernels/topk_rows.py for GPUs that need not be here, and tells what each binary uses of them.
+
+    python -m tests.compile_topk                     # the table of what test_compile_gpu.py checks
+    python -m tests.compile_topk --all               # every pass, dtype, number of ids, option and target
+    python -m tests.compile_topk --all --target sm_80
+
+One binary serves every divergence: their weights are arguments. Otherwise as tests/compile_rows.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import triton
+from triton.compiler import ASTSource
+
+from fastkd.divergence import DIVERGENCES
+from fastkd.kernels import topk_rows
+
+from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
+
+PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
+# With what: nothing, labels at temperatures of 1 and another, or no tail, and then labels too.
+OPTIONS = ("plain", "labels", "labels, temperature", "conditional", "conditional, labels")
+ENTRIES = (20, 64, 128, 511)
+
+VOCABULARY = 32128
+
+
+def source(target: str, which: str, dtype: str, entries: int, options: str) -> tuple[ASTSource, dict]:
+    """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
+    nvidia = target.startswith("sm_")
+    sizes, launch = topk_rows.sizes_and_options(VOCABULARY, entries, DTYPES[dtype], nvidia)
+    conditional = options.startswith("conditional")
+    types = {
+        "student": f"*{dtype}",
+        "ids": "*i64",
+        "log_probs": "*fp64",
+        "tail_log_prob": None if conditional else "*fp64",
+        "coefficient": "*fp64",
+        "labels": "*i64" if "labels" in options else None,
+        "loss": "*fp64" if which != "gradient" else None,
+        "stats": "*fp64" if which != "fused" else None,
+        "gradient": f"*{dtype}" if which != "stats" else None,
+        **dict.fromkeys(("columns", "entries", "student_row", "gradient_row"), "i32"),
+        **dict.fromkeys((*DIVERGENCES, "beta", "tau", "ce_weight"), "fp64"),
+    }
+    constants = {name: None for name, kind in types.items() if kind is None}
+    constants.update(sizes, student_column=1, gradient_column=1)
+    constants.update(CONDITIONAL=conditional, SEPARATE="temperature" in options)
+    names = topk_rows.topk_rows_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name][0] in "*i" and name != "entries"
+    }
+    return ASTSource(topk_rows.topk_rows_kernel, signature, constexprs=constants, attrs=aligned), launch
+
+
+def measure(case: tuple) -> dict:
+    """Compiles one case: (target, pass, dtype, ids, options)."""
+    kernel, launch = source(*case)
+    compiled = triton.compile(kernel, target=TARGETS[case[0]], options=launch)
+    named = dict(zip(("target", "pass", "dtype", "entries", "options"), case, strict=True))
+    moves_16_bytes = ".v4.b32" in compiled.asm.get("ptx", "")
+    return {**named, "warps": launch["num_warps"], "wide": moves_16_bytes, **resources(case[0], compiled)}
+
+
+def chosen() -> list[tuple]:
+    """What the tests compile: on sm_90 the variety, elsewhere what is most likely to spill."""
+    cases = [("sm_90", which, "fp32", 64, options) for which in PASSES for options in OPTIONS[:3:2]]
+    cases += [("sm_90", "fused", dtype, 64, "labels, temperature") for dtype in ("bf16", "fp64")]
+    cases += [("sm_90", "fused", "fp32", 20, "conditional"), ("sm_90", "gradient", "bf16", 128, "conditional, labels")]
+    cases += [("sm_90", "fused", dtype, 511, "labels, temperature") for dtype in ("fp32", "fp64")]
+    for target in ("sm_80", "sm_100", "gfx942"):
+        cases += [(target, "fused", dtype, 64, "labels, temperature") for dtype in ("fp32", "bf16")]
+        cases.append((target, "fused", "fp32", 511, "labels, temperature"))
+    return cases
+
+
+def everything() -> list[tuple]:
+    return list(itertools.product(TARGETS, PASSES, DTYPES, ENTRIES, OPTIONS))
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        f"{'target':8}{'pass':10}{'dtype':6}{'ids':>5}  {'options':21}{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}"
+    ]
+    for r in results:
+        what = f"{r['target']:8}{r['pass']:10}{r['dtype']:6}{r['entries']:5}  {r['options']:21}"
+        lines.append(what + f"{r['warps']:6}{r['registers']:6}{r['local']:7}{r['shared']:8}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(chosen, everything, lambda cases: in_parallel(measure, cases), table)
