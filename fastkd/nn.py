@@ -298,12 +298,13 @@ class CKALoss(_Loss):
         *,
         eps: float = 1e-8,
         squared: bool = False,
+        debiased: bool = False,
         reduction: str = "sum",
         group: ProcessGroup | None = None,
         impl: str = "auto",
     ) -> None:
-        check_constants(eps, squared, reduction, group, impl)
-        super().__init__(eps=eps, squared=squared, reduction=reduction, group=group, impl=impl)
+        check_constants(eps, squared, debiased, reduction, group, impl)
+        super().__init__(eps=eps, squared=squared, debiased=debiased, reduction=reduction, group=group, impl=impl)
 
     def forward(
         self,

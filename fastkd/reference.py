@@ -275,6 +275,37 @@ def relation_kl(
     ]
 
 
+LEAST_TOKENS = 4
+"""Fewer have no debiased CKA: without diagonals and means nothing is left of a Gram."""
+CONSTANT = 64
+"""In roundings of a Gram: hidden states count as constant where U-centring leaves no more."""
+ROOT = 1e-4
+"""Where the signed root of a debiased CKA goes over into a line, as the root's slope at 0 is infinite."""
+
+
+def _u_centred(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram [N, N] of centred x [N, d] without its diagonal, less the means of what is left; and if that is nothing.
+
+    The inner product of two such Grams is HSIC_1 (Song et al., 2012) times n (n - 3): Székely and Rizzo, 2014.
+    """
+    n = valid.sum()
+    pairs = valid & valid.unsqueeze(1) & ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
+    gram = x @ x.T
+    rows = gram.masked_fill(~pairs, 0).sum(1) / (n - 2).clamp_min(1)
+    centred = (gram - rows - rows.unsqueeze(1) + rows.sum() / (n - 1).clamp_min(1)).masked_fill(~pairs, 0)
+    left, whole = (torch.linalg.matrix_norm(g.detach()) for g in (centred, gram))
+    return centred, left <= CONSTANT * torch.finfo(x.dtype).eps * whole
+
+
+def _debiased_loss(a: Tensor, b: Tensor, valid: Tensor, eps: float, squared: bool) -> Tensor:
+    """1 - debiased CKA, or its signed root, of centred a [N, ds] and b [N, dt]"""
+    (k, k_is_constant), (m, m_is_constant) = (_u_centred(h, valid) for h in (a, b))
+    scale = (torch.linalg.matrix_norm(gram.double()) + eps for gram in (k, m))
+    cka = (k * m).sum(dtype=torch.float64) / (next(scale) * next(scale))
+    cka = cka.masked_fill(k_is_constant | m_is_constant, 0)
+    return 1 - (cka if squared else cka * (cka.square() + ROOT**2) ** -0.25)
+
+
 def _centred(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     """x [N, d] less its mean over the valid tokens, and 0 for the others, whatever they hold.
 
@@ -295,6 +326,7 @@ def cka_loss(
     mask: list[Tensor | None],  # [N...] bool each
     eps: float,
     squared: bool,
+    debiased: bool = False,
 ) -> list[Tensor]:
     """The loss of every pair."""
     losses = []
@@ -304,6 +336,10 @@ def cka_loss(
         valid = valid.reshape(-1)
         with torch.autocast(x.device.type, enabled=False):
             a, b = (_centred(h.reshape(-1, h.shape[-1]), valid, dtype) for h in (x, t.detach()))
+            if debiased:
+                loss = _debiased_loss(a, b, valid, eps, squared)
+                losses.append(loss.masked_fill(valid.sum() < LEAST_TOKENS, 0).to(dtype))
+                continue
             # norms in fp64: near convergence the loss is what two of them differ by
             cross = torch.linalg.matrix_norm((b.T @ a).double())
             scale = (torch.linalg.matrix_norm((h.T @ h).double()) + eps for h in (a, b))

@@ -222,6 +222,7 @@ CKA = [
     ({"eps": float("nan")}, ValueError, r"eps: expected a number > 0, got nan"),
     ({"eps": "small"}, TypeError, r"eps: expected a number > 0, got str"),
     ({"squared": 1}, TypeError, r"squared: expected a bool, got int"),
+    ({"debiased": None}, TypeError, r"debiased: expected a bool, got NoneType"),
     ({"reduction": "batchmean"}, ValueError, r"reduction: expected one of sum, mean, none, got 'batchmean'"),
     ({"impl": "triton"}, ValueError, r"impl: expected one of auto, reference, fused, got 'triton'"),
     ({"group": "world"}, TypeError, r"group: expected a torch.distributed.ProcessGroup or None, got str"),

@@ -447,7 +447,7 @@ def _process(rank: int, store: str, results: str) -> None:
     part = slice(0, SPLIT) if rank == 0 else slice(SPLIT, None)
     x, teacher, _ = _batch()
     found = {}
-    for (name, mask), squared in product(_masks().items(), (False, True)):
+    for (name, mask), squared, debiased in product(_masks().items(), (False, True), (False, True)):
         model = DistributedDataParallel(_model())
         students = model(x[part])
         loss = fastkd.cka_loss(
@@ -455,11 +455,12 @@ def _process(rank: int, store: str, results: str) -> None:
             [teacher[part]] * 2,
             mask=None if mask is None else mask[part],
             squared=squared,
+            debiased=debiased,
             reduction="mean",
             group=dist.group.WORLD,
         )
         loss.backward()
-        found[name, squared] = (loss.detach(), [p.grad for p in model.parameters()])
+        found[name, squared, debiased] = (loss.detach(), [p.grad for p in model.parameters()])
     torch.save(found, f"{results}{rank}")
     end_process()
 
@@ -470,7 +471,7 @@ def test_a_group_is_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mp.spawn(_process, (str(tmp_path / "store"), str(tmp_path / "results")), nprocs=2)
     x, teacher, _ = _batch()
     results = [torch.load(tmp_path / f"results{rank}") for rank in (0, 1)]
-    for (name, mask), squared in product(_masks().items(), (False, True)):
+    for (name, mask), squared, debiased in product(_masks().items(), (False, True), (False, True)):
         model = _model().double()
         students = model(x.double())
         loss = fastkd.cka_loss(
@@ -478,12 +479,13 @@ def test_a_group_is_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             [teacher.double()] * 2,
             mask=mask,
             squared=squared,
+            debiased=debiased,
             reduction="mean",
             impl="reference",
         )
         loss.backward()
         for found in results:
-            got, gradients = found[name, squared]
+            got, gradients = found[name, squared, debiased]
             assert abs(got.item() - loss.item()) <= 1e-6, name
             for gradient, p in zip(gradients, model.parameters(), strict=True):
                 assert (gradient - p.grad).norm() <= 5e-5 * p.grad.norm(), name

@@ -28,6 +28,7 @@ from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
 from ..checks import as_number, check_choice, check_mask, check_same_device, check_tensor, numbers
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments, wants_gradient
+from .drivers.cka_debiased_torch import EXTRA_ROWS, debiased_backward_, debiased_forward
 from .drivers.cka_loss_torch import torch_backward_, torch_forward
 from .drivers.huge_pages import in_huge_pages
 from .dtypes import autocast_like_linear, score_dtype, without_autocast
@@ -44,12 +45,12 @@ REDUCTIONS = ("sum", "mean", "none")
 # `gradients` says for which students the factor of the gradient is made; the others' is empty.
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
-    "cka_loss(Tensor[] student, Tensor[] teacher, Tensor?[] mask, bool[] gradients, Tensor eps, bool squared) "
-    "-> (Tensor loss, Tensor[] mean, Tensor[] factor)"
+    "cka_loss(Tensor[] student, Tensor[] teacher, Tensor?[] mask, bool[] gradients, Tensor eps, bool squared, "
+    "bool debiased=False) -> (Tensor loss, Tensor[] mean, Tensor[] factor)"
 )
 _library.define(
     "cka_loss_backward(Tensor[] student, Tensor[] teacher, Tensor?[] mask, Tensor[] mean, Tensor[] factor, "
-    "bool[] gradients, Tensor grad_loss) -> Tensor[]"
+    "bool[] gradients, Tensor grad_loss, bool debiased=False) -> Tensor[]"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
@@ -64,22 +65,28 @@ def _empty_mean(student: Tensor, teacher: Tensor) -> Tensor:
     return student.new_empty(student.shape[1] + teacher.shape[1], dtype=torch.float64)
 
 
-def _empty_factor(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
-    """What the gradient's GEMM multiplies with, unwritten: [N, N] of Grams, else [W, Ds], which is never square."""
+def _empty_factor(student: Tensor, teacher: Tensor, wanted: bool, debiased: bool) -> Tensor:
+    """What the gradient's GEMM multiplies with, unwritten: [N, N] of Grams, else [W, Ds], which is never square.
+
+    That of a debiased loss has some rows more, in float64.
+    """
     tokens, widths = student.shape[0], student.shape[1] + teacher.shape[1]
-    shape = (tokens, tokens) if _by_grams(tokens, widths) else (widths, student.shape[1])
-    return student.new_empty(shape if wanted else (0,), dtype=score_dtype(student))
+    by_grams = _by_grams(tokens, widths)
+    rows = widths + (EXTRA_ROWS if debiased else 0)
+    shape = (tokens, tokens) if by_grams else (rows, student.shape[1])
+    dtype = torch.float64 if debiased and not by_grams else score_dtype(student)
+    return student.new_empty(shape if wanted else (0,), dtype=dtype)
 
 
 @torch.library.register_fake("fastkd::cka_loss", lib=_library)
-def _(student, teacher, mask, gradients, eps, squared):
+def _(student, teacher, mask, gradients, eps, squared, debiased=False):
     means = [_empty_mean(x, t) for x, t in zip(student, teacher, strict=True)]
-    factors = [_empty_factor(*pair) for pair in zip(student, teacher, gradients, strict=True)]
+    factors = [_empty_factor(*pair, debiased) for pair in zip(student, teacher, gradients, strict=True)]
     return student[0].new_empty(len(means), dtype=torch.float64), means, factors
 
 
 @torch.library.register_fake("fastkd::cka_loss_backward", lib=_library)
-def _(student, teacher, mask, mean, factor, gradients, grad_loss):
+def _(student, teacher, mask, mean, factor, gradients, grad_loss, debiased=False):
     return [_empty_gradient(x, wanted) for x, wanted in zip(student, gradients, strict=True)]
 
 
@@ -98,15 +105,18 @@ def _cka_loss(
     gradients: Sequence[bool],
     epsilon: Tensor,  # [1]
     squared: bool,
+    debiased: bool = False,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     (eps,) = epsilon.tolist()
     by_grams = [_by_grams(x.shape[0], x.shape[1] + t.shape[1]) for x, t in zip(student, teacher, strict=True)]
+    if debiased:  # on a GPU, too
+        return debiased_forward(student, teacher, mask, by_grams, gradients, eps, squared, group)
     if group is None and backend_for(student[0].device)[0] == "triton":
         from ..kernels import cka as kernels
 
         means = [_empty_mean(x, t) for x, t in zip(student, teacher, strict=True)]
-        factors = [_empty_factor(*pair) for pair in zip(student, teacher, gradients, strict=True)]
+        factors = [_empty_factor(*pair, debiased) for pair in zip(student, teacher, gradients, strict=True)]
         return kernels.cka_loss(student, teacher, mask, by_grams, means, factors, eps, squared), means, factors
     return torch_forward(student, teacher, mask, by_grams, gradients, eps, squared, group)
 
@@ -122,16 +132,18 @@ def _cka_loss_backward(
     teacher: Sequence[Tensor],  # [N, Dt] each
     mask: Sequence[Tensor | None],  # [N] bool each
     mean: Sequence[Tensor],  # [W] each
-    factor: Sequence[Tensor],  # [W, Ds] or [N, N] each
+    factor: Sequence[Tensor],  # [W, Ds] or [N, N] each, or [W + 3, Ds] if debiased
     gradients: Sequence[bool],
     grad_loss: Tensor,  # [pairs] float64
+    debiased: bool = False,
 ) -> list[Tensor]:
-    if backend_for(student[0].device)[0] == "triton":
+    if not debiased and backend_for(student[0].device)[0] == "triton":
         from ..kernels import cka as kernels
 
         return kernels.cka_loss_backward(student, teacher, mask, mean, factor, gradients, grad_loss)
     results = [in_huge_pages(_empty_gradient(x, wanted)) for x, wanted in zip(student, gradients, strict=True)]
-    torch_backward_(student, teacher, mask, mean, factor, gradients, grad_loss, results)
+    backward_ = debiased_backward_ if debiased else torch_backward_
+    backward_(student, teacher, mask, mean, factor, gradients, grad_loss, results)
     return results
 
 
@@ -140,38 +152,43 @@ _library.impl("cka_loss_backward", _cka_loss_backward, "CompositeExplicitAutogra
 # ---- autograd.Function ----------------------------------------------------------------------------------------------
 
 
+FIRST = 4  # argument of CKA that is a tensor
+
+
 class CKA(Loss):
     """The loss of every pair, [pairs] float64, and what the backward pass starts from: means and factors.
 
-    Arguments: gradients (a tuple), squared, a process group or None, then the student's tensors, the teacher's and the
-    masks of ``torch.ops.fastkd.cka_loss`` one after the other, and eps.
+    Arguments: gradients (a tuple), squared, debiased, a process group or None, then the student's tensors, the
+    teacher's and the masks of ``torch.ops.fastkd.cka_loss`` one after the other, and eps.
     """
 
     @staticmethod
-    def forward(gradients: tuple[bool, ...], squared: bool, group: ProcessGroup | None, *tensors):
+    def forward(gradients: tuple[bool, ...], squared: bool, debiased: bool, group: ProcessGroup | None, *tensors):
         # a process group is nothing that the schema of an op can hold
         forward = torch.ops.fastkd.cka_loss if group is None else partial(_cka_loss, group=group)
-        losses, means, factors = forward(*_split(tensors[:-1], 3), gradients, tensors[-1], squared)
+        losses, means, factors = forward(*_split(tensors[:-1], 3), gradients, tensors[-1], squared, debiased)
         return losses, *means, *factors
 
     @classmethod
     def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
         _, *kept = output
-        ctx.save_for_backward(*inputs[3:-1], *kept)
+        ctx.save_for_backward(*inputs[FIRST:-1], *kept)
+        ctx.debiased = inputs[2]
 
     @classmethod
     def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: activation checkpointing allows no more
         pairs = len(saved) // 5
-        students = range(3, 3 + pairs)
+        students = range(FIRST, FIRST + pairs)
         wanted = tuple(ctx.needs_input_grad[i] for i in students)
-        return for_arguments(ctx, students, apply(_CKAGradient, "cka_loss", wanted, grad_loss, *saved))
+        gradients = apply(_CKAGradient, "cka_loss", wanted, ctx.debiased, grad_loss, *saved)
+        return for_arguments(ctx, students, gradients)
 
 
 class _CKAGradient(Gradient):
     @staticmethod
-    def forward(op: str, gradients: tuple[bool, ...], grad_losses: Tensor, *tensors):
-        return tuple(torch.ops.fastkd.cka_loss_backward(*_split(tensors, 5), gradients, grad_losses))
+    def forward(op: str, gradients: tuple[bool, ...], debiased: bool, grad_losses: Tensor, *tensors):
+        return tuple(torch.ops.fastkd.cka_loss_backward(*_split(tensors, 5), gradients, grad_losses, debiased))
 
 
 def _split(tensors: Sequence[Any], parts: int) -> list[list[Any]]:
@@ -187,11 +204,12 @@ def _use_fused(impl: str, device: torch.device) -> bool:
     return impl != "reference" if device.type == "cpu" else use_fused(impl, device)
 
 
-def check_constants(eps: Any, squared: Any, reduction: Any, group: Any, impl: Any) -> float:
+def check_constants(eps: Any, squared: Any, debiased: Any, reduction: Any, group: Any, impl: Any) -> float:
     """eps as a float; raises unless all of them fit."""
     eps = as_number("eps", eps, "> 0", lambda x: 0 < x < float("inf"))
-    if not isinstance(squared, bool):
-        raise TypeError(f"squared: expected a bool, got {type(squared).__name__}")
+    for name, value in (("squared", squared), ("debiased", debiased)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("impl", impl, IMPLS)
     if group is not None:
@@ -246,6 +264,7 @@ def cka_loss(
     mask: Tensor | Sequence[Tensor | None] | None = None,
     eps: float = 1e-8,
     squared: bool = False,
+    debiased: bool = False,
     reduction: str = "sum",
     group: ProcessGroup | None = None,
     impl: str = "auto",
@@ -260,7 +279,8 @@ def cka_loss(
 
     The estimate is biased: with few tokens beside their widths, independent hidden states look alike. Of width 768 they
     have a loss of 0.02 at 32 tokens, 0.34 at 1024 and 0.81 at 20,000 (0.04, 0.57 and 0.96 with ``squared=True``).
-    Compare losses of equal numbers of tokens only, and give it many.
+    Compare losses of equal numbers of tokens only, and give it many; or take ``debiased=True``, whose loss is about 1
+    for independent hidden states however few they are.
 
     Fewer than two valid tokens have nothing to compare: loss 0, zero gradients. Hidden states that are the same for
     every valid token, in either model, have nothing in common with any others: loss 1, zero gradients.
@@ -274,6 +294,13 @@ def cka_loss(
         eps: keeps the norms of constant hidden states off zero. Beside the norms of others, which grow with the number
             of tokens, it is nothing.
         squared: take the squared ratio, which is standard linear CKA.
+        debiased: estimate CKA without bias, by HSIC_1 of Song et al. (2012), which leaves the diagonals out of the
+            Grams A A^T and B B^T. The ratio is then in [-1, 1] and the loss in [0, 2]: what is in common by chance is
+            as often less than nothing. Without ``squared`` the root keeps the ratio's sign, and within 1e-4 of 0 goes
+            over into a line, so that gradients stay finite. Fewer than four valid tokens have a loss of 0. Hidden
+            states that are the same for all tokens, or all but one, have a loss of 1; both have zero gradients. On a
+            GPU this is torch's operations and no kernel in Triton. Where tokens are more than ds + dt, and with
+            ``group``, products are in float64, and take twice as long on a CPU.
         reduction: over pairs: ``"sum"``, ``"mean"``, or ``"none"`` for a tensor [pairs], 0-d of a single pair.
         group: a ``torch.distributed`` process group, such as ``torch.distributed.group.WORLD``, over which the tokens
             of the batch are spread. Every process then returns the loss of the whole batch. Gradients come multiplied
@@ -293,7 +320,7 @@ def cka_loss(
     Examples:
         >>> hsm = cka_loss(student_layers, teacher_layers, mask=attention_mask)  # doctest: +SKIP
     """
-    eps = check_constants(eps, squared, reduction, group, impl)
+    eps = check_constants(eps, squared, debiased, reduction, group, impl)
     several = isinstance(student, (list, tuple))
     students, teachers, masks = _as_lists(student, teacher, mask)
     _check_pairs(students, teachers, masks, several, isinstance(mask, (list, tuple)))
@@ -305,12 +332,13 @@ def cka_loss(
         flat = [x.reshape(-1, x.shape[-1]) for x in (*students, *teachers)]
         flat_masks = [None if valid is None else valid.reshape(-1) for valid in masks]
         wanted = tuple(wants_gradient(x) for x in students)
-        losses, *_ = apply(CKA, wanted, squared, group, *flat, *flat_masks, numbers(eps))
+        losses, *_ = apply(CKA, wanted, squared, debiased, group, *flat, *flat_masks, numbers(eps))
         losses = losses if students[0].dtype == torch.float64 else losses.float()
     elif group is not None:
         use_fused("fused", students[0].device)  # says why it cannot
     else:
-        losses = torch.stack(reference.cka_loss(students, teachers, mask=masks, eps=eps, squared=squared))
+        options: dict[str, Any] = {"eps": eps, "squared": squared, "debiased": debiased}
+        losses = torch.stack(reference.cka_loss(students, teachers, mask=masks, **options))
     if reduction == "none":
         return losses if several else losses[0]
     return losses.sum() if reduction == "sum" else losses.mean()
