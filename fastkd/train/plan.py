@@ -44,6 +44,7 @@ from .stages.given import architecture
 from .stages.planning import configs
 from .stages.prepare import EMBEDDED_LENGTH, MODEL_LENGTH
 from .teaching.cached import CachedTeacher
+from .teaching.kinds import Kind
 from .training.trainer import DistillTrainer
 
 GIB = 2**30
@@ -111,6 +112,7 @@ class _Kept(CachedTeacher):
 
     def read(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return states without numbers."""
+        assert self.head is not None
         shape = *inputs["labels"].shape, self.head.shape[-1]
         return {"hidden": (torch.zeros(shape, dtype=self.dtype), self.head)}
 
@@ -194,9 +196,12 @@ def _trainer(flags: FastkdArguments, args: TransformersArguments, folder: str, f
         if candidates is not None:
             kind, options["candidates"], options["sandwich_size"] = SandwichTrainer, candidates, flags.sandwich_size
         if flags.teacher_cache:
+            kept = Kind.parse(flags.teacher_cache)
+            if kept.entries:
+                raise InputError(f"--teacher_cache {kept}: only hidden can be planned, which holds more")
             head = teacher.get_output_embeddings().weight
             shards: Any = None
-            teacher = _Kept(shards, teacher.config, head, 1, torch.bfloat16 if args.bf16 else head.dtype)
+            teacher = _Kept(shards, teacher.config, kept, head, 1, 1.0, torch.bfloat16 if args.bf16 else head.dtype)
         with fakes:
             trainer = kind(**options, model=student, teacher=teacher)
     except ValueError as error:  # of models that do not fit together

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from train_flags import with_inputs
 from transformers import default_data_collator
 
+import fastkd
 from fastkd.train import cli
 from fastkd.train.common.errors import InputError
 from fastkd.train.data.examples import Pairs, SpanCorruption, pad
@@ -75,7 +76,8 @@ def make_run(examples: dict[str, Any], tokenizer: Any, tmp_path: Path) -> Callab
         words = ["--method", "kd", "--output_dir", str(tmp_path / "out"), "--teacher", "t5-base", *FLAGS, *flags]
         words += ["--max_steps", "6"]
         words += [] if "--per_device_train_batch_size" in flags else ["--per_device_train_batch_size", "8"]
-        ours, args = parse(with_inputs(*words, *CACHE))
+        words = words[2:] if "--method" in flags else words
+        ours, args = parse(with_inputs(*words, *([] if "--teacher_cache" in flags else CACHE)))
         names = {"digest": "", "facts": {}, "parts": {"tokenizer": "pieces"}}
         data = Data(
             TASKS["span_corruption"], tokenizer, train, train, datasets.Dataset.from_dict({}), 8, collate, **names
@@ -116,6 +118,7 @@ def test_losses_are_equal_to_the_bit(make_run: Any, tiny: Any, kind: str, precis
     assert cached.store.read(0)["hidden"].dtype == dtype and cached.head.dtype == torch.float32
 
 
+@pytest.mark.long
 def test_other_batches_read_the_same(make_run: Any, tiny: Any) -> None:
     """Accumulated gradients, another order: as near as batches of other sizes are to each other without a cache."""
     teacher, run = tiny(64, 1, 2), make_run("chunks", "--teacher_cache_epochs", "2")
@@ -141,6 +144,69 @@ def test_methods_that_read_more_are_refused(make_run: Any, tiny: Any) -> None:
     cached = cached_teacher(run, on_demand(tiny(64, 1, 2)))
     with pytest.raises(ValueError, match="reads more of it than is cached"):
         DistillTrainer(model=tiny(), args=run.args, method=METHODS["hsm-cka"], teacher=cached)
+
+
+# ---- The top, and draws ----
+
+
+def gradients(run: Run, student: Any, teacher: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, the head's gradient) of a batch."""
+    train: Any = {"train_dataset": run.data.train, "data_collator": run.data.collate}
+    trainer = DistillTrainer(model=student, args=run.args, method=METHODS["mlmkd"], teacher=teacher, **train)
+    loss = trainer.compute_loss(student, batch)
+    return loss.detach(), torch.autograd.grad(loss, student.get_output_embeddings().weight)[0]
+
+
+@pytest.mark.parametrize("kind", ["chunks", "pairs"])
+def test_the_top_is_that_of_the_teacher(make_run: Any, tiny: Any, kind: str) -> None:
+    """At the method's temperature, ids of 16 bits; of the whole vocabulary it is the whole divergence."""
+    teacher, size = tiny(64, 1, 2), tiny(64, 1, 2).config.vocab_size
+    run = make_run(kind, "--teacher_cache", "topk:5")
+    cached = cached_teacher(run, on_demand(teacher))
+    kept = cached.store.read(3)
+    assert {name: column.dtype for name, column in kept.items()} == {
+        "indices": torch.int16,
+        "log_probs": torch.float16,
+        "tail_log_prob": torch.float32,
+    }
+    batch = run.data.collate([run.data.train[3]])
+    labels = batch["labels"]
+    logits = teacher.eval()(**batch).logits[labels != -100]
+    expected = fastkd.TopK.from_logits(logits.detach(), 5, temperature=2.0)
+    assert torch.equal(kept["indices"].long(), expected.indices.long()) and cached.temperature == 2.0
+    torch.testing.assert_close(kept["log_probs"].float(), expected.log_probs, rtol=2**-10, atol=0)
+    torch.testing.assert_close(kept["tail_log_prob"], expected.tail_log_prob, rtol=1e-5, atol=0)
+
+    run = make_run(kind, "--method", "mlmkd", "--teacher_cache", f"topk:{size}")
+    numbers = range(8)
+    batch = run.data.collate([run.data.train[i] for i in numbers]) | {NUMBERS: list(numbers)}
+    loss, grad = gradients(run, tiny(32, 3), teacher, batch)
+    whole, of_whole = gradients(run, tiny(32, 3), cached_teacher(run, on_demand(teacher)), batch)
+    torch.testing.assert_close(whole, loss, rtol=1e-2, atol=0)  # log-probabilities have 11 bits
+    assert (of_whole - grad).norm() < 1e-2 * grad.norm()
+
+
+def test_draws_are_of_an_example_and_right_on_average(make_run: Any, tiny: Any) -> None:
+    """The same whatever the batch; of very many the gradient is that of the whole distribution."""
+    teacher = tiny(64, 1, 2)
+    first, other = (
+        make_run("chunks", "--teacher_cache", "sampled:6", "--per_device_train_batch_size", size) for size in "85"
+    )
+    kept = cached_teacher(first, on_demand(teacher)).store.read(5)
+    again = cached_teacher(dataclasses.replace(other, cache=other.cache / "5"), on_demand(teacher)).store.read(5)
+    assert kept.keys() == {"indices", "log_probs"} and all(torch.equal(kept[name], again[name]) for name in kept)
+    assert kept["log_probs"].float().exp().sum(-1).sub(1).abs().max() < 2e-3
+
+    run = make_run("chunks", "--method", "mlmkd", "--teacher_cache", "sampled:20000")
+    batch = run.data.collate([run.data.train[i] for i in range(8)]) | {NUMBERS: list(range(8))}
+    _, grad = gradients(run, tiny(32, 3), teacher, batch)
+    _, drawn = gradients(run, tiny(32, 3), cached_teacher(run, on_demand(teacher)), batch)
+    assert (drawn - grad).norm() < 0.1 * grad.norm()
+
+
+def test_more_entries_than_the_vocabulary_are_refused(make_run: Any, tiny: Any) -> None:
+    with pytest.raises(InputError, match="the teacher has a vocabulary of"):
+        cached_teacher(make_run("chunks", "--teacher_cache", "topk:9999"), on_demand(tiny(64, 1, 2)))
 
 
 # ---- Shards ----
@@ -202,7 +268,7 @@ def test_folders_that_do_not_fit(make_run: Any, tiny: Any, tmp_path: Path) -> No
         "teacher": (run, tiny(64, 2, 2)),
         "computed in": (make_run("chunks", "--teacher_cache_dir", folder, "--bf16"), teacher),
         "data": (make_run("pairs", "--teacher_cache_dir", folder), teacher),
-        "seed of the corruption": (make_run("chunks", "--teacher_cache_dir", folder, "--data_seed", "9"), teacher),
+        "seed": (make_run("chunks", "--teacher_cache_dir", folder, "--data_seed", "9"), teacher),
         "epochs": (make_run("chunks", "--teacher_cache_dir", folder, "--teacher_cache_epochs", "3"), teacher),
         "tokenizer": (make_run("chunks", "--teacher_cache_dir", folder), teacher),
     }
@@ -243,7 +309,11 @@ def test_another_run_that_writes_is_waited_for(tmp_path: Path, capsys: pytest.Ca
 
 
 REFUSED = {
-    "--teacher_cache all": "expected hidden, got 'all'",
+    "--teacher_cache all": "expected hidden, topk:K or sampled:K with K at least 1, got 'all'",
+    "--teacher_cache topk": "got 'topk'",
+    "--teacher_cache topk:0": "got 'topk:0'",
+    "--teacher_cache hidden:4": "got 'hidden:4'",
+    "--teacher_cache sampled:4 --divergence reverse_kl": "expected forward_kl or skew_kl",
     "--teacher_cache hidden --method miniend-e": "decoder_self, encoder_self compares states of its layers",
     "--teacher_cache hidden --method hsm-cka": "hidden_cka compares states",
     "--teacher_cache hidden --method mixkd": "every step mixes other examples",
@@ -268,6 +338,8 @@ def test_what_a_cache_cannot_do_is_refused(flags: str) -> None:
 
 def test_a_plan_counts_the_head_alone() -> None:
     words = ["--method", "kd", "--train_file", "x", "--teacher", "t5-small", "--student_layers", "1", "--use_cpu"]
+    with pytest.raises(InputError, match="only hidden can be planned"):
+        plan(*parse([*words, "--teacher_cache", "topk:4"]), device="cpu")
     kept = plan(*parse([*words, *CACHE]), device="cpu")
     assert kept.moments["loss"]["teacher's weights"] == 32128 * 512 * 4
     assert kept.moments["teacher"]["teacher's activations"] == 8 * 26 * 512 * 4

@@ -11,6 +11,7 @@ from ..common.errors import InputError
 from ..data.tasks import TASKS, figure_names, is_glue
 from ..models.sharding import is_asked_for
 from ..objectives.methods import Method
+from ..teaching.kinds import Kind
 from .fields import EMBEDDED_DATA, WITH_BETA, FastkdArguments, PruningArguments
 
 if TYPE_CHECKING:
@@ -240,8 +241,15 @@ _NOT_WITH_CACHE = {
 def _check_cache(flags: FastkdArguments, method: Method) -> None:
     """Raise InputError for a cache of the teacher that is no such, or that would not hold what the run needs."""
     this = f"--teacher_cache {flags.teacher_cache}"
-    if flags.teacher_cache != "hidden":
-        raise InputError(f"--teacher_cache: expected hidden, got {flags.teacher_cache!r}")
+    try:
+        kind = Kind.parse(str(flags.teacher_cache))
+    except ValueError as error:
+        raise InputError(f"--teacher_cache: {error}") from error
+    if kind.name == "sampled" and method.divergence not in ("forward_kl", "skew_kl"):
+        raise InputError(
+            f"{this} is not supported with --divergence {method.divergence}, which asks for all of what the teacher "
+            "says: expected forward_kl or skew_kl, or --teacher_cache topk:K"
+        )
     for name, why in _NOT_WITH_CACHE.items():
         if getattr(flags, name):
             raise InputError(f"{this} is not supported with --{name}: {why}")
@@ -251,8 +259,8 @@ def _check_cache(flags: FastkdArguments, method: Method) -> None:
         raise InputError(f"{this} is not supported with --method {flags.method}: every step mixes other examples")
     if others := [*method.places, *method.hidden_terms]:
         raise InputError(
-            f"{this} is not supported with --method {flags.method}: it keeps what the teacher's head is given, and "
-            f"{', '.join(others)} compares states of its layers"
+            f"{this} is not supported with --method {flags.method}: it keeps what the teacher says of the vocabulary, "
+            f"and {', '.join(others)} compares states of its layers"
         )
     if flags.interpolated and flags.teacher_cache_dir:
         raise InputError("--teacher_cache_dir is of one teacher, and --interpolated has two: leave it away")

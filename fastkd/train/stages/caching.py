@@ -16,11 +16,13 @@ import fastkd
 
 from ..common.cache import key
 from ..common.errors import InputError, writing
+from ..common.family import is_enct5
 from ..common.processes import by_first, count, is_first, of_all
 from ..data.examples import IGNORED, SpanCorruption
 from ..models.sharding import is_sharded, whole
 from ..objectives.methods import METHODS
 from ..teaching.cached import CachedTeacher, content, valid_lengths
+from ..teaching.kinds import Columns, Kind
 from ..teaching.store import SHARD_BYTES, Manifest, Store, free_bytes, locked
 from ..training.forward import Needs, forward
 from .folders import writable
@@ -41,34 +43,44 @@ def cached_teacher(run: Run, teacher: OnDemand) -> CachedTeacher:
     """
     flags = run.flags
     heading(f"Teacher cache: {flags.teacher_cache}")
+    kind, method = Kind.parse(str(flags.teacher_cache)), flags.objective
     is_text = isinstance(run.data.train, SpanCorruption)
     epochs = flags.teacher_cache_epochs if is_text else 1
     fits = {
-        "what": flags.teacher_cache,
+        "what": str(kind),
         "teacher": teacher.facts["digest"],
         "computed in": _dtype(run, teacher),
         "data": content(run.data.train),
         "tokenizer": run.data.parts["tokenizer"],
-        "seed of the corruption": run.seed if is_text else None,
+        "seed": run.seed if is_text or kind.name == "sampled" else None,
         "epochs": epochs,
+        "temperature": method.temperature if kind.entries else None,
     }
+    if kind.name == "topk" and kind.entries > _vocabulary(teacher.config):
+        known = _vocabulary(teacher.config)
+        raise InputError(f"--teacher_cache {kind}: the teacher has a vocabulary of {known}: expected at most {known}")
     folder = Path(flags.teacher_cache_dir) if flags.teacher_cache_dir else run.cache / f"teacher_cache-{key(fits)}"
 
     def is_whole() -> bool:
         found = Store.find(folder, fits)
-        return found is not None and not found.missing() and found.head is not None
+        return found is not None and not found.missing() and (bool(kind.entries) or found.head is not None)
 
     if by_first(is_whole):
         print(f"reusing {folder}, without the teacher")
     else:
         by_first(lambda: writable("teacher_cache_dir", folder))
         with writing("teacher_cache_dir", folder), locked(folder):
-            missing = by_first(lambda: _begun(run, teacher, folder, fits))
-            _fill(run, teacher, Store(folder, _manifest(folder, fits)), missing)
+            missing = by_first(lambda: _begun(run, teacher, folder, kind, fits))
+            _fill(run, teacher, Store(folder, _manifest(folder, fits)), kind, missing)
     _say_what_is_read(run, epochs if is_text else None)
     store = Store(folder, _manifest(folder, fits))
-    assert store.head is not None
-    return CachedTeacher(store, teacher.config, store.head["weight"], epochs)
+    head = None if kind.entries or store.head is None else store.head["weight"]
+    return CachedTeacher(store, teacher.config, kind, head, epochs, method.temperature)
+
+
+def _vocabulary(config: Any) -> int:
+    """Return for how many tokens, or classes, a model's head has a score."""
+    return len(config.id2label) if is_enct5(config) else config.vocab_size
 
 
 def _manifest(folder: Path, fits: dict[str, Any]) -> Manifest:
@@ -82,15 +94,15 @@ def _dtype(run: Run, teacher: OnDemand) -> str:
     return "bfloat16" if run.args.bf16 else "float16" if run.args.fp16 else teacher.facts["dtype"]
 
 
-def _begun(run: Run, teacher: OnDemand, folder: Path, fits: dict[str, Any]) -> list[int]:
+def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str, Any]) -> list[int]:
     """Return which shards of a folder are missing, all where it was empty; say what it will take."""
     store, config = Store.find(folder, fits), teacher.config
     lengths = valid_lengths(run.data.train, fits["epochs"])
-    size = config.d_model * getattr(torch, fits["computed in"]).itemsize  # of a position
+    size = kind.bytes(config.d_model, _vocabulary(config), getattr(torch, fits["computed in"]))
     if store is None:
         shard = max(1, SHARD_BYTES * len(lengths) // max(1, int(lengths.sum()) * size))
         of = {"teacher": run.flags.teacher or "trained on the same data", "width": config.d_model}
-        of |= {"fastkd": fastkd.__version__, "torch": torch.__version__}
+        of |= {"bytes of a position": size, "fastkd": fastkd.__version__, "torch": torch.__version__}
         positions = int(lengths.sum())
         store = Store(folder, Manifest(fits, of, len(lengths), positions, shard, positions * size))
     manifest, missing = store.manifest, store.missing()
@@ -98,8 +110,8 @@ def _begun(run: Run, teacher: OnDemand, folder: Path, fits: dict[str, Any]) -> l
     free = free_bytes(folder)
     left = "" if len(missing) == manifest.shards else f", of which {needed / GIB:.2f} GiB are missing"
     print(
-        f"{manifest.positions:,} positions of {manifest.examples:,} examples, {config.d_model} wide in "
-        f"{fits['computed in']}: {manifest.bytes / GIB:.2f} GiB{left}; {free / GIB:.2f} GiB are free in {folder}",
+        f"{manifest.positions:,} positions of {manifest.examples:,} examples, {size:,} bytes each: "
+        f"{manifest.bytes / GIB:.2f} GiB{left}; {free / GIB:.2f} GiB are free in {folder}",
         flush=True,
     )
     if needed > free:
@@ -112,7 +124,7 @@ def _begun(run: Run, teacher: OnDemand, folder: Path, fits: dict[str, Any]) -> l
 
 
 @torch.no_grad()
-def _fill(run: Run, teacher: OnDemand, store: Store, missing: list[int]) -> None:
+def _fill(run: Run, teacher: OnDemand, store: Store, kind: Kind, missing: list[int]) -> None:
     """Let the teacher compute the shards that are missing, each process its share; and keep its head.
 
     Batches are as large as in training, also where they have to be filled up, and examples of like length share one:
@@ -123,30 +135,35 @@ def _fill(run: Run, teacher: OnDemand, store: Store, missing: list[int]) -> None
     model: Any = trainer.model
     model.eval()
     weight = whole(model.get_output_embeddings().weight)
-    if is_first() and store.head is None:
+    if is_first() and kind.name == "hidden" and store.head is None:
         store.write_head({"weight": weight.cpu()})
     dtype, each = getattr(torch, store.manifest.fits["computed in"]), store.manifest.examples_per_shard
     rank = dist.get_rank() if count() > 1 else 0
     mine, turns = missing[rank :: count()], -(-len(missing) // count())
-    hidden = sum(len(store.manifest.examples_of(shard)) for shard in mine)
-    bar = tqdm(total=hidden, desc="the teacher's states", unit="example", disable=not is_first() or None, mininterval=1)
+    own = sum(len(store.manifest.examples_of(shard)) for shard in mine)
+    shown = not is_first() or run.args.disable_tqdm
+    bar = tqdm(total=own, desc=f"the teacher's {kind}", unit="example", disable=shown, mininterval=1)
     for turn in range(turns):
         shard = (mine or missing)[min(turn, max(len(mine) - 1, 0))]
         items = {number: data.train[number] for number in store.manifest.examples_of(shard)}
         numbers = sorted(items, key=lambda number: len(items[number]["input_ids"]))
-        found: dict[int, torch.Tensor] = {}
+        found: dict[int, Columns] = {}
         # A teacher that is sharded needs all processes for each of its batches.
         for start in range(0, each if is_sharded(model) else len(numbers), batch):
             some = numbers[start : start + batch]
             inputs = data.collate([items[number] for number in islice(chain(some, cycle(numbers)), batch)])
             valid = inputs["labels"] != IGNORED
             with trainer.accelerator.autocast():
-                states = forward(model, trainer._prepare_inputs(inputs), Needs())["hidden"][0].to(dtype).cpu()
-            found |= {number: states[i, valid[i]] for i, number in enumerate(some)}
+                states = forward(model, trainer._prepare_inputs(inputs), Needs())["hidden"][0]
+            states = states.to(dtype) if kind.name == "hidden" else states
+            given = [row[mask.to(row.device)] for row, mask in zip(states, valid, strict=True)][: len(some)]
+            seeds = [(run.seed, number) for number in some]
+            found |= zip(some, kind.keep(given, weight, run.flags.objective.temperature, seeds), strict=True)
             bar.update(len(some) if turn < len(mine) else 0)
         if turn < len(mine):
-            lengths = np.array([len(found[number]) for number in items])
-            store.write(shard, {"hidden": torch.cat([found[number] for number in items])}, lengths)
+            kept = [found[number] for number in items]
+            lengths = np.array([len(next(iter(columns.values()))) for columns in kept])
+            store.write(shard, {name: torch.cat([columns[name] for columns in kept]) for name in kept[0]}, lengths)
     bar.close()
     of_all(None)  # have written theirs
 

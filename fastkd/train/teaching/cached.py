@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data.examples import IGNORED, Classes, Item, Pairs, SpanCorruption
+from .kinds import Kind
 from .store import Store
 
 NUMBERS = "examples"  # in a batch: which of the training data it holds
@@ -21,33 +22,36 @@ NUMBERS = "examples"  # in a batch: which of the training data it holds
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """What a trainer reads of a teacher that is not there. config: the teacher's. epochs: of span corruption, kept."""
+    """What a trainer reads of a teacher that is not there.
+
+    config: the teacher's. head: its weight [V, H] where states are kept. epochs: of span corruption, kept. temperature:
+    of what was kept.
+    """
 
     store: Store
     config: Any
-    head: torch.Tensor
+    kind: Kind
+    head: torch.Tensor | None
     epochs: int
+    temperature: float = 1.0
 
     def check_holds(self, needs: Any) -> None:
         """Raise ValueError if a loss reads more of the teacher than is kept; needs: see `forward.Needs`."""
         if needs.layers or needs.states or needs.mixed:
-            raise ValueError("teacher: this method reads more of it than is cached, which is what its head is given")
+            raise ValueError(f"teacher: this method reads more of it than is cached, which is {self.kind} of its head")
 
     def to(self, device: torch.device) -> CachedTeacher:
         """Return the same with its head on a device."""
-        return dataclasses.replace(self, head=self.head.to(device))
+        return self if self.head is None else dataclasses.replace(self, head=self.head.to(device))
 
     def read(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return what the loss reads of a batch from `Numbered`: what the head is given, [B, L, H], and its weight.
 
-        Where a label is -100 that is 0.
+        Or a `fastkd.TopK` [B, L, K], and None.
         """
         labels = inputs["labels"]
-        kept = [self.store.read(number)["hidden"] for number in inputs[NUMBERS]]
-        hidden = kept[0].new_zeros(*labels.shape, kept[0].shape[-1])  # on the CPU, as no device is to wait for lengths
-        for row, states in zip(hidden, kept, strict=True):
-            row[: len(states)] = states
-        return {"hidden": (hidden.to(labels.device, non_blocking=True), self.head)}
+        kept = [self.store.read(number) for number in inputs[NUMBERS]]
+        return {"hidden": (self.kind.read(kept, labels.shape[1], labels.device, self.temperature), self.head)}
 
 
 class Numbered(Dataset):
