@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from train_flags import with_inputs
-from transformers import default_data_collator
+from transformers import T5ForConditionalGeneration, default_data_collator
 
 import fastkd
 from fastkd.train import cli
@@ -381,6 +382,12 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in student["history"] if "loss" in entry]
 
 
+def teachers() -> int:
+    """How many models as wide as the teacher are in memory."""
+    found = [x for x in gc.get_objects() if type(x) is T5ForConditionalGeneration]
+    return sum(model.config.d_model == 64 for model in found)
+
+
 def files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
 
@@ -392,7 +399,17 @@ def test_a_run_without_its_teacher_is_the_one_with_it(
     cache = [*CACHE, "--teacher_cache_dir", root / "kept", "--teacher_cache_epochs", "2"]
     assert kd("plain") == 0
     capsys.readouterr()
+    gc.collect()
+    before, alive, step = teachers(), [], DistillTrainer.training_step
+
+    def counting(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        alive.append(teachers() - before)
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", counting)
     assert kd("first", *cache) == 0
+    monkeypatch.setattr(DistillTrainer, "training_step", step)
+    assert alive == [0] * 4  # it has said what it says, and is gone
     said = capsys.readouterr().out
     assert "GiB are free in" in said and "positions of" in said and "% of it" in said
     written = files(root / "kept")
