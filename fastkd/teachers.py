@@ -172,7 +172,7 @@ class TopK:
 
         Args:
             logits: [..., V], float32, float64, float16 or bfloat16, of any stride.
-            n: how many draws; 12 to 64 are usual.
+            n: how many draws.
             temperature: of the softmax, > 0; the losses know that it has been applied.
             generator: of random numbers, on the device of the logits.
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastkd
 from fastkd import TopK
 from fastkd.teachers import TAILS
 
@@ -153,11 +155,19 @@ WRONG_TAILS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-def check(teacher: TopK) -> None:
-    teacher.check(torch.Size(T), torch.device("cpu"))
+LOGITS, HIDDEN, WEIGHT = torch.randn(*T, V), torch.randn(*T, 6), torch.randn(V, 6)
+LOSSES: list[Callable[[TopK], Tensor]] = [
+    lambda teacher: fastkd.logit_kl(LOGITS, teacher),
+    lambda teacher: fastkd.linear_kl(HIDDEN, WEIGHT, teacher),
+]
 
 
-CALLS: dict[str, Callable[[TopK], object]] = {"check": check}
+class Untouched(TorchDispatchMode):
+    """Fails where anything is computed of the student."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(x is student for x in args for student in (LOGITS, HIDDEN, WEIGHT)), func
+        return func(*args, **(kwargs or {}))
 
 
 def malformed() -> Iterator[Any]:
@@ -172,22 +182,23 @@ MALFORMED = list(malformed())
 
 
 def test_what_the_others_change_is_right() -> None:
-    for tail in TAILS:
-        check(TopK(**arguments(tail=tail)))
-    check(TopK(**arguments(tail_log_prob=REST)))
+    for loss in LOSSES:
+        for tail in TAILS:
+            assert loss(TopK(**arguments(tail=tail))).isfinite()
+        assert loss(TopK(**arguments(tail_log_prob=REST))).isfinite()
+        with pytest.raises(AssertionError), Untouched():
+            loss(TopK(**arguments()))
     assert len(MALFORMED) >= 200
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), MALFORMED)
 def test_malformed_teachers_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    for call in CALLS.values():
-        with pytest.raises(error, match=message):
-            call(TopK(**arguments(**changes)))
+    for loss in LOSSES:
+        with pytest.raises(error, match=message), Untouched():
+            loss(TopK(**arguments(**changes)))
 
 
 # ---- what makes them ------------------------------------------------------------------------------------------------
-
-LOGITS, HIDDEN, WEIGHT = torch.randn(2, 3, V), torch.randn(2, 3, 6), torch.randn(V, 6)
 
 
 @pytest.mark.parametrize(

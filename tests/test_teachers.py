@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastkd
 from fastkd import TopK, teacher_scores
 from fastkd.teachers import TAILS
 
@@ -153,16 +154,24 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 # ---- drawn ----------------------------------------------------------------------------------------------------------
 
 
-def test_draws_are_right_on_average_and_a_cut_is_not() -> None:
-    """Of draws the mean is the teacher, within five deviations of it; the top alone leads elsewhere."""
-    logits, n, repetitions = torch.randn(4, 30) * 2, 8, 1000
-    p = logits.double().softmax(-1)
+def gradient(student: Tensor, teacher: Tensor | TopK) -> Tensor:
+    leaf = student.clone().requires_grad_()
+    fastkd.logit_kl(leaf, teacher, reduction="sum").backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_the_gradient_of_draws_is_right_on_average_and_that_of_a_cut_is_not() -> None:
+    """The mean gradient is the dense one, within five deviations of it; the top alone leads elsewhere."""
+    logits, student, n, repetitions = torch.randn(4, 30).double() * 2, torch.randn(4, 30).double(), 8, 1000
     drawn = TopK.sampled(logits.repeat(repetitions, 1, 1), n, generator=torch.Generator().manual_seed(1))
-    deviation = (p * (1 - p) / (n * repetitions)).sqrt()
-    assert ((dense(drawn, 30).mean(0) - p).abs() < 5 * deviation).all()
-    cut = TopK.from_logits(logits, n, tail="renormalize")
-    cut_p = dense(cut, 30) / dense(cut, 30).sum(-1, keepdim=True)
-    assert ((cut_p - p).abs() > 5 * deviation).any(-1).all()
+    mean, right = gradient(student.repeat(repetitions, 1, 1), drawn).mean(0), gradient(student, logits)
+    p = logits.softmax(-1)
+    deviation = (p * (1 - p) / (n * repetitions)).sqrt()  # of the shares, and so of the gradient
+    assert ((mean - right).abs() < 5 * deviation).all()
+    for tail in ("ignore", "renormalize", "bucket"):
+        cut = gradient(student, TopK.from_logits(logits, n, tail=tail))
+        assert ((cut - right).abs() > 5 * deviation).any(-1).all()
 
 
 @pytest.mark.usefixtures("chunks")
