@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .heads import Head
+
 __all__ = ["draw", "head_scores", "row_chunks", "token_chunks", "top"]
 
 # Numbers that are held at once: 32 MB in float32. A block of a head's scores is some tokens by so many columns.
@@ -42,14 +44,9 @@ def token_chunks(hidden: Tensor) -> Iterable[Tensor]:
     return hidden.detach().reshape(hidden.shape[:-1].numel(), hidden.shape[-1]).split(_CHUNK // _COLUMNS)
 
 
-def head_scores(
-    hidden: Tensor,  # [n, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    scale: float,
-    softcap: float | None,
-) -> Iterator[Tensor]:
-    """A head's scores as blocks of columns, summed up in float32 and left in it."""
+def head_scores(hidden: Tensor, head: Head) -> Iterator[Tensor]:
+    """A head's scores of hidden states [n, H] as blocks of columns [n, v], summed up in float32 and left in it."""
+    weight, bias, scale, softcap = head
     dtype = _dtype(hidden)
     step = max(1, min(_COLUMNS, _CHUNK // weight.shape[1]))  # 16-bit weights are widened by the block
     for start in range(0, weight.shape[0], step):

@@ -22,6 +22,7 @@ from .checks import (
     is_finite,
     values_are_at_hand,
 )
+from .heads import Head
 
 __all__ = ["TAILS", "TopK"]
 
@@ -115,26 +116,20 @@ class TopK:
     def from_hidden(
         cls,
         hidden: Tensor,
-        weight: Tensor,
+        head: Tensor | Head,
         k: int,
         *,
-        bias: Tensor | None = None,
-        scale: float = 1.0,
-        softcap: float | None = None,
         tail: str = "bucket",
         temperature: float = 1.0,
     ) -> TopK:
         """The k likeliest ids of a head, without its logits: scores are made a block at a time.
 
-        The logits are ``scale * hidden @ weight.T + bias``, and ``softcap * tanh(logits / softcap)`` of these where a
-        soft cap is given. They are summed up in float32 whatever the dtype of the operands, and never rounded to it.
+        They are summed up in float32 whatever the dtype of the operands, and never rounded to it.
 
         Args:
             hidden: [..., H], float32, float64, float16 or bfloat16.
-            weight: [V, H], in the dtype of ``hidden``.
+            head: a ``fastkd.Head``, or its weight alone: [V, H], in the dtype of ``hidden``.
             k: how many ids, at most V.
-            bias: [V].
-            scale, softcap: numbers that follow the head's product; the soft cap > 0.
             tail: as of ``TopK``.
             temperature: of the softmax, > 0; the losses know that it has been applied.
 
@@ -142,6 +137,7 @@ class TopK:
             ValueError, TypeError: for arguments that do not fit.
         """
         width = _check_rows("hidden", hidden)
+        weight, bias, scale, softcap = head if isinstance(head, Head) else Head(head)
         check_tensor("weight", weight, shape=[None, width], floating=True)
         if weight.dtype != hidden.dtype:
             raise TypeError(f"weight: expected {hidden.dtype}, the dtype of hidden, got {weight.dtype}")
@@ -155,7 +151,7 @@ class TopK:
         check_choice("tail", tail, TAILS)
         with torch.autocast(hidden.device.type, enabled=False):
             parts = [
-                scores.top(scores.head_scores(rows, weight, bias, scale, softcap), k, temperature)
+                scores.top(scores.head_scores(rows, Head(weight, bias, scale, softcap)), k, temperature)
                 for rows in scores.token_chunks(hidden)
             ]
         return cls._joined(parts, hidden, tail, temperature)

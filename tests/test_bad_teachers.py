@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
-from fastkd import TopK
+from fastkd import Head, TopK
 from fastkd.teachers import TAILS
 
 T, K, V = (2, 3), 4, 11
@@ -219,9 +219,9 @@ def test_malformed_teachers_are_refused(changes: dict[str, Any], error: type[Exc
         (lambda: TopK.from_hidden(HIDDEN, WEIGHT.half(), 2), TypeError, r"weight: expected torch.float32, the dtype"),
         (lambda: TopK.from_hidden(HIDDEN, WEIGHT.to("meta"), 2), ValueError, r"weight: expected device cpu, that of"),
         (lambda: TopK.from_hidden(HIDDEN, WEIGHT, 12), ValueError, r"k: expected at least 1 and at most .* 11, got 12"),
-        (lambda: TopK.from_hidden(HIDDEN, WEIGHT, 2, bias=WEIGHT), ValueError, r"bias: expected shape \[11\], got"),
-        (lambda: TopK.from_hidden(HIDDEN, WEIGHT, 2, scale=INF), ValueError, r"scale: expected a number that is"),
-        (lambda: TopK.from_hidden(HIDDEN, WEIGHT, 2, softcap=0), ValueError, r"softcap: expected a number > 0, got 0"),
+        (lambda: TopK.from_hidden(HIDDEN, Head(WEIGHT, WEIGHT), 2), ValueError, r"bias: expected shape \[11\], got"),
+        (lambda: TopK.from_hidden(HIDDEN, Head(WEIGHT, scale=INF), 2), ValueError, r"scale: expected a number that is"),
+        (lambda: TopK.from_hidden(HIDDEN, Head(WEIGHT, softcap=0), 2), ValueError, r"softcap: expected a number > 0"),
         (lambda: TopK.from_lists([[1, 2]], [[-1.0]]), ValueError, r"log_probs: expected the lengths of the ids, 2"),
         (lambda: TopK.from_lists([[1, 2]], [-1.0]), ValueError, r"log_probs: expected lists in lists 2 deep"),
         (lambda: TopK.from_lists([[1.5]], [[-1.0]]), TypeError, r"from_lists.indices: expected integers, got float"),

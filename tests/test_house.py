@@ -14,7 +14,8 @@ LINES = 400
 STOREYS = (
     "divergence versions",
     "checks",
-    "backend distributed heads relative_bias teacher_formats teacher_scores",
+    "backend distributed heads relative_bias teacher_formats",
+    "teacher_scores",
     "teachers",
     "reference",
     "ops kernels",
