@@ -18,6 +18,8 @@ namespace fastkd {
 
 // The order is that of fastkd.divergence.DIVERGENCES.
 enum class Divergence : int64_t { kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTVD, kCount };
+// Codes from here on are those of mixes, weighted sums of the above: a bit for each member.
+constexpr int64_t kMix = 64;
 
 // ---- one row --------------------------------------------------------------------------------------------------------
 
@@ -43,11 +45,19 @@ struct RowConstants {
   Split<F> shift, centred_shift;  // the second also subtracts `mean`, for u = -log(p / q)
   F mean;
 
-  FASTKD_INLINE RowConstants(const RowStats& row, double tau)
+  FASTKD_INLINE RowConstants(const RowStats& row, double tau, double mean_unit = 1)
       : max_s(static_cast<F>(row.max_s)), inv_sum_s(static_cast<F>(1 / row.sum_s)), max_t(static_cast<F>(row.max_t)),
         inv_sum_t(static_cast<F>(1 / row.sum_t)), inv_tau(static_cast<F>(1 / tau)),
         log2e_over_tau(static_cast<F>(kLog2E / tau)), shift(row.shift(tau)),
-        centred_shift(row.shift(tau) - tau * row.mean), mean(static_cast<F>(row.mean)) {}
+        centred_shift(row.shift(tau) - tau * row.mean / mean_unit), mean(static_cast<F>(row.mean)) {}
+};
+
+// What a divergence takes beside the scores: beta, and of a mix the weight of each.
+struct Shape {
+  double beta;
+  double weights[static_cast<int64_t>(Divergence::kCount)] = {};
+
+  double weight(Divergence divergence) const { return weights[static_cast<int64_t>(divergence)]; }
 };
 
 // beta and what the mixtures need of it.
@@ -58,6 +68,7 @@ struct Beta {
   FASTKD_INLINE explicit Beta(double b)
       : beta(static_cast<F>(b)), rest(static_cast<F>(1 - b)), log_beta(static_cast<F>(std::log(b))),
         log_rest(static_cast<F>(std::log1p(-b))) {}
+  FASTKD_INLINE explicit Beta(const Shape& shape) : Beta(shape.beta) {}
 };
 
 // ---- one column -----------------------------------------------------------------------------------------------------
@@ -138,10 +149,18 @@ struct Pair {
 // ---- the family -----------------------------------------------------------------------------------------------------
 
 // Which running moment beside the sums of exponentials gives D and the mean of u without a second look at the row.
-enum class Moment { kNone, kTeacher, kStudent };
+enum class Moment { kNone, kTeacher, kStudent, kBoth };
+
+// What each member has, beside what its part of the gradient is made of.
+struct Member {
+  template <class F>
+  using Constants = Beta<F>;
+  // What log(q / p) is multiplied with in u, where the mean of u is subtracted inside it.
+  static double mean_unit(const Shape&) { return 1; }
+};
 
 // D = sum p log(p / q);  u = 1 - p / q, of mean 0
-struct ForwardKL {
+struct ForwardKL : Member {
   static constexpr Moment kMoment = Moment::kTeacher;
   template <bool kCareful, class F>
   static FASTKD_INLINE F gradient(F s, F t, const RowConstants<F>& row) {
@@ -158,7 +177,7 @@ struct ForwardKL {
 };
 
 // D = sum q log(q / p);  u = log(q / p), of mean D
-struct ReverseKL {
+struct ReverseKL : Member {
   static constexpr Moment kMoment = Moment::kStudent;
   template <bool kCareful, class F>
   static FASTKD_INLINE F gradient(F s, F t, const RowConstants<F>& row) {
@@ -206,7 +225,7 @@ FASTKD_INLINE F share(F numerator, F denominator) {
 }
 
 // D = beta sum p log(p / m) + (1 - beta) sum q log(q / m), m = beta p + (1 - beta) q;  u = (1 - beta) log(q / m)
-struct JSD {
+struct JSD : Member {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
   static FASTKD_INLINE Mixture<F> mixture(const Pair<F>& c, const Beta<F>& b) {
@@ -228,7 +247,7 @@ struct JSD {
 };
 
 // D = sum p log(p / m), m = beta p + (1 - beta) q;  u = (1 - beta)^2 (q - p) / m
-struct SkewKL {
+struct SkewKL : Member {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
   static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>& b) {
@@ -245,7 +264,7 @@ struct SkewKL {
 };
 
 // D = sum q log(q / m), m = (1 - beta) p + beta q;  u = log(q / m) - beta (1 - beta) (q - p) / m
-struct SkewReverseKL {
+struct SkewReverseKL : Member {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
   static FASTKD_INLINE Mixture<F> mixture(const Pair<F>& c, const Beta<F>& b) {
@@ -268,26 +287,28 @@ struct SkewReverseKL {
 };
 
 // D = 1/2 sum |p - q|;  u = 1/2 sign(q - p)
-struct TVD {
+struct TVD : Member {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
-  static FASTKD_INLINE F value(const Pair<F>& c, const Beta<F>&) {
+  static FASTKD_INLINE F value(const Pair<F>& c, const auto&) {
     return F(0.5) * std::abs(c.difference);
   }
   template <class F>
-  static FASTKD_INLINE F slope(const Pair<F>& c, const Beta<F>&) {
+  static FASTKD_INLINE F slope(const Pair<F>& c, const auto&) {
     return c.difference > F(0) ? F(0.5) * c.q : (c.difference < F(0) ? F(-0.5) * c.q : c.difference);  // 0 or NaN
   }
   template <class F>
-  static FASTKD_INLINE F coslope(const Pair<F>& c, const Beta<F>&) {
+  static FASTKD_INLINE F coslope(const Pair<F>& c, const auto&) {
     return c.difference > F(0) ? F(0) : (c.difference < F(0) ? c.q : F(0.5) * c.q + c.difference);
   }
 };
 
-// q (u - mean): tau times the gradient of D in s.
+// q (u - mean): tau times the gradient of D in s. `b` are D's constants.
 template <class D, bool kCareful, class F>
-FASTKD_INLINE F gradient_of(F s, F t, const Beta<F>& b, const RowConstants<F>& row) {
-  if constexpr (D::kMoment != Moment::kNone) {
+FASTKD_INLINE F gradient_of(F s, F t, const auto& b, const RowConstants<F>& row) {
+  if constexpr (requires { D::template gradient<kCareful>(s, t, b, row); }) {
+    return D::template gradient<kCareful>(s, t, b, row);  // a mix's
+  } else if constexpr (D::kMoment != Moment::kNone) {
     return D::template gradient<kCareful>(s, t, row);
   } else {
     const Pair<F> c(s, t, row);

@@ -17,7 +17,7 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from . import functions, nn
-    from .divergence import DIVERGENCES
+    from .divergence import DIVERGENCES, Divergence
     from .heads import Head, head
     from .ops.attention_kl import attention_kl
     from .ops.cka_loss import cka_loss
@@ -29,6 +29,7 @@ if _TYPE_CHECKING:
 
 __all__ = [
     "DIVERGENCES",
+    "Divergence",
     "Head",
     "RelativeBias",
     "TopK",
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DIVERGENCES": ".divergence",
+    "Divergence": ".divergence",
     "Head": ".heads",
     "RelativeBias": ".relative_bias",
     "TopK": ".teachers",

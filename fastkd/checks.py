@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -23,6 +23,7 @@ from .divergence import DIVERGENCES, divergence_code
 __all__ = [
     "Objective",
     "TokenArguments",
+    "as_divergence",
     "as_int",
     "as_normalizer",
     "as_number",
@@ -41,6 +42,15 @@ REDUCTIONS = ("mean", "sum", "none")
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MASKS = (torch.bool, *INTEGERS)
+# What the divergences that have a beta are where it ends.
+LIMITS: dict[tuple[str, float], str] = {
+    ("jsd", 0): 'jsd is 0, and jsd / beta tends to divergence="forward_kl"',
+    ("jsd", 1): 'jsd is 0, and jsd / (1 - beta) tends to divergence="reverse_kl"',
+    ("skew_kl", 0): 'skew_kl is divergence="forward_kl"',
+    ("skew_kl", 1): "skew_kl is 0",
+    ("skew_reverse_kl", 0): 'skew_reverse_kl is divergence="reverse_kl"',
+    ("skew_reverse_kl", 1): "skew_reverse_kl is 0",
+}
 
 
 def numbers(*values: float) -> Tensor:
@@ -58,30 +68,42 @@ def numbers(*values: float) -> Tensor:
 class Objective:
     """What is computed on a pair of score rows: kd_weight * temperature^2 * divergence + ce_weight * cross-entropy."""
 
-    divergence: str
+    divergence: str | Mapping[Any, float]  # a mix: in the order of DIVERGENCES, of weights > 0
     beta: float
     temperature: float
     kd_weight: float
     ce_weight: float
 
     def __post_init__(self) -> None:
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        self._set("beta", as_number("beta", self.beta, "in (0, 1)", lambda x: 0 < x < 1))
+        self._set("divergence", as_divergence(self.divergence))
+        self._set("beta", as_number("beta", self.beta, self._expected_beta(), lambda x: 0 < x < 1))
         self._set("temperature", as_number("temperature", self.temperature, "> 0", lambda x: 0 < x < math.inf))
         self._set("kd_weight", as_number("kd_weight", self.kd_weight, "that is finite", is_finite))
         self._set("ce_weight", as_number("ce_weight", self.ce_weight, "that is finite", is_finite))
 
-    def _set(self, name: str, value: float) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _expected_beta(self) -> str:
+        if not isinstance(self.beta, (int, float)) or 0 < self.beta < 1:
+            return "in (0, 1)"
+        names = [self.divergence] if isinstance(self.divergence, str) else self.divergence
+        limits = [LIMITS[name, self.beta] for name in names if (name, self.beta) in LIMITS]
+        return "in (0, 1)" + "".join(f", as at {self.beta} {limit}" for limit in limits)
 
     @property
     def code(self) -> int:
         """The number that kernels know the divergence by."""
         return divergence_code(self.divergence)
 
+    @property
+    def weights(self) -> list[float]:
+        """Of a mix every divergence's weight, in the order of DIVERGENCES; of a single one none."""
+        return [] if isinstance(self.divergence, str) else [self.divergence.get(name, 0.0) for name in DIVERGENCES]
+
     def for_op(self) -> tuple[int, Tensor]:
-        """The trailing arguments of an op: the code, and beta, temperature, kd_weight and ce_weight as one tensor."""
-        return self.code, numbers(self.beta, self.temperature, self.kd_weight, self.ce_weight)
+        """The trailing arguments of an op: the code, and in one tensor these four numbers and a mix's weights."""
+        return self.code, numbers(self.beta, self.temperature, self.kd_weight, self.ce_weight, *self.weights)
 
 
 @dataclass(frozen=True)
@@ -182,7 +204,23 @@ def as_normalizer(value: Any, reduction: str) -> float | Tensor | None:
     return as_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+def as_divergence(value: Any) -> str | dict[str, float]:
+    """A name of DIVERGENCES; or of a mapping of names to weights those that count, in the order of DIVERGENCES."""
+    if not isinstance(value, Mapping):
+        check_choice("divergence", value, DIVERGENCES)
+        return value
+    weights = {}
+    for name, weight in value.items():
+        check_choice("divergence", name, DIVERGENCES)
+        weights[name] = as_number(f"divergence[{name!r}]", weight, ">= 0", lambda x: 0 <= x < math.inf)
+    mix = {name: weights[name] for name in DIVERGENCES if name in weights and weights[name] != 0}
+    if not mix:
+        raise ValueError(f"divergence: expected at least one name with a weight > 0, got {dict(value)}")
+    (first, weight), *others = mix.items()
+    return mix if others or weight != 1 else first
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     names = list(choices)
     if isinstance(value, str) and value in names:
         return

@@ -3,17 +3,23 @@
 p is the teacher's distribution, q the student's, [..., V] in float32 or float64, D is [...]. ``beta`` in (0, 1)
 is the mixture weight of the three members that have one. The position of a name in ``DIVERGENCES`` is its code in the
 compiled kernels.
+
+A mix is a weighted sum of them, given as a mapping of names to weights; its code has a bit for each member.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["DIVERGENCES", "divergence_code"]
+__all__ = ["DIVERGENCES", "MIX", "Divergence", "beta_of", "divergence_code", "for_rows", "weighted"]
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
+"""The names that ``divergence`` takes; a mix of them is a mapping of names to weights."""
 
 
 def _expected_log_ratio(log_p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -72,6 +78,32 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 """The divergences by the name that every loss takes: (log p, log q, beta) -> D(p, q)."""
 
 
-def divergence_code(name: str) -> int:
-    """The number that the compiled kernels know a divergence by (csrc/divergence.h)."""
-    return list(DIVERGENCES).index(name)
+# Codes from here on are those of mixes, whose bits say which divergences take part.
+MIX = 64
+
+
+def weighted(divergence: str | Mapping[str, float], log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """D(p, q) of a name or of a mix"""
+    if isinstance(divergence, str):
+        return DIVERGENCES[divergence](log_p, log_q, beta)
+    terms = [DIVERGENCES[name](log_p, log_q, beta) * weight for name, weight in divergence.items()]
+    return torch.stack(terms).sum(0)
+
+
+def divergence_code(divergence: str | Mapping[str, float]) -> int:
+    """The number that the compiled kernels know a divergence, or a mix, by (csrc/divergence.h)."""
+    names = list(DIVERGENCES)
+    if isinstance(divergence, str):
+        return names.index(divergence)
+    return MIX + sum(2 ** names.index(name) for name in divergence)
+
+
+def beta_of(beta: float, *weights: float) -> float | list[float]:
+    """What kernels are given as `beta`: of a mix every divergence's weight, too."""
+    return [beta, *weights] if weights else beta
+
+
+def for_rows(divergence: int, numbers: Tensor) -> tuple[Any, ...]:
+    """An op's code and numbers as kernels take them: code, beta, temperature, kd_weight, ce_weight."""
+    beta, temperature, kd_weight, ce_weight, *weights = numbers.tolist()
+    return divergence, beta_of(beta, *weights), temperature, kd_weight, ce_weight

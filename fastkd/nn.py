@@ -6,7 +6,7 @@ holds a parameter or a buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .backend import IMPLS
 from .checks import REDUCTIONS, Objective, TokenArguments, as_int, as_number, check_choice, is_finite
 from .distributed import check_group
+from .divergence import Divergence
 from .heads import Head
 from .ops.attention_kl import as_scale, attention_kl, check_heads
 from .ops.cka_loss import check_constants, cka_loss
@@ -61,7 +62,7 @@ class LogitKLLoss(_Loss):
     def __init__(
         self,
         *,
-        divergence: str = "forward_kl",
+        divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
         beta: float = 0.5,
         temperature: float = 1.0,
         ce_weight: float = 0.0,
@@ -116,7 +117,7 @@ class LinearKLLoss(_Loss):
         student_softcap: float | None = None,
         teacher_softcap: float | None = None,
         workspace_mb: float | None = None,
-        divergence: str = "forward_kl",
+        divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
         beta: float = 0.5,
         temperature: float = 1.0,
         ce_weight: float = 0.0,
@@ -196,7 +197,7 @@ class RelationKLLoss(_Loss):
         *,
         num_heads: int,
         causal: bool | Sequence[bool] = False,
-        divergence: str = "forward_kl",
+        divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
         beta: float = 0.5,
         reduction: str = "mean",
         impl: str = "auto",
@@ -238,7 +239,7 @@ class AttentionKLLoss(_Loss):
         student_scale: float | None = None,
         teacher_scale: float | None = None,
         causal: bool = False,
-        divergence: str = "forward_kl",
+        divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
         beta: float = 0.5,
         reduction: str = "mean",
         impl: str = "auto",

@@ -9,6 +9,7 @@ T tokens (any leading shape), V vocabulary, H hidden; B batch, L length, A heads
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import GatheredColumns, ReplicatedInput
-from .divergence import DIVERGENCES
+from .divergence import weighted
 from .relative_bias import RelativeBias
 from .teachers import TopK
 
@@ -82,7 +83,7 @@ def logit_kl(
     student_logits: Tensor,  # [T..., Vs]
     teacher_logits: Tensor | TopK | None,  # [T..., Vt]
     *,
-    divergence: str,
+    divergence: str | Mapping[str, float],
     beta: float,
     temperature: float,
     weight: Tensor | None,  # [T...]
@@ -113,7 +114,7 @@ def logit_kl(
                 target = teacher_logits.detach().to(dtype).masked_fill(dropped, 0)
                 log_q, log_p, empty = _shared(scores, target, temperature)
             log_q, log_p = log_q.masked_fill(dropped, 0), log_p.masked_fill(dropped, 0)
-            divergences = DIVERGENCES[divergence](log_p, log_q, beta).masked_fill(empty, 0)
+            divergences = weighted(divergence, log_p, log_q, beta).masked_fill(empty, 0)
             # one by one: torch.compile keeps numbers free
             loss = divergences * temperature * temperature * kd_weight
         if labels is not None and ce_weight != 0:
@@ -197,7 +198,7 @@ def attention_kl(
     key_mask: Tensor | None,  # [B, Lk] bool
     query_mask: Tensor | None,  # [B, Lq] bool
     causal: bool,
-    divergence: str,
+    divergence: str | Mapping[str, float],
     beta: float,
     reduction: str,
     normalizer: float | Tensor | None,
@@ -246,7 +247,7 @@ def relation_kl(
     num_heads: int,
     key_mask: list[Tensor | None],  # [B, L] bool each
     causal: list[bool],
-    divergence: str,
+    divergence: str | Mapping[str, float],
     beta: float,
     reduction: str,
     normalizer: list[float | Tensor | None],

@@ -19,7 +19,7 @@ log(p / q), and that log(p / q) gets back what rounding took from the logarithms
 B batch, A heads, Lq queries, Lk keys, H = A d hidden. What varies from batch to batch is a run-time argument.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from ..ops.dtypes import fp16_lift, gradient_dtype
 from .common import (
     FORWARD_KL,
     JSD,
+    MIX,
     REVERSE_KL,
     TVD,
     _beta_constants,
@@ -46,6 +47,7 @@ from .common import (
     _unmasked,
     _value,
     _with_infinity,
+    beta_arguments,
 )
 from .tuning import launch
 
@@ -222,17 +224,26 @@ def _gradient_of(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
         gradient = -tl.exp2(log_q) * (log_ratio + mean)
     else:
         pair = _pair(s, t, row)
-        slope, coslope = _slope(pair, beta, DIVERGENCE), _coslope(pair, beta, DIVERGENCE)
-        if DIVERGENCE == TVD:
+        # of a mix tvd, and forward and reverse KL, stay apart
+        OTHERS: tl.constexpr = MIX + DIVERGENCE % 32 // 4 * 4 if DIVERGENCE >= MIX else DIVERGENCE
+        slope, coslope = _slope(pair, beta, OTHERS), _coslope(pair, beta, OTHERS)
+        if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
             # It jumps at p = q, and every kernel rounds scores in its own way. Where nearly all of q is at one key,
             # the mean is u there: taken with the other sign here, it would not cancel.
             q = pair[1]
-            slope, coslope = (
-                tl.where(q > 0.5, 0.5 * sign * q, slope),
-                tl.where(q > 0.5, 0.5 * (q - sign * q), coslope),
-            )
+            of_tvd = tl.where(q > 0.5, 0.5 * sign * q, _slope(pair, beta, TVD))
+            counter = tl.where(q > 0.5, 0.5 * (q - sign * q), _coslope(pair, beta, TVD))
+            if DIVERGENCE == TVD:
+                slope, coslope = of_tvd, counter
+            else:
+                slope, coslope = slope + beta[4][5] * of_tvd, coslope + beta[4][5] * counter
         slope = tl.where(saturated != 0, -coslope, slope)
-        gradient = slope - pair[1] * mean
+        if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:  # centred before it is rounded
+            gradient = slope - pair[1] * beta[4][1] * (pair[3] + mean / beta[4][1])
+        else:
+            gradient = slope - pair[1] * mean
+        if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
+            gradient += beta[4][0] * pair[2]
     return tl.where(used, coefficient * gradient, 0)
 
 
@@ -370,6 +381,7 @@ def forward_kernel(
     blocks,  # of queries, in the longest entry
     student_scale: tl.float64,
     teacher_scale: tl.float64,
+    weights,  # of a mix, or None
     beta: tl.float64,
     DIVERGENCE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -404,8 +416,12 @@ def forward_kernel(
     k = _choose_head(entry, teacher_k, b, a, WIDTH_T)
     teacher = q, k, _log2_scale(teacher_scale, F), _bias_of(teacher_bias, b, a)
 
+    # a mix's reverse KL comes of the first look
+    MIXED_REVERSE: tl.constexpr = DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1
+    FIRST: tl.constexpr = REVERSE_KL if MIXED_REVERSE else DIVERGENCE
+    SECOND: tl.constexpr = DIVERGENCE - 2 if MIXED_REVERSE else DIVERGENCE
     max_s, sum_s, max_t, sum_t, moment = _statistics(
-        student, teacher, key_mask, start, alive, end, keys, DIVERGENCE, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F
+        student, teacher, key_mask, start, alive, end, keys, FIRST, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F
     )  # fmt: skip
     # A row of nothing but -inf has no distribution: it counts as masked. One with NaN does not.
     alive &= ((max_s > MASKED) & (max_t > MASKED)) | (sum_s + sum_t != sum_s + sum_t)
@@ -416,17 +432,24 @@ def forward_kernel(
     factor = coefficient
     if DIVERGENCE == FORWARD_KL:
         divergence = moment * LN2 / sum_t - shift
-    elif DIVERGENCE == REVERSE_KL:
+    elif FIRST == REVERSE_KL:
         divergence = moment * LN2 / sum_s + shift
+    if DIVERGENCE == REVERSE_KL:
         mean, factor = _with_infinity(divergence) * LOG2E, coefficient * LN2  # of log(p / q), base 2
     log_s, log_t = max_s + tl.log2(sum_s), max_t + tl.log2(sum_t)
     rounded = shift * LOG2E + ((max_t - log_t) - (max_s - log_s))
     row = factor.to(F), log_s, log_t, rounded, mean, saturated, sign
     if DIVERGENCE >= JSD:
-        divergence, mean, saturated, sign = _mean_value(
-            student, teacher, row, _beta_constants(_double(beta), F), key_mask, start, alive, end, keys,
-            DIVERGENCE, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F,
+        b = _beta_constants(beta, weights, F)
+        value, mean, saturated, sign = _mean_value(
+            student, teacher, row, b, key_mask, start, alive, end, keys,
+            SECOND, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F,
         )  # fmt: skip
+        if MIXED_REVERSE:
+            mean += b[4][1] * _with_infinity(divergence)
+            divergence = b[4][1] * divergence + value
+        else:
+            divergence = value
         row = factor.to(F), log_s, log_t, rounded, mean, saturated, sign
     loss = tl.where(alive, coefficient * _with_infinity(divergence).to(tl.float64), 0)
     tl.store(_choose(entry, losses) + index, loss, mask=exists)
@@ -514,6 +537,7 @@ def gradient_kernel(
     blocks,  # of own rows, in the longest entry
     student_scale: tl.float64,
     teacher_scale: tl.float64,
+    weights,  # of a mix, or None
     beta: tl.float64,
     DIVERGENCE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -558,7 +582,7 @@ def gradient_kernel(
     other = x, y, head_stats, other_count
     scales = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
     biases = _bias_of(student_bias, b, a), _bias_of(teacher_bias, b, a)
-    b_constants = _beta_constants(_double(beta), F)
+    b_constants = _beta_constants(beta, weights, F)
 
     last = tl.where(tl.max(read.to(tl.int32), 0) == 0, 0, other_count)
     total = tl.zeros((BLOCK_M, PADDED_S), F)
@@ -621,6 +645,7 @@ def bias_kernel(
     blocks_summed,
     student_scale: tl.float64,
     teacher_scale: tl.float64,
+    weights,  # of a mix, or None
     beta: tl.float64,
     DIVERGENCE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -640,7 +665,7 @@ def bias_kernel(
     first_a, first_b = program % bias_heads, program // bias_heads
     key = key_start + tl.arange(0, BLOCK_N)
     scale, teacher_scale = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
-    b_constants = _beta_constants(_double(beta), F)
+    b_constants = _beta_constants(beta, weights, F)
     total = tl.zeros((BLOCK_M, BLOCK_N), F)
     first_block = query_block
     if CAUSAL:  # blocks of queries that are before all of the keys
@@ -701,6 +726,7 @@ def diagonals_kernel(
     blocks,
     student_scale: tl.float64,
     teacher_scale: tl.float64,
+    weights,  # of a mix, or None
     beta: tl.float64,
     DIVERGENCE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -730,7 +756,7 @@ def diagonals_kernel(
     scale, teacher_scale = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
     student = _model(student_q, student_k, b, a, start, alive, scale, student_bias, WIDTH_S, PADDED_S, BLOCK)
     teacher = _model(teacher_q, teacher_k, b, a, start, alive, teacher_scale, teacher_bias, WIDTH_T, PADDED_T, BLOCK)
-    b_constants = _beta_constants(_double(beta), F)
+    b_constants = _beta_constants(beta, weights, F)
 
     turned = i[:, None] + j[None, :]
     waiting = tl.zeros((BLOCK,), F)
@@ -770,7 +796,7 @@ class _Setting:
     teacher_scale: float
     causal: bool
     divergence: int
-    beta: float
+    beta: float | tuple[float, ...]
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
 
@@ -783,7 +809,7 @@ class _Setting:
         return {
             "student_scale": self.student_scale,
             "teacher_scale": self.teacher_scale,
-            "beta": self.beta,
+            **beta_arguments(self.beta),
             "DIVERGENCE": self.divergence,
             "WIDTH_S": self.width_s,
             "WIDTH_T": self.width_t,
@@ -791,6 +817,10 @@ class _Setting:
             "PADDED_T": max(16, triton.next_power_of_2(self.width_t)),
             "F": tl.float64 if self.student_dtype == torch.float64 else tl.float32,
         }
+
+
+def _hashable(beta: float | Sequence[float]) -> float | tuple[float, ...]:
+    return float(beta) if isinstance(beta, (int, float)) else tuple(beta)
 
 
 @dataclass
@@ -808,14 +838,16 @@ class _Entry:
     lift: Tensor | None  # 0-d
 
 
-def _entry(student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, divergence: int, grad: bool) -> _Entry:
+def _entry(
+    student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, divergence: int, beta, grad: bool
+) -> _Entry:
     batch, heads, queries = coefficient.shape
     double = student_q.dtype == torch.float64
     stats = coefficient.new_empty(
         (batch, heads, STATS.value, queries), dtype=torch.float64 if double else torch.float32
     )
     lifted = grad and student_q.dtype == torch.float16
-    lift = fp16_lift(coefficient.abs().amax(), divergence).float() if lifted else None
+    lift = fp16_lift(coefficient.abs().amax(), divergence, beta).float() if lifted else None
     matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, student_k, teacher_q, teacher_k)]
     return _Entry(
         *matrices,
@@ -875,7 +907,8 @@ def _forward(entries: list[_Entry], setting: _Setting, student_bias: Bias, teach
         )
 
     biases = _kind(student_bias), _kind(teacher_bias)
-    setting.launch("forward", (batch, lengths, key_lengths, key_masks is None, stats is None, *biases), run)
+    kernel = "mix_forward" if setting.divergence >= MIX.value else "forward"
+    setting.launch(kernel, (batch, lengths, key_lengths, key_masks is None, stats is None, *biases), run)
 
 
 def _gradient(
@@ -915,6 +948,7 @@ def _gradient(
         )
 
     kernel = "mixture_gradient" if setting.divergence >= JSD.value else "gradient"
+    kernel = "mix_gradient" if setting.divergence >= MIX.value else kernel
     biases = _kind(student_bias), _kind(teacher_bias)
     setting.launch(kernel, (batch, lengths, other_lengths, key_masks is None, as_query, as_key, *biases), run)
     return gradients
@@ -1009,10 +1043,10 @@ def attention_kl(
     teacher_scale: float,
     gradients: list[bool],  # of student_q, student_k, student_bias
     divergence: int,
-    beta: float,
+    beta: float | Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(coefficient * D of every row, its gradients; those not wanted are empty)"""
-    entry = _entry(student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, divergence, any(gradients))
+    entry = _entry(student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, divergence, beta, any(gradients))
     setting = _Setting(
         num_heads,
         student_q.shape[2] // num_heads,
@@ -1021,7 +1055,7 @@ def attention_kl(
         float(teacher_scale),
         causal,
         divergence,
-        float(beta),
+        _hashable(beta),
         student_q.dtype,
         teacher_q.dtype,
     )
@@ -1050,11 +1084,11 @@ def relation_kl(
     num_heads: int,
     gradients: list[bool],
     divergence: int,
-    beta: float,
+    beta: float | Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(coefficient * D of every row, its gradients; those not wanted are empty) for every relation."""
     entries = [
-        _entry(s, s, t, t, c, mask, divergence, grad)
+        _entry(s, s, t, t, c, mask, divergence, beta, grad)
         for s, t, c, mask, grad in zip(student, teacher, coefficient, key_mask, gradients, strict=True)
     ]
     found = [_no_gradient(x) for x in student]
@@ -1063,7 +1097,7 @@ def relation_kl(
         width_s, width_t = student[n].shape[2] // num_heads, teacher[n].shape[2] // num_heads
         scales = width_s**-0.5, width_t**-0.5
         dtypes = student[n].dtype, teacher[n].dtype
-        setting = _Setting(num_heads, width_s, width_t, *scales, is_causal, divergence, float(beta), *dtypes)
+        setting = _Setting(num_heads, width_s, width_t, *scales, is_causal, divergence, _hashable(beta), *dtypes)
         # what a launch must have in common
         key = setting, len(coefficient[n]), entry.key_mask is None, entry.stats is None
         together.setdefault(key, []).append(n)

@@ -3,6 +3,9 @@
 Functions have the names and order of that file. All of them work on tiles of any shape, in fp32 or fp64.
 """
 
+import ctypes
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -15,6 +18,8 @@ JSD = tl.constexpr(2)
 SKEW_KL = tl.constexpr(3)
 SKEW_REVERSE_KL = tl.constexpr(4)
 TVD = tl.constexpr(5)
+# Codes from here on are those of mixes, weighted sums of the above: a bit for each member.
+MIX = tl.constexpr(64)
 
 
 # ---- elementary functions --------------------------------------------------------------------------------------------
@@ -108,10 +113,43 @@ def _dot(x, y, F: tl.constexpr):
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
 
+def beta_arguments(beta: float | Sequence[float]) -> dict:
+    """`beta` and `weights` as kernels take them: weights are None, or of a mix three numbers for each divergence.
+
+    Triton takes a float in a tuple for an fp32. Their sum is the weight in fp64.
+    """
+    if isinstance(beta, (int, float)):
+        return {"beta": float(beta), "weights": None}
+    parts = []
+    for weight in beta[1:]:
+        for _ in range(3):
+            parts.append(ctypes.c_float(weight).value)
+            weight -= parts[-1]
+    return {"beta": float(beta[0]), "weights": tuple(parts)}
+
+
 @triton.jit
-def _beta_constants(beta, F: tl.constexpr):
-    """beta and what the mixtures need of it: 1 - beta and the logarithms of both."""
-    return beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F)
+def _weight(weights, MEMBER: tl.constexpr):
+    """A member's weight in a mix, in fp64."""
+    return _double(weights[3 * MEMBER]) + _double(weights[3 * MEMBER + 1]) + _double(weights[3 * MEMBER + 2])
+
+
+@triton.jit
+def _beta_constants(beta, weights, F: tl.constexpr):
+    """beta and what the mixtures need of it: 1 - beta and the logarithms of both; and a mix's weights."""
+    beta = _double(beta)
+    b = beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F)
+    if weights is not None:
+        w = (
+            _weight(weights, 0).to(F),
+            _weight(weights, 1).to(F),
+            _weight(weights, 2).to(F),
+            _weight(weights, 3).to(F),
+            _weight(weights, 4).to(F),
+            _weight(weights, 5).to(F),
+        )
+        b = b[0], b[1], b[2], b[3], w
+    return b
 
 
 # ---- one column ------------------------------------------------------------------------------------------------------
@@ -178,7 +216,7 @@ def _mixture(pair, a, rest, log_rest):
 @triton.jit
 def _mixture_of(pair, b, DIVERGENCE: tl.constexpr):
     """The mixture of a divergence that has one. beta weighs the teacher, but of skew_reverse_kl the student."""
-    beta, rest, log_beta, log_rest = b
+    beta, rest, log_beta, log_rest = b[0], b[1], b[2], b[3]
     if DIVERGENCE == SKEW_REVERSE_KL:
         mixture = _mixture(pair, rest, beta, log_beta)
     else:
@@ -187,11 +225,14 @@ def _mixture_of(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _value(pair, b, DIVERGENCE: tl.constexpr):
-    """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
-    p, q, difference, _, _, _, _ = pair
-    beta, rest, _, _ = b
-    if DIVERGENCE == TVD:
+def _value_of(pair, b, DIVERGENCE: tl.constexpr):
+    p, q, difference, log_ratio, _, _, _ = pair
+    beta, rest = b[0], b[1]
+    if DIVERGENCE == FORWARD_KL:
+        value = _excess(p, q, log_ratio)
+    elif DIVERGENCE == REVERSE_KL:
+        value = _excess(q, p, -log_ratio)
+    elif DIVERGENCE == TVD:
         value = 0.5 * tl.abs(difference)
     else:
         m, log_p_over_m, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
@@ -205,11 +246,12 @@ def _value(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _slope(pair, b, DIVERGENCE: tl.constexpr):
-    """q u, with u = 0 where p = q"""
-    _, q, difference, _, _, _, _ = pair
-    beta, rest, _, _ = b
-    if DIVERGENCE == TVD:
+def _slope_of(pair, b, DIVERGENCE: tl.constexpr):
+    _, q, difference, log_ratio, _, _, _ = pair
+    beta, rest = b[0], b[1]
+    if DIVERGENCE == REVERSE_KL:
+        slope = -q * log_ratio
+    elif DIVERGENCE == TVD:
         slope = tl.where(difference > 0, 0.5 * q, tl.where(difference < 0, -0.5 * q, difference))  # 0 or NaN
     else:
         m, _, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
@@ -223,11 +265,12 @@ def _slope(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _coslope(pair, b, DIVERGENCE: tl.constexpr):
-    """q v, v = (limit of u) - u, with v = 0 where p << q"""
-    p, q, difference, _, _, _, _ = pair
-    _, rest, _, _ = b
-    if DIVERGENCE == TVD:
+def _coslope_of(pair, b, DIVERGENCE: tl.constexpr):
+    p, q, difference, log_ratio, _, _, _ = pair
+    rest = b[1]
+    if DIVERGENCE == REVERSE_KL:
+        coslope = q * log_ratio
+    elif DIVERGENCE == TVD:
         coslope = tl.where(difference > 0, 0, tl.where(difference < 0, q, 0.5 * q + difference))
     else:
         m, _, _, log_m_over_limit = _mixture_of(pair, b, DIVERGENCE)
@@ -237,4 +280,47 @@ def _coslope(pair, b, DIVERGENCE: tl.constexpr):
             coslope = rest * p * _share(q, m)
         else:
             coslope = q * log_m_over_limit - rest * p * _share(q, m)
+    return coslope
+
+
+# A mix is the sum over its members. Two of them differ: forward KL's part of the gradient, q - p of mean 0, stays apart
+# from the slopes; and log(q / p) of reverse KL, which tends to no limit, is in both.
+
+
+@triton.jit
+def _value(pair, b, DIVERGENCE: tl.constexpr):
+    """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
+    if DIVERGENCE >= MIX:
+        value = tl.zeros_like(pair[0])
+        for member in tl.static_range(6):
+            if (DIVERGENCE >> member) % 2 == 1:
+                value += b[4][member] * _value_of(pair, b, member)
+    else:
+        value = _value_of(pair, b, DIVERGENCE)
+    return value
+
+
+@triton.jit
+def _slope(pair, b, DIVERGENCE: tl.constexpr):
+    """q u, with u = 0 where p = q"""
+    if DIVERGENCE >= MIX:
+        slope = tl.zeros_like(pair[0])
+        for member in tl.static_range(1, 6):
+            if (DIVERGENCE >> member) % 2 == 1:
+                slope += b[4][member] * _slope_of(pair, b, member)
+    else:
+        slope = _slope_of(pair, b, DIVERGENCE)
+    return slope
+
+
+@triton.jit
+def _coslope(pair, b, DIVERGENCE: tl.constexpr):
+    """q v, v = (limit of u) - u, with v = 0 where p << q"""
+    if DIVERGENCE >= MIX:
+        coslope = tl.zeros_like(pair[0])
+        for member in tl.static_range(1, 6):
+            if (DIVERGENCE >> member) % 2 == 1:
+                coslope += b[4][member] * _coslope_of(pair, b, member)
+    else:
+        coslope = _coslope_of(pair, b, DIVERGENCE)
     return coslope

@@ -23,7 +23,7 @@ in fp32; others in full, which no tensor core does.
 T tokens, V vocabulary, Hs and Ht hidden widths. The widths are constants of the kernels, tokens and vocabulary not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,7 @@ from .common import (
     FORWARD_KL,
     INTERPRETED,
     JSD,
+    MIX,
     REVERSE_KL,
     _beta_constants,
     _coslope,
@@ -45,8 +46,19 @@ from .common import (
     _unmasked,
     _value,
     _with_infinity,
+    beta_arguments,
 )
-from .rows import LOWEST, NEARLY_EQUAL, _finite, _gradient_of, _pair, _rescale, _row_constants, _running_constants
+from .rows import (
+    LOWEST,
+    NEARLY_EQUAL,
+    _finite,
+    _gradient_of,
+    _mean_unit,
+    _pair,
+    _rescale,
+    _row_constants,
+    _running_constants,
+)
 from .tuning import launch
 
 __all__ = ["gradient", "statistics"]
@@ -352,6 +364,7 @@ def values_kernel(
     row_blocks,
     items,
     stretch,  # tiles
+    weights,  # of a mix, or None
     beta: tl.float64,
     tau: tl.float64,
     DIVERGENCE: tl.constexpr,
@@ -363,13 +376,13 @@ def values_kernel(
     F: tl.constexpr,
 ):
     """What a stretch adds to D and to the mean of u, from normalised probabilities."""
-    b, tau = _beta_constants(_double(beta), F), _double(tau)
+    b, tau = _beta_constants(beta, weights, F), _double(tau)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         row_start, row, row_exists, used, number, first, end = _item(
             item, row_blocks, stretch, columns, coefficient, tokens, BLOCK_M, BLOCK_N
         )
         _, row_stats = _not_empty(_load_stats(stats, row, used))
-        constants = _row_constants(row_stats, tau, F)
+        constants = _row_constants(row_stats, tau, 1.0, F)
         zeros = tl.zeros((BLOCK_M,), tl.float64)
         value, mean, comean = zeros, zeros, zeros
         for start in range(first, end, BLOCK_N):
@@ -443,6 +456,7 @@ def gradient_kernel(
     row_blocks,
     items,
     stretch,
+    weights,  # of a mix, or None
     beta: tl.float64,
     tau: tl.float64,
     kd_weight: tl.float64,
@@ -457,7 +471,7 @@ def gradient_kernel(
 ):
     """coefficient * d loss / d s of the columns from `offset` on: `_gradient` of kernels/rows.py, by tiles."""
     tau, kd_weight, ce_weight = _double(tau), _double(kd_weight), _double(ce_weight)
-    b = _beta_constants(_double(beta), F)
+    b, unit = _beta_constants(beta, weights, F), _mean_unit(weights, DIVERGENCE)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         row_start, row, row_exists, used, number, _, _ = _item(
             item, row_blocks, stretch, count, coefficient, tokens, BLOCK_M, BLOCK_N
@@ -466,7 +480,7 @@ def gradient_kernel(
         weight = tl.load(coefficient + row, mask=row_exists, other=0)[:, None]
         empty, row_stats = _not_empty(_load_stats(stats, row, used))
         if WIDTH_T != 0:
-            constants = _row_constants(row_stats, tau, F)
+            constants = _row_constants(row_stats, tau, unit, F)
             kd_scale = tl.where(empty, 0.0, weight * kd_weight * tau).to(F)
         if labels is not None:
             # The label's own column is done apart and in fp64: softmax - 1 would lose every digit of a confident one.
@@ -536,7 +550,7 @@ def _stretches(row_blocks: int, tiles: int, processors: int) -> int:
 def _by_table(student: Model, teacher: Model | None, columns: int, divergence: int, run: Callable[[dict], T]) -> T:
     """run(tile and launch options)"""
     dtypes = [model[0].dtype for model in (student, teacher) if model is not None]
-    kernel = "scores" if divergence < JSD.value else "mixture_scores"
+    kernel = "mix_scores" if divergence >= MIX.value else "mixture_scores" if divergence >= JSD.value else "scores"
     shapes = [tuple(x.shape) for model in (student, teacher) if model is not None for x in model[:2]]
     return launch(kernel, max(dtype.itemsize for dtype in dtypes), 0, (*dtypes, *shapes, columns), run)
 
@@ -565,7 +579,7 @@ def statistics(
     labels: Tensor | None,  # [T] int64
     loss: Tensor,  # [T] float64
     divergence: int,
-    beta: float,
+    beta: float | Sequence[float],
     temperature: float,
     kd_weight: float,
     ce_weight: float,
@@ -603,7 +617,7 @@ def statistics(
         if teacher is not None and divergence >= JSD.value:
             partials = partials.view(-1)[: stretches * VALUES.value * tokens]
             values_kernel[(programs,)](
-                *models, coefficient, stats, partials, beta=float(beta), **common, **divided, **constants
+                *models, coefficient, stats, partials, **beta_arguments(beta), **common, **divided, **constants
             )
             factor = float(kd_weight * temperature**2)
             combine_values_kernel[combined](
@@ -626,7 +640,7 @@ def gradient(
     offset: int,
     out: Tensor,  # [T, count]
     divergence: int,
-    beta: float,
+    beta: float | Sequence[float],
     temperature: float,
     kd_weight: float,
     ce_weight: float,
@@ -649,7 +663,7 @@ def gradient(
             columns,
             offset,
             count,
-            beta=float(beta),
+            **beta_arguments(beta),
             tau=float(temperature),
             kd_weight=float(kd_weight),
             ce_weight=float(ce_weight),

@@ -21,6 +21,9 @@ R rows, V columns. coefficient [R] float64, labels [R] int64, loss [R] float64, 
 and strides are run-time arguments; the block size follows the vocabulary and the dtype. Nothing waits for the device.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +32,7 @@ from torch import Tensor
 from .common import (
     FORWARD_KL,
     JSD,
+    MIX,
     REVERSE_KL,
     TVD,
     _beta_constants,
@@ -39,7 +43,9 @@ from .common import (
     _slope,
     _unmasked,
     _value,
+    _weight,
     _with_infinity,
+    beta_arguments,
 )
 from .common import _exp_nonpositive as _exp_nonpositive
 from .common import _log_1p as _log_1p
@@ -72,13 +78,22 @@ def _split(x, F: tl.constexpr):
 
 
 @triton.jit
-def _row_constants(stats, tau, F: tl.constexpr):
+def _mean_unit(weights, DIVERGENCE: tl.constexpr):
+    """What log(q / p) is multiplied with in u, where the mean of u is subtracted inside it."""
+    unit = _double(1.0)
+    if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:
+        unit = _weight(weights, REVERSE_KL)
+    return unit
+
+
+@triton.jit
+def _row_constants(stats, tau, unit, F: tl.constexpr):
     """The same in the working precision, ready for the inner loop."""
     max_s, sum_s, max_t, sum_t, mean, _, _ = stats
     # log(Z_t) - log(Z_s) in units of score: t - s less this is tau log(p / q)
     shift = (max_t - max_s) - tau * tl.log(sum_s / sum_t)
     shift_high, shift_low = _split(shift, F)
-    centred_high, centred_low = _split(shift - tau * mean, F)  # for u = -log(p / q) less its mean
+    centred_high, centred_low = _split(shift - tau * mean / unit, F)  # for u = -log(p / q) less its mean
     return (
         max_s.to(F),
         (1 / sum_s).to(F),
@@ -134,6 +149,15 @@ def _gradient_of(s, t, b, row, DIVERGENCE: tl.constexpr, SATURATED: tl.constexpr
         pair = _pair(s, t, row)
         if DIVERGENCE == FORWARD_KL:
             gradient = pair[2]
+        elif DIVERGENCE >= MIX:
+            BOUNDED: tl.constexpr = DIVERGENCE // 4 * 4
+            gradient = -_coslope(pair, b, BOUNDED) if SATURATED else _slope(pair, b, BOUNDED)
+            if DIVERGENCE % 2 == 1:
+                gradient += b[4][0] * pair[2]
+            if DIVERGENCE // 2 % 2 == 1:
+                gradient -= b[4][1] * pair[1] * _shifted_ratio(s, t, centred_high, centred_low, inv_tau)
+            else:
+                gradient -= pair[1] * mean
         elif SATURATED:
             gradient = -_coslope(pair, b, DIVERGENCE) - pair[1] * mean
         else:
@@ -262,7 +286,7 @@ def _statistics(
 @triton.jit
 def _mean_residual(student, teacher, columns, stats, tau, F: tl.constexpr, BLOCK: tl.constexpr):
     """What sum q (log(q / p) - mean) falls short of its true value, zero: the digits that a large mean lost."""
-    row = _row_constants(stats, tau, F)
+    row = _row_constants(stats, tau, 1.0, F)
     residual = _double(0.0)
     for start in range(0, columns, BLOCK):
         s = _unmasked(_read(student, start, columns, F, BLOCK))
@@ -273,10 +297,10 @@ def _mean_residual(student, teacher, columns, stats, tau, F: tl.constexpr, BLOCK
 
 @triton.jit
 def _value_sums(
-    student, teacher, columns, stats, beta, tau, DIVERGENCE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr
+    student, teacher, columns, stats, b, tau, DIVERGENCE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Pass 2, for divergences without a closed form: (D, mean of u, mean of v)."""
-    row, b = _row_constants(stats, tau, F), _beta_constants(beta, F)
+    row = _row_constants(stats, tau, 1.0, F)
     value, mean, comean = _double(0.0), _double(0.0), _double(0.0)
     for start in range(0, columns, BLOCK):
         s = _unmasked(_read(student, start, columns, F, BLOCK))
@@ -305,6 +329,7 @@ def _loss(
     label,
     columns,
     beta,
+    weights,
     tau,
     kd_weight,
     ce_weight,
@@ -314,19 +339,29 @@ def _loss(
     BLOCK: tl.constexpr,
 ):
     """Passes 1 and 2: (the row's loss before its coefficient, its stats)."""
-    divergence, stats = _statistics(student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, F, BLOCK)
+    # a mix's reverse KL comes of the first pass
+    MIXED_REVERSE: tl.constexpr = DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1
+    FIRST: tl.constexpr = REVERSE_KL if MIXED_REVERSE else DIVERGENCE
+    SECOND: tl.constexpr = DIVERGENCE - 2 if MIXED_REVERSE else DIVERGENCE
+    divergence, stats = _statistics(student, teacher, label, columns, tau, FIRST, SEPARATE, F, BLOCK)
     max_s, sum_s, max_t, sum_t, mean, saturated, sum_1 = stats
     loss = _double(0.0)
     if teacher is not None:
         # A row of nothing but -inf has no distribution: it counts as masked, with loss and gradient 0.
         empty = (sum_s == 0) | (sum_t == 0)
-        if DIVERGENCE >= JSD:
-            divergence, slope, coslope = _value_sums(student, teacher, columns, stats, beta, tau, DIVERGENCE, F, BLOCK)
-            saturated = (coslope < slope).to(tl.float64)
-            mean = tl.where(coslope < slope, -coslope, slope)
-        if DIVERGENCE == REVERSE_KL:
+        if FIRST == REVERSE_KL:
             divergence = _refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
             mean = _with_infinity(divergence)
+        if DIVERGENCE >= JSD:
+            b = _beta_constants(beta, weights, F)
+            value, slope, coslope = _value_sums(student, teacher, columns, stats, b, tau, SECOND, F, BLOCK)
+            saturated = (coslope < slope).to(tl.float64)
+            second_mean = tl.where(coslope < slope, -coslope, slope)
+            if MIXED_REVERSE:
+                unit = _weight(weights, REVERSE_KL)
+                divergence, mean = unit * divergence + value, unit * mean + second_mean
+            else:
+                divergence, mean = value, second_mean
         mean = tl.where(empty, 0.0, mean)
         loss = tl.where(empty, 0.0, kd_weight * tau * tau * _with_infinity(divergence))
     if label is not None:
@@ -345,6 +380,7 @@ def _gradient(
     stats,
     coefficient,
     beta,
+    weights,
     tau,
     kd_weight,
     ce_weight,
@@ -358,8 +394,9 @@ def _gradient(
     if teacher is not None:
         empty = (sum_s == 0) | (sum_t == 0)
         sum_s, sum_t = tl.where(empty, 1.0, sum_s), tl.where(empty, 1.0, sum_t)
-        row = _row_constants((max_s, sum_s, max_t, sum_t, mean, saturated, sum_1), tau, F)
-        b = _beta_constants(beta, F)
+        unit = _mean_unit(weights, DIVERGENCE)
+        row = _row_constants((max_s, sum_s, max_t, sum_t, mean, saturated, sum_1), tau, unit, F)
+        b = _beta_constants(beta, weights, F)
         kd_scale = tl.where(empty, 0.0, coefficient * kd_weight * tau).to(F)
     if label is not None:
         # The label's own column is done apart and in fp64: softmax - 1 would lose every digit of a confident student.
@@ -396,6 +433,7 @@ def rows_kernel(
     teacher_column,
     gradient_row,
     gradient_column,
+    weights,  # of a mix, or None
     beta: tl.float64,
     tau: tl.float64,
     kd_weight: tl.float64,
@@ -432,7 +470,19 @@ def rows_kernel(
             tl.debug_barrier()  # every thread has read the score before one overwrites it with its gradient
         if loss is not None:
             row_loss, row_stats = _loss(
-                student, teacher, label, columns, beta, tau, kd_weight, ce_weight, DIVERGENCE, SEPARATE, F, BLOCK
+                student,
+                teacher,
+                label,
+                columns,
+                beta,
+                weights,
+                tau,
+                kd_weight,
+                ce_weight,
+                DIVERGENCE,
+                SEPARATE,
+                F,
+                BLOCK,
             )
             tl.store(loss + index, weight * row_loss)
             if stats is not None:
@@ -444,18 +494,18 @@ def rows_kernel(
         if gradient is not None:
             if DIVERGENCE < JSD or teacher is None:
                 _gradient(
-                    student, teacher, label, gradient, columns, row_stats, weight, beta, tau, kd_weight, ce_weight,
-                    DIVERGENCE, False, F, BLOCK,
+                    student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
+                    ce_weight, DIVERGENCE, False, F, BLOCK,
                 )  # fmt: skip
             elif row_stats[5] != 0:
                 _gradient(
-                    student, teacher, label, gradient, columns, row_stats, weight, beta, tau, kd_weight, ce_weight,
-                    DIVERGENCE, True, F, BLOCK,
+                    student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
+                    ce_weight, DIVERGENCE, True, F, BLOCK,
                 )  # fmt: skip
             else:
                 _gradient(
-                    student, teacher, label, gradient, columns, row_stats, weight, beta, tau, kd_weight, ce_weight,
-                    DIVERGENCE, False, F, BLOCK,
+                    student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
+                    ce_weight, DIVERGENCE, False, F, BLOCK,
                 )  # fmt: skip
 
 
@@ -472,6 +522,7 @@ def shard_kernel(
     student_column,
     teacher_row,
     teacher_column,
+    weights,  # of a mix, or None
     beta: tl.float64,
     tau: tl.float64,
     DIVERGENCE: tl.constexpr,
@@ -508,7 +559,8 @@ def shard_kernel(
         if kept & (sum_s != 0) & (sum_t != 0):
             zero = _double(0.0)
             row_stats = (max_s, sum_s, max_t, sum_t, zero, zero, zero)
-            found = _value_sums(student, teacher, columns, row_stats, beta, tau, DIVERGENCE, F, BLOCK)
+            b = _beta_constants(beta, weights, F)
+            found = _value_sums(student, teacher, columns, row_stats, b, tau, DIVERGENCE, F, BLOCK)
             for i in tl.static_range(3):
                 tl.store(sums + i, found[i])
         else:
@@ -519,13 +571,15 @@ def shard_kernel(
 # ---- launch ----------------------------------------------------------------------------------------------------------
 
 
-def block_and_options(columns: int, dtype: torch.dtype, nvidia: bool) -> tuple[int, dict]:
+def block_and_options(columns: int, dtype: torch.dtype, nvidia: bool, mix: bool = False) -> tuple[int, dict]:
     """Columns a block, and launch options: as many columns a thread as fit its registers (tests/test_compile_gpu.py).
 
     Left to itself, ptxas spills a few row constants to fit one block more into a multiprocessor; told a ceiling it does
     not. With 128 registers two blocks of 8 warps run side by side, one computing while the other waits.
     """
     largest, per_thread, registers = (1024, 4, 255) if dtype == torch.float64 else (2048, 8, 128)
+    if mix and dtype != torch.float64:  # its members' sums and weights take the registers of half the columns
+        largest, per_thread = 1024, 4
     block = min(largest, max(32 * per_thread, triton.next_power_of_2(columns)))
     options = {
         "num_warps": block // (32 * per_thread),
@@ -560,8 +614,8 @@ def _checked(
         raise ValueError("teacher: needed unless kd_weight is 0")
     if labels is None and ce_weight != 0:
         raise ValueError("labels: needed unless ce_weight is 0")
-    if not 0 <= divergence <= TVD.value:
-        raise ValueError(f"divergence: expected 0 to {TVD.value}, got {divergence}")
+    if not 0 <= divergence <= TVD.value and not MIX.value < divergence < 2 * MIX.value:
+        raise ValueError(f"divergence: expected 0 to {TVD.value} or a mix's code, got {divergence}")
     teacher = teacher if kd_weight != 0 else None
     labels = labels if ce_weight != 0 else None
     rows, columns = student.shape
@@ -583,7 +637,7 @@ def divergence_rows(
     stats: Tensor | None,  # [R, 7], given where there is no loss
     gradient: Tensor | None,  # [R, V], of any float dtype and stride; it may be the student
     divergence: int,
-    beta: float,
+    beta: float | Sequence[float],
     temperature: float,
     kd_weight: float,
     ce_weight: float,
@@ -600,7 +654,7 @@ def divergence_rows(
     if rows == 0:
         return
     nvidia = student.is_cuda and torch.version.hip is None
-    block, options = block_and_options(columns, student.dtype, nvidia)
+    block, options = block_and_options(columns, student.dtype, nvidia, divergence >= MIX.value)
     with torch.cuda.device_of(student):
         rows_kernel[(rows,)](
             student,
@@ -614,10 +668,10 @@ def divergence_rows(
             *student.stride(),
             *(teacher.stride() if teacher is not None else (0, 0)),
             *(gradient.stride() if gradient is not None else (0, 0)),
-            float(beta),
-            float(temperature),
-            float(kd_weight),
-            float(ce_weight),
+            **beta_arguments(beta),
+            tau=float(temperature),
+            kd_weight=float(kd_weight),
+            ce_weight=float(ce_weight),
             DIVERGENCE=divergence,
             SEPARATE=labels is not None and temperature != 1,
             BLOCK=block,
@@ -633,7 +687,7 @@ def _launch_shard(
     stats: Tensor,
     sums: Tensor | None,
     divergence: int,
-    beta: float,
+    beta: float | Sequence[float],
     temperature: float,
     kd_weight: float,
     ce_weight: float,
@@ -645,7 +699,8 @@ def _launch_shard(
         _check_rows("sums", sums, rows, torch.float64, 3)
     if rows == 0:
         return
-    block, options = block_and_options(columns, student.dtype, student.is_cuda and torch.version.hip is None)
+    nvidia = student.is_cuda and torch.version.hip is None
+    block, options = block_and_options(columns, student.dtype, nvidia, divergence >= MIX.value)
     with torch.cuda.device_of(student):
         shard_kernel[(rows,)](
             student,
@@ -657,8 +712,8 @@ def _launch_shard(
             columns,
             *student.stride(),
             *(teacher.stride() if teacher is not None else (0, 0)),
-            float(beta),
-            float(temperature),
+            **beta_arguments(beta),
+            tau=float(temperature),
             DIVERGENCE=divergence,
             SEPARATE=labels is not None and temperature != 1,
             BLOCK=block,
@@ -672,7 +727,7 @@ def divergence_shard_stats(
     coefficient: Tensor,  # [R]
     labels: Tensor | None,  # [R]
     stats: Tensor,  # [R, 7]
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes the statistics of shards of rows, each of its shard alone; in the mean's place its own D."""
     _launch_shard(student, teacher, coefficient, labels, stats, None, *objective)
@@ -684,7 +739,7 @@ def divergence_shard_sums(
     stats: Tensor,  # [R, 7]
     coefficient: Tensor,  # [R]
     sums: Tensor,  # [R, 3]
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes what shards add to D, to the mean of u and to that of v, by the statistics of the whole rows."""
     divergence, beta, temperature, kd_weight, _ = objective

@@ -192,7 +192,7 @@ def _divergences(lane, log_weights, log_p, weights, beta):
         reverse = _with_infinity(tl.sum(_excess(q, p, -log_ratio), 0) + gap)
         value += weights[REVERSE_KL] * reverse
         slopes -= weights[REVERSE_KL] * q * (log_ratio + reverse)
-    b = _beta_constants(beta, tl.float64)
+    b = _beta_constants(beta, None, tl.float64)
     for code in tl.static_range(JSD, TVD + 1):
         if weights[code] != 0:
             value += weights[code] * tl.sum(_value(pair, b, code), 0)

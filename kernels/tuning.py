@@ -39,6 +39,8 @@ TILE = {
     "forward": _M_N,
     "gradient": _M_N,
     "mixture_gradient": _M_N,
+    "mix_forward": _M_N,
+    "mix_gradient": _M_N,
     "bias": _M_N,
     "diagonals": ("BLOCK",),
     "covariance": _SQUARE,
@@ -47,6 +49,7 @@ TILE = {
     "gram_gradient": _M_N_K,
     "scores": _M_N_K,
     "mixture_scores": _M_N_K,
+    "mix_scores": _M_N_K,
 }
 ANY = "any"
 # (kernel, bytes of a number, padded head width up to, GPU). Where a GPU has lines of its own, only they count.
@@ -54,7 +57,7 @@ ANY = "any"
 # attention_kl. Hopper's wgmma wants 64 rows to four warps. Left to itself, ptxas spills a few constants to fit one more
 # block into a multiprocessor: hence 255 registers, and 128 where two blocks are to fit. Not so in most kernels that
 # multiply in fp32, which would use up what they are given, and spill for that. mixture_gradient is that of the
-# divergences from jsd on.
+# divergences from jsd on; a mix's kernels hold what several of them do, of all six members more than there is room for.
 TABLE = {
     ("forward", 2, 128, ANY): Config((128, 32), 8, 3, 255),
     ("forward", 2, 256, ANY): Config((64, 32), 8, 2, 255),
@@ -70,6 +73,12 @@ TABLE = {
     ("mixture_gradient", 2, 128, ANY): Config((128, 16), 8, 2, 255),
     ("mixture_gradient", 2, 256, ANY): Config((32, 32), 8, 2, 255),
     ("mixture_gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
+    ("mix_forward", 2, 128, ANY): Config((128, 16), 8, 3, 255),
+    ("mix_forward", 2, 256, ANY): Config((64, 16), 8, 2, 255),
+    ("mix_forward", 2, 256, "gfx942"): Config((64, 16), 4, 1),
+    ("mix_gradient", 2, 128, ANY): Config((64, 16), 8, 2, 255),
+    ("mix_gradient", 2, 256, ANY): Config((32, 16), 8, 2, 255),
+    ("mix_gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
     ("bias", 2, 128, ANY): Config((64, 32), 8, 2, 255),
     ("bias", 2, 256, ANY): Config((32, 32), 8, 2, 255),
     ("bias", 2, 256, "gfx942"): Config((32, 16), 4, 1),
@@ -84,6 +93,8 @@ TABLE = {
     ("gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
     ("mixture_gradient", 4, 64, ANY): Config((32, 16), 8, 2, 255),
     ("mixture_gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
+    ("mix_forward", 4, 256, ANY): Config((32, 16), 8, 1, 255),
+    ("mix_gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
     ("bias", 4, 32, ANY): Config((32, 16), 4, 1),
     ("bias", 4, 128, ANY): Config((32, 16), 4, 2),
     ("bias", 4, 256, ANY): Config((32, 16), 8, 1),
@@ -91,7 +102,7 @@ TABLE = {
     ("diagonals", 4, 256, ANY): Config((16,), 4, 1),
     ("diagonals", 4, 256, "gfx942"): Config((16,), 4, 1),
 }
-for _kernel in ("forward", "gradient", "mixture_gradient", "bias"):
+for _kernel in ("forward", "gradient", "mixture_gradient", "mix_forward", "mix_gradient", "bias"):
     TABLE[_kernel, 8, 64, ANY], TABLE[_kernel, 8, 256, ANY] = Config((32, 32), 8, 1), Config((16, 16), 4, 1)
 TABLE["diagonals", 8, 64, ANY], TABLE["diagonals", 8, 256, ANY] = Config((32,), 8, 1), Config((16,), 4, 1)
 # cka_loss, whose widths are no constants.
@@ -119,6 +130,10 @@ TABLE |= {
     ("scores", 8, 0, ANY): Config((32, 32, 16), 8, 1, 255),
     ("mixture_scores", 2, 0, ANY): Config((64, 32, 32), 8, 4, 255),
     ("mixture_scores", 2, 0, "gfx942"): Config((32, 32, 32), 4, 1),
+    ("mix_scores", 2, 0, ANY): Config((64, 16, 32), 8, 3, 255),
+    ("mix_scores", 2, 0, "gfx942"): Config((32, 32, 32), 4, 1),
+    ("mix_scores", 4, 0, ANY): Config((32, 32, 32), 8, 2, 255),
+    ("mix_scores", 8, 0, ANY): Config((32, 32, 16), 8, 1, 255),
     ("mixture_scores", 4, 0, ANY): Config((32, 32, 32), 8, 2, 255),
     ("mixture_scores", 8, 0, ANY): Config((32, 32, 16), 8, 1, 255),
 }

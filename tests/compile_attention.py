@@ -16,13 +16,16 @@ import sys
 
 import torch
 
-from fastkd.divergence import DIVERGENCES, divergence_code
+from fastkd.checks import Objective
+from fastkd.divergence import DIVERGENCES, beta_of
 from fastkd.kernels import attention_kl as kernels
 from fastkd.kernels import tuning
 
 from .compile_common import DTYPES, FAILS_ON_SM_100, TARGETS, in_parallel, launches, main, of_launch
 
 BATCH, HEADS, LENGTH = 2, 4, 512
+# Of all six members the gradient of a relation spills 168 bytes of a thread's.
+MIX = {"forward_kl": 0.5, "reverse_kl": 0.5}
 
 
 def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: int, causal: bool) -> None:
@@ -30,9 +33,12 @@ def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: in
     x, y = (torch.empty(BATCH, LENGTH, HEADS * width, dtype=dtype) for width in (width_s, width_t))
     coefficient = torch.empty(BATCH, HEADS, LENGTH, dtype=torch.float64)
     mask = torch.empty(BATCH, LENGTH, dtype=torch.bool)
-    code = divergence_code(divergence)
+    objective = Objective(MIX if divergence == "mix" else divergence, 0.5, 1.0, 1.0, 0.0)
+    code, beta = objective.code, beta_of(0.5, *objective.weights)
     if op == "relation":
-        kernels.relation_kl([x] * 3, [y] * 3, [coefficient] * 3, [mask] * 3, [causal] * 3, HEADS, [True] * 3, code, 0.5)
+        kernels.relation_kl(
+            [x] * 3, [y] * 3, [coefficient] * 3, [mask] * 3, [causal] * 3, HEADS, [True] * 3, code, beta
+        )
         return
     bias = None
     if op == "dense":
@@ -40,7 +46,7 @@ def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: in
     elif op == "diagonals":
         bias = torch.empty(HEADS, 257)
     wanted = [True, True, bias is not None]
-    kernels.attention_kl(x, x, y, y, bias, bias, coefficient, mask, causal, HEADS, 1.0, 1.0, wanted, code, 0.5)
+    kernels.attention_kl(x, x, y, y, bias, bias, coefficient, mask, causal, HEADS, 1.0, 1.0, wanted, code, beta)
 
 
 def measure(case: tuple) -> list[dict]:
@@ -77,7 +83,9 @@ def chosen() -> list[tuple]:
         cases.append((target, "relation", "forward_kl", "fp32", 64, 32, False))
         cases.append((target, "attention", "forward_kl", "fp32", 128, 128, False))
     cases += [(target, "relation", "reverse_kl", "bf16", 128, 128, True) for target in ("sm_80", "sm_100")]
-    cases += [("sm_90", "relation", divergence, "bf16", 64, 64, False) for divergence in tuple(DIVERGENCES)[2:]]
+    cases += [
+        ("sm_90", "relation", divergence, "bf16", 64, 64, False) for divergence in (*tuple(DIVERGENCES)[2:], "mix")
+    ]
     cases += [("gfx942", "relation", divergence, "bf16", 64, 32, False) for divergence in ("forward_kl", "jsd")]
     return cases
 

@@ -24,13 +24,14 @@ from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
 PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
 
 VOCABULARY = 32128
+MIX = dict.fromkeys(DIVERGENCES, 0.5)  # all members, which takes the most registers
 
 
 def source(
     target: str, which: str, divergence: str, student: str, teacher: str | None, ce: bool
 ) -> tuple[ASTSource, dict]:
     """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
-    block, options = rows.block_and_options(VOCABULARY, DTYPES[student], target.startswith("sm_"))
+    block, options = rows.block_and_options(VOCABULARY, DTYPES[student], target.startswith("sm_"), divergence == "mix")
     types = {
         "student": f"*{student}",
         "teacher": teacher and f"*{teacher}",
@@ -40,11 +41,12 @@ def source(
         "stats": "*fp64" if which != "fused" else None,
         "gradient": f"*{student}" if which != "stats" else None,
         **dict.fromkeys(("columns", "student_row", "teacher_row", "gradient_row"), "i32"),
+        "weights": ("fp32",) * (3 * len(DIVERGENCES)) if divergence == "mix" else None,
         **dict.fromkeys(("beta", "tau", "kd_weight", "ce_weight"), "fp64"),
     }
     constants = {name: None for name, kind in types.items() if kind is None}
     constants.update(student_column=1, teacher_column=1, gradient_column=1)
-    constants.update(DIVERGENCE=divergence_code(divergence), SEPARATE=ce, BLOCK=block)
+    constants.update(DIVERGENCE=divergence_code(MIX if divergence == "mix" else divergence), SEPARATE=ce, BLOCK=block)
     names = rows.rows_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
@@ -75,7 +77,9 @@ def chosen() -> list[tuple]:
         others += [(target, "fused", name, "fp32", "fp32", True) for name in ("forward_kl", "jsd", "skew_reverse_kl")]
         others += [(target, which, "reverse_kl", "bf16", "bf16", False) for which in ("stats", "gradient")]
         others.append((target, "stats", "skew_kl", "bf16", "bf16", True))
-    return fused + apart + halves + others
+    mixes = [("sm_90", which, "mix", "fp32", "fp32", which == "fused") for which in PASSES]
+    mixes.append(("sm_80", "fused", "mix", "bf16", "bf16", True))
+    return fused + apart + halves + others + mixes
 
 
 def everything() -> list[tuple]:

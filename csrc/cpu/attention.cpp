@@ -186,7 +186,7 @@ class Worker {
       gemm(scores[m], queries, k.transposed(), model(m).scale, 0);
     }
     const auto matrix = [&](int m) { return Matrix<F>(scores_[m], kScalarType<F>, n, 1); };
-    const RowKernel<D, F> kernel{matrix(0), matrix(1), nullptr, n, a_.objective, Beta<F>(a_.objective.beta)};
+    const RowKernel<D, F> kernel{matrix(0), matrix(1), nullptr, n, a_.objective, Constants<D, F>(a_.objective.shape)};
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       if (weights_[i] != 0) {
         for (int m = 0; m < 2; ++m) finish(m, scores_[m] + (i - rows.begin) * n, i, keys);
@@ -311,9 +311,9 @@ struct Groups {
 void attention_heads_(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k,
                       std::optional<Tensor> student_bias, std::optional<Tensor> teacher_bias, Tensor coefficient,
                       std::optional<Tensor> key_mask, bool causal, bool relation, double student_scale,
-                      double teacher_scale, int64_t rows_at_once, int64_t divergence, double beta, Tensor loss,
+                      double teacher_scale, int64_t rows_at_once, int64_t divergence, std::vector<double> beta, Tensor loss,
                       std::optional<Tensor> grad_q, std::optional<Tensor> grad_k, std::optional<Tensor> grad_bias) {
-  const Objective objective{static_cast<Divergence>(divergence), beta, 1, 1, 0};
+  const Objective objective = make_objective(divergence, beta, 1, 1, 0);
   const Arguments a{{student_q, student_k, student_bias, student_scale},
                     {teacher_q, teacher_k, teacher_bias, teacher_scale},
                     coefficient, key_mask, causal, relation, rows_at_once, objective, loss,
@@ -325,7 +325,7 @@ void attention_heads_(Tensor student_q, Tensor student_k, Tensor teacher_q, Tens
   const Groups groups(a);
   const int64_t threads = std::min<int64_t>(groups.count(), torch::stable::get_num_threads());
   std::atomic<int64_t> next = 0;
-  for_kernel(objective.divergence, student_q.scalar_type(), [&]<class D, class F>() {
+  for_kernel(objective, student_q.scalar_type(), [&]<class D, class F>() {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         Worker<D, F> worker(a);

@@ -48,12 +48,12 @@ struct Arguments {
 // Calls body(kernel), with the kernel of this divergence and precision, for what to call with every (row, coefficient).
 template <class Body>
 void for_rows(const Arguments& a, const Body& body) {
-  for_kernel(a.objective.divergence, a.student.scalar_type(), [&]<class D, class F>() {
+  for_kernel(a.objective, a.student.scalar_type(), [&]<class D, class F>() {
     const bool kd = a.teacher && a.objective.kd_weight != 0;
     const bool ce = a.labels && a.objective.ce_weight != 0;
     const RowKernel<D, F> kernel{Matrix<F>(a.student), kd ? std::optional(Matrix<F>(*a.teacher)) : std::nullopt,
                                  ce ? static_cast<const int64_t*>(a.labels->data_ptr()) : nullptr, a.student.size(1),
-                                 a.objective, Beta<F>(a.objective.beta)};
+                                 a.objective, Constants<D, F>(a.objective.shape)};
     const auto on_row = body(kernel);
     const auto* coefficient = static_cast<const double*>(a.coefficient.data_ptr());
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.student.size(1)));
@@ -63,17 +63,13 @@ void for_rows(const Arguments& a, const Body& body) {
   });
 }
 
-Objective objective(int64_t divergence, double beta, double temperature, double kd_weight, double ce_weight) {
-  return {static_cast<Divergence>(divergence), beta, temperature, kd_weight, ce_weight};
-}
-
 // loss [R] = coefficient * loss, and the statistics [R, 7] behind it; without a loss, the statistics are given. `gradient`
 // [R, V] = coefficient * d loss / d student, in any dtype; it may be the student itself. Rows of coefficient 0 are not read.
 void divergence_rows(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
                       std::optional<Tensor> loss, std::optional<Tensor> stats, std::optional<Tensor> gradient,
-                      int64_t divergence, double beta, double temperature, double kd_weight, double ce_weight) {
+                      int64_t divergence, std::vector<double> beta, double temperature, double kd_weight, double ce_weight) {
   const Arguments a(student, teacher, coefficient, labels,
-                    objective(divergence, beta, temperature, kd_weight, ce_weight));
+                    make_objective(divergence, beta, temperature, kd_weight, ce_weight));
   STD_TORCH_CHECK(loss || stats, "fastkd: stats are needed where no loss is asked for");
   double* losses = loss ? a.row_results(*loss) : nullptr;
   RowStats* row_stats = stats ? a.row_statistics(*stats) : nullptr;
@@ -94,10 +90,10 @@ void divergence_rows(Tensor student, std::optional<Tensor> teacher, Tensor coeff
 
 // The same statistics of rows that are shards of longer ones, each of its shard alone: RowKernel::shard_statistics.
 void divergence_shard_stats(Tensor student, std::optional<Tensor> teacher, Tensor coefficient,
-                            std::optional<Tensor> labels, Tensor stats, int64_t divergence, double beta,
+                            std::optional<Tensor> labels, Tensor stats, int64_t divergence, std::vector<double> beta,
                             double temperature, double kd_weight, double ce_weight) {
   const Arguments a(student, teacher, coefficient, labels,
-                    objective(divergence, beta, temperature, kd_weight, ce_weight));
+                    make_objective(divergence, beta, temperature, kd_weight, ce_weight));
   RowStats* row_stats = a.row_statistics(stats);
   for_rows(a, [&](const auto& kernel) {
     return [&kernel, row_stats](int64_t row, double weight) {
@@ -109,8 +105,8 @@ void divergence_shard_stats(Tensor student, std::optional<Tensor> teacher, Tenso
 
 // sums [R, 3]: what a shard's columns add to the divergence, the mean of u and that of v, by the statistics of the whole row.
 void divergence_shard_sums(Tensor student, std::optional<Tensor> teacher, Tensor stats, Tensor coefficient, Tensor sums,
-                           int64_t divergence, double beta, double temperature, double kd_weight, double) {
-  const Arguments a(student, teacher, coefficient, std::nullopt, objective(divergence, beta, temperature, kd_weight, 0));
+                           int64_t divergence, std::vector<double> beta, double temperature, double kd_weight, double) {
+  const Arguments a(student, teacher, coefficient, std::nullopt, make_objective(divergence, beta, temperature, kd_weight, 0));
   STD_TORCH_CHECK(teacher && kd_weight != 0, "fastkd: sums of a shard need a teacher");
   check_matrix(sums, student.size(0), 3, "sums");
   STD_TORCH_CHECK(sums.is_contiguous() && sums.scalar_type() == ScalarType::Double,
@@ -120,7 +116,7 @@ void divergence_shard_sums(Tensor student, std::optional<Tensor> teacher, Tensor
   for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel) {
     return [&kernel, row_stats, row_sums](int64_t row, double weight) {
       row_sums[row] = {0, 0, 0};
-      if constexpr (D::kMoment == Moment::kNone) {
+      if constexpr (D::kMoment == Moment::kNone || D::kMoment == Moment::kBoth) {
         if (weight != 0 && !row_stats[row].empty()) row_sums[row] = kernel.values(row, row_stats[row]);
       }
     };

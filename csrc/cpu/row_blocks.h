@@ -6,7 +6,7 @@
 
 #include <limits>
 
-#include "../divergence.h"
+#include "../mix.h"
 #include "clones.h"
 
 namespace fastkd {
@@ -49,11 +49,14 @@ FASTKD_CLONES BlockMaxima<F> block_maxima(const F* s, const F* t, int64_t n) {
 
 template <class F>
 struct BlockSums {
-  F student, teacher, difference, moment, student_1;
+  F student, teacher, difference;
+  F moment;          // of the teacher's, or the only one
+  F student_moment;  // beside it, for Moment::kBoth
+  F student_1;
 };
 
 // The exponentials of a row that is one block long, kept from the sums for the gradient: half of a short row's work. For a
-// careful forward KL, `student` is what the student's exceed the teacher's by.
+// careful forward KL, or a mix with it, `student` is what the student's exceed the teacher's by.
 template <class F>
 struct Exponentials {
   F student[kBlock], teacher[kBlock];
@@ -74,8 +77,8 @@ FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const R
   F* const kept_student = kKeep ? kept->student : nullptr;
   F* const kept_teacher = kKeep ? kept->teacher : nullptr;
   const RowConstants<F> r = row;
-  F student = 0, teacher = 0, difference = 0, moment = 0, student_1 = 0;
-#pragma omp simd reduction(+ : student, teacher, difference, moment, student_1)
+  F student = 0, teacher = 0, difference = 0, moment = 0, student_moment = 0, student_1 = 0;
+#pragma omp simd reduction(+ : student, teacher, difference, moment, student_moment, student_1)
   for (int64_t j = 0; j < n; ++j) {
     F p, q;
     if constexpr (kPass == Pass::kCareful) {
@@ -83,19 +86,22 @@ FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const R
       p = c.p, q = c.q;
       difference += c.difference;
       moment += kMoment == Moment::kStudent ? c.student_excess() : c.teacher_excess();
+      if constexpr (kMoment == Moment::kBoth) student_moment += c.student_excess();
       if constexpr (kKeep) kept_student[j] = kMoment == Moment::kStudent ? c.q : c.difference, kept_teacher[j] = c.p;
     } else {
       const F top_s = (kPass == Pass::kMasked ? unmasked(s[j]) : s[j]) - r.max_s;
       const F top_t = (kPass == Pass::kMasked ? unmasked(t[j]) : t[j]) - r.max_t;
       q = exp2_nonpositive(top_s * r.log2e_over_tau), p = exp2_nonpositive(top_t * r.log2e_over_tau);
       moment += (kMoment == Moment::kStudent ? -q : p) * (top_t - top_s);
+      if constexpr (kMoment == Moment::kBoth) student_moment -= q * (top_t - top_s);
       if constexpr (kKeep) kept_student[j] = q, kept_teacher[j] = p;
     }
     student += q;
     teacher += p;
     if constexpr (kSeparate) student_1 += exp2_nonpositive((s[j] - r.max_s) * F(kLog2E));
   }
-  return {student, teacher, difference, kPass == Pass::kCareful ? moment : moment * r.inv_tau, student_1};
+  if constexpr (kPass != Pass::kCareful) moment *= r.inv_tau, student_moment *= r.inv_tau;
+  return {student, teacher, difference, moment, student_moment, student_1};
 }
 
 template <class F>
@@ -106,12 +112,18 @@ FASTKD_CLONES F block_sum(const F* s, int64_t n, F max_s) {
   return sum;
 }
 
-template <class F>
-FASTKD_CLONES F block_residual(const F* s, const F* t, int64_t n, const RowConstants<F>& row) {
+template <class D, class F>
+using Constants = typename D::template Constants<F>;
+
+// The sum of gradients.
+template <class D, bool kCareful, class F>
+FASTKD_CLONES F block_residual(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
+                               const Constants<D, F>& constants) {
   const RowConstants<F> r = row;
+  const Constants<D, F> b = constants;
   F sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += ReverseKL::gradient<false>(s[j], t[j], r);
+  for (int64_t j = 0; j < n; ++j) sum += gradient_of<D, kCareful>(s[j], t[j], b, r);
   return sum;
 }
 
@@ -122,9 +134,9 @@ struct BlockValue {
 
 template <class D, class F>
 FASTKD_CLONES BlockValue<F> block_value(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
-                                        const Beta<F>& beta) {
+                                        const Constants<D, F>& constants) {
   const RowConstants<F> r = row;
-  const Beta<F> b = beta;
+  const Constants<D, F> b = constants;
   F value = 0, slope = 0, coslope = 0;
 #pragma omp simd reduction(+ : value, slope, coslope)
   for (int64_t j = 0; j < n; ++j) {
@@ -139,9 +151,9 @@ FASTKD_CLONES BlockValue<F> block_value(const F* s, const F* t, int64_t n, const
 // g may be s. All three are read and written at the same j only.
 template <class D, bool kCareful, class F>
 FASTKD_CLONES void block_gradient(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
-                                  const Beta<F>& beta, F scale) {
+                                  const Constants<D, F>& constants, F scale) {
   const RowConstants<F> r = row;
-  const Beta<F> b = beta;
+  const Constants<D, F> b = constants;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) g[j] = scale * gradient_of<D, kCareful>(s[j], t[j], b, r);
 }
@@ -149,13 +161,20 @@ FASTKD_CLONES void block_gradient(const F* s, const F* t, F* g, int64_t n, const
 // The same where the exponentials are at hand. surplus: the student's sum of them over the teacher's, minus 1.
 template <class D, bool kCareful, class F>
 FASTKD_CLONES void block_gradient_kept(const F* s, const F* t, F* g, int64_t n, const RowConstants<F>& row,
-                                       const Exponentials<F>& kept, F surplus, F scale) {
+                                       const Constants<D, F>& constants, const Exponentials<F>& kept, F surplus,
+                                       F scale) {
   const RowConstants<F> r = row;
+  const Constants<D, F> b = constants;
   const F* const student = kept.student;
   const F* const teacher = kept.teacher;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    if constexpr (kCareful && D::kMoment == Moment::kTeacher) {
+    if constexpr (D::kMoment == Moment::kBoth) {
+      const F p = teacher[j] * (kCareful ? r.inv_sum_s : r.inv_sum_t);
+      const F difference = student[j] * r.inv_sum_s - (kCareful ? surplus * p : p);
+      const F q = kCareful ? student[j] * r.inv_sum_s + p : student[j] * r.inv_sum_s;
+      g[j] = scale * D::gradient_of_difference(difference, q, s[j], t[j], b, r);
+    } else if constexpr (kCareful && D::kMoment == Moment::kTeacher) {
       g[j] = scale * ((student[j] - surplus * teacher[j]) * r.inv_sum_s);
     } else {
       g[j] = scale * D::gradient_of_probabilities(student[j] * r.inv_sum_s, teacher[j] * r.inv_sum_t, s[j], t[j], r);

@@ -18,6 +18,7 @@
 #include <optional>
 
 #include "matrix.h"
+#include "objective.h"
 #include "row_blocks.h"
 
 namespace fastkd {
@@ -33,11 +34,6 @@ constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
 
 // ---- one row --------------------------------------------------------------------------------------------------------
 
-struct Objective {
-  Divergence divergence;
-  double beta, tau, kd_weight, ce_weight;
-};
-
 // The rows of one call. D is the divergence, F the working precision (double for double students, else float).
 template <class D, class F>
 struct RowKernel {
@@ -46,7 +42,7 @@ struct RowKernel {
   const int64_t* labels;             // absent when ce_weight is 0
   int64_t columns;
   Objective objective;
-  Beta<F> beta;
+  Constants<D, F> constants;
 
   static constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
@@ -69,22 +65,35 @@ struct RowKernel {
     }
     if constexpr (D::kMoment == Moment::kStudent) {
       out.mean = divergence;
-      if (kFarApart < divergence && divergence < kInfinite) divergence = out.mean += mean_residual(row, out);
+      divergence = refined_mean(row, out);
+    } else if constexpr (D::kMoment == Moment::kBoth) {
+      divergence = objective.shape.weight(Divergence::kForwardKL) * divergence + refined_mean(row, out);
     }
     return divergence;
   }
 
-  // What sum q (log(q / p) - mean) falls short of its true value, zero: the digits that a mean of a hundred nats lost.
-  double mean_residual(int64_t row, const RowStats& stats) const {
-    F s_buffer[kBlock], t_buffer[kBlock];
-    const RowConstants<F> constants(stats, objective.tau);
-    double residual = 0;
-    for (int64_t start = 0; start < columns; start += kBlock) {
-      const int64_t n = std::min(kBlock, columns - start);
-      const F* s = student.read(row, start, n, s_buffer);
-      residual += block_residual(s, teacher->read(row, start, n, t_buffer), n, constants);
+  RowConstants<F> row_constants(const RowStats& stats) const {
+    return {stats, objective.tau, D::mean_unit(objective.shape)};
+  }
+
+  // The mean of u, where it is a large one of log(q / p) with the digits that were lost: by as much as sum q (u - mean)
+  // falls short of its true value, zero.
+  double refined_mean(int64_t row, RowStats& stats) const {
+    const double unit = D::mean_unit(objective.shape);
+    if (kFarApart * unit < stats.mean && stats.mean < kInfinite * unit) {
+      F s_buffer[kBlock], t_buffer[kBlock];
+      const RowConstants<F> of_row = row_constants(stats);
+      const bool second_form = D::kMoment == Moment::kNone && stats.careful;
+      const auto residual = second_form ? &block_residual<D, true, F> : &block_residual<D, false, F>;
+      double sum = 0;
+      for (int64_t start = 0; start < columns; start += kBlock) {
+        const int64_t n = std::min(kBlock, columns - start);
+        const F* s = student.read(row, start, n, s_buffer);
+        sum += residual(s, teacher->read(row, start, n, t_buffer), n, of_row, constants);
+      }
+      stats.mean += sum;
     }
-    return residual;
+    return stats.mean;
   }
 
   // Whether the cross-entropy's sum of exponentials is not the divergence's own.
@@ -111,10 +120,10 @@ struct RowKernel {
   // The plain pass stops after a first block whose models nearly agree: chances are that the row's do.
   template <Pass kPass>
   double statistics(int64_t row, RowStats& out, Exponentials<F>* kept) const {
-    constexpr bool kByStudent = D::kMoment == Moment::kStudent;
+    constexpr bool kByStudent = D::kMoment == Moment::kStudent, kBoth = D::kMoment == Moment::kBoth;
     F s_buffer[kBlock], t_buffer[kBlock];
     const double tau = objective.tau, inv_tau = 1 / tau;
-    double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0;
+    double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0, student_moment = 0;
     const auto divergence = [&] {
       const double log_sums = std::log(sum_s / sum_t);
       return kByStudent ? moment / sum_s - log_sums : moment / sum_t + log_sums;
@@ -147,6 +156,10 @@ struct RowKernel {
       const double moved = inv_tau * (finite(before_t) - finite(before_s) - finite(max_t) + finite(max_s));
       moment = (kByStudent ? s_factor * (moment - sum_s * moved) : t_factor * (moment + sum_t * moved)) + block.moment;
       if (kPass == Pass::kCareful) moment += kByStudent ? block.difference : -block.difference;
+      if constexpr (kBoth) {
+        student_moment = s_factor * (student_moment - sum_s * moved) + block.student_moment;
+        if (kPass == Pass::kCareful) student_moment += block.difference;
+      }
       difference = s_factor * difference + (s_factor - t_factor) * sum_t + block.difference;
       sum_t = t_factor * sum_t + block.teacher;
       // the summed difference has more digits than the difference of two sums
@@ -157,18 +170,19 @@ struct RowKernel {
       if (kPass == Pass::kPlain && start == 0 && more && !only_masked && divergence() < kNearlyEqual) break;
     }
     out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate_sum() ? sum_s : sum_1};
+    if constexpr (kBoth) out.mean = objective.shape.weight(Divergence::kReverseKL) * (student_moment / sum_s - std::log(sum_s / sum_t));
     return divergence();  // of no meaning without a teacher, or where out.empty()
   }
 
   // Pass 2, for divergences without a closed form: the sums that make D and the mean of u.
   BlockValue<double> values(int64_t row, const RowStats& stats) const {
     F s_buffer[kBlock], t_buffer[kBlock];
-    const RowConstants<F> constants(stats, objective.tau);
+    const RowConstants<F> of_row = row_constants(stats);
     BlockValue<double> sums{0, 0, 0};
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
       const F* s = student.read(row, start, n, s_buffer);
-      const BlockValue<F> block = block_value<D, F>(s, teacher->read(row, start, n, t_buffer), n, constants, beta);
+      const BlockValue<F> block = block_value<D, F>(s, teacher->read(row, start, n, t_buffer), n, of_row, constants);
       sums.value += block.value;
       sums.slope += block.slope;
       sums.coslope += block.coslope;
@@ -181,13 +195,15 @@ struct RowKernel {
     const BlockValue<double> sums = values(row, stats);
     stats.careful = sums.coslope < sums.slope;
     stats.mean = stats.careful ? -sums.coslope : sums.slope;
+    if (objective.shape.weight(Divergence::kReverseKL) != 0) refined_mean(row, stats);
     return sums.value;
   }
 
   // Pass 1 over a shard of a row's columns, as if it were all of them; `mean` is the shard's own D where the sums give it.
   void shard_statistics(int64_t row, RowStats& stats) const {
     const double divergence = statistics(row, stats, nullptr);
-    stats.mean = D::kMoment == Moment::kNone ? 0 : divergence;
+    constexpr bool kChained = D::kMoment == Moment::kTeacher || D::kMoment == Moment::kStudent;
+    stats.mean = kChained ? divergence : 0;
     if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
   }
 
@@ -199,7 +215,7 @@ struct RowKernel {
     }
     if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
     divergence = with_infinity(divergence);
-    if constexpr (D::kMoment == Moment::kStudent) stats.mean = with_infinity(stats.mean);  // the gradient becomes NaN
+    if constexpr (D::kMoment != Moment::kTeacher) stats.mean = with_infinity(stats.mean);  // the gradient becomes NaN
     double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
     if (labels) loss += objective.ce_weight * cross_entropy(row, stats);
     return loss;
@@ -233,13 +249,13 @@ struct RowKernel {
   void gradient(int64_t row, const RowStats& stats, double coefficient, const Matrix<F>& gradient,
                 const Exponentials<F>* kept = nullptr) const {
     F s_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock];
-    const RowConstants<F> constants(stats, objective.tau);
+    const RowConstants<F> of_row = row_constants(stats);
     const bool kd = teacher && !stats.empty();
     const bool ce = labels && stats.sum_1 != 0;
     const auto kd_gradient = stats.careful ? &block_gradient<D, true, F> : &block_gradient<D, false, F>;
     const F kd_scale = static_cast<F>(coefficient * objective.kd_weight * objective.tau);
     const F ce_scale = static_cast<F>(coefficient * objective.ce_weight / stats.sum_1);
-    const F at_label = ce ? label_gradient(row, stats, coefficient, constants, kd, kd_scale) : F(0);
+    const F at_label = ce ? label_gradient(row, stats, coefficient, of_row, kd, kd_scale) : F(0);
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
       const F* s = student.read(row, start, n, s_buffer);
@@ -250,13 +266,13 @@ struct RowKernel {
         teacher->prefetch(row, start + kBlock, std::min(start + 2 * kBlock, columns));
         F* kd_target = ce ? g_buffer : g;  // s is needed once more where the cross-entropy adds to it
         if (kept && kept->kept) {
-          kept_gradient(s, t, g, n, stats, constants, *kept, kd_scale);
+          kept_gradient(s, t, g, n, stats, of_row, *kept, kd_scale);
         } else {
-          kd_gradient(s, t, kd_target, n, constants, beta, kd_scale);
+          kd_gradient(s, t, kd_target, n, of_row, constants, kd_scale);
         }
-        if (ce) block_kd_and_softmax(s, kd_target, g, n, constants.max_s, ce_scale);
+        if (ce) block_kd_and_softmax(s, kd_target, g, n, of_row.max_s, ce_scale);
       } else if (ce) {
-        block_softmax(s, g, n, constants.max_s, ce_scale);
+        block_softmax(s, g, n, of_row.max_s, ce_scale);
       } else {
         std::fill(g, g + n, F(0));
       }
@@ -269,18 +285,18 @@ struct RowKernel {
     }
   }
 
-  void kept_gradient(const F* s, const F* t, F* g, int64_t n, const RowStats& stats, const RowConstants<F>& constants,
+  void kept_gradient(const F* s, const F* t, F* g, int64_t n, const RowStats& stats, const RowConstants<F>& of_row,
                      const Exponentials<F>& kept, F scale) const {
     if constexpr (D::kMoment != Moment::kNone) {
       const F surplus = static_cast<F>(stats.sum_s / stats.sum_t - 1);
       const auto block = stats.careful ? &block_gradient_kept<D, true, F> : &block_gradient_kept<D, false, F>;
-      block(s, t, g, n, constants, kept, surplus, scale);
+      block(s, t, g, n, of_row, constants, kept, surplus, scale);
     }
   }
 
   // The label's own column is done apart and in double: softmax - 1 would lose every digit of a confident student. NaN for
   // a label out of range.
-  F label_gradient(int64_t row, const RowStats& stats, double coefficient, const RowConstants<F>& constants, bool kd,
+  F label_gradient(int64_t row, const RowStats& stats, double coefficient, const RowConstants<F>& of_row, bool kd,
                    F kd_scale) const {
     if (!label_in_range(row)) return std::numeric_limits<F>::quiet_NaN();
     const F s = student.element(row, labels[row]);
@@ -288,8 +304,8 @@ struct RowKernel {
     double g = coefficient * objective.ce_weight * (exponential - stats.sum_1) / stats.sum_1;
     if (kd) {
       const F t = teacher->element(row, labels[row]);
-      g += kd_scale * (stats.careful ? gradient_of<D, true>(s, t, beta, constants)
-                                     : gradient_of<D, false>(s, t, beta, constants));
+      g += kd_scale * (stats.careful ? gradient_of<D, true>(s, t, constants, of_row)
+                                     : gradient_of<D, false>(s, t, constants, of_row));
     }
     return static_cast<F>(g);
   }
@@ -317,23 +333,6 @@ void write_row(const RowKernel<D, F>& kernel, int64_t row, double weight, double
   Exponentials<F> kept;
   if (loss) stats = {}, *loss = weight * kernel.loss(row, stats, gradient && kernel.worth_keeping() ? &kept : nullptr);
   if (gradient) kernel.gradient(row, stats, weight, *gradient, &kept);
-}
-
-// body.template operator()<D, F>() for the divergence D and the working precision F of these students.
-template <class Body>
-void for_kernel(Divergence divergence, ScalarType student, const Body& body) {
-  const auto with_precision = [&]<class D>() {
-    student == ScalarType::Double ? body.template operator()<D, double>() : body.template operator()<D, float>();
-  };
-  switch (divergence) {
-    case Divergence::kForwardKL: return with_precision.template operator()<ForwardKL>();
-    case Divergence::kReverseKL: return with_precision.template operator()<ReverseKL>();
-    case Divergence::kJSD: return with_precision.template operator()<JSD>();
-    case Divergence::kSkewKL: return with_precision.template operator()<SkewKL>();
-    case Divergence::kSkewReverseKL: return with_precision.template operator()<SkewReverseKL>();
-    case Divergence::kTVD: return with_precision.template operator()<TVD>();
-    default: STD_TORCH_CHECK(false, "fastkd: unknown divergence");
-  }
 }
 
 }  // namespace

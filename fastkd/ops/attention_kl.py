@@ -11,7 +11,7 @@ B batch, Lq queries, Lk keys, A heads, Hs and Ht widths, d = H / A head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from ..checks import (
     is_finite,
     numbers,
 )
+from ..divergence import Divergence, beta_of
 from ..relative_bias import RelativeBias
 from .autograd import (
     Function,
@@ -93,9 +94,10 @@ def _attention_kl(
     num_heads: int,
     gradients: list[bool],  # of student_q, student_k, student_bias
     divergence: int,
-    numbers: Tensor,  # [3]: beta, student_scale, teacher_scale
+    numbers: Tensor,  # [3]: beta, student_scale, teacher_scale; and a mix's weights
 ) -> tuple[Tensor, ...]:
-    beta, student_scale, teacher_scale = numbers.tolist()
+    number, student_scale, teacher_scale, *weights = numbers.tolist()
+    beta = beta_of(number, *weights)
     if backend_for(student_q.device)[0] == "triton":
         from ..kernels import attention_kl as kernels
 
@@ -322,7 +324,7 @@ def attention_kl(
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     causal: bool = False,
-    divergence: str = "forward_kl",
+    divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
     beta: float = 0.5,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -371,9 +373,8 @@ def attention_kl(
     inputs = given.completed()
     device = inputs.student_q.device
     if not use_fused(impl, device):
-        return reference.attention_kl(
-            **inputs._asdict(), divergence=divergence, beta=objective.beta, reduction=reduction, normalizer=normalizer
-        )
+        measure: dict[str, Any] = {"divergence": objective.divergence, "beta": objective.beta}
+        return reference.attention_kl(**inputs._asdict(), **measure, reduction=reduction, normalizer=normalizer)
 
     dtype, keys = score_dtype(inputs.student_q), inputs.student_k.shape[1]
     bias = _for_kernel(inputs.student_bias, dtype)
@@ -388,7 +389,7 @@ def attention_kl(
         num_heads,
         tuple(wants_gradient(x) for x in (inputs.student_q, inputs.student_k, bias)),
         objective.code,
-        numbers(objective.beta, inputs.student_scale, inputs.teacher_scale),
+        numbers(objective.beta, inputs.student_scale, inputs.teacher_scale, *objective.weights),
     )
     loss = apply(AttentionKLPerRow, *arguments) if reduction == "none" else apply(AttentionKL, *arguments)[0]
     return loss if dtype == torch.float64 else loss.float()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergence import divergence_code
+from ..divergence import MIX, divergence_code
 
 __all__ = ["autocast_like_linear", "fp16_lift", "gradient_dtype", "score_dtype", "without_autocast"]
 
@@ -24,16 +24,19 @@ def gradient_dtype(student: Tensor) -> torch.dtype:
     return torch.float32 if student.dtype == torch.float16 else student.dtype
 
 
-def fp16_lift(largest: Tensor, divergence: int) -> Tensor:
+def fp16_lift(largest: Tensor, divergence: int, beta: float | Sequence[float]) -> Tensor:
     """A power of two that brings fp16 gradients of scores into the range of fp16 where they are matrix operands.
 
     largest: 0-d, the largest coefficient of a row. Coefficients are about one over the number of rows, and
     probabilities about one over the number of columns: together they would be flushed to zero. The largest of the
     former times this is about 2^12, which leaves room for a dD/ds of 16; reverse_kl's is up to a difference of scores,
-    and has room for 1024.
+    and has room for 1024. `beta` is a number or, of a mix, a list with the weights after it.
     """
-    _, exponent = torch.frexp(largest)
-    room = 6 if divergence == divergence_code("reverse_kl") else 12
+    weights = [1.0] if isinstance(beta, (int, float)) else beta[1:]
+    _, exponent = torch.frexp(largest * sum(weights))
+    reverse = divergence_code("reverse_kl")
+    unbounded = divergence == reverse or (divergence >= MIX and weights[reverse] != 0)
+    room = 6 if unbounded else 12
     return torch.ldexp(largest.new_ones(()), (room - exponent).clamp(-100, 100))
 
 

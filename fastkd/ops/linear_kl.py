@@ -18,7 +18,7 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, as_number, is_finite, numbers
+from ..divergence import Divergence, for_rows
 from ..teachers import TopK
 from .autograd import (
     Function,
@@ -109,12 +110,12 @@ def _linear_kl(
     sizes: Tensor,  # [5]: student_scale, teacher_scale, student_softcap, teacher_softcap (0: none), workspace_mb
     gradients: list[bool],  # of student_hidden, student_weight, student_bias
     divergence: int,
-    numbers: Tensor,  # [4]: beta, temperature, kd_weight, ce_weight
+    numbers: Tensor,  # [4]: beta, temperature, kd_weight, ce_weight; and a mix's weights
     vocab_group: str = "",
     widest_shard: int = 0,
 ) -> tuple[Tensor, ...]:
     student_scale, teacher_scale, student_softcap, teacher_softcap, workspace_mb = sizes.tolist()
-    workspace_bytes, objective = int(workspace_mb * 2**20), (divergence, *numbers.tolist())
+    workspace_bytes, objective = int(workspace_mb * 2**20), for_rows(divergence, numbers)
     *_, kd_weight, ce_weight = objective
     group = group_by_name(vocab_group)
     student, teacher = (
@@ -222,7 +223,7 @@ def linear_kl(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     workspace_mb: float | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,

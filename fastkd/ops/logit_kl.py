@@ -9,7 +9,7 @@ T tokens (any leading shape), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import use_fused
 from ..checks import Objective, TokenArguments, check_same_device, check_tensor
+from ..divergence import Divergence, for_rows
 from ..teachers import TopK
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments
 from .drivers.chunks import row_blocks
@@ -87,7 +88,7 @@ def _in_parts(student: Tensor, teacher: Tensor | None, group: ProcessGroup | Non
 
 
 def _forward(student_logits, teacher_logits, coefficient, labels, divergence, numbers, vocab_group="", widest_shard=0):
-    objective, group = (divergence, *numbers.tolist()), group_by_name(vocab_group)
+    objective, group = for_rows(divergence, numbers), group_by_name(vocab_group)
     student, teacher, labels = _compared(student_logits, teacher_logits, labels, objective)
     loss = torch.empty_like(coefficient)
     stats = coefficient.new_empty(coefficient.shape[0], STATS)
@@ -112,7 +113,7 @@ _library.impl("logit_kl", _forward, "CompositeExplicitAutograd")
 def _backward(
     student_logits, teacher_logits, stats, coefficient, labels, divergence, numbers, vocab_group="", widest_shard=0
 ):
-    objective, group = (divergence, *numbers.tolist()), group_by_name(vocab_group)
+    objective, group = for_rows(divergence, numbers), group_by_name(vocab_group)
     gradient = student_logits.new_empty(student_logits.shape)
     student, teacher, labels = _compared(student_logits, teacher_logits, labels, objective)
     in_parts = _in_parts(student, teacher, group)
@@ -239,7 +240,7 @@ def logit_kl(
     student_logits: Tensor,
     teacher_logits: Tensor | TopK | None,
     *,
-    divergence: str = "forward_kl",
+    divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     weight: Tensor | None = None,
@@ -265,8 +266,9 @@ def logit_kl(
             over the prefix they share, renormalised there; the cross-entropy is over all Vs columns. Without it those
             beyond the prefix get a gradient of exactly 0. May be None with ``kd_weight=0``. A ``fastkd.TopK`` is a
             teacher of which some log-probabilities [..., K] are known; it takes no ``vocab_group`` yet.
-        divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tvd``.
-        beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tvd``; or a mapping
+            of such names to weights >= 0, at least one of them > 0: the weighted sum, in one pass.
+        beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``, of every member of a mix.
         temperature: > 0.
         weight: [...] a number for each token, or a mask of bool or integers; 0 drops it. A constant, as ``normalizer``
             is.

@@ -8,7 +8,7 @@ B batch, L length, A relation heads, Hs and Ht widths; one of each for every ent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -27,6 +27,7 @@ from ..checks import (
     check_tensor,
     numbers,
 )
+from ..divergence import Divergence, beta_of
 from .attention_kl import check_heads, empty_gradient, row_coefficients
 from .autograd import (
     Function,
@@ -76,14 +77,14 @@ def _relation_kl(
     num_heads: int,
     gradients: list[bool],
     divergence: int,
-    beta: Tensor,  # [1]
+    beta: Tensor,  # [1]; and a mix's weights
 ) -> tuple[list[Tensor], list[Tensor]]:
-    (weight,) = beta.tolist()
+    number = beta_of(*beta.tolist())
     if backend_for(student[0].device)[0] == "triton":
         from ..kernels import attention_kl as kernels
 
         return kernels.relation_kl(
-            student, teacher, coefficient, key_mask, causal, num_heads, gradients, divergence, weight
+            student, teacher, coefficient, key_mask, causal, num_heads, gradients, divergence, number
         )
     losses, results = [], []
     for x, t, weights, mask, is_causal, wanted in zip(
@@ -92,7 +93,7 @@ def _relation_kl(
         gradient = empty_gradient(x, wanted, x)
         ours, theirs = (Model(y, y, None, (y.shape[2] // num_heads) ** -0.5) for y in (x, t))
         written = (gradient if wanted else None, None, None)
-        losses.append(attend_on_cpu(ours, theirs, weights, mask, is_causal, divergence, weight, written, relation=True))
+        losses.append(attend_on_cpu(ours, theirs, weights, mask, is_causal, divergence, number, written, relation=True))
         results.append(gradient)
     return losses, results
 
@@ -233,7 +234,7 @@ class _Options(TypedDict, total=False):
 
     key_mask: Tensor | Sequence[Tensor | None] | None
     causal: bool | Sequence[bool]
-    divergence: str
+    divergence: Divergence | Mapping[Divergence, float]
     beta: float
     normalizer: float | Tensor | Sequence[float | Tensor | None] | None
     impl: str
@@ -277,7 +278,7 @@ def relation_kl(
     num_heads: int,
     key_mask: Tensor | Sequence[Tensor | None] | None = None,
     causal: bool | Sequence[bool] = False,
-    divergence: str = "forward_kl",
+    divergence: Divergence | Mapping[Divergence, float] = "forward_kl",
     beta: float = 0.5,
     reduction: str = "mean",
     normalizer: float | Tensor | Sequence[float | Tensor | None] | None = None,
@@ -335,7 +336,7 @@ def relation_kl(
             num_heads=num_heads,
             key_mask=masks,
             causal=entries.causal,
-            divergence=divergence,
+            divergence=objective.divergence,
             beta=objective.beta,
             reduction=reduction,
             normalizer=entries.normalizer,
@@ -353,7 +354,7 @@ def relation_kl(
         coefficients = [c / len(students) for c in coefficients]
     wanted = tuple(wants_gradient(x) for x in students)
     constants = (tuple(entries.causal), num_heads, wanted, objective.code)
-    arguments = (*constants, *students, *teachers, *coefficients, *masks, numbers(objective.beta))
+    arguments = (*constants, *students, *teachers, *coefficients, *masks, numbers(objective.beta, *objective.weights))
     if reduction != "none":
         loss, *_ = apply(RelationKL, *arguments)
         return loss if loss.dtype == students[0].dtype else loss.float()

@@ -264,7 +264,7 @@ def _check_keywords(
     if vocabulary_group(vocab_group, heads, dim) is not None:
         raise ValueError("vocab_group: expected None, as the teacher is a TopK, whose vocabulary cannot be sharded yet")
     objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
-    given = {divergence: 1.0} if isinstance(divergence, str) else divergence
+    given = {objective.divergence: 1.0} if isinstance(objective.divergence, str) else objective.divergence
     divergences = [float(given.get(name, 0)) for name in DIVERGENCES]
     undefined = [name for name, x in zip(DIVERGENCES, divergences, strict=True) if x != 0 and name not in WITHOUT_TAIL]
     if teacher.tail in ("ignore", "renormalize") and undefined and kd_weight != 0:

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # What an op on the vocabulary is given of an Objective: the divergence's code, then beta, temperature, kd_weight and
-# ce_weight.
+# ce_weight, and of a mix every divergence's weight.
 OBJECTIVE = "int divergence, Tensor numbers"
 # What an op over shards is given after the objective: "" and 0 where there are none. Its labels are those of the shard.
 SHARD_ARGUMENTS = 'str vocab_group="", int widest_shard=0'

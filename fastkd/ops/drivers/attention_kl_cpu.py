@@ -30,7 +30,7 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "attention_heads_(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? student_bias, "
     "Tensor? teacher_bias, Tensor coefficient, Tensor? key_mask, bool causal, bool relation, float student_scale, "
-    "float teacher_scale, int rows_at_once, int divergence, float beta, Tensor(a!) loss, Tensor(b!)? grad_q, "
+    "float teacher_scale, int rows_at_once, int divergence, float[1] beta, Tensor(a!) loss, Tensor(b!)? grad_q, "
     "Tensor(c!)? grad_k, Tensor(d!)? grad_bias) -> ()"
 )
 torch.library.register_fake("fastkd::attention_heads_", lambda *_: None, lib=_library)
@@ -67,7 +67,7 @@ def attend_on_cpu(
     key_mask: Tensor | None,  # [B, Lk] bool
     causal: bool,
     divergence: int,
-    beta: float,
+    beta: float | Sequence[float],
     gradients: Sequence[Tensor | None],  # of the student's q, k and bias, to be written; of a relation's q and k as q
     *,
     relation: bool = False,

@@ -6,7 +6,7 @@ For student scores s and teacher scores t, both [R, V], row by row:
                           + ce_weight * cross_entropy(s, label))
 
 The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows.py in Triton, which takes anything, and
-csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once.
+csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once and knows no mix.
 
 One operator writes what it is given of loss, statistics and gradient. Statistics are what the gradient needs of a row;
 without a loss they are given, of a pass before. The gradient may be written over the student.
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...backend import backend_for
+from ...divergence import MIX
 
 __all__ = [
     "ELSEWHERE",
@@ -47,7 +48,8 @@ STATS = 7
 # The label of a shard of a row, in another shard of which the label lies.
 ELSEWHERE = -(2**63)
 
-_OBJECTIVE = "int divergence, float beta, float temperature, float kd_weight, float ce_weight"
+# `beta` is a number or, of a mix, a list: beta and every divergence's weight.
+_OBJECTIVE = "int divergence, float[1] beta, float temperature, float kd_weight, float ce_weight"
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
@@ -57,8 +59,8 @@ _ROWS = (
     f"Tensor(c!)? gradient, {_OBJECTIVE}"
 )
 _library.define(f"divergence_rows({_ROWS}) -> ()")
-# The same on a GPU, for rows that the kernel in CUDA C++ is made for.
-_library.define(f"divergence_rows_cuda({_ROWS}, int blocks) -> ()")
+# The same on a GPU, for rows that the kernel in CUDA C++ is made for; it knows no mix.
+_library.define(f"divergence_rows_cuda({_ROWS}, int blocks) -> ()".replace("float[1]", "float"))
 _library.define(
     "divergence_shard_stats(Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!) stats, "
     f"{_OBJECTIVE}) -> ()"
@@ -144,8 +146,8 @@ def _in_triton(name: str, *arguments: object) -> None:
 
 
 def _on_gpu(student: Tensor, teacher: Tensor | None, *arguments: Any) -> None:
-    _, _, _, _, gradient, *_ = arguments
-    if _preferred == "cuda" and CudaRows.takes(student, teacher, gradient):
+    _, _, _, _, gradient, divergence, *_ = arguments
+    if _preferred == "cuda" and divergence < MIX and CudaRows.takes(student, teacher, gradient):
         CudaRows.divergence_rows(student, teacher, *arguments)
     else:
         _in_triton("divergence_rows", student, teacher, *arguments)
@@ -177,7 +179,7 @@ def divergence_rows(
     loss: Tensor | None,  # [R]
     stats: Tensor | None,  # [R, 7]
     gradient: Tensor | None,  # [R, V]
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes each row's loss and statistics, and coefficient * d loss / d student: of these what is given."""
     call = _on_gpu if backend_for(student.device)[0] == "triton" else torch.ops.fastkd.divergence_rows
@@ -194,7 +196,7 @@ def divergence_shard_stats(
     coefficient: Tensor,  # [R]
     labels: Tensor | None,  # [R]
     stats: Tensor,  # [R, 7]
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes a shard's own statistics: (max_s, sum_s, max_t, sum_t, D, unspecified, sum_1), as if it were the row."""
     _call_shard("divergence_shard_stats", student, teacher, coefficient, labels, stats, *objective)
@@ -206,7 +208,7 @@ def divergence_shard_sums(
     stats: Tensor,  # [R, 7]
     coefficient: Tensor,  # [R]
     sums: Tensor,  # [R, 3]
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes what a shard adds to the row's D, mean of u and mean of v, by the row's statistics, for JSD and after."""
     _call_shard("divergence_shard_sums", student, teacher, stats, coefficient, sums, *objective)
@@ -219,7 +221,7 @@ def divergence_shard_gradient(
     coefficient: Tensor,  # [R]
     labels: Tensor | None,  # [R]
     gradient: Tensor,  # [R, V]
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """The gradient by the statistics of the whole row; `gradient` may be `student`."""
     _call_shard("divergence_rows", student, teacher, coefficient, labels, None, stats, gradient, *objective)

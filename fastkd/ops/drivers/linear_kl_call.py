@@ -5,7 +5,7 @@ T tokens, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class Call(NamedTuple):
         loss: Tensor | None,  # [n]
         stats: Tensor | None,  # [n, 7], given where there is no loss
         gradient: Tensor | None,  # [n, columns], may be the student
-        *objective: float,
+        *objective: Any,
     ) -> None:
         """Writes losses and statistics of rows, and their gradients: of these what is given."""
         if not self.in_parts:

@@ -6,7 +6,7 @@ T tokens, V vocabulary, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def _losses_(
     coefficient: Tensor,  # [n]
     labels: Tensor | None,  # [n]
     loss: Tensor,  # [n]
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes losses of rows of scores that are yet to be capped, and where gradients are wanted these over them."""
     wanted, cap = any(call.gradients), call.student.softcap
@@ -119,7 +119,7 @@ def _losses_(
             scores.mul_(slope)
 
 
-def on_cpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
+def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
     student, teacher, coefficient, labels, gradients = (
         call.student, call.teacher, call.coefficient, call.labels, call.gradients,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ def rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, w
     return score_rows, max(score_rows, _whole_tiles(gradient_rows))
 
 
-def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
+def _rows(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...]:
     """By rows: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
 
     An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again
@@ -199,7 +199,7 @@ def _rows(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, .
     return loss, *total.results()
 
 
-def _tiles(call: Call, lift: Tensor | None, *objective: float) -> tuple[Tensor, ...]:
+def _tiles(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...]:
     """By tiles: statistics of all tokens at once, and gradients of all tokens for some of the vocabulary at a time.
 
     No score is written, 2 bytes an element of gradients of 16-bit operands are, and nothing accumulates the weight's.
@@ -293,12 +293,12 @@ def _by_tiles(student: Projection, teacher: Projection | None, gradients: bool, 
     return flops * (looks + gradients) / TILE_RATE[closed] < by_rows
 
 
-def on_gpu(call: Call, *objective: float) -> tuple[Tensor, ...]:
-    divergence, _, temperature, kd_weight, ce_weight = objective
+def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
+    divergence, beta, temperature, kd_weight, ce_weight = objective
     lift = None
     if call.student.weight.dtype == torch.float16 and any(call.gradients):
         largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
-        lift = fp16_lift(largest, int(divergence))
+        lift = fp16_lift(largest, int(divergence), beta)
     capped = any(model is not None and model.softcap is not None for model in (call.student, call.teacher))
     by_tiles = (
         not call.in_parts and not capped and _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence))

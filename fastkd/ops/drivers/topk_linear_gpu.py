@@ -37,7 +37,7 @@ def _lift(
     reverse = divergence_code("reverse_kl")
     of_divergences = abs(kd_weight * temperature) * sum(map(abs, divergences))
     largest = coefficient.abs().amax() * (of_divergences + abs(ce_weight))
-    return fp16_lift(largest, reverse if divergences[reverse] != 0 else divergence_code("forward_kl"))
+    return fp16_lift(largest, reverse if divergences[reverse] != 0 else divergence_code("forward_kl"), 0.5)
 
 
 def on_gpu(

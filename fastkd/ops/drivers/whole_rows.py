@@ -13,7 +13,7 @@ it is to the kernels: it is relative to the maximum of the shared columns, over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def _of_tail(divergence: float, beta: float, temperature: float, kd_weight: floa
     return divergence, beta, temperature, 0.0, ce_weight
 
 
-def _own_stats(block: RowBlock, coefficient: Tensor, labels: Tensor | None, stats: Tensor, *objective: float) -> None:
+def _own_stats(block: RowBlock, coefficient: Tensor, labels: Tensor | None, stats: Tensor, *objective: Any) -> None:
     """Writes [n, 7]: a shard's statistics alone; in place of the sixth the student's score at the label, if here."""
     stats.zero_()
     shared, columns = block.shared, block.student.shape[1]
@@ -142,7 +142,7 @@ def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor,
 
 
 def _from_sums(
-    blocks: Sequence[RowBlock], coefficient: Tensor, stats: Tensor, group: ProcessGroup | None, *objective: float
+    blocks: Sequence[RowBlock], coefficient: Tensor, stats: Tensor, group: ProcessGroup | None, *objective: Any
 ) -> Tensor:
     """[R] D of the divergences without a closed form, and what their gradient needs into `stats`: a second look."""
     sums = coefficient.new_zeros(coefficient.shape[0], 3)
@@ -162,7 +162,7 @@ def whole_row_stats(
     loss: Tensor,  # [R]
     stats: Tensor,  # [R, 7]
     group: ProcessGroup | None,
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes loss and statistics of whole rows, as `divergence_rows` does, on every rank the same."""
     divergence, _, tau, kd_weight, ce_weight = objective
@@ -197,7 +197,7 @@ def whole_row_gradient(
     coefficient: Tensor,  # [n]
     labels: Tensor | None,  # [n]
     gradient: Tensor,  # [n, V], may be the student
-    *objective: float,
+    *objective: Any,
 ) -> None:
     """Writes coefficient * d loss / d student by the statistics of whole rows."""
     student, teacher, shared, columns = block.student, block.teacher, block.shared, block.student.shape[1]

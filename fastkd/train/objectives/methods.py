@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...divergence import Divergence
 from ..common.family import PLACES, is_enct5, matched_layer
 
 VOCABULARY_TERMS = ("ce", "logit_kl")
@@ -47,7 +48,7 @@ class Method:
     summary: str
     terms: Mapping[str, float]
     temperature: float = 1.0
-    divergence: str = "forward_kl"
+    divergence: Divergence = "forward_kl"
     divergence_beta: float = 0.5
     relation_heads: int = 32
     teacher_layer: int | None = None
