@@ -73,6 +73,13 @@ def test_a_tail_of_next_to_nothing_has_its_digits() -> None:
     assert_is_whole(teacher, logits + 100)
 
 
+@pytest.mark.usefixtures("chunks")
+def test_nearly_all_mass_in_the_tail_has_its_digits() -> None:
+    logits = torch.randn(5, 40, dtype=torch.float64) * 0.01 + 300.3
+    teacher = TopK.from_logits(logits.float(), 1)
+    assert_is_whole(teacher, logits.float(), rtol=2e-7, atol=0)
+
+
 def test_logits_of_minus_infinity_are_padding() -> None:
     logits = torch.randn(4, 10)
     logits[:, 2:] = -INF
@@ -184,6 +191,11 @@ def test_draws_are_distributions() -> None:
     torch.testing.assert_close(dense(drawn, 30).sum(-1), torch.ones(3, 5).double(), rtol=0, atol=1e-6)
     assert not (drawn.indices == 7).any()
     assert ((drawn.log_probs == -INF) == (drawn.indices == -1)).all()
+    first = torch.zeros(1, 30)
+    first[:, :20] = -INF  # a draw of exactly 0 is an id that has some probability
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *size, generator, **options: torch.zeros(*size, **options))
+        assert TopK.sampled(first, 4).indices.tolist() == [[20, -1, -1, -1]]
     again = [TopK.sampled(logits, 16, generator=torch.Generator().manual_seed(s)).indices for s in (3, 3, 4)]
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
 
