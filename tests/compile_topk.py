@@ -63,7 +63,7 @@ def measure(case: tuple) -> dict:
     kernel, launch = source(*case)
     compiled = triton.compile(kernel, target=TARGETS[case[0]], options=launch)
     named = dict(zip(("target", "pass", "dtype", "entries", "options"), case, strict=True))
-    moves_16_bytes = ".v4.b32" in compiled.asm.get("ptx", "")
+    moves_16_bytes = any(x in compiled.asm.get("ptx", "") for x in ("global.v4.b32", "global.v2.b64"))
     return {**named, "warps": launch["num_warps"], "wide": moves_16_bytes, **resources(case[0], compiled)}
 
 
