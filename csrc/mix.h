@@ -65,6 +65,7 @@ struct Mix {
   template <class F>
   static FASTKD_INLINE F value(const Pair<F>& c, const MixConstants<F>& b) {
     F sum = b.forward * c.teacher_excess() + b.reverse * c.student_excess() + b.tvd * TVD::value(c, b);
+#pragma GCC unroll 2  // a loop inside keeps the one over columns from being vectorised
     for (int i = 0; i < kMixtures; ++i) {
       const OfMixture<F>& of = b.mixtures[i];
       const Mixture<F> mix(c, of.a, of.rest, of.log_rest);
@@ -92,6 +93,7 @@ struct Mix {
   template <class F>
   static FASTKD_INLINE F bounded_slope(const Pair<F>& c, const MixConstants<F>& b) {
     F sum = b.tvd * TVD::slope(c, b);
+#pragma GCC unroll 2  // a loop inside keeps the one over columns from being vectorised
     for (int i = 0; i < kMixtures; ++i) {
       const OfMixture<F>& of = b.mixtures[i];
       const Mixture<F> mix(c, of.a, of.rest, of.log_rest);
@@ -102,6 +104,7 @@ struct Mix {
   template <class F>
   static FASTKD_INLINE F bounded_coslope(const Pair<F>& c, const MixConstants<F>& b) {
     F sum = b.tvd * TVD::coslope(c, b);
+#pragma GCC unroll 2  // a loop inside keeps the one over columns from being vectorised
     for (int i = 0; i < kMixtures; ++i) {
       const OfMixture<F>& of = b.mixtures[i];
       const Mixture<F> mix(c, of.a, of.rest, of.log_rest);
