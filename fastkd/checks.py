@@ -30,6 +30,7 @@ __all__ = [
     "average",
     "check_choice",
     "check_constant",
+    "check_flag",
     "check_mask",
     "check_same_device",
     "check_tensor",
@@ -157,15 +158,19 @@ class TokenArguments:
                     f"got {_first(labels, bad)}"
                 )
 
-    def coefficients(self, leading: torch.Size, device: torch.device) -> Tensor:
-        """What each token's loss is multiplied with, [tokens] fp64: its weight over the denominator, 0 if dropped."""
+    def weights(self, leading: torch.Size, device: torch.device) -> Tensor:
+        """Each token's weight, [tokens] fp64, 0 if dropped."""
         if self.weight is None:
             weight = torch.ones(leading, dtype=torch.float64, device=device)
         else:
             weight = self.weight.detach().to(torch.float64)
         if self.labels is not None:
             weight = weight.masked_fill(self.labels.long() == self.ignore_index, 0)
-        return average(weight, self.reduction, self.normalizer).reshape(-1).contiguous()
+        return weight.reshape(-1).contiguous()
+
+    def coefficients(self, leading: torch.Size, device: torch.device) -> Tensor:
+        """What each token's loss is multiplied with, [tokens] fp64: its weight over the denominator, 0 if dropped."""
+        return average(self.weights(leading, device), self.reduction, self.normalizer)
 
     def flat_labels(self) -> Tensor | None:
         """Labels as the kernels take them: [tokens] int64."""
@@ -267,6 +272,11 @@ def _as_python(name: str, value: Any, expected: str) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def is_finite(x: float) -> bool:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .backend import IMPLS
-from .checks import REDUCTIONS, Objective, TokenArguments, as_int, as_number, check_choice, is_finite
+from .checks import REDUCTIONS, Objective, TokenArguments, as_int, as_number, check_choice, check_flag, is_finite
 from .distributed import check_group
 from .divergence import Divergence
 from .heads import Head
 from .ops.attention_kl import as_scale, attention_kl, check_heads
 from .ops.cka_loss import check_constants, cka_loss
-from .ops.linear_kl import as_softcap, as_workspace, linear_kl
+from .ops.linear_kl import linear_kl
+from .ops.linear_kl_arguments import as_softcap, as_workspace
 from .ops.logit_kl import logit_kl
 from .ops.relation_kl import relation_kl
 from .relative_bias import RelativeBias
@@ -45,10 +46,13 @@ class _Loss(nn.Module):
 # Python, type checkers and help() know them.
 
 
-def _check_token_constants(ignore_index: int, reduction: str, vocab_group: ProcessGroup | None, impl: str) -> None:
+def _check_token_constants(
+    ignore_index: int, reduction: str, vocab_group: ProcessGroup | None, return_metrics: bool, impl: str
+) -> None:
     TokenArguments(None, None, ignore_index, reduction, None)
     if vocab_group is not None:
         check_group(vocab_group, "vocab_group")
+    check_flag("return_metrics", return_metrics)
     check_choice("impl", impl, IMPLS)
 
 
@@ -70,10 +74,11 @@ class LogitKLLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         vocab_group: ProcessGroup | None = None,
+        return_metrics: bool = False,
         impl: str = "auto",
     ) -> None:
         Objective(divergence, beta, temperature, kd_weight, ce_weight)
-        _check_token_constants(ignore_index, reduction, vocab_group, impl)
+        _check_token_constants(ignore_index, reduction, vocab_group, return_metrics, impl)
         super().__init__(
             divergence=divergence,
             beta=beta,
@@ -83,6 +88,7 @@ class LogitKLLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             vocab_group=vocab_group,
+            return_metrics=return_metrics,
             impl=impl,
         )
 
@@ -94,7 +100,7 @@ class LogitKLLoss(_Loss):
         weight: Tensor | None = None,  # [...]
         labels: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss, as ``fastkd.logit_kl`` returns it."""
         return logit_kl(
             student_logits, teacher_logits, weight=weight, labels=labels, normalizer=normalizer, **self.options
@@ -125,10 +131,11 @@ class LinearKLLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         vocab_group: ProcessGroup | None = None,
+        return_metrics: bool = False,
         impl: str = "auto",
     ) -> None:
         Objective(divergence, beta, temperature, kd_weight, ce_weight)
-        _check_token_constants(ignore_index, reduction, vocab_group, impl)
+        _check_token_constants(ignore_index, reduction, vocab_group, return_metrics, impl)
         as_number("student_scale", student_scale, "that is finite", is_finite)
         as_number("teacher_scale", teacher_scale, "that is finite", is_finite)
         as_softcap("student_softcap", student_softcap)
@@ -148,6 +155,7 @@ class LinearKLLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             vocab_group=vocab_group,
+            return_metrics=return_metrics,
             impl=impl,
         )
 
@@ -163,7 +171,7 @@ class LinearKLLoss(_Loss):
         weight: Tensor | None = None,  # [...]
         labels: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss, as ``fastkd.linear_kl`` returns it."""
         return linear_kl(
             student_hidden,

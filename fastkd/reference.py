@@ -79,6 +79,11 @@ def _categories(
     return log_q, log_p.masked_fill(empty.unsqueeze(-1), 0).to(scores.dtype), empty
 
 
+def _mean(x: Tensor, denominator: Tensor) -> Tensor:
+    """x [T...] summed up and divided, 0-d: 0 where there is nothing to divide by."""
+    return torch.where(denominator == 0, 0, x.sum() / torch.where(denominator == 0, 1, denominator))
+
+
 def logit_kl(
     student_logits: Tensor,  # [T..., Vs]
     teacher_logits: Tensor | TopK | None,  # [T..., Vt]
@@ -94,6 +99,7 @@ def logit_kl(
     reduction: str,
     normalizer: float | Tensor | None,
     shard: VocabularyShard | None = None,  # whose columns the logits are
+    metrics: dict[str, Tensor] | None = None,  # filled where it is given
 ) -> Tensor:
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     with torch.autocast(student_logits.device.type, enabled=False):
@@ -107,6 +113,7 @@ def logit_kl(
         scores = scores.masked_fill(dropped, 0)  # whatever a dropped token holds, NaN included, it counts for nothing
 
         loss = scores.new_zeros(scores.shape[:-1])  # [T...]
+        told: dict[str, Tensor] = {}  # [T...] each
         if teacher_logits is not None and kd_weight != 0:
             if isinstance(teacher_logits, TopK):
                 log_q, log_p, empty = _categories(scores, teacher_logits, temperature)
@@ -116,10 +123,20 @@ def logit_kl(
             log_q, log_p = log_q.masked_fill(dropped, 0), log_p.masked_fill(dropped, 0)
             divergences = weighted(divergence, log_p, log_q, beta).masked_fill(empty, 0)
             # one by one: torch.compile keeps numbers free
-            loss = divergences * temperature * temperature * kd_weight
+            told["kd"] = divergences * temperature * temperature
+            loss = told["kd"] * kd_weight
         if labels is not None and ce_weight != 0:
             index = labels.long().masked_fill(dropped.squeeze(-1), 0).unsqueeze(-1)
-            loss = loss - ce_weight * F.log_softmax(scores, -1).gather(-1, index).squeeze(-1)
+            told["ce"] = -F.log_softmax(scores, -1).gather(-1, index).squeeze(-1)
+            loss = loss + ce_weight * told["ce"]
+        if metrics is not None:
+            if "kd" in told:
+                told["student_entropy"] = torch.special.entr(log_q.exp()).sum(-1).masked_fill(empty, 0)
+                told["teacher_entropy"] = torch.special.entr(log_p.exp()).sum(-1).masked_fill(empty, 0)
+                told["agreement"] = ((log_q.argmax(-1) == log_p.argmax(-1)) & ~empty).to(dtype)
+            kept = weight if normalizer is None else torch.where(weight.new_ones(()) * normalizer == 0, 0, weight)
+            for name, x in told.items():  # whatever the reduction is
+                metrics[name] = _mean(x.detach() * kept, kept.sum())
 
         loss = loss * weight
         if reduction == "none":
@@ -130,7 +147,7 @@ def logit_kl(
             denominator = normalizer.detach().to(loss)
         else:
             denominator = weight.sum() if normalizer is None else loss.new_ones(()) * normalizer
-        return torch.where(denominator == 0, 0, loss.sum() / torch.where(denominator == 0, 1, denominator))
+        return _mean(loss, denominator)
 
 
 def linear_kl(

@@ -17,8 +17,9 @@ things make the sums of the first pass good enough for rows of any kind (see `_s
 Rows may be shards of longer ones, whose other columns are on other GPUs: `shard_kernel` makes the statistics of a shard
 alone, fastkd/ops/vocabulary_shards.py those of the whole row from all of them, and `rows_kernel` the gradient.
 
-R rows, V columns. coefficient [R] float64, labels [R] int64, loss [R] float64, stats [R, 7] float64. Number of columns
-and strides are run-time arguments; the block size follows the vocabulary and the dtype. Nothing waits for the device.
+R rows, V columns. coefficient [R] float64, labels [R] int64, loss [R] float64, stats [R, 7] float64, metrics [R, 6]
+float64 (fastkd/ops/drivers/divergence_rows.py says of what). Number of columns and strides are run-time arguments; the
+block size follows the vocabulary and the dtype. Nothing waits for the device.
 """
 
 from collections.abc import Sequence
@@ -220,6 +221,22 @@ def _sum(x):
 
 
 @triton.jit
+def _position(row, start, columns, maximum, F: tl.constexpr, BLOCK: tl.constexpr):
+    """The column, from 1, of the first score that is the maximum, in the block that it is in."""
+    x = _read(row, start, columns, F, BLOCK)
+    column = start + tl.arange(0, BLOCK)
+    return (tl.min(tl.where(x == maximum.to(F), column, columns), 0) + 1).to(tl.float64)
+
+
+@triton.jit
+def _entropy(own, exponentials):
+    """In nats, from the sum e log e of exponentials e and their sum; 0 where there are none."""
+    exponentials = tl.where(exponentials == 0, 1.0, exponentials)
+    entropy = tl.log(exponentials) - own / exponentials
+    return tl.where(entropy < 0, 0.0, entropy)
+
+
+@triton.jit
 def _statistics(
     student,
     teacher,
@@ -228,15 +245,18 @@ def _statistics(
     tau,
     DIVERGENCE: tl.constexpr,
     SEPARATE: tl.constexpr,  # whether the cross-entropy needs exponentials of its own
+    METRICS: tl.constexpr,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Pass 1: running statistics of the row, and D where they give it: (D, stats)."""
+    """Pass 1: running statistics of the row, and D where they give it: (D, stats, entropies and highest columns)."""
     BY_STUDENT: tl.constexpr = DIVERGENCE == REVERSE_KL
     zero, one = _double(0.0), _double(1.0)
     inv_tau = 1 / tau
     max_s, max_t = _double(LOWEST), _double(LOWEST)
     sum_s, sum_t, sum_1, moment = zero, zero, zero, zero
+    own_s, own_t = zero, zero  # sums of q log q and p log p
+    block_s, block_t = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)  # where the maxima are
     for start in range(0, columns, BLOCK):
         s = _read(student, start, columns, F, BLOCK)
         before_s, before_t = max_s, max_t
@@ -251,6 +271,11 @@ def _statistics(
             # log(p / q) is relative to both maxima, so its moment follows when either moves
             moved = inv_tau * (_finite(before_t) - _finite(before_s) - top_t + top_s)
             moment = s_factor * (moment - sum_s * moved) if BY_STUDENT else t_factor * (moment + sum_t * moved)
+            if METRICS:  # logarithms are lower by what the maximum is higher
+                own_s = s_factor * (own_s - sum_s * inv_tau * (top_s - _finite(before_s)))
+                own_t = t_factor * (own_t - sum_t * inv_tau * (top_t - _finite(before_t)))
+                block_s = tl.where(max_s > before_s, start, block_s)
+                block_t = tl.where(max_t > before_t, start, block_t)
             sum_s *= s_factor
             sum_t *= t_factor
 
@@ -262,6 +287,9 @@ def _statistics(
             nearly_equal = tl.abs(gap) < teacher_sum * NEARLY_EQUAL
             sum_s += tl.where(nearly_equal, teacher_sum + gap, student_sum)
             sum_t += teacher_sum
+            if METRICS:
+                own_s += inv_tau * _sum(q * (s - top_s.to(F)))
+                own_t += inv_tau * _sum(p * (_unmasked(t) - top_t.to(F)))
             if DIVERGENCE == FORWARD_KL:
                 moment += tl.where(nearly_equal, _sum(_excess(p, q, log_ratio)) - gap, _sum(p * log_ratio))
             elif DIVERGENCE == REVERSE_KL:
@@ -280,7 +308,14 @@ def _statistics(
         elif DIVERGENCE == REVERSE_KL:
             divergence = moment / sum_s - tl.log(sum_s / sum_t)
             mean = divergence
-    return divergence, (_finite(max_s), sum_s, _finite(max_t), sum_t, mean, zero, sum_1)
+    entropy_s, entropy_t, position_s, position_t = zero, zero, zero, zero
+    if METRICS and teacher is not None:
+        # of each model by itself: in a shard one may have a distribution where the other has none
+        entropy_s, entropy_t = _entropy(own_s, sum_s), _entropy(own_t, sum_t)
+        position_s = _position(student, block_s, columns, max_s, F, BLOCK)
+        position_t = _position(teacher, block_t, columns, max_t, F, BLOCK)
+    stats = (_finite(max_s), sum_s, _finite(max_t), sum_t, mean, zero, sum_1)
+    return divergence, stats, (entropy_s, entropy_t, position_s, position_t)
 
 
 @triton.jit
@@ -335,17 +370,19 @@ def _loss(
     ce_weight,
     DIVERGENCE: tl.constexpr,
     SEPARATE: tl.constexpr,
+    METRICS: tl.constexpr,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Passes 1 and 2: (the row's loss before its coefficient, its stats)."""
+    """Passes 1 and 2: (the row's loss before its coefficient, its stats, its metrics)."""
     # a mix's reverse KL comes of the first pass
     MIXED_REVERSE: tl.constexpr = DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1
     FIRST: tl.constexpr = REVERSE_KL if MIXED_REVERSE else DIVERGENCE
     SECOND: tl.constexpr = DIVERGENCE - 2 if MIXED_REVERSE else DIVERGENCE
-    divergence, stats = _statistics(student, teacher, label, columns, tau, FIRST, SEPARATE, F, BLOCK)
+    divergence, stats, own = _statistics(student, teacher, label, columns, tau, FIRST, SEPARATE, METRICS, F, BLOCK)
     max_s, sum_s, max_t, sum_t, mean, saturated, sum_1 = stats
-    loss = _double(0.0)
+    entropy_s, entropy_t, position_s, position_t = own
+    loss, kd, cross_entropy = _double(0.0), _double(0.0), _double(0.0)
     if teacher is not None:
         # A row of nothing but -inf has no distribution: it counts as masked, with loss and gradient 0.
         empty = (sum_s == 0) | (sum_t == 0)
@@ -363,11 +400,20 @@ def _loss(
             else:
                 divergence, mean = value, second_mean
         mean = tl.where(empty, 0.0, mean)
-        loss = tl.where(empty, 0.0, kd_weight * tau * tau * _with_infinity(divergence))
+        kd = tl.where(empty, 0.0, tau * tau * _with_infinity(divergence))
+        loss = kd_weight * kd
+        if METRICS:
+            entropy_s, entropy_t = tl.where(empty, 0.0, entropy_s), tl.where(empty, 0.0, entropy_t)
+            position_s, position_t = tl.where(empty, 0.0, position_s), tl.where(empty, 0.0, position_t)
     if label is not None:
         _, valid, score = label
-        loss += ce_weight * tl.where(valid, max_s - score + tl.log(sum_1), float("nan"))
-    return loss, (max_s, sum_s, max_t, sum_t, mean, saturated, sum_1)
+        cross_entropy = tl.where(valid, max_s - score + tl.log(sum_1), float("nan"))
+        loss += ce_weight * cross_entropy
+    return (
+        loss,
+        (max_s, sum_s, max_t, sum_t, mean, saturated, sum_1),
+        (kd, cross_entropy, entropy_s, entropy_t, position_s, position_t),
+    )
 
 
 @triton.jit
@@ -426,6 +472,7 @@ def rows_kernel(
     loss,  # None: stats are read
     stats,  # None: they are not kept
     gradient,  # None: it is not wanted
+    metrics,  # None: they are not wanted
     columns,
     student_row,  # strides
     student_column,
@@ -442,7 +489,7 @@ def rows_kernel(
     SEPARATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: loss and stats, unless they are given, and the gradient, if wanted."""
+    """One row: loss, stats and metrics, unless they are given, and the gradient, if wanted."""
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     beta, tau, kd_weight, ce_weight = _double(beta), _double(tau), _double(kd_weight), _double(ce_weight)
     index = tl.program_id(0).to(tl.int64)
@@ -453,6 +500,8 @@ def rows_kernel(
         gradient = (gradient + index * gradient_row, gradient_column)
     if stats is not None:
         stats += index * 7
+    if metrics is not None:
+        metrics += index * 6
     weight = tl.load(coefficient + index)
     if weight == 0:  # the row is not read
         if loss is not None:
@@ -460,6 +509,9 @@ def rows_kernel(
             if stats is not None:
                 for i in tl.static_range(7):
                     tl.store(stats + i, _double(0.0))
+            if metrics is not None:
+                for i in tl.static_range(6):
+                    tl.store(metrics + i, _double(0.0))
         if gradient is not None:
             for start in range(0, columns, BLOCK):
                 _write(gradient, start, columns, tl.zeros((BLOCK,), F), BLOCK)
@@ -469,7 +521,7 @@ def rows_kernel(
             label = _label(student, tl.load(labels + index), columns)
             tl.debug_barrier()  # every thread has read the score before one overwrites it with its gradient
         if loss is not None:
-            row_loss, row_stats = _loss(
+            row_loss, row_stats, row_metrics = _loss(
                 student,
                 teacher,
                 label,
@@ -481,6 +533,7 @@ def rows_kernel(
                 ce_weight,
                 DIVERGENCE,
                 SEPARATE,
+                metrics is not None,
                 F,
                 BLOCK,
             )
@@ -488,6 +541,9 @@ def rows_kernel(
             if stats is not None:
                 for i in tl.static_range(7):
                     tl.store(stats + i, row_stats[i])
+            if metrics is not None:
+                for i in tl.static_range(6):
+                    tl.store(metrics + i, row_metrics[i])
         else:
             max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
             row_stats = (max_s, sum_s, max_t, sum_t, tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6))
@@ -517,6 +573,7 @@ def shard_kernel(
     labels,
     stats,
     sums,  # None: stats are written
+    metrics,  # None: they are not wanted
     columns,
     student_row,  # strides
     student_column,
@@ -543,13 +600,18 @@ def shard_kernel(
             label = None
             if labels is not None:
                 label = _label(student, tl.load(labels + index), columns)
-            divergence, row_stats = _statistics(student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, F, BLOCK)
+            divergence, row_stats, own = _statistics(
+                student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, metrics is not None, F, BLOCK
+            )
             if teacher is not None and DIVERGENCE == REVERSE_KL:
                 divergence = _refined(divergence, student, teacher, columns, row_stats, tau, F, BLOCK)
             max_s, sum_s, max_t, sum_t, _, saturated, sum_1 = row_stats
             row_stats = (max_s, sum_s, max_t, sum_t, divergence, saturated, sum_1)
             for i in tl.static_range(7):
                 tl.store(stats + i, row_stats[i])
+            if metrics is not None:
+                for i in tl.static_range(4):
+                    tl.store(metrics + index * 6 + 2 + i, own[i])
         else:
             for i in tl.static_range(7):
                 tl.store(stats + i, _double(0.0))
@@ -641,8 +703,10 @@ def divergence_rows(
     temperature: float,
     kd_weight: float,
     ce_weight: float,
+    *,
+    metrics: Tensor | None = None,  # [R, 6]
 ) -> None:
-    """Writes each row's loss and statistics, and coefficient * d loss / d student: of these what is given."""
+    """Writes each row's loss, statistics and metrics, and coefficient * d loss / d student: of these what is given."""
     rows, columns = student.shape
     teacher, labels = _checked(student, teacher, coefficient, labels, divergence, kd_weight, ce_weight)
     if gradient is not None:
@@ -651,6 +715,10 @@ def divergence_rows(
         _check_rows("loss", loss, rows, torch.float64)
     if stats is not None:
         _check_rows("stats", stats, rows, torch.float64, 7)
+    if metrics is not None:
+        _check_rows("metrics", metrics, rows, torch.float64, 6)
+        if loss is None:
+            raise ValueError("metrics: expected None, because they go with a loss, and there is none")
     if rows == 0:
         return
     nvidia = student.is_cuda and torch.version.hip is None
@@ -664,6 +732,7 @@ def divergence_rows(
             loss,
             stats,
             gradient,
+            metrics,
             columns,
             *student.stride(),
             *(teacher.stride() if teacher is not None else (0, 0)),
@@ -686,6 +755,7 @@ def _launch_shard(
     labels: Tensor | None,
     stats: Tensor,
     sums: Tensor | None,
+    metrics: Tensor | None,
     divergence: int,
     beta: float | Sequence[float],
     temperature: float,
@@ -697,6 +767,8 @@ def _launch_shard(
     _check_rows("stats", stats, rows, torch.float64, 7)
     if sums is not None:
         _check_rows("sums", sums, rows, torch.float64, 3)
+    if metrics is not None:
+        _check_rows("metrics", metrics, rows, torch.float64, 6)
     if rows == 0:
         return
     nvidia = student.is_cuda and torch.version.hip is None
@@ -709,6 +781,7 @@ def _launch_shard(
             labels,
             stats,
             sums,
+            metrics,
             columns,
             *student.stride(),
             *(teacher.stride() if teacher is not None else (0, 0)),
@@ -728,9 +801,13 @@ def divergence_shard_stats(
     labels: Tensor | None,  # [R]
     stats: Tensor,  # [R, 7]
     *objective: Any,
+    metrics: Tensor | None = None,  # [R, 6], 0
 ) -> None:
-    """Writes the statistics of shards of rows, each of its shard alone; in the mean's place its own D."""
-    _launch_shard(student, teacher, coefficient, labels, stats, None, *objective)
+    """Writes the statistics of shards of rows, each of its shard alone; in the mean's place its own D.
+
+    And of metrics what a shard has alone: entropies and columns.
+    """
+    _launch_shard(student, teacher, coefficient, labels, stats, None, metrics, *objective)
 
 
 def divergence_shard_sums(
@@ -743,4 +820,5 @@ def divergence_shard_sums(
 ) -> None:
     """Writes what shards add to D, to the mean of u and to that of v, by the statistics of the whole rows."""
     divergence, beta, temperature, kd_weight, _ = objective
-    _launch_shard(student, teacher, coefficient, None, stats, sums, int(divergence), beta, temperature, kd_weight, 0.0)
+    numbers = int(divergence), beta, temperature, kd_weight, 0.0
+    _launch_shard(student, teacher, coefficient, None, stats, sums, None, *numbers)

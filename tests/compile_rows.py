@@ -21,7 +21,8 @@ from fastkd.kernels import rows
 
 from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
 
-PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
+# Loss and gradient; loss and statistics; by them the gradient; loss, statistics and metrics.
+PASSES = ("fused", "stats", "gradient", "metrics")
 
 VOCABULARY = 32128
 MIX = dict.fromkeys(DIVERGENCES, 0.5)  # all members, which takes the most registers
@@ -39,7 +40,8 @@ def source(
         "labels": "*i64" if ce else None,
         "loss": "*fp64" if which != "gradient" else None,
         "stats": "*fp64" if which != "fused" else None,
-        "gradient": f"*{student}" if which != "stats" else None,
+        "gradient": f"*{student}" if which not in ("stats", "metrics") else None,
+        "metrics": "*fp64" if which == "metrics" else None,
         **dict.fromkeys(("columns", "student_row", "teacher_row", "gradient_row"), "i32"),
         "weights": ("fp32",) * (3 * len(DIVERGENCES)) if divergence == "mix" else None,
         **dict.fromkeys(("beta", "tau", "kd_weight", "ce_weight"), "fp64"),
@@ -65,18 +67,21 @@ def measure(case: tuple) -> dict:
 def chosen() -> list[tuple]:
     """What the tests compile: all of fp32 on sm_90, and elsewhere what is most likely to spill."""
     fused = [("sm_90", "fused", name, "fp32", "fp32", True) for name in DIVERGENCES]
-    apart = [("sm_90", which, name, "fp32", "fp32", False) for name in DIVERGENCES for which in ("stats", "gradient")]
+    apart = [("sm_90", which, name, "fp32", "fp32", False) for name in DIVERGENCES for which in PASSES[1:]]
     halves = [("sm_90", "fused", name, "bf16", "bf16", True) for name in ("forward_kl", "jsd")]
     others = [
         ("sm_90", "fused", "forward_kl", "fp32", None, True),
         ("sm_90", "stats", "reverse_kl", "fp16", "fp16", True),
         ("sm_90", "gradient", "skew_kl", "bf16", "fp32", True),
         ("sm_90", "fused", "jsd", "fp64", "fp64", True),
+        ("sm_90", "metrics", "reverse_kl", "bf16", "bf16", True),
+        ("sm_90", "metrics", "jsd", "fp64", "fp64", True),
     ]
     for target in ("sm_80", "sm_100", "gfx942"):
         others += [(target, "fused", name, "fp32", "fp32", True) for name in ("forward_kl", "jsd", "skew_reverse_kl")]
         others += [(target, which, "reverse_kl", "bf16", "bf16", False) for which in ("stats", "gradient")]
         others.append((target, "stats", "skew_kl", "bf16", "bf16", True))
+        others.append((target, "metrics", "forward_kl", "bf16", "bf16", True))
     mixes = [("sm_90", which, "mix", "fp32", "fp32", which == "fused") for which in PASSES]
     mixes.append(("sm_80", "fused", "mix", "bf16", "bf16", True))
     return fused + apart + halves + others + mixes

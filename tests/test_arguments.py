@@ -127,6 +127,10 @@ loss = loss + fastkd.cka_loss([x], [y], reduction="none").sum() + fastkd.nn.Line
 fastkd.nn.LinearKLLoss(temperatur=2.0)
 x + fastkd.relation_kl([x], [y], num_heads=2, reduction="none")
 fastkd.relation_kl(x, y, num_heads=2, casual=True)
+loss, metrics = fastkd.linear_kl(x, x[0], y, y[0], return_metrics=True, temperature=2.0)
+loss = loss + metrics["kd"] + fastkd.logit_kl(x, y, reduction="sum", return_metrics=False)
+fastkd.logit_kl(x, y, return_metrics=True).sum()
+fastkd.linear_kl(x, x[0], y, y[0], return_metrics=True, temperatur=2.0)
 """
 
 
@@ -142,6 +146,7 @@ def test_types(tmp_path: Path):
     )
     found = [line.split(": ", 2) for line in run.stdout.splitlines() if ": error: " in line]
     expected = [(13, "temperatur"), (14, "Unsupported operand types"), (15, "casual"), (15, "No overload variant")]
+    expected += [(18, 'has no attribute "sum"'), (19, "temperatur"), (19, "No overload variant")]
     for (place, _, message), (line, words) in zip(found, expected, strict=True):
         assert place == f"use.py:{line}" and words in message
 

@@ -52,7 +52,7 @@ def rows():
 def test_logit_kl_opcheck(rows):
     student, teacher, coefficient, labels = rows
     opcheck(torch.ops.fastkd.logit_kl.default, (student, teacher, coefficient, labels, CODE, NUMBERS))
-    _, stats = torch.ops.fastkd.logit_kl(student, teacher, coefficient, labels, CODE, NUMBERS)
+    _, stats, _ = torch.ops.fastkd.logit_kl(student, teacher, coefficient, labels, CODE, NUMBERS)
     arguments = (student, teacher, stats, coefficient, labels, CODE, NUMBERS)
     opcheck(torch.ops.fastkd.logit_kl_backward.default, arguments)
 
@@ -341,7 +341,7 @@ def test_functions_are_public():
     student, teacher = (x.float() for x in UNRELATED.logits(4, 33))
     objective = Objective("forward_kl", 0.5, 1.0, 1.0, 0.0)
     coefficient = torch.full((4,), 0.25, dtype=torch.float64)
-    rows, _ = fastkd.functions.LogitKL.apply(student, teacher, coefficient, None, *objective.for_op())
+    rows, *_ = fastkd.functions.LogitKL.apply(student, teacher, coefficient, None, *objective.for_op())
     assert torch.equal(rows.sum().float(), fastkd.logit_kl(student, teacher))
 
 

@@ -252,7 +252,7 @@ def _chunks(ranks: int, columns: int) -> tuple[int, ...]:
 # ---- in a rank ------------------------------------------------------------------------------------------------------
 
 
-def _call(case: Case, group: Any) -> tuple[Tensor, Inputs]:
+def _call(case: Case, group: Any) -> tuple[Tensor, Inputs, dict[str, Tensor]]:
     inputs, options = case.make()
     rank = dist.get_rank(group)
     local = {name: case.shard(name, x, rank).contiguous() for name, x in inputs.items()}
@@ -269,10 +269,17 @@ def _call(case: Case, group: Any) -> tuple[Tensor, Inputs]:
         options["vocab_group"] = group
     with running_on(case.backend) as (impl, _):
         loss, gradients = value_and_gradients(case.op, local, impl=impl, **options)
+        metrics = _metrics(case.op, local, {**options, "impl": impl})
     if case.dtensors:
         assert all(type(x).__name__ == "DTensor" for x in gradients.values())
         gradients = {name: x.to_local() for name, x in gradients.items()}  # type: ignore[attr-defined]
-    return loss, gradients
+    return loss, gradients, metrics
+
+
+def _metrics(op: Op, inputs: Inputs, options: dict[str, Any]) -> dict[str, Tensor]:
+    options = {name: x for name, x in options.items() if name != "upstream"}
+    with torch.no_grad():
+        return op.function(**inputs, **options, return_metrics=True)[1]
 
 
 def _errors(rank: int) -> dict[str, str]:
@@ -416,10 +423,13 @@ def _check_loss(got: Tensor, wanted: Tensor, bound: float) -> None:
     assert (error <= bound * wanted.abs().nan_to_num(0, posinf=0) + 1e-15).all()
 
 
-def _check(case: Case, found: list[tuple[Tensor, Inputs]]) -> None:
+def _check(case: Case, found: list[tuple[Tensor, Inputs, dict[str, Tensor]]]) -> None:
     inputs, options = case.make()
-    losses, gradients = zip(*found, strict=True)
+    losses, gradients, metrics = zip(*found, strict=True)
     assert all(torch.equal(loss, losses[0]) for loss in losses)
+    for name, x in _metrics(case.op, inputs, options).items():
+        assert all(torch.equal(told[name], metrics[0][name]) for told in metrics)
+        assert torch.allclose(metrics[0][name], x, rtol=1e-6, atol=1e-6), name
     one, one_gradients = value_and_gradients(case.op, inputs, **options)
     double, rounding = case.dtype == torch.float64, ROUNDING[case.dtype]
     loss_bound, bound = (1e-12, 4e-11) if double else (1e-6, 1e-5)
@@ -513,21 +523,30 @@ def test_an_error_on_one_rank_is_one_on_all(found: list[dict[str, Any]], name: s
 
 @pytest.mark.long
 def test_what_a_rank_sends(found: list[dict[str, Any]]):
-    """96 bytes a call; a token 56, 24 where the divergence has no closed form, and 4 for a number of its gradient."""
+    """96 bytes a call; a token 56, 24 where the divergence has no closed form, 4 for a number of its gradient.
+
+    And 48 for metrics, for which there is another call, without gradient.
+    """
+    told = ("all_gather", 24 * 48)
     facts, gathered, reduced, gradient = 96, 24 * 56, 24 * 24, 24 * 12 * 4
     for rank in found:
         assert rank["traffic"] == {
-            "forward_kl": [("all_gather", facts), ("all_gather", gathered), ("all_reduce", gradient)],
+            "forward_kl": [
+                *[("all_gather", facts), ("all_gather", gathered), ("all_reduce", gradient)],
+                *[("all_gather", facts), ("all_gather", gathered), told],
+            ],
             "jsd": [
                 ("all_gather", facts),
                 ("all_gather", gathered),
                 ("all_reduce", reduced),
                 ("all_reduce", gradient),
+                *[("all_gather", facts), ("all_gather", gathered), ("all_reduce", reduced), told],
             ],
             "none": [
                 ("all_gather", facts),
                 *[("all_gather", gathered), ("all_reduce", reduced)] * 2,
                 ("all_reduce", gradient),
+                *[("all_gather", facts), ("all_gather", gathered), ("all_reduce", reduced), told],
             ],
         }
 

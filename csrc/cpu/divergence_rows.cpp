@@ -43,15 +43,23 @@ struct Arguments {
                     "fastkd: stats must be contiguous float64");
     return static_cast<RowStats*>(stats.data_ptr());
   }
+
+  RowMetrics* row_metrics(const std::optional<Tensor>& metrics) const {
+    if (!metrics) return nullptr;
+    check_matrix(*metrics, student.size(0), RowMetrics::kCount, "metrics");
+    STD_TORCH_CHECK(metrics->is_contiguous() && metrics->scalar_type() == ScalarType::Double,
+                    "fastkd: metrics must be contiguous float64");
+    return static_cast<RowMetrics*>(metrics->data_ptr());
+  }
 };
 
 // Calls body(kernel), with the kernel of this divergence and precision, for what to call with every (row, coefficient).
-template <class Body>
+template <bool kMetrics, class Body>
 void for_rows(const Arguments& a, const Body& body) {
   for_kernel(a.objective, a.student.scalar_type(), [&]<class D, class F>() {
     const bool kd = a.teacher && a.objective.kd_weight != 0;
     const bool ce = a.labels && a.objective.ce_weight != 0;
-    const RowKernel<D, F> kernel{Matrix<F>(a.student), kd ? std::optional(Matrix<F>(*a.teacher)) : std::nullopt,
+    const RowKernel<D, F, kMetrics> kernel{Matrix<F>(a.student), kd ? std::optional(Matrix<F>(*a.teacher)) : std::nullopt,
                                  ce ? static_cast<const int64_t*>(a.labels->data_ptr()) : nullptr, a.student.size(1),
                                  a.objective, Constants<D, F>(a.objective.shape)};
     const auto on_row = body(kernel);
@@ -63,13 +71,22 @@ void for_rows(const Arguments& a, const Body& body) {
   });
 }
 
+// The same, with the kernel that tells metrics where they are wanted: others do without what they take.
+template <class Body>
+void for_rows(const Arguments& a, const RowMetrics* metrics, const Body& body) {
+  metrics ? for_rows<true>(a, body) : for_rows<false>(a, body);
+}
+
 // loss [R] = coefficient * loss, and the statistics [R, 7] behind it; without a loss, the statistics are given. `gradient`
-// [R, V] = coefficient * d loss / d student, in any dtype; it may be the student itself. Rows of coefficient 0 are not read.
+// [R, V] = coefficient * d loss / d student, in any dtype; it may be the student itself. metrics [R, 6] go with a loss. Rows
+// of coefficient 0 are not read.
 void divergence_rows(Tensor student, std::optional<Tensor> teacher, Tensor coefficient, std::optional<Tensor> labels,
                       std::optional<Tensor> loss, std::optional<Tensor> stats, std::optional<Tensor> gradient,
-                      int64_t divergence, std::vector<double> beta, double temperature, double kd_weight, double ce_weight) {
+                      int64_t divergence, std::vector<double> beta, double temperature, double kd_weight, double ce_weight,
+                      std::optional<Tensor> metrics) {
   const Arguments a(student, teacher, coefficient, labels,
                     make_objective(divergence, beta, temperature, kd_weight, ce_weight));
+  STD_TORCH_CHECK(loss || !metrics, "fastkd: metrics go with a loss");
   STD_TORCH_CHECK(loss || stats, "fastkd: stats are needed where no loss is asked for");
   double* losses = loss ? a.row_results(*loss) : nullptr;
   RowStats* row_stats = stats ? a.row_statistics(*stats) : nullptr;
@@ -78,12 +95,13 @@ void divergence_rows(Tensor student, std::optional<Tensor> teacher, Tensor coeff
     STD_TORCH_CHECK(is_float(gradient->scalar_type()), "fastkd: gradient must be of a floating dtype");
     if (gradient->data_ptr() != student.data_ptr()) advise_huge_pages(*gradient);
   }
-  for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel) {
+  RowMetrics* row_metrics = a.row_metrics(metrics);
+  for_rows(a, row_metrics, [&]<class D, class F, bool kMetrics>(const RowKernel<D, F, kMetrics>& kernel) {
     const auto target = gradient ? std::optional(Matrix<F>(*gradient)) : std::nullopt;
-    return [&kernel, target, losses, row_stats](int64_t row, double weight) {
+    return [&kernel, target, losses, row_stats, row_metrics](int64_t row, double weight) {
       RowStats own;
       write_row(kernel, row, weight, losses ? losses + row : nullptr, row_stats ? row_stats[row] : own,
-                target ? &*target : nullptr);
+                target ? &*target : nullptr, row_metrics ? row_metrics + row : nullptr);
     };
   });
 }
@@ -91,14 +109,17 @@ void divergence_rows(Tensor student, std::optional<Tensor> teacher, Tensor coeff
 // The same statistics of rows that are shards of longer ones, each of its shard alone: RowKernel::shard_statistics.
 void divergence_shard_stats(Tensor student, std::optional<Tensor> teacher, Tensor coefficient,
                             std::optional<Tensor> labels, Tensor stats, int64_t divergence, std::vector<double> beta,
-                            double temperature, double kd_weight, double ce_weight) {
+                            double temperature, double kd_weight, double ce_weight, std::optional<Tensor> metrics) {
   const Arguments a(student, teacher, coefficient, labels,
                     make_objective(divergence, beta, temperature, kd_weight, ce_weight));
   RowStats* row_stats = a.row_statistics(stats);
-  for_rows(a, [&](const auto& kernel) {
-    return [&kernel, row_stats](int64_t row, double weight) {
-      row_stats[row] = {};
-      if (weight != 0) kernel.shard_statistics(row, row_stats[row]);
+  RowMetrics* row_metrics = a.row_metrics(metrics);
+  for_rows(a, row_metrics, [&](const auto& kernel) {
+    return [&kernel, row_stats, row_metrics](int64_t row, double weight) {
+      RowMetrics own;
+      RowMetrics& told = row_metrics ? row_metrics[row] : own;
+      row_stats[row] = {}, told = {};
+      if (weight != 0) kernel.shard_statistics(row, row_stats[row], told);
     };
   });
 }
@@ -113,7 +134,7 @@ void divergence_shard_sums(Tensor student, std::optional<Tensor> teacher, Tensor
                   "fastkd: sums must be contiguous float64");
   const RowStats* row_stats = a.row_statistics(stats);
   auto* row_sums = static_cast<BlockValue<double>*>(sums.data_ptr());
-  for_rows(a, [&]<class D, class F>(const RowKernel<D, F>& kernel) {
+  for_rows<false>(a, [&]<class D, class F>(const RowKernel<D, F>& kernel) {
     return [&kernel, row_stats, row_sums](int64_t row, double weight) {
       row_sums[row] = {0, 0, 0};
       if constexpr (D::kMoment == Moment::kNone || D::kMoment == Moment::kBoth) {

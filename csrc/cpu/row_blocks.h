@@ -47,12 +47,22 @@ FASTKD_CLONES BlockMaxima<F> block_maxima(const F* s, const F* t, int64_t n) {
   return {s_0 > s_1 ? s_0 : s_1, t_0 > t_1 ? t_0 : t_1};
 }
 
+// The column of the first score that is the maximum of its block.
+template <class F>
+FASTKD_CLONES int64_t block_position(const F* x, int64_t n, F top) {
+  int32_t first = kBlock;
+#pragma omp simd reduction(min : first)
+  for (int32_t j = 0; j < static_cast<int32_t>(n); ++j) first = x[j] == top && j < first ? j : first;
+  return first;
+}
+
 template <class F>
 struct BlockSums {
   F student, teacher, difference;
   F moment;          // of the teacher's, or the only one
   F student_moment;  // beside it, for Moment::kBoth
   F student_1;
+  F student_own, teacher_own;  // sum q log q and sum p log p
 };
 
 // The exponentials of a row that is one block long, kept from the sums for the gradient: half of a short row's work. For a
@@ -69,17 +79,20 @@ struct Exponentials {
 enum class Pass { kPlain, kMasked, kCareful };
 
 // Sums over a block relative to the maxima so far, which `row` holds with sums of 1: probabilities are the plain
-// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one. kKeep:
-// the exponentials are written to `kept`.
-template <class F, Moment kMoment, Pass kPass, bool kSeparate, bool kKeep>
+// exponentials. kSeparate: also the sum at temperature 1, for a cross-entropy beside a divergence at another one. kMetrics:
+// also what the models' entropies take. kKeep: the exponentials are written to `kept`.
+template <class F, Moment kMoment, Pass kPass, bool kSeparate, bool kMetrics, bool kKeep>
 FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const RowConstants<F>& row,
                                       Exponentials<F>* kept) {
   F* const kept_student = kKeep ? kept->student : nullptr;
   F* const kept_teacher = kKeep ? kept->teacher : nullptr;
   const RowConstants<F> r = row;
   F student = 0, teacher = 0, difference = 0, moment = 0, student_moment = 0, student_1 = 0;
-#pragma omp simd reduction(+ : student, teacher, difference, moment, student_moment, student_1)
+  F student_own = 0, teacher_own = 0;
+#pragma omp simd reduction(+ : student, teacher, difference, moment, student_moment, student_1, student_own, teacher_own)
   for (int64_t j = 0; j < n; ++j) {
+    const F top_s = (kPass == Pass::kPlain ? s[j] : unmasked(s[j])) - r.max_s;
+    const F top_t = (kPass == Pass::kPlain ? t[j] : unmasked(t[j])) - r.max_t;
     F p, q;
     if constexpr (kPass == Pass::kCareful) {
       const Pair<F> c(s[j], t[j], r);
@@ -89,8 +102,6 @@ FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const R
       if constexpr (kMoment == Moment::kBoth) student_moment += c.student_excess();
       if constexpr (kKeep) kept_student[j] = kMoment == Moment::kStudent ? c.q : c.difference, kept_teacher[j] = c.p;
     } else {
-      const F top_s = (kPass == Pass::kMasked ? unmasked(s[j]) : s[j]) - r.max_s;
-      const F top_t = (kPass == Pass::kMasked ? unmasked(t[j]) : t[j]) - r.max_t;
       q = exp2_nonpositive(top_s * r.log2e_over_tau), p = exp2_nonpositive(top_t * r.log2e_over_tau);
       moment += (kMoment == Moment::kStudent ? -q : p) * (top_t - top_s);
       if constexpr (kMoment == Moment::kBoth) student_moment -= q * (top_t - top_s);
@@ -99,9 +110,11 @@ FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const R
     student += q;
     teacher += p;
     if constexpr (kSeparate) student_1 += exp2_nonpositive((s[j] - r.max_s) * F(kLog2E));
+    if constexpr (kMetrics) student_own += q * top_s, teacher_own += p * top_t;
   }
   if constexpr (kPass != Pass::kCareful) moment *= r.inv_tau, student_moment *= r.inv_tau;
-  return {student, teacher, difference, moment, student_moment, student_1};
+  student_own *= r.inv_tau, teacher_own *= r.inv_tau;
+  return {student, teacher, difference, moment, student_moment, student_1, student_own, teacher_own};
 }
 
 template <class F>

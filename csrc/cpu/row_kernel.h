@@ -20,6 +20,7 @@
 #include "matrix.h"
 #include "objective.h"
 #include "row_blocks.h"
+#include "row_metrics.h"
 
 namespace fastkd {
 namespace {
@@ -35,7 +36,7 @@ constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
 // ---- one row --------------------------------------------------------------------------------------------------------
 
 // The rows of one call. D is the divergence, F the working precision (double for double students, else float).
-template <class D, class F>
+template <class D, class F, bool kMetrics = false>
 struct RowKernel {
   Matrix<F> student;
   std::optional<Matrix<F>> teacher;  // absent when only the cross-entropy is asked for
@@ -56,11 +57,11 @@ struct RowKernel {
 
   // Pass 1: running statistics; returns D where moments give it. Rows whose models nearly agree are summed up with more
   // care: there D and the gradient are small differences of what the plain pass sums up.
-  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept) const {
-    double divergence = statistics<Pass::kPlain>(row, out, kept);
+  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept, RowMetrics& metrics) const {
+    double divergence = statistics<Pass::kPlain>(row, out, kept, metrics);
     if (!teacher || out.empty()) return 0;
     if (divergence < kNearlyEqual) {
-      divergence = statistics<Pass::kCareful>(row, out, kept);
+      divergence = statistics<Pass::kCareful>(row, out, kept, metrics);
       out.careful = D::kMoment != Moment::kNone;
     }
     if constexpr (D::kMoment == Moment::kStudent) {
@@ -110,20 +111,29 @@ struct RowKernel {
         kept->kept = true;
         // short rows are those of attention, where masked columns are the rule
         constexpr Pass kRobust = kPass == Pass::kPlain ? Pass::kMasked : kPass;
-        return block_sums<F, D::kMoment, kRobust, false, true>(s, t, n, constants, kept);
+        return block_sums<F, D::kMoment, kRobust, false, kMetrics, true>(s, t, n, constants, kept);
       }
     }
-    return separate_sum() ? block_sums<F, D::kMoment, kPass, true, false>(s, t, n, constants, nullptr)
-                          : block_sums<F, D::kMoment, kPass, false, false>(s, t, n, constants, nullptr);
+    return separate_sum() ? block_sums<F, D::kMoment, kPass, true, kMetrics, false>(s, t, n, constants, nullptr)
+                          : block_sums<F, D::kMoment, kPass, false, kMetrics, false>(s, t, n, constants, nullptr);
+  }
+
+  // The column of a row's maximum, from 1, by the block that it is in.
+  double position(const Matrix<F>& scores, int64_t row, const OwnSum& own, double max) const {
+    F buffer[kBlock];
+    const int64_t n = std::min(kBlock, columns - own.block);
+    const F* x = scores.read(row, own.block, n, buffer);
+    return static_cast<double>(own.block + block_position(x, n, static_cast<F>(max)) + 1);
   }
 
   // The plain pass stops after a first block whose models nearly agree: chances are that the row's do.
   template <Pass kPass>
-  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept) const {
+  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept, RowMetrics& metrics) const {
     constexpr bool kByStudent = D::kMoment == Moment::kStudent, kBoth = D::kMoment == Moment::kBoth;
     F s_buffer[kBlock], t_buffer[kBlock];
     const double tau = objective.tau, inv_tau = 1 / tau;
     double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0, student_moment = 0;
+    OwnSum own_s, own_t;
     const auto divergence = [&] {
       const double log_sums = std::log(sum_s / sum_t);
       return kByStudent ? moment / sum_s - log_sums : moment / sum_t + log_sums;
@@ -160,6 +170,12 @@ struct RowKernel {
         student_moment = s_factor * (student_moment - sum_s * moved) + block.student_moment;
         if (kPass == Pass::kCareful) student_moment += block.difference;
       }
+      if constexpr (kMetrics) {
+        const double lower_s = inv_tau * (finite(max_s) - finite(before_s));
+        const double lower_t = inv_tau * (finite(max_t) - finite(before_t));
+        own_s.add(start, max_s > before_s, s_factor, sum_s, lower_s, block.student_own);
+        own_t.add(start, max_t > before_t, t_factor, sum_t, lower_t, block.teacher_own);
+      }
       difference = s_factor * difference + (s_factor - t_factor) * sum_t + block.difference;
       sum_t = t_factor * sum_t + block.teacher;
       // the summed difference has more digits than the difference of two sums
@@ -171,6 +187,12 @@ struct RowKernel {
     }
     out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate_sum() ? sum_s : sum_1};
     if constexpr (kBoth) out.mean = objective.shape.weight(Divergence::kReverseKL) * (student_moment / sum_s - std::log(sum_s / sum_t));
+    if constexpr (kMetrics) {
+      if (teacher) {  // of each model by itself: in a shard one may have a distribution where the other has none
+        metrics = {0, 0, own_s.entropy(sum_s), own_t.entropy(sum_t), position(student, row, own_s, max_s),
+                   position(*teacher, row, own_t, max_t)};
+      }
+    }
     return divergence();  // of no meaning without a teacher, or where out.empty()
   }
 
@@ -200,24 +222,26 @@ struct RowKernel {
   }
 
   // Pass 1 over a shard of a row's columns, as if it were all of them; `mean` is the shard's own D where the sums give it.
-  void shard_statistics(int64_t row, RowStats& stats) const {
-    const double divergence = statistics(row, stats, nullptr);
+  void shard_statistics(int64_t row, RowStats& stats, RowMetrics& metrics) const {
+    const double divergence = statistics(row, stats, nullptr, metrics);
     constexpr bool kChained = D::kMoment == Moment::kTeacher || D::kMoment == Moment::kStudent;
     stats.mean = kChained ? divergence : 0;
     if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
   }
 
   // Passes 1 and 2: the row's loss, before its coefficient.
-  double loss(int64_t row, RowStats& stats, Exponentials<F>* kept = nullptr) const {
-    double divergence = statistics(row, stats, kept);
+  double loss(int64_t row, RowStats& stats, RowMetrics& metrics, Exponentials<F>* kept = nullptr) const {
+    double divergence = statistics(row, stats, kept, metrics);
     if constexpr (D::kMoment == Moment::kNone) {
       if (teacher && !stats.empty()) divergence = value(row, stats);
     }
     if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
+    if (stats.empty()) metrics = {};
     divergence = with_infinity(divergence);
     if constexpr (D::kMoment != Moment::kTeacher) stats.mean = with_infinity(stats.mean);  // the gradient becomes NaN
     double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
-    if (labels) loss += objective.ce_weight * cross_entropy(row, stats);
+    if (labels) loss += objective.ce_weight * (metrics.cross_entropy = cross_entropy(row, stats));
+    if (teacher) metrics.kd = objective.tau * objective.tau * divergence;
     return loss;
   }
 
@@ -321,17 +345,23 @@ struct RowKernel {
   }
 };
 
-// One row: its loss and statistics, unless they are given, and its gradient, if wanted, which may be written over its scores.
-template <class D, class F>
-void write_row(const RowKernel<D, F>& kernel, int64_t row, double weight, double* loss, RowStats& stats,
-               const Matrix<F>* gradient) {
+// One row: its loss, statistics and metrics, unless they are given, and its gradient, if wanted, which may be written over
+// its scores.
+template <class D, class F, bool kMetrics>
+void write_row(const RowKernel<D, F, kMetrics>& kernel, int64_t row, double weight, double* loss, RowStats& stats,
+               const Matrix<F>* gradient, RowMetrics* metrics = nullptr) {
+  RowMetrics own;
+  RowMetrics& told = metrics ? *metrics : own;
   if (weight == 0) {  // the row is not read
-    if (loss) *loss = 0, stats = {};
+    if (loss) *loss = 0, stats = {}, told = {};
     if (gradient) kernel.zero(row, *gradient);
     return;
   }
   Exponentials<F> kept;
-  if (loss) stats = {}, *loss = weight * kernel.loss(row, stats, gradient && kernel.worth_keeping() ? &kept : nullptr);
+  if (loss) {
+    stats = {}, told = {};
+    *loss = weight * kernel.loss(row, stats, told, gradient && kernel.worth_keeping() ? &kept : nullptr);
+  }
   if (gradient) kernel.gradient(row, stats, weight, *gradient, &kept);
 }
 

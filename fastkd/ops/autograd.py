@@ -187,6 +187,8 @@ class Loss(Function):
 class GradientsAhead(Loss):
     """A summed loss, 0-d float64, and the gradients of the student's tensors, which the forward pass computes.
 
+    What else there may be of outputs has no gradient, and the backward pass no use of it.
+
     A subclass has `forward`, the op's name, and the places of the student's tensors among the arguments.
     """
 
@@ -198,8 +200,8 @@ class GradientsAhead(Loss):
 
     @classmethod
     def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
-        ctx.save_for_backward(*output)
         ctx.places = cls.of_student(inputs)
+        ctx.save_for_backward(*output[: 1 + len(ctx.places)])
         ctx.dtypes = _dtypes_at(ctx.places, inputs)
 
     @classmethod

@@ -19,34 +19,37 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, as_number, is_finite, numbers
+from ..checks import Objective, TokenArguments, as_number, check_flag, is_finite, numbers
 from ..divergence import Divergence, for_rows
 from ..teachers import TopK
 from .autograd import (
-    Function,
     Gradient,
     GradientsAhead,
+    Loss,
     apply,
     differentiable,
     for_arguments,
     in_dtypes_of,
     wants_gradient,
 )
+from .drivers.divergence_rows import METRICS
 from .drivers.linear_kl_call import Call, Projection
 from .drivers.linear_kl_cpu import on_cpu
 from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
-from .dtypes import gradient_dtype
-from .linear_kl_arguments import Inputs, as_head, check_inputs, facts, flat
+from .dtypes import gradient_dtype, score_dtype
+from .linear_kl_arguments import Inputs, as_head, as_softcap, as_workspace, check_inputs, facts, flat
+from .metrics import averaged, check_no_metrics
 from .topk_kl import topk_linear_kl
 from .vocabulary_shards import (
+    NO_SHARD,
     OBJECTIVE,
     SHARD_ARGUMENTS,
     agree,
@@ -58,8 +61,10 @@ from .vocabulary_shards import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
     from ..heads import Head
+    from .options import LinearOptions
 
 __all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
 
@@ -75,24 +80,33 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "linear_kl(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, Tensor coefficient, Tensor? labels, Tensor sizes, "
-    f"bool[3] gradients, {OBJECTIVE}, {SHARD_ARGUMENTS}) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    f"bool[3] gradients, {OBJECTIVE}, {SHARD_ARGUMENTS}, bool metrics=False) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
-def _outputs(student_hidden, student_weight, student_bias, coefficient, gradients):
-    """Loss and gradients, unwritten; a gradient that is not asked for is empty."""
+def _metrics(coefficient, wanted):
+    """[T, 6] zeros, or empty where they are not asked for."""
+    return coefficient.new_zeros(coefficient.shape[0] if wanted else 0, METRICS)
+
+
+def _outputs(student_hidden, student_weight, student_bias, coefficient, gradients, metrics):
+    """Loss, gradients and metrics, unwritten; what is not asked for is empty."""
     wanted = zip(gradients, (student_hidden, student_weight, student_bias), strict=True)
     dtype = gradient_dtype(student_weight)
     shapes = [x.shape if want and x is not None else (0,) for want, x in wanted]
-    return torch.empty_like(coefficient), *(student_weight.new_empty(shape, dtype=dtype) for shape in shapes)
+    made = (student_weight.new_empty(shape, dtype=dtype) for shape in shapes)
+    return torch.empty_like(coefficient), *made, _metrics(coefficient, metrics)
 
 
 @torch.library.register_fake("fastkd::linear_kl", lib=_library)
-def _(student_hidden, student_weight, student_bias, th, tw, tb, coefficient, labels, sizes, gradients, *rest):
-    return _outputs(student_hidden, student_weight, student_bias, coefficient, gradients)
+def _(
+    student_hidden, student_weight, student_bias, th, tw, tb, coefficient, labels, sizes, gradients, divergence,
+    numbers, group="", widest=0, metrics=False,
+):  # fmt: skip
+    return _outputs(student_hidden, student_weight, student_bias, coefficient, gradients, metrics)
 
 
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
@@ -113,6 +127,7 @@ def _linear_kl(
     numbers: Tensor,  # [4]: beta, temperature, kd_weight, ce_weight; and a mix's weights
     vocab_group: str = "",
     widest_shard: int = 0,
+    metrics: bool = False,
 ) -> tuple[Tensor, ...]:
     student_scale, teacher_scale, student_softcap, teacher_softcap, workspace_mb = sizes.tolist()
     workspace_bytes, objective = int(workspace_mb * 2**20), for_rows(divergence, numbers)
@@ -132,12 +147,17 @@ def _linear_kl(
     elif columns > vocabulary and group is None:
         labels = known_labels(labels, columns)
     widest = columns if group is None else widest_shard
-    call = Call(student, teacher, vocabulary, columns, coefficient, labels, workspace_bytes, gradients, group, widest)
+    told = _metrics(coefficient, metrics)
+    call = Call(
+        student, teacher, vocabulary, columns, coefficient, labels, workspace_bytes, gradients, group, widest,
+        told if metrics else None,
+    )  # fmt: skip
     if backend_for(student_hidden.device)[0] == "cpp":
-        return on_cpu(call, *objective)
+        return *on_cpu(call, *objective), told
     if coefficient.shape[0] == 0:
-        return tuple(x.zero_() for x in _outputs(student_hidden, student_weight, student_bias, coefficient, gradients))
-    return on_gpu(call, *objective)
+        outputs = _outputs(student_hidden, student_weight, student_bias, coefficient, gradients, metrics)
+        return tuple(x.zero_() for x in outputs)
+    return *on_gpu(call, *objective), told
 
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
@@ -149,7 +169,7 @@ OF_STUDENT = (0, 1, 2)  # arguments that get a gradient: hidden states, weight a
 
 
 class LinearKL(GradientsAhead):
-    """The summed loss, a 0-d float64 tensor, and the gradients, which the forward pass computes.
+    """The summed loss, a 0-d float64 tensor, the gradients, which the forward pass computes, and the rows' metrics.
 
     Arguments are those of ``torch.ops.fastkd.linear_kl``.
     """
@@ -166,24 +186,25 @@ class LinearKL(GradientsAhead):
         return OF_STUDENT
 
 
-class LinearKLPerToken(Function):
-    """Losses per token, [T] float64; the backward pass computes logits and gradients from the inputs.
+class LinearKLPerToken(Loss):
+    """Losses per token, [T] float64, and their metrics; the backward pass computes logits and gradients anew.
 
     Arguments are those of ``torch.ops.fastkd.linear_kl``.
     """
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return torch.ops.fastkd.linear_kl(*arguments[:9], [False] * 3, *arguments[10:])[0]
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, *_, metrics = torch.ops.fastkd.linear_kl(*arguments[:9], [False] * 3, *arguments[10:])
+        return loss, metrics
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    @classmethod
+    def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
         *tensors, _, ctx.divergence, numbers = inputs[:12]
         ctx.save_for_backward(*tensors, numbers)
-        ctx.shard = inputs[12:]
+        ctx.shard = inputs[12:14]
 
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor):
+    @classmethod
+    def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, coefficient, labels, sizes, numbers = ctx.saved_tensors
         inputs = (*tensors, coefficient * grad_loss, labels, sizes)
         constants = (ctx.needs_input_grad[:3], ctx.divergence, numbers, *ctx.shard)
@@ -193,23 +214,31 @@ class LinearKLPerToken(Function):
 class _LinearKLGradient(Gradient):
     @staticmethod
     def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
-        _, *gradients = torch.ops.fastkd.linear_kl(*arguments)
+        _, *gradients, _ = torch.ops.fastkd.linear_kl(*arguments)
         return in_dtypes_of(OF_STUDENT, arguments, gradients)
 
 
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
-def as_workspace(megabytes: Any) -> float | None:
-    """The argument workspace_mb as a float, or None for the default."""
-    return None if megabytes is None else as_number("workspace_mb", megabytes, "> 0", lambda x: 0 < x < float("inf"))
-
-
-def as_softcap(name: str, cap: Any) -> float | None:
-    """A softcap as a float, or None for none."""
-    return None if cap is None else as_number(name, cap, "> 0", lambda x: 0 < x < float("inf"))
-
-
+@overload
+def linear_kl(
+    student_hidden: Tensor, student_weight: Tensor | Head,
+    teacher_hidden: Tensor | TopK | None, teacher_weight: Tensor | Head | None = ...,
+    *, return_metrics: Literal[False] = ..., **options: Unpack[LinearOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_kl(
+    student_hidden: Tensor, student_weight: Tensor | Head,
+    teacher_hidden: Tensor | TopK | None, teacher_weight: Tensor | Head | None = ...,
+    *, return_metrics: Literal[True], **options: Unpack[LinearOptions],
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
+@overload
+def linear_kl(
+    student_hidden: Tensor, student_weight: Tensor | Head,
+    teacher_hidden: Tensor | TopK | None, teacher_weight: Tensor | Head | None = ...,
+    *, return_metrics: bool, **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def linear_kl(
     student_hidden: Tensor,
     student_weight: Tensor | Head,
@@ -234,8 +263,9 @@ def linear_kl(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     vocab_group: ProcessGroup | None = None,
+    return_metrics: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Distillation loss from hidden states and vocabulary heads, without ever holding the logits.
 
     Equal to ``fastkd.logit_kl`` on ``student_scale * student_hidden @ student_weight.T + student_bias`` and the
@@ -268,11 +298,11 @@ def linear_kl(
             ``fastkd.head`` instead, which averages its gradient over them; a bare ``.full_tensor()`` does not.
 
     With ``vocab_group`` every rank of the group has to make the call, and its backward pass, in the same grad mode. It
-    sends 56 bytes for every token that is not dropped, 24 more for divergences other than forward and reverse KL, and
-    ``4 * Hs`` for every token (``8 * Hs`` in float64) where ``student_hidden`` needs a gradient; with
-    ``reduction="none"`` the backward pass sends all that again. An error on one rank is an error on all, for which the
-    ranks exchange a hundred bytes first: on a GPU that waits for the device, so that such a call is no part of a CUDA
-    graph, and ``torch.compile`` breaks its graph there.
+    sends 56 bytes for every token that is not dropped, 24 more for divergences other than forward and reverse KL, 48
+    more for metrics, and ``4 * Hs`` for every token (``8 * Hs`` in float64) where ``student_hidden`` needs a gradient;
+    with ``reduction="none"`` the backward pass sends all but metrics again. An error on one rank is an error on all,
+    for which the ranks exchange a hundred bytes first: on a GPU that waits for the device, so that such a call is no
+    part of a CUDA graph, and ``torch.compile`` breaks its graph there.
 
     The other arguments, the result and the errors are those of ``fastkd.logit_kl``. Under ``torch.autocast`` the
     inputs are cast as ``F.linear`` casts them. With ``reduction="mean"`` or ``"sum"`` the gradients are computed in the
@@ -286,6 +316,7 @@ def linear_kl(
             raise ValueError(f"{name}: expected None, as the teacher is a TopK, got a tensor")
         if student.softcap is not None:
             raise ValueError(f"student_softcap: expected None, as the teacher is a TopK, got {student.softcap}")
+        check_no_metrics(return_metrics)
         return topk_linear_kl(
             student_hidden,
             student.weight,
@@ -320,12 +351,14 @@ def linear_kl(
         token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
         local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
         tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
+        check_flag("return_metrics", return_metrics)
         keywords: dict[str, Any] = {
             "student_scale": as_number("student_scale", student.scale, "that is finite", is_finite),
             "teacher_scale": as_number("teacher_scale", teacher.scale, "that is finite", is_finite),
             "student_softcap": as_softcap("student_softcap", student.softcap),
             "teacher_softcap": as_softcap("teacher_softcap", teacher.softcap),
             "workspace_mb": as_workspace(workspace_mb),
+            "return_metrics": return_metrics,
         }
         shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
         hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
@@ -334,11 +367,14 @@ def linear_kl(
         return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device), keywords
 
     (inputs, objective, tokens, fused, keywords), shard = agree(group, check, lambda checked: facts(*checked))
-    workspace = keywords.pop("workspace_mb")
+    workspace, _ = keywords.pop("workspace_mb"), keywords.pop("return_metrics")
 
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
     if not fused:
-        return reference.linear_kl(**inputs._asdict(), **keywords, shard=shard, **vars(objective), **vars(tokens))
+        metrics: dict[str, Tensor] | None = {} if return_metrics else None
+        options = {**keywords, **vars(objective), **vars(tokens)}
+        loss = reference.linear_kl(**inputs._asdict(), shard=shard, metrics=metrics, **options)
+        return loss if metrics is None else (loss, metrics)
 
     workspace = WORKSPACE_MB[device.type] if workspace is None else workspace
     flat_labels = tokens.flat_labels()
@@ -349,10 +385,10 @@ def linear_kl(
         flat_labels if shard is None else shard.local_labels(flat_labels),
         numbers(*(0.0 if x is None else x for x in keywords.values()), workspace),
         wanted,
-        *(objective if shard is None else shard).for_op(),
+        *((*objective.for_op(), *NO_SHARD) if shard is None else shard.for_op()),
+        return_metrics,
     )
-    if reduction == "none":
-        loss = apply(LinearKLPerToken, *arguments).reshape(leading)
-    else:
-        loss, *_ = apply(LinearKL, *arguments)
-    return loss if inputs.student_hidden.dtype == torch.float64 else loss.float()
+    loss, *_, rows = apply(LinearKLPerToken if reduction == "none" else LinearKL, *arguments)
+    dtype = score_dtype(inputs.student_hidden)
+    loss = (loss.reshape(leading) if reduction == "none" else loss).to(dtype)
+    return (loss, averaged(rows, tokens.weights(leading, device), objective, dtype)) if return_metrics else loss

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Objective, TokenArguments, check_same_device, check_tensor
+from ..checks import Objective, TokenArguments, as_number, check_same_device, check_tensor
 from ..heads import Head
 from .autograd import constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
 from .vocabulary_shards import Facts
 
-__all__ = ["Inputs", "as_head", "check_inputs", "facts", "flat"]
+__all__ = ["Inputs", "as_head", "as_softcap", "as_workspace", "check_inputs", "facts", "flat"]
 
 
 def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Head:
@@ -31,6 +31,16 @@ def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Hea
                 f"{value!r}; head._replace({name}=...) makes another Head"
             )
     return weight
+
+
+def as_workspace(megabytes: Any) -> float | None:
+    """The argument workspace_mb as a float, or None for the default."""
+    return None if megabytes is None else as_number("workspace_mb", megabytes, "> 0", lambda x: 0 < x < float("inf"))
+
+
+def as_softcap(name: str, cap: Any) -> float | None:
+    """A softcap as a float, or None for none."""
+    return None if cap is None else as_number(name, cap, "> 0", lambda x: 0 < x < float("inf"))
 
 
 class Inputs(NamedTuple):

@@ -10,25 +10,28 @@ T tokens (any leading shape), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backend import use_fused
-from ..checks import Objective, TokenArguments, check_same_device, check_tensor
+from ..checks import Objective, TokenArguments, check_flag
 from ..divergence import Divergence, for_rows
 from ..teachers import TopK
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments
 from .drivers.chunks import row_blocks
-from .drivers.divergence_rows import STATS, divergence_rows
+from .drivers.divergence_rows import METRICS, STATS, divergence_rows
 from .drivers.whole_rows import RowBlock, known_labels, whole_row_gradient, whole_row_stats
+from .dtypes import score_dtype
+from .logit_kl_arguments import Checked, check_logits, facts
+from .metrics import averaged, check_no_metrics
 from .topk_kl import topk_logit_kl
 from .vocabulary_shards import (
+    NO_SHARD,
     OBJECTIVE,
     SHARD_ARGUMENTS,
-    Facts,
     agree,
     group_by_name,
     local_tensor,
@@ -38,6 +41,9 @@ from .vocabulary_shards import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from .options import LogitOptions
 
 __all__ = ["LogitKL", "logit_kl"]
 
@@ -46,7 +52,7 @@ __all__ = ["LogitKL", "logit_kl"]
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "logit_kl(Tensor student_logits, Tensor? teacher_logits, Tensor coefficient, Tensor? labels, "
-    f"{OBJECTIVE}, {SHARD_ARGUMENTS}) -> (Tensor loss, Tensor stats)"
+    f"{OBJECTIVE}, {SHARD_ARGUMENTS}, bool metrics=False) -> (Tensor loss, Tensor stats, Tensor metrics)"
 )
 _library.define(
     "logit_kl_backward(Tensor student_logits, Tensor? teacher_logits, Tensor stats, Tensor coefficient, "
@@ -56,9 +62,16 @@ _library.define(
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
+def _outputs(coefficient, metrics):
+    """Loss, statistics and metrics, unwritten; metrics that are not asked for are empty."""
+    rows = coefficient.shape[0]
+    told = coefficient.new_empty(rows if metrics else 0, METRICS)
+    return torch.empty_like(coefficient), coefficient.new_empty(rows, STATS), told
+
+
 @torch.library.register_fake("fastkd::logit_kl", lib=_library)
-def _(student_logits, teacher_logits, coefficient, labels, *rest):
-    return torch.empty_like(coefficient), coefficient.new_empty(coefficient.shape[0], STATS)
+def _(student_logits, teacher_logits, coefficient, labels, divergence, numbers, group="", widest=0, metrics=False):
+    return _outputs(coefficient, metrics)
 
 
 @torch.library.register_fake("fastkd::logit_kl_backward", lib=_library)
@@ -87,22 +100,36 @@ def _in_parts(student: Tensor, teacher: Tensor | None, group: ProcessGroup | Non
     return group is not None or (teacher is not None and student.shape[-1] > teacher.shape[-1])
 
 
-def _forward(student_logits, teacher_logits, coefficient, labels, divergence, numbers, vocab_group="", widest_shard=0):
+def _forward(
+    student_logits,
+    teacher_logits,
+    coefficient,
+    labels,
+    divergence,
+    numbers,
+    vocab_group="",
+    widest_shard=0,
+    metrics=False,
+):
     objective, group = for_rows(divergence, numbers), group_by_name(vocab_group)
     student, teacher, labels = _compared(student_logits, teacher_logits, labels, objective)
-    loss = torch.empty_like(coefficient)
-    stats = coefficient.new_empty(coefficient.shape[0], STATS)
+    loss, stats, told = _outputs(coefficient, metrics)
     if _in_parts(student, teacher, group):
         if labels is not None and group is None:
             labels = known_labels(labels, student.shape[-1])
         if len(loss):
             blocks = [RowBlock(rows, s, t) for rows, (s, t) in row_blocks(student, teacher)]
-            whole_row_stats(blocks, coefficient, labels, loss, stats, group, *objective)
-        return loss, stats
+            whole_row_stats(
+                blocks, coefficient, labels, loss, stats, group, *objective, metrics=told if metrics else None
+            )
+        return loss, stats, told
     for rows, (s, t) in row_blocks(student, teacher):
         row_labels = None if labels is None else labels[rows]
-        divergence_rows(s, t, coefficient[rows], row_labels, loss[rows], stats[rows], None, *objective)
-    return loss, stats
+        row_metrics = told[rows] if metrics else None
+        divergence_rows(
+            s, t, coefficient[rows], row_labels, loss[rows], stats[rows], None, *objective, metrics=row_metrics
+        )
+    return loss, stats, told
 
 
 _library.impl("logit_kl", _forward, "CompositeExplicitAutograd")
@@ -139,7 +166,7 @@ class LogitKL(Loss):
     """Per-token losses [tokens] in float64, coefficient included, differentiable in the student's logits.
 
     Arguments are those of ``torch.ops.fastkd.logit_kl``, and so are the outputs: the second, statistics of the rows, is
-    what the backward pass starts from.
+    what the backward pass starts from, the third what the rows tell of themselves.
     """
 
     @staticmethod
@@ -149,15 +176,15 @@ class LogitKL(Loss):
         coefficient: Tensor,  # [tokens] float64
         labels: Tensor | None,  # [tokens] int64
         *objective: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.fastkd.logit_kl(student_logits, teacher_logits, coefficient, labels, *objective)
 
     @classmethod
     def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
         student_logits, teacher_logits, coefficient, labels, divergence, numbers, *shard = inputs
-        _, stats = output
+        _, stats, _ = output
         ctx.save_for_backward(student_logits, teacher_logits, stats, coefficient, labels, numbers)
-        ctx.divergence, ctx.shard = divergence, shard
+        ctx.divergence, ctx.shard = divergence, shard[:2]
 
     @classmethod
     def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,55 +214,30 @@ class _LogitKLGradient(Gradient):
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
-class _Checked(NamedTuple):
-    """The public function's arguments, checked, and of this rank alone."""
-
-    student: Tensor  # [..., Vs]
-    teacher: Tensor | None  # [..., Vt]
-    objective: Objective
-    tokens: TokenArguments
-    fused: bool
-
-
-def _check_logits(student: Any, teacher: Any, objective: Objective, tokens: TokenArguments, sharded: bool) -> None:
-    """Checks logits [..., V] and the keywords that go with them; a shard may be of no columns."""
-    check_tensor("student_logits", student, floating=True)
-    if student.dim() == 0 or (student.shape[-1] == 0 and not sharded):
-        raise ValueError(f"student_logits: expected shape [..., V] with V > 0, got {list(student.shape)}")
-    vocabulary, leading = student.shape[-1], student.shape[:-1]
-    if teacher is not None:
-        check_tensor("teacher_logits", teacher, shape=[*leading, None], floating=True)
-        check_same_device("teacher_logits", teacher, student.device)
-        if teacher.shape[-1] == 0 and not sharded:
-            raise ValueError(f"teacher_logits: expected shape [..., V] with V > 0, got {list(teacher.shape)}")
-    elif objective.kd_weight != 0:
-        raise ValueError(f"teacher_logits: expected a tensor because kd_weight is {objective.kd_weight}, got None")
-    tokens.check(objective, leading, None if sharded else vocabulary, student.device)
-
-
-def _facts(checked: _Checked) -> Facts:
-    """What this rank tells the others that hold a shard of the vocabulary."""
-    student, teacher, objective, tokens, fused = checked
-    others = {
-        "reduction": tokens.reduction,
-        "fused": fused,
-        "dtype": student.dtype,
-        "device": student.device.type,
-        "gradient": torch.is_grad_enabled() and student.requires_grad,
-        "teacher": teacher is not None,
-    }
-    return Facts(
-        objective,
-        others,
-        student.shape[-1],
-        None if teacher is None else teacher.shape[-1],
-        tokens,
-        None,
-        None,
-        tokens.coefficients(student.shape[:-1], student.device) != 0,
-    )
-
-
+@overload
+def logit_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    *,
+    return_metrics: Literal[False] = ...,
+    **options: Unpack[LogitOptions],
+) -> Tensor: ...
+@overload
+def logit_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LogitOptions],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def logit_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LogitOptions],
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 def logit_kl(
     student_logits: Tensor,
     teacher_logits: Tensor | TopK | None,
@@ -251,8 +253,9 @@ def logit_kl(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     vocab_group: ProcessGroup | None = None,
+    return_metrics: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Distillation loss between vocabulary logits, with a cross-entropy beside it if asked for.
 
     ``kd_weight * temperature**2 * D(p, q) + ce_weight * cross_entropy(student_logits, labels)`` for every token, with
@@ -284,11 +287,21 @@ def logit_kl(
             on all ranks, and labels count in the whole vocabulary. Every rank returns the loss of the whole vocabulary,
             and the gradient of its own columns. Logits that are DTensors, sharded along their last dimension over a
             one-dimensional mesh, need no ``vocab_group``, and get gradients that are DTensors.
+        return_metrics: whether to return metrics beside the loss, of the same pass over the logits. Not with a
+            ``TopK`` as the teacher.
         impl: ``"auto"``, ``"reference"`` or ``"fused"``; see ``fastkd.doctor``.
 
     Returns:
         A 0-d tensor, or [...] with ``reduction="none"``; float32, or float64 for float64 students. 0 where no token is
-        left to average.
+        left to average. With ``return_metrics`` a tuple of it and a dict of 0-d tensors of its dtype, without gradient:
+
+        - ``kd``: ``temperature**2 * D(p, q)``, as it enters the loss before ``kd_weight``;
+        - ``ce``: the cross-entropy before ``ce_weight``;
+        - ``student_entropy``, ``teacher_entropy``: of q and of p, over the columns that are compared, in nats;
+        - ``agreement``: the share of tokens of which both models score the same of these columns highest.
+
+        ``ce`` is there where ``ce_weight`` is not 0, the others where ``kd_weight`` is not. All are means over the
+        tokens, weighted by ``weight``, whatever ``reduction`` and ``normalizer`` are, and 0 where no token is left.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any work.
@@ -298,11 +311,12 @@ def logit_kl(
     reverse KL is NaN, and that of forward KL what it tends to.
 
     With ``vocab_group`` every rank of the group has to make the call, and sends 56 bytes for every token, 24 more for
-    divergences other than forward and reverse KL. An error on one rank is an error on all: a ValueError or TypeError
-    where it is, or where the ranks' arguments do not fit together, and a RuntimeError that names the rank elsewhere.
-    For that the ranks exchange a hundred bytes first, and on a GPU this waits for the device.
+    divergences other than forward and reverse KL, 48 more for metrics. An error on one rank is an error on all: a
+    ValueError or TypeError where it is, or where the ranks' arguments do not fit together, and a RuntimeError that
+    names the rank elsewhere. For that the ranks exchange a hundred bytes first, and on a GPU this waits for the device.
     """
     if isinstance(teacher_logits, TopK):
+        check_no_metrics(return_metrics)
         return topk_logit_kl(
             student_logits,
             teacher_logits,
@@ -322,7 +336,7 @@ def logit_kl(
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     group = vocabulary_group(vocab_group, logits, -1)
 
-    def check() -> _Checked:
+    def check() -> Checked:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
         token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
         local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
@@ -331,22 +345,31 @@ def logit_kl(
         if group is not None:
             student, teacher = (shard_on(group, name, x, -1) for name, x in logits.items())
         student, teacher = differentiable(student), constant(teacher)
-        _check_logits(student, teacher, objective, tokens, group is not None)
-        return _Checked(student, teacher, objective, tokens, use_fused(impl, student.device))
+        check_logits(student, teacher, objective, tokens, group is not None)
+        check_flag("return_metrics", return_metrics)
+        return Checked(student, teacher, objective, tokens, use_fused(impl, student.device))
 
-    (student, teacher, objective, tokens, fused), shard = agree(group, check, _facts)
+    (student, teacher, objective, tokens, fused), shard = agree(
+        group, check, lambda checked: facts(checked, return_metrics)
+    )
 
     if not fused:
-        return reference.logit_kl(student, teacher, shard=shard, **vars(objective), **vars(tokens))
+        metrics: dict[str, Tensor] | None = {} if return_metrics else None
+        loss = reference.logit_kl(student, teacher, shard=shard, metrics=metrics, **vars(objective), **vars(tokens))
+        return loss if metrics is None else (loss, metrics)
 
     leading, flat_labels = student.shape[:-1], tokens.flat_labels()
-    loss, _ = apply(
+    loss, _, rows = apply(
         LogitKL,
         student,
         teacher,
         tokens.coefficients(leading, student.device),
         flat_labels if shard is None else shard.local_labels(flat_labels),
-        *(objective if shard is None else shard).for_op(),
+        *((*objective.for_op(), *NO_SHARD) if shard is None else shard.for_op()),
+        return_metrics,
     )
     loss = loss.reshape(leading) if reduction == "none" else loss.sum()
-    return loss if student.dtype == torch.float64 else loss.float()
+    dtype = score_dtype(student)
+    if not return_metrics:
+        return loss.to(dtype)
+    return loss.to(dtype), averaged(rows, tokens.weights(leading, student.device), objective, dtype)

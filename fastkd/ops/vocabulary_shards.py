@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "NO_SHARD",
     "OBJECTIVE",
     "SHARD_ARGUMENTS",
     "Facts",
@@ -55,6 +56,7 @@ __all__ = [
 OBJECTIVE = "int divergence, Tensor numbers"
 # What an op over shards is given after the objective: "" and 0 where there are none. Its labels are those of the shard.
 SHARD_ARGUMENTS = 'str vocab_group="", int widest_shard=0'
+NO_SHARD = ("", 0)
 
 # Of independent hidden states of unit variance the sums differ by about 1.4 of their norm; of copies that were rounded
 # differently on the way, by less than a hundredth.

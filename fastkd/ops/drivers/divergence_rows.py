@@ -8,14 +8,19 @@ For student scores s and teacher scores t, both [R, V], row by row:
 The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows.py in Triton, which takes anything, and
 csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once and knows no mix.
 
-One operator writes what it is given of loss, statistics and gradient. Statistics are what the gradient needs of a row;
-without a loss they are given, of a pass before. The gradient may be written over the student.
+One operator writes what it is given of loss, statistics, gradient and metrics. Statistics are what the gradient needs
+of a row; without a loss they are given, of a pass before. The gradient may be written over the student. Metrics go with
+a loss, and say of a row (temperature^2 * D, cross-entropy, the student's entropy, the teacher's, the column of the
+student's highest score, of the teacher's): at the temperature but for the cross-entropy, in nats. Columns count from
+1; of some that are as high it is the first. All are 0 where a term has no weight, a row is skipped, or a model has no
+distribution there.
 
 A row may also be a shard of a longer one. Two more functions make what of its statistics takes one shard; what they are
 of the whole row is in ../vocabulary_shards.py.
 
 R rows, V columns. coefficient [R] float64, 0 skips the row (it is not read; loss and gradient are 0); labels [R] int64;
-loss [R] float64; stats [R, 7] float64, private to each kernel; gradient [R, V] of any float dtype and stride.
+loss [R] float64; stats [R, 7] float64, private to each kernel; gradient [R, V] of any float dtype and stride; metrics
+[R, 6] float64.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from ...divergence import MIX
 
 __all__ = [
     "ELSEWHERE",
+    "METRICS",
     "STATS",
     "CudaRows",
     "cuda_rows_problem",
@@ -45,6 +51,7 @@ __all__ = [
 ]
 
 STATS = 7
+METRICS = 6
 # The label of a shard of a row, in another shard of which the label lies.
 ELSEWHERE = -(2**63)
 
@@ -58,12 +65,12 @@ _ROWS = (
     "Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!)? loss, Tensor(b!)? stats, "
     f"Tensor(c!)? gradient, {_OBJECTIVE}"
 )
-_library.define(f"divergence_rows({_ROWS}) -> ()")
+_library.define(f"divergence_rows({_ROWS}, Tensor(d!)? metrics=None) -> ()")
 # The same on a GPU, for rows that the kernel in CUDA C++ is made for; it knows no mix.
 _library.define(f"divergence_rows_cuda({_ROWS}, int blocks) -> ()".replace("float[1]", "float"))
 _library.define(
     "divergence_shard_stats(Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!) stats, "
-    f"{_OBJECTIVE}) -> ()"
+    f"{_OBJECTIVE}, Tensor(b!)? metrics=None) -> ()"
 )
 _library.define(
     "divergence_shard_sums(Tensor student, Tensor? teacher, Tensor stats, Tensor coefficient, Tensor(a!) sums, "
@@ -73,7 +80,7 @@ _library.define(
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
-def _fake(*_: object) -> None:
+def _fake(*_: object, **__: object) -> None:
     """All of them write into tensors they are given."""
 
 
@@ -97,8 +104,12 @@ class CudaRows:
         torch.ops.fastkd.divergence_rows_cuda(*arguments, cls.blocks)
 
     @staticmethod
-    def takes(student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None) -> bool:
-        """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side."""
+    def takes(
+        student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None, metrics: Tensor | None = None
+    ) -> bool:
+        """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side, no metrics."""
+        if metrics is not None:
+            return False
         given = [x for x in (student, teacher, gradient) if x is not None]
         return all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.stride(1) == 1 for x in given) and (
             teacher is None or teacher.dtype == student.dtype
@@ -139,18 +150,18 @@ def gpu_row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManage
     return {name: functools.partial(gpu_rows, name) for name in names}
 
 
-def _in_triton(name: str, *arguments: object) -> None:
+def _in_triton(name: str, *arguments: object, **metrics: Tensor | None) -> None:
     from ...kernels import rows
 
-    getattr(rows, name)(*arguments)
+    getattr(rows, name)(*arguments, **metrics)
 
 
-def _on_gpu(student: Tensor, teacher: Tensor | None, *arguments: Any) -> None:
+def _on_gpu(student: Tensor, teacher: Tensor | None, *arguments: Any, metrics: Tensor | None = None) -> None:
     _, _, _, _, gradient, divergence, *_ = arguments
-    if _preferred == "cuda" and divergence < MIX and CudaRows.takes(student, teacher, gradient):
+    if _preferred == "cuda" and divergence < MIX and CudaRows.takes(student, teacher, gradient, metrics):
         CudaRows.divergence_rows(student, teacher, *arguments)
     else:
-        _in_triton("divergence_rows", student, teacher, *arguments)
+        _in_triton("divergence_rows", student, teacher, *arguments, metrics=metrics)
 
 
 _library.impl("divergence_rows", _on_gpu, "CUDA")
@@ -158,14 +169,14 @@ for _name in _SHARD_OPS:
     _library.impl(_name, functools.partial(_in_triton, _name), "CUDA")
 
 
-def _call_shard(name: str, student: Tensor, *arguments: object) -> None:
+def _call_shard(name: str, student: Tensor, *arguments: object, **metrics: Tensor | None) -> None:
     """On a GPU in Triton, whatever is preferred: the kernel in CUDA C++ knows whole rows only."""
     if student.shape[1] == 0:
         return
     if backend_for(student.device)[0] == "triton":
-        _in_triton(name, student, *arguments)
+        _in_triton(name, student, *arguments, **metrics)
     else:
-        getattr(torch.ops.fastkd, name)(student, *arguments)
+        getattr(torch.ops.fastkd, name)(student, *arguments, **metrics)
 
 
 # ---- functions for the other ops ------------------------------------------------------------------------------------
@@ -180,10 +191,11 @@ def divergence_rows(
     stats: Tensor | None,  # [R, 7]
     gradient: Tensor | None,  # [R, V]
     *objective: Any,
+    metrics: Tensor | None = None,  # [R, 6]
 ) -> None:
-    """Writes each row's loss and statistics, and coefficient * d loss / d student: of these what is given."""
+    """Writes each row's loss, statistics and metrics, and coefficient * d loss / d student: of these what is given."""
     call = _on_gpu if backend_for(student.device)[0] == "triton" else torch.ops.fastkd.divergence_rows
-    call(student, teacher, coefficient, labels, loss, stats, gradient, *objective)
+    call(student, teacher, coefficient, labels, loss, stats, gradient, *objective, metrics=metrics)
 
 
 # ---- of rows that are shards of longer ones --------------------------------------------------------------------------
@@ -197,9 +209,13 @@ def divergence_shard_stats(
     labels: Tensor | None,  # [R]
     stats: Tensor,  # [R, 7]
     *objective: Any,
+    metrics: Tensor | None = None,  # [R, 6]
 ) -> None:
-    """Writes a shard's own statistics: (max_s, sum_s, max_t, sum_t, D, unspecified, sum_1), as if it were the row."""
-    _call_shard("divergence_shard_stats", student, teacher, coefficient, labels, stats, *objective)
+    """Writes a shard's own statistics: (max_s, sum_s, max_t, sum_t, D, unspecified, sum_1), as if it were the row.
+
+    And of its own metrics, if wanted, the entropies and the columns.
+    """
+    _call_shard("divergence_shard_stats", student, teacher, coefficient, labels, stats, *objective, metrics=metrics)
 
 
 def divergence_shard_sums(

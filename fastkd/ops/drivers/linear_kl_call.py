@@ -42,6 +42,7 @@ class Call(NamedTuple):
     gradients: list[bool]  # of hidden states, weight, bias
     group: ProcessGroup | None  # over whose ranks the vocabulary is spread
     widest: int  # columns of the largest shard, or `columns`: chunks have to be the same on all ranks
+    metrics: Tensor | None  # [T, 6], to be written, of kept tokens alone
 
     @property
     def in_parts(self) -> bool:
@@ -58,15 +59,16 @@ class Call(NamedTuple):
         stats: Tensor | None,  # [n, 7], given where there is no loss
         gradient: Tensor | None,  # [n, columns], may be the student
         *objective: Any,
+        metrics: Tensor | None = None,  # [n, 6]
     ) -> None:
-        """Writes losses and statistics of rows, and their gradients: of these what is given."""
+        """Writes losses, statistics and metrics of rows, and their gradients: of these what is given."""
         if not self.in_parts:
-            divergence_rows(student, teacher, coefficient, labels, loss, stats, gradient, *objective)
+            divergence_rows(student, teacher, coefficient, labels, loss, stats, gradient, *objective, metrics=metrics)
             return
         block = RowBlock(slice(0, len(coefficient)), student, teacher)
         stats = coefficient.new_empty(len(coefficient), STATS) if stats is None else stats
         if loss is not None:
-            whole_row_stats([block], coefficient, labels, loss, stats, self.group, *objective)
+            whole_row_stats([block], coefficient, labels, loss, stats, self.group, *objective, metrics=metrics)
         if gradient is not None:
             whole_row_gradient(block, stats, coefficient, labels, gradient, *objective)
 

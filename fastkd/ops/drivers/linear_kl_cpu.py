@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dtypes import gradient_dtype, score_dtype
 from .chunks import token_chunks
+from .divergence_rows import METRICS
 from .linear_kl_call import Call, Projection, sum_over
 from .softcap import softcap
 
@@ -93,13 +94,15 @@ def _losses_(
     coefficient: Tensor,  # [n]
     labels: Tensor | None,  # [n]
     loss: Tensor,  # [n]
+    metrics: Tensor | None,  # [n, 6]
     *objective: Any,
 ) -> None:
-    """Writes losses of rows of scores that are yet to be capped, and where gradients are wanted these over them."""
+    """Writes losses and metrics of rows of scores that are yet to be capped, and over them gradients if wanted."""
     wanted, cap = any(call.gradients), call.student.softcap
     teacher_cap = None if call.teacher is None else call.teacher.softcap
     if cap is None and teacher_cap is None:
-        call.rows(student, teacher, coefficient, labels, loss, None, student if wanted else None, *objective)
+        gradient = student if wanted else None
+        call.rows(student, teacher, coefficient, labels, loss, None, gradient, *objective, metrics=metrics)
         return
     # what ranks tell each other they tell of all rows at once
     step = max(1, len(loss) if call.group is not None else CAPPED_ROWS * torch.get_num_threads())
@@ -114,7 +117,9 @@ def _losses_(
             softcap(target, target, None, teacher_cap)
         row_labels = None if labels is None else labels[rows]
         gradient = scores if wanted else None
-        call.rows(scores, target, coefficient[rows], row_labels, loss[rows], None, gradient, *objective)
+        row_metrics = None if metrics is None else metrics[rows]
+        with_loss = scores, target, coefficient[rows], row_labels, loss[rows]
+        call.rows(*with_loss, None, gradient, *objective, metrics=row_metrics)
         if slope is not None:
             scores.mul_(slope)
 
@@ -140,8 +145,11 @@ def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
             scores_(teacher_scores, teacher.hidden[rows], teacher, call.vocabulary)
         row_labels = None if labels is None else labels[rows]
         row_loss = torch.empty_like(weights)
-        _losses_(call, scores, teacher_scores, weights, row_labels, row_loss, *objective)
+        row_metrics = None if call.metrics is None else weights.new_empty(len(weights), METRICS)
+        _losses_(call, scores, teacher_scores, weights, row_labels, row_loss, row_metrics, *objective)
         if any(gradients):
             total.add(rows, hidden, scores)
         loss[rows] = row_loss
+        if call.metrics is not None and row_metrics is not None:
+            call.metrics[rows] = row_metrics
     return loss, *total.results()

@@ -181,13 +181,15 @@ def _rows(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...
                     softcap(target, target, slope if head is student else None, head.softcap)
             arguments = both[0], None if teacher is None else both[1]
             row_labels = None if labels is None else labels[rows]
+            metrics = None if call.metrics is None else call.metrics[rows]
+            with_loss = *arguments, coefficient[rows], row_labels, loss[rows]
             if wanted and in_place:
-                call.rows(*arguments, coefficient[rows], row_labels, loss[rows], None, both[0], *objective)
+                call.rows(*with_loss, None, both[0], *objective, metrics=metrics)
                 if slope is not None:
                     both[0].mul_(slope)
             else:
                 stats = coefficient.new_empty(part.stop - part.start, STATS)
-                call.rows(*arguments, coefficient[rows], row_labels, loss[rows], stats, None, *objective)
+                call.rows(*with_loss, stats, None, *objective, metrics=metrics)
                 if wanted:
                     target = narrow[part] if slope is None else both[0]
                     call.rows(*arguments, lifted[rows], row_labels, None, stats, target, *objective)
@@ -241,8 +243,8 @@ def _tiles(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ..
 #   768 -> 192                        | tiles, with gradients rows  | rows
 #   256 -> 256                        | tiles                       | rows
 #
-# fp32 and fp64 operands go by rows: in full precision no tensor core multiplies them. What a wider tile would change is
-# in kernels/linear_kl.py.
+# fp32 and fp64 operands go by rows: in full precision no tensor core multiplies them. So do calls for metrics. What a
+# wider tile would change is in kernels/linear_kl.py.
 
 # What the FLOPs of a byte's time are: an H200's datasheet has 990 TFLOP/s of dense bf16 and 4.8 TB/s.
 FLOPS_PER_BYTE = 206
@@ -300,7 +302,7 @@ def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
         largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
         lift = fp16_lift(largest, int(divergence), beta)
     capped = any(model is not None and model.softcap is not None for model in (call.student, call.teacher))
-    by_tiles = (
-        not call.in_parts and not capped and _by_tiles(call.student, call.teacher, any(call.gradients), int(divergence))
+    by_tiles = not (call.in_parts or capped or call.metrics is not None) and _by_tiles(
+        call.student, call.teacher, any(call.gradients), int(divergence)
     )
     return (_tiles if by_tiles else _rows)(call, lift, *objective)

@@ -67,12 +67,22 @@ def _of_tail(divergence: float, beta: float, temperature: float, kd_weight: floa
     return divergence, beta, temperature, 0.0, ce_weight
 
 
-def _own_stats(block: RowBlock, coefficient: Tensor, labels: Tensor | None, stats: Tensor, *objective: Any) -> None:
+def _own_stats(
+    block: RowBlock,
+    coefficient: Tensor,
+    labels: Tensor | None,
+    stats: Tensor,
+    metrics: Tensor | None,
+    *objective: Any,
+) -> None:
     """Writes [n, 7]: a shard's statistics alone; in place of the sixth the student's score at the label, if here."""
     stats.zero_()
+    if metrics is not None:
+        metrics.zero_()
     shared, columns = block.shared, block.student.shape[1]
     here = _labels_in(labels, 0, shared)
-    divergence_shard_stats(block.student[:, :shared], block.teacher, coefficient, here, stats, *objective)
+    student = block.student[:, :shared]
+    divergence_shard_stats(student, block.teacher, coefficient, here, stats, *objective, metrics=metrics)
     stats[:, 6].log_()
     if labels is None or columns == 0:
         return
@@ -106,8 +116,15 @@ def _chain_rule(own: Tensor, log_p: Tensor, log_q: Tensor, tau: float) -> Tensor
     return (p * own + torch.where(p == 0, q, excess)).sum(0)
 
 
-def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(D, stats [R, 7], the student's scores at the labels) of the rows, from all shards' statistics [K, R, 7].
+class _Top(NamedTuple):
+    """Of one model: each shard's maximum less the row's, and the logarithm of its probability."""
+
+    lower: Tensor  # [K, R]
+    log_share: Tensor  # [K, R]
+
+
+def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor, Tensor, tuple[_Top, _Top]]:
+    """(D, stats [R, 7], the student's scores at the labels, both models' tops), from all statistics [K, R, 7].
 
     D is that of divergences with a closed form; the mean of u is theirs, too.
     """
@@ -138,7 +155,20 @@ def _whole(shards: Tensor, tau: float, divergence: int) -> tuple[Tensor, Tensor,
     else:
         found = _chain_rule(own, log_p, log_q, tau)
     stats[:, 5] = found < NEARLY_EQUAL
-    return found, stats, score.sum(0)
+    return found, stats, score.sum(0), (_Top(lower_s, log_q), _Top(lower_t, log_p))
+
+
+def _whole_metrics(own: Tensor, tops: tuple[_Top, _Top], empty: Tensor) -> Tensor:
+    """[R, 6]: entropies and columns of whole rows from all shards' [K, R, 6]; a column, with its shard, is a number."""
+    shards, columns = own.shape[0], []
+    metrics = torch.zeros_like(own[0])
+    for i, (lower, log_share) in enumerate(tops):
+        inside = own[..., 2 + i] - log_share.masked_fill(log_share == -torch.inf, 0)
+        metrics[:, 2 + i] = (log_share.exp() * inside).sum(0)
+        owner = lower.argmax(0, keepdim=True)  # the first of those that are as high
+        columns.append(own[..., 4 + i].gather(0, owner).squeeze(0) * shards + owner.squeeze(0))
+    metrics[:, 4], metrics[:, 5] = columns
+    return metrics.masked_fill(empty.unsqueeze(1), 0)
 
 
 def _from_sums(
@@ -163,17 +193,26 @@ def whole_row_stats(
     stats: Tensor,  # [R, 7]
     group: ProcessGroup | None,
     *objective: Any,
+    metrics: Tensor | None = None,  # [R, 6]
 ) -> None:
-    """Writes loss and statistics of whole rows, as `divergence_rows` does, on every rank the same."""
+    """Writes loss, statistics and metrics of whole rows, as `divergence_rows` does, on every rank the same.
+
+    But for the columns of the highest scores, which are any number that two of the same have in common.
+    """
     divergence, _, tau, kd_weight, ce_weight = objective
     labels = labels if ce_weight != 0 else None
     own = torch.empty_like(stats)
+    own_metrics = None if metrics is None else torch.empty_like(metrics)
     for rows, student, teacher in blocks:
         block = RowBlock(rows, student, teacher if kd_weight != 0 else None)
-        _own_stats(block, coefficient[rows], None if labels is None else labels[rows], own[rows], *objective)
+        row_labels = None if labels is None else labels[rows]
+        row_metrics = None if own_metrics is None else own_metrics[rows]
+        _own_stats(block, coefficient[rows], row_labels, own[rows], row_metrics, *objective)
     shards = own.unsqueeze(0) if group is None else distributed.gather(own, group)
-    found, whole, score = _whole(shards, tau, int(divergence))
+    found, whole, score, tops = _whole(shards, tau, int(divergence))
     loss.zero_()
+    if metrics is not None:
+        metrics.zero_()
     if kd_weight != 0:
         empty = (whole[:, 1] == 0) | (whole[:, 3] == 0)
         if divergence >= JSD:
@@ -183,10 +222,19 @@ def whole_row_stats(
         if divergence == REVERSE_KL:
             whole[:, 4] = found
         whole[:, 4] = whole[:, 4].masked_fill(empty, 0)
-        loss += kd_weight * tau**2 * found.masked_fill(empty, 0)
+        found = found.masked_fill(empty, 0)
+        loss += kd_weight * tau**2 * found
+        if metrics is not None and own_metrics is not None:
+            parts = own_metrics.unsqueeze(0) if group is None else distributed.gather(own_metrics, group)
+            metrics.copy_(_whole_metrics(parts, tops, empty))
+            metrics[:, 0] = tau**2 * found
     if labels is not None:
-        cross_entropy = whole[:, 0] - score + whole[:, 6]
-        loss += ce_weight * cross_entropy.masked_fill(labels == -1, torch.nan)
+        cross_entropy = (whole[:, 0] - score + whole[:, 6]).masked_fill(labels == -1, torch.nan)
+        loss += ce_weight * cross_entropy
+        if metrics is not None:
+            metrics[:, 1] = cross_entropy
+    if metrics is not None:
+        metrics.masked_fill_((coefficient == 0).unsqueeze(1), 0)
     stats.copy_(whole)
     loss.mul_(coefficient).masked_fill_(coefficient == 0, 0)
 
