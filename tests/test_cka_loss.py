@@ -195,7 +195,7 @@ def test_fewer_than_two_valid_tokens(backend: str, dtype: torch.dtype, case: str
 
 @over_backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
-@pytest.mark.parametrize("tokens", [7, 1999])
+@pytest.mark.parametrize("tokens", [7, pytest.param(1999, marks=pytest.mark.long)])
 @pytest.mark.parametrize("which", [("student",), ("teacher",), ("student", "teacher")], ids="+".join)
 def test_constant_hidden_states(backend: str, dtype: torch.dtype, tokens: int, which: tuple[str, ...]):
     """The same at every token: numbers that no dtype holds exactly, and a mean that rounding may not take off them."""

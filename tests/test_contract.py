@@ -102,8 +102,10 @@ def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: R
     # Of rows that their diagonals decide, the loss is an exponential of scores, and as far off as these.
     loss_bound += max(digit, torch.finfo(plain).eps / 2 * largest_square(inputs)) if op is RELATION_KL else digit
     assert distance(got, loss) <= max(loss_bound, 2 * distance(plain_loss, loss))
-    # The attention kernels in Triton round a tile's gradient to 16 bits before they multiply it, and keep logarithms
-    # of row sums in float32, which near convergence has been up to 2.1 times as far off as plain torch.
+    # Near convergence a gradient is off by the last digits of its scores, which each processor's GEMM rounds in its own
+    # way: over 16 draws attention's kernels were 1.2 to 1.7 times as far off as plain torch in the median, 2.4 at most.
+    # Those in Triton round a tile's gradient to 16 bits before they multiply it, too.
+    of_scores = backend != "reference" and op in ATTENTION_OPS and regime.name == "near_converged"
     tiled = backend == "triton" and op in ATTENTION_OPS
     for name, gradient in got_gradients.items():
         assert gradient.dtype == dtype
@@ -111,7 +113,7 @@ def test_value_and_gradients(op: Op, backend: str, dtype: torch.dtype, regime: R
         of_tiles = 0 if not tiled else cancelled(inputs, divergence) if name == "student_table" else 1
         roundings = (2 if truncates else 1) * (1 + of_tiles)
         rounding = ROUNDING[dtype] * roundings + SMALLEST[dtype] * wanted.numel() ** 0.5 / wanted.norm().item()
-        plain_error = (2.5 if tiled else 2) * distance(plain_gradients[name], wanted)
+        plain_error = (2.5 if tiled or of_scores else 2) * distance(plain_gradients[name], wanted)
         assert error <= max(gradient_bound, plain_error) + rounding, name
 
 

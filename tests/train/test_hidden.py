@@ -285,6 +285,7 @@ def test_the_projection_is_trained_resumed_and_never_part_of_the_student(
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+@pytest.mark.long
 def test_from_the_command_line(
     tmp_path: Path, text_file: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

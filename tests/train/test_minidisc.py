@@ -304,6 +304,7 @@ def test_a_second_run_reuses_what_is_done(
     assert weights(tmp_path / "other") != weights(finished)
 
 
+@pytest.mark.long
 def test_what_lambda_asks_for_is_picked(run: Callable[..., int], tmp_path: Path) -> None:
     flags = ["--method", "minidisc", "--target_sparsity", "0.8", "--tradeoff_lambda"]
     assert run(tmp_path / "sparse", *flags, "100") == 0
@@ -321,6 +322,7 @@ def test_what_lambda_asks_for_is_picked(run: Callable[..., int], tmp_path: Path)
         assert entry.best.metric == max(c.metric for c in entry.candidates)  # lambda is 0
 
 
+@pytest.mark.long
 def test_baselines_and_maxidisc(run: Callable[..., int], trainers: list[Any], tmp_path: Path) -> None:
     shared = ["--target_sparsity", "0.8", "--sparsity_grid", "0,0.25,0.5,0.8"]
     assert run(tmp_path / "fixed", "--method", "minidisc", "--assistant_sparsity", "0.5", *shared) == 0
@@ -435,6 +437,7 @@ def test_other_settings_go_on_from_no_checkpoint(run: Callable[..., int], tmp_pa
     assert weights(tmp_path / "cut") == weights(tmp_path / "clean")
 
 
+@pytest.mark.long
 def test_rounds_are_reused_only_by_what_makes_the_same(
     run: Callable[..., int], trainers: list[Any], tmp_path: Path
 ) -> None:

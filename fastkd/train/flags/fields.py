@@ -98,9 +98,8 @@ class ModelArguments:
         "full", "of the teacher over the processes of a run, each of which gathers a layer when it computes, or all "
         "of it in each", ("full", "none"))
     teacher_cache: str | None = _flag(
-        None, "let the teacher run once and keep what it says of the training data, for all epochs, students and runs: "
-        "hidden, the states before its head, exact; topk:K, its K likeliest tokens and the mass of the others; or "
-        "sampled:K, K draws, of which the gradient is right on average")
+        None, "run it once and keep for later epochs, students and runs: hidden, the states before its head; topk:K, "
+        "its top; sampled:K, draws")
     teacher_cache_dir: str | None = _flag(None, "of --teacher_cache; without it, a folder in --cache_dir")
     teacher_cache_epochs: int = _flag(
         1, "of --teacher_cache: epochs of span corruption that are kept, which then begins again", least=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...divergence import Divergence
 from ..common.family import PLACES, is_enct5, matched_layer
+
+if TYPE_CHECKING:
+    from ...divergence import Divergence
 
 VOCABULARY_TERMS = ("ce", "logit_kl")
 HIDDEN_TERMS = ("hidden_cka", "hidden_linear", "hidden_mse", "hidden_pkd")
