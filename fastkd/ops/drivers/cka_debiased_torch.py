@@ -32,7 +32,6 @@ from torch import Tensor
 from ... import distributed
 from ...reference import CONSTANT, LEAST_TOKENS, ROOT
 from . import cka_loss_torch as gemms
-from .chunks import token_chunks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,12 +106,8 @@ def _rows(
 ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
     """Centred rows (B|A) [n, W] and their (l, k) [n, 2], in a workspace that the next ones overwrite."""
     width = teacher.shape[1]
-    mean, rest = gemms.halves(mean, like.dtype)
-    for rows in token_chunks(mask, student.shape[0], max(1, gemms.WORKSPACE // mean.shape[0])):
-        count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
-        chunk = workspace.take(like, count, mean.shape[0])
-        gemms.centred_(chunk[:, :width], teacher, mean[:width], rows, slice(None), mask)
-        gemms.centred_(chunk[:, width:], student, mean[width:], rows, slice(None), mask)
+    _, rest = gemms.halves(mean, like.dtype)
+    for rows, chunk in gemms.row_chunks(student, teacher, mask, mean, like, workspace):
         chunk.sub_(rest)
         if mask is not None and isinstance(rows, slice):
             chunk.masked_fill_(~mask[rows].unsqueeze(1), 0)

@@ -29,6 +29,7 @@ __all__ = [
     "halves",
     "like_scores",
     "mirror_",
+    "row_chunks",
     "statistics",
     "symmetric_norm",
     "torch_backward_",
@@ -143,8 +144,9 @@ def _covariance(
     student: Tensor, teacher: Tensor, mask: Tensor | None, mean: Tensor, memory: Memory, workspace: Memory
 ) -> Tensor:
     """The upper half of (B|A)^T (B|A) [W, W], of rows less their rounded mean."""
-    total = memory.take(like_scores(student), mean.shape[0], mean.shape[0]).zero_()
-    for _, chunk in _row_chunks(student, teacher, mask, mean, workspace):
+    like = like_scores(student)
+    total = memory.take(like, mean.shape[0], mean.shape[0]).zero_()
+    for _, chunk in row_chunks(student, teacher, mask, mean, like, workspace):
         add_symmetric_(total, chunk, teacher.shape[1], student.shape[1])
     return total
 
@@ -154,11 +156,11 @@ def like_scores(student: Tensor) -> Tensor:
     return student.new_empty(0, dtype=score_dtype(student))
 
 
-def _row_chunks(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, mean: Tensor, workspace: Memory
+def row_chunks(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, mean: Tensor, like: Tensor, workspace: Memory
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Rows (B|A) [n, W] of the tokens less their rounded mean, in a workspace that the next ones overwrite."""
-    width, like = teacher.shape[1], like_scores(student)
+    width = teacher.shape[1]
     mean, _ = halves(mean, like.dtype)
     for rows in token_chunks(mask, student.shape[0], max(1, WORKSPACE // mean.shape[0])):
         count = rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
@@ -293,7 +295,7 @@ def gradient(student, teacher, mask, mean, factor, out: Tensor, workspace: Memor
         out.zero_()
     _, rest = halves(mean, factor.dtype)
     offset = -(rest @ factor)  # [Ds], what rows less the rest of their mean have beside their product
-    for rows, chunk in _row_chunks(student, teacher, mask, mean, workspace):
+    for rows, chunk in row_chunks(student, teacher, mask, mean, like_scores(student), workspace):
         if isinstance(rows, slice) and out.dtype == factor.dtype:
             torch.addmm(offset, chunk, factor, out=out[rows])
         else:
