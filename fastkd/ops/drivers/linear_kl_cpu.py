@@ -5,7 +5,7 @@ T tokens, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from .softcap import softcap
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Gradients", "on_cpu", "scores_"]
+__all__ = ["by_rows", "on_cpu"]
 
 # Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
 WIDENED_ROWS = 4096
@@ -48,7 +48,7 @@ def scores_(out: Tensor, hidden: Tensor, head: Projection, vocabulary: int) -> N
             torch.addmm(bias, hidden, block.t(), alpha=head.scale, out=target)
 
 
-class Gradients:
+class _Gradients:
     """Accumulates what a chunk of score gradients adds to the gradients of hidden states, weight and bias."""
 
     def __init__(self, student: Projection, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
@@ -124,32 +124,54 @@ def _losses_(
             scores.mul_(slope)
 
 
-def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
-    student, teacher, coefficient, labels, gradients = (
-        call.student, call.teacher, call.coefficient, call.labels, call.gradients,
-    )  # fmt: skip
+def by_rows(
+    student: Projection,
+    columns: int,  # of the student that count
+    widest: int,  # columns of the largest shard: chunks have to be the same on all ranks
+    coefficient: Tensor,  # [T] float64
+    workspace_bytes: int,
+    buffers: int,  # in the workspace, [n, columns] each
+    gradients: list[bool],  # of hidden states, weight, bias
+    group: ProcessGroup | None,
+    losses_: Callable[[slice | Tensor, Tensor, Tensor], None],
+) -> tuple[Tensor, ...]:
+    """Losses [T] and the three gradients, by way of the student's scores, of a chunk of tokens at a time.
+
+    losses_(rows, workspace, loss) is given the scores in the first buffer, and writes the losses of these rows and over
+    the scores, if gradients are wanted, theirs.
+    """
     dtype = score_dtype(student.hidden)
-    buffers = 1 if teacher is None else 2
-    rows_at_once = max(1, call.workspace_bytes // (buffers * call.widest * dtype.itemsize))
+    rows_at_once = max(1, workspace_bytes // (buffers * widest * dtype.itemsize))
     rows_at_once = min(rows_at_once, max(1, coefficient.shape[0]))
-    workspace = student.hidden.new_empty(buffers, rows_at_once, call.columns, dtype=dtype)
+    workspace = student.hidden.new_empty(buffers, rows_at_once, columns, dtype=dtype)
     loss = torch.zeros_like(coefficient)
-    total = Gradients(student, dtype, call.group, gradients)
+    total = _Gradients(student, dtype, group, gradients)
     for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
-        weights = coefficient[rows]
-        scores, teacher_scores = workspace[0, : len(weights)], None
         hidden = student.hidden[rows]
-        scores_(scores, hidden, student, call.columns)
-        if teacher is not None:
-            teacher_scores = workspace[1, : len(weights), : call.vocabulary]
-            scores_(teacher_scores, teacher.hidden[rows], teacher, call.vocabulary)
-        row_labels = None if labels is None else labels[rows]
-        row_loss = torch.empty_like(weights)
-        row_metrics = None if call.metrics is None else weights.new_empty(len(weights), METRICS)
-        _losses_(call, scores, teacher_scores, weights, row_labels, row_loss, row_metrics, *objective)
+        own, row_loss = workspace[:, : len(hidden)], coefficient.new_empty(len(hidden))
+        scores_(own[0], hidden, student, columns)
+        losses_(rows, own, row_loss)
         if any(gradients):
-            total.add(rows, hidden, scores)
+            total.add(rows, hidden, own[0])
         loss[rows] = row_loss
-        if call.metrics is not None and row_metrics is not None:
-            call.metrics[rows] = row_metrics
     return loss, *total.results()
+
+
+def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
+    teacher = call.teacher
+
+    def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor) -> None:
+        target = None
+        if teacher is not None:
+            target = workspace[1, :, : call.vocabulary]
+            scores_(target, teacher.hidden[rows], teacher, call.vocabulary)
+        labels = None if call.labels is None else call.labels[rows]
+        metrics = None if call.metrics is None else loss.new_empty(len(loss), METRICS)
+        _losses_(call, workspace[0], target, call.coefficient[rows], labels, loss, metrics, *objective)
+        if call.metrics is not None and metrics is not None:
+            call.metrics[rows] = metrics
+
+    return by_rows(
+        call.student, call.columns, call.widest, call.coefficient, call.workspace_bytes, 1 if teacher is None else 2,
+        call.gradients, call.group, losses_,
+    )  # fmt: skip

@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..dtypes import score_dtype
-from .chunks import token_chunks
 from .linear_kl_call import Projection
-from .linear_kl_cpu import Gradients, scores_
+from .linear_kl_cpu import by_rows
 from .topk_rows import topk_rows
 
 __all__ = ["TopKTeacher", "on_cpu"]
@@ -42,22 +39,13 @@ def on_cpu(
     conditional: bool,
     *numbers: float,  # beta, temperature, kd_weight, ce_weight
 ) -> tuple[Tensor, ...]:
-    dtype, vocabulary, tokens = score_dtype(student.hidden), student.weight.shape[0], coefficient.shape[0]
-    rows_at_once = min(max(1, workspace_bytes // (vocabulary * dtype.itemsize)), max(1, tokens))
-    workspace = student.hidden.new_empty(rows_at_once, vocabulary, dtype=dtype)
-    loss = torch.zeros_like(coefficient)
-    total = Gradients(student, dtype, None, gradients)
-    for rows in token_chunks(coefficient, tokens, rows_at_once):
-        weights, hidden = coefficient[rows], student.hidden[rows]
-        scores = workspace[: len(weights)]
-        scores_(scores, hidden, student, vocabulary)
-        row_labels = None if labels is None else labels[rows]
-        row_loss = torch.empty_like(weights)
-        target = scores if any(gradients) else None
+    vocabulary = student.weight.shape[0]
+
+    def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor) -> None:
+        scores = workspace[0]
         topk_rows(
-            scores, *teacher.rows(rows), weights, row_labels, row_loss, None, target, divergences, conditional, *numbers
-        )
-        if any(gradients):
-            total.add(rows, hidden, scores)
-        loss[rows] = row_loss
-    return loss, *total.results()
+            scores, *teacher.rows(rows), coefficient[rows], None if labels is None else labels[rows], loss, None,
+            scores if any(gradients) else None, divergences, conditional, *numbers,
+        )  # fmt: skip
+
+    return by_rows(student, vocabulary, vocabulary, coefficient, workspace_bytes, 1, gradients, None, losses_)
