@@ -35,6 +35,7 @@ __all__ = [
     "check_same_device",
     "check_tensor",
     "is_finite",
+    "is_positive",
     "numbers",
     "values_are_at_hand",
 ]
@@ -78,7 +79,7 @@ class Objective:
     def __post_init__(self) -> None:
         self._set("divergence", as_divergence(self.divergence))
         self._set("beta", as_number("beta", self.beta, self._expected_beta(), lambda x: 0 < x < 1))
-        self._set("temperature", as_number("temperature", self.temperature, "> 0", lambda x: 0 < x < math.inf))
+        self._set("temperature", as_number("temperature", self.temperature, "> 0", is_positive))
         self._set("kd_weight", as_number("kd_weight", self.kd_weight, "that is finite", is_finite))
         self._set("ce_weight", as_number("ce_weight", self.ce_weight, "that is finite", is_finite))
 
@@ -88,8 +89,7 @@ class Objective:
     def _expected_beta(self) -> str:
         if not isinstance(self.beta, (int, float)) or 0 < self.beta < 1:
             return "in (0, 1)"
-        names = [self.divergence] if isinstance(self.divergence, str) else self.divergence
-        limits = [LIMITS[name, self.beta] for name in names if (name, self.beta) in LIMITS]
+        limits = [LIMITS[name, self.beta] for name in self.members if (name, self.beta) in LIMITS]
         return "in (0, 1)" + "".join(f", as at {self.beta} {limit}" for limit in limits)
 
     @property
@@ -98,9 +98,19 @@ class Objective:
         return divergence_code(self.divergence)
 
     @property
+    def members(self) -> Mapping[Any, float]:
+        """The divergences that count, and their weights, in the order of DIVERGENCES."""
+        return {self.divergence: 1.0} if isinstance(self.divergence, str) else self.divergence
+
+    @property
+    def all_weights(self) -> list[float]:
+        """Every divergence's weight, in the order of DIVERGENCES."""
+        return [self.members.get(name, 0.0) for name in DIVERGENCES]
+
+    @property
     def weights(self) -> list[float]:
-        """Of a mix every divergence's weight, in the order of DIVERGENCES; of a single one none."""
-        return [] if isinstance(self.divergence, str) else [self.divergence.get(name, 0.0) for name in DIVERGENCES]
+        """The same of a mix; of a single divergence none."""
+        return [] if isinstance(self.divergence, str) else self.all_weights
 
     def for_op(self) -> tuple[int, Tensor]:
         """The trailing arguments of an op: the code, and in one tensor these four numbers and a mix's weights."""
@@ -282,6 +292,11 @@ def check_flag(name: str, value: object) -> None:
 def is_finite(x: float) -> bool:
     """math.isfinite, in a form that torch.compile traces."""
     return -math.inf < x < math.inf
+
+
+def is_positive(x: float) -> bool:
+    """And finite."""
+    return 0 < x < math.inf
 
 
 def check_tensor(

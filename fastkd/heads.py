@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .distributed import is_dtensor
+
 __all__ = ["Head", "gathered", "head"]
 
 
@@ -56,22 +58,11 @@ def gathered(x: Tensor) -> Tensor:
 
     Its gradient is averaged over the ranks, as FSDP averages those inside its modules: ranks have different data.
     """
-    if not _is_dtensor(x):
+    if not is_dtensor(x):
         return x
     from torch.distributed.tensor import Partial
 
     return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)  # type: ignore[attr-defined]
-
-
-def _is_dtensor(x: object) -> bool:
-    """Without importing what takes a second to, where nobody has made one."""
-    if not isinstance(x, Tensor) or type(x) in (Tensor, nn.Parameter):
-        return False
-    try:
-        from torch.distributed.tensor import DTensor
-    except ImportError:
-        return False
-    return isinstance(x, DTensor)
 
 
 def _is_managed_by_fsdp(model: nn.Module) -> bool:
@@ -84,7 +75,7 @@ def _is_managed_by_fsdp(model: nn.Module) -> bool:
 
 def _whole(x: Any, sharding: str | None, by_fsdp: bool) -> Any:
     """A parameter as linear_kl takes it, by what its shards are for."""
-    if not _is_dtensor(x):
+    if not is_dtensor(x):
         return x
     sharding = sharding or ("data" if by_fsdp else None)
     if sharding is None:
@@ -164,7 +155,7 @@ def _adapted(module: Any, sharding: str | None, by_fsdp: bool) -> _Projection:
             )
         down, up = (side[adapter] for side in (module.lora_A, module.lora_B))
         parts = [_whole(x, sharding, by_fsdp) for x in (up.weight, down.weight)]
-        if any(_is_dtensor(x) for x in (weight, *parts)):
+        if any(is_dtensor(x) for x in (weight, *parts)):
             raise ValueError("model: expected a head without LoRA where the vocabulary is spread over ranks, got one")
         product = parts[0] @ parts[1] * module.scaling[adapter]
         weight = (weight + (product.t() if module.fan_in_fan_out else product)).to(weight.dtype)

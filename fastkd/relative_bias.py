@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import as_int, check_tensor
+from .checks import as_int, check_flag, check_tensor
 
 __all__ = ["RelativeBias"]
 
@@ -38,8 +38,7 @@ class RelativeBias:
 
     def __post_init__(self) -> None:
         check_tensor("RelativeBias.table", self.table, shape=[None, None], floating=True)
-        if not isinstance(self.bidirectional, bool):
-            raise TypeError(f"RelativeBias.bidirectional: expected a bool, got {type(self.bidirectional).__name__}")
+        check_flag("RelativeBias.bidirectional", self.bidirectional)
         object.__setattr__(self, "max_distance", as_int("RelativeBias.max_distance", self.max_distance))
         buckets, least = self.table.shape[0], 4 if self.bidirectional else 2
         if buckets < least or (self.bidirectional and buckets % 2):

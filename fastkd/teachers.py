@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +19,17 @@ from .checks import (
     check_same_device,
     check_tensor,
     is_finite,
+    is_positive,
     values_are_at_hand,
 )
 from .heads import Head
 
-__all__ = ["TAILS", "TopK"]
+__all__ = ["TAILS", "WITHOUT_TAIL", "TopK"]
 
 TAILS = ("bucket", "ignore", "renormalize", "conditional")
+WITHOUT_TAIL = ("forward_kl", "skew_kl")
+"""The divergences that "ignore" and "renormalize" serve: sums over the teacher's probabilities alone, to which a tail
+without any adds nothing."""
 # Half a step of bfloat16 at 1: what a log-probability of that size may be off by rounding. Those in float32 have often
 # been 16-bit numbers before, so it is one number for all dtypes.
 _ROUNDING = 2.0**-8
@@ -81,7 +84,7 @@ class TopK:
         check_tensor("TopK.log_probs", self.log_probs, shape=self.indices.shape, floating=True)
         check_same_device("TopK.log_probs", self.log_probs, self.indices.device, "the indices")
         check_choice("TopK.tail", self.tail, TAILS)
-        object.__setattr__(self, "temperature", as_number("TopK.temperature", self.temperature, "> 0", _is_positive))
+        object.__setattr__(self, "temperature", as_number("TopK.temperature", self.temperature, "> 0", is_positive))
         if self.tail_log_prob is not None:
             if self.tail != "bucket":
                 raise ValueError(f'TopK.tail_log_prob: only used with tail="bucket", got tail={self.tail!r}')
@@ -146,7 +149,7 @@ class TopK:
             check_tensor("bias", bias, shape=weight.shape[:1], floating=True)
             check_same_device("bias", bias, hidden.device, "hidden")
         scale = as_number("scale", scale, "that is finite", is_finite)
-        softcap = None if softcap is None else as_number("softcap", softcap, "> 0", _is_positive)
+        softcap = None if softcap is None else as_number("softcap", softcap, "> 0", is_positive)
         k, temperature = _as_count("k", k, weight.shape[0]), _as_temperature(temperature)
         check_choice("tail", tail, TAILS)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -356,10 +359,6 @@ def _check_log_probs(name: str, log_probs: Tensor) -> None:
         raise ValueError(f"{name}: expected log-probabilities, which are <= 0, got {log_probs[bad][0].item()}")
 
 
-def _is_positive(x: float) -> bool:
-    return 0 < x < math.inf
-
-
 def _check_rows(name: str, x: Tensor) -> int:
     """Checks a tensor [..., n] of rows, and returns n."""
     check_tensor(name, x, floating=True)
@@ -377,4 +376,4 @@ def _as_count(name: str, count: int, most: int | None = None) -> int:
 
 
 def _as_temperature(temperature: float) -> float:
-    return as_number("temperature", temperature, "> 0", _is_positive)
+    return as_number("temperature", temperature, "> 0", is_positive)

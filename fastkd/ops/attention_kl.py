@@ -27,6 +27,7 @@ from ..checks import (
     as_number,
     average,
     check_choice,
+    check_flag,
     check_mask,
     check_same_device,
     check_tensor,
@@ -274,8 +275,7 @@ class _Inputs(NamedTuple):
             bias = getattr(self, f"{model}_bias")
             if bias is not None:
                 _check_bias(f"{model}_bias", bias, (batch, self.num_heads, queries, keys), device)
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"causal: expected a bool, got {type(self.causal).__name__}")
+        check_flag("causal", self.causal)
         if self.causal and queries != keys:
             raise ValueError(f"causal: expected as many queries as keys, got {queries} and {keys}")
         for name, mask, length in (("key_mask", self.key_mask, keys), ("query_mask", self.query_mask, queries)):

@@ -26,7 +26,16 @@ from torch import Tensor
 
 from .. import distributed, reference
 from ..backend import IMPLS, backend_for, use_fused
-from ..checks import as_number, check_choice, check_mask, check_same_device, check_tensor, numbers
+from ..checks import (
+    as_number,
+    check_choice,
+    check_flag,
+    check_mask,
+    check_same_device,
+    check_tensor,
+    is_positive,
+    numbers,
+)
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments, wants_gradient
 from .drivers.cka_debiased_torch import EXTRA_ROWS, debiased_backward_, debiased_forward
 from .drivers.cka_loss_torch import torch_backward_, torch_forward
@@ -206,10 +215,9 @@ def _use_fused(impl: str, device: torch.device) -> bool:
 
 def check_constants(eps: Any, squared: Any, debiased: Any, reduction: Any, group: Any, impl: Any) -> float:
     """eps as a float; raises unless all of them fit."""
-    eps = as_number("eps", eps, "> 0", lambda x: 0 < x < float("inf"))
-    for name, value in (("squared", squared), ("debiased", debiased)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    eps = as_number("eps", eps, "> 0", is_positive)
+    check_flag("squared", squared)
+    check_flag("debiased", debiased)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("impl", impl, IMPLS)
     if group is not None:

@@ -34,7 +34,6 @@ from .autograd import (
     GradientsAhead,
     Loss,
     apply,
-    differentiable,
     for_arguments,
     in_dtypes_of,
     wants_gradient,
@@ -55,6 +54,7 @@ from .vocabulary_shards import (
     agree,
     group_by_name,
     local_tensor,
+    local_tokens,
     shard_on,
     vocabulary_group,
 )
@@ -348,9 +348,7 @@ def linear_kl(
 
     def check() -> tuple[Inputs, Objective, TokenArguments, bool, dict[str, Any]]:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
-        token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
-        local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
-        tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
+        tokens = local_tokens(weight, labels, normalizer, ignore_index, reduction)
         check_flag("return_metrics", return_metrics)
         keywords: dict[str, Any] = {
             "student_scale": as_number("student_scale", student.scale, "that is finite", is_finite),

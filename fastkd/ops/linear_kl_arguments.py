@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Objective, TokenArguments, as_number, check_same_device, check_tensor
+from ..checks import Objective, TokenArguments, as_number, check_same_device, check_tensor, is_positive
 from ..heads import Head
 from .autograd import constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
@@ -35,12 +35,12 @@ def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Hea
 
 def as_workspace(megabytes: Any) -> float | None:
     """The argument workspace_mb as a float, or None for the default."""
-    return None if megabytes is None else as_number("workspace_mb", megabytes, "> 0", lambda x: 0 < x < float("inf"))
+    return None if megabytes is None else as_number("workspace_mb", megabytes, "> 0", is_positive)
 
 
 def as_softcap(name: str, cap: Any) -> float | None:
     """A softcap as a float, or None for none."""
-    return None if cap is None else as_number(name, cap, "> 0", lambda x: 0 < x < float("inf"))
+    return None if cap is None else as_number(name, cap, "> 0", is_positive)
 
 
 class Inputs(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import use_fused
-from ..checks import Objective, TokenArguments, check_flag
+from ..checks import Objective, check_flag
 from ..divergence import Divergence, for_rows
 from ..teachers import TopK
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments
@@ -34,7 +34,7 @@ from .vocabulary_shards import (
     SHARD_ARGUMENTS,
     agree,
     group_by_name,
-    local_tensor,
+    local_tokens,
     shard_on,
     vocabulary_group,
 )
@@ -338,9 +338,7 @@ def logit_kl(
 
     def check() -> Checked:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
-        token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
-        local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
-        tokens = TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
+        tokens = local_tokens(weight, labels, normalizer, ignore_index, reduction)
         student, teacher = student_logits, teacher_logits
         if group is not None:
             student, teacher = (shard_on(group, name, x, -1) for name, x in logits.items())

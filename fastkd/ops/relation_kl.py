@@ -22,6 +22,7 @@ from ..checks import (
     as_int,
     as_normalizer,
     check_choice,
+    check_flag,
     check_mask,
     check_same_device,
     check_tensor,
@@ -222,8 +223,7 @@ def _check(entries: _Entries, num_heads: int, several: bool, masks_listed: bool)
         if x.dtype != first.dtype:
             raise TypeError(f"student{at}: expected dtype {first.dtype}, that of student[0], got {x.dtype}")
         widths |= {f"student{at}": x.shape[2], f"teacher{at}": t.shape[2]}
-        if not isinstance(is_causal, bool):
-            raise TypeError(f"causal: expected a bool, got {type(is_causal).__name__}")
+        check_flag("causal", is_causal)
         if mask is not None:
             check_mask(f"key_mask{at if masks_listed else ''}", mask, x.shape[:2], x.device)
     check_heads(num_heads, widths)

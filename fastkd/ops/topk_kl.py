@@ -11,16 +11,16 @@ T tokens (any leading shape), V vocabulary, Hs hidden width, K ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, as_number, check_tensor, is_finite, numbers
-from ..divergence import DIVERGENCES
-from ..teachers import TopK
+from ..checks import Objective, TokenArguments, as_number, is_finite, numbers
+from ..teachers import WITHOUT_TAIL, TopK
 from .autograd import (
     Function,
     Gradient,
@@ -37,16 +37,15 @@ from .drivers.linear_kl_call import Projection
 from .drivers.topk_linear_cpu import TopKTeacher, on_cpu
 from .drivers.topk_linear_gpu import on_gpu
 from .drivers.topk_rows import TOPK_STATS, topk_rows, topk_rows_problem
-from .dtypes import gradient_dtype
-from .linear_kl_arguments import Inputs, check_inputs, flat
-from .vocabulary_shards import local_tensor, vocabulary_group
+from .dtypes import gradient_dtype, score_dtype
+from .linear_kl_arguments import Inputs, as_workspace, check_inputs, flat
+from .logit_kl_arguments import check_logits
+from .vocabulary_shards import local_tensor, local_tokens, vocabulary_group
 
 __all__ = ["TopKLinearKL", "TopKLinearKLPerToken", "TopKLogitKL", "topk_linear_kl", "topk_logit_kl"]
 
 # For the scores of a chunk, of which there are one buffer and not two.
 WORKSPACE_MB = {"cpu": 64, "cuda": 384}
-# Sums over the teacher's probabilities alone, so that a tail without any adds nothing to them.
-WITHOUT_TAIL = ("forward_kl", "skew_kl")
 
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
@@ -236,14 +235,6 @@ class _TopKLinearKLGradient(Gradient):
 # ---- what the public functions hand over to -------------------------------------------------------------------------
 
 
-class _Common(NamedTuple):
-    """The keywords that both losses share, checked but for what depends on the student's shape."""
-
-    objective: Objective
-    tokens: TokenArguments
-    divergences: list[float]  # weights, in the order of DIVERGENCES
-
-
 def _check_keywords(
     teacher: TopK,
     heads: dict[str, Any],
@@ -259,53 +250,47 @@ def _check_keywords(
     reduction: str,
     normalizer: float | Tensor | None,
     vocab_group: Any,
-) -> _Common:
+) -> tuple[Objective, TokenArguments]:
+    """The keywords that both losses share, checked but for what depends on the student's shape."""
     dim = -1 if "student_logits" in heads else 0
     if vocabulary_group(vocab_group, heads, dim) is not None:
         raise ValueError("vocab_group: expected None, as the teacher is a TopK, whose vocabulary cannot be sharded yet")
     objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
-    given = {objective.divergence: 1.0} if isinstance(objective.divergence, str) else objective.divergence
-    divergences = [float(given.get(name, 0)) for name in DIVERGENCES]
-    undefined = [name for name, x in zip(DIVERGENCES, divergences, strict=True) if x != 0 and name not in WITHOUT_TAIL]
+    undefined = [name for name in objective.members if name not in WITHOUT_TAIL]
     if teacher.tail in ("ignore", "renormalize") and undefined and kd_weight != 0:
         raise ValueError(
             f"divergence: expected forward_kl or skew_kl, as the teacher's tail is {teacher.tail!r}, got "
             f"{undefined[0]!r}, which weighs what the student has in the tail by what the teacher has there; "
             'tail="bucket" and tail="conditional" serve every divergence'
         )
-    token_arguments = {"weight": weight, "labels": labels, "normalizer": normalizer}
-    local = {name: differentiable(local_tensor(name, x)) for name, x in token_arguments.items()}
-    return _Common(objective, TokenArguments(ignore_index=ignore_index, reduction=reduction, **local), divergences)
+    return objective, local_tokens(weight, labels, normalizer, ignore_index, reduction)
 
 
-def _arguments(teacher: TopK, common: _Common, student: Tensor, vocabulary: int) -> tuple[list[Any], list[Any]]:
+def _arguments(
+    teacher: TopK, objective: Objective, tokens: TokenArguments, student: Tensor, vocabulary: int
+) -> tuple[list[Any], list[Any]]:
     """(teacher, coefficient and labels; the trailing arguments) of the ops"""
-    objective, tokens, divergences = common
     ids, log_probs, tail = teacher.for_op(objective.temperature, vocabulary)
     of_teacher = [ids.contiguous(), log_probs.contiguous(), tail.contiguous() if teacher.tail == "bucket" else None]
     labels = tokens.flat_labels() if objective.ce_weight != 0 else None
     of_tokens = [tokens.coefficients(student.shape[:-1], student.device), labels]
-    values = (objective.beta, objective.temperature, objective.kd_weight, objective.ce_weight, *divergences)
-    return [*of_teacher, *of_tokens], [teacher.tail == "conditional", numbers(*values)]
+    weights = (objective.kd_weight, objective.ce_weight, *objective.all_weights)
+    trailing = [teacher.tail == "conditional", numbers(objective.beta, objective.temperature, *weights)]
+    return [*of_teacher, *of_tokens], trailing
 
 
 def topk_logit_kl(student_logits: Tensor, teacher: TopK, *, impl: str, **keywords: Any) -> Tensor:
     """``fastkd.logit_kl`` with a ``TopK``."""
-    common = _check_keywords(teacher, {"student_logits": student_logits}, **keywords)
-    objective, tokens, _ = common
+    objective, tokens = _check_keywords(teacher, {"student_logits": student_logits}, **keywords)
     student = differentiable(student_logits)
-    check_tensor("student_logits", student, floating=True)
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"student_logits: expected shape [..., V] with V > 0, got {list(student.shape)}")
-    vocabulary, leading = student.shape[-1], student.shape[:-1]
+    check_logits(student, None, replace(objective, kd_weight=0.0), tokens, False)
+    leading = student.shape[:-1]
     teacher.check(leading, student.device)
-    tokens.check(objective, leading, vocabulary, student.device)
     if not use_fused(impl, student.device, topk_rows_problem(student.device, teacher.indices.shape[-1])):
         return reference.logit_kl(student, teacher, **vars(objective), **vars(tokens))
-    given, trailing = _arguments(teacher, common, student, vocabulary)
+    given, trailing = _arguments(teacher, objective, tokens, student, student.shape[-1])
     loss, _ = apply(TopKLogitKL, student, *given, *trailing)
-    loss = loss.reshape(leading) if tokens.reduction == "none" else loss.sum()
-    return loss if student.dtype == torch.float64 else loss.float()
+    return (loss.reshape(leading) if tokens.reduction == "none" else loss.sum()).to(score_dtype(student))
 
 
 def topk_linear_kl(
@@ -320,23 +305,19 @@ def topk_linear_kl(
     **keywords: Any,
 ) -> Tensor:
     """``fastkd.linear_kl`` with a ``TopK``."""
-    common = _check_keywords(teacher, {"student_weight": student_weight, "student_bias": student_bias}, **keywords)
-    objective, tokens, _ = common
+    heads = {"student_weight": student_weight, "student_bias": student_bias}
+    objective, tokens = _check_keywords(teacher, heads, **keywords)
     student_scale = as_number("student_scale", student_scale, "that is finite", is_finite)
-    if workspace_mb is not None:
-        workspace_mb = as_number("workspace_mb", workspace_mb, "> 0", lambda x: 0 < x < float("inf"))
-    without_teacher = Objective(objective.divergence, objective.beta, objective.temperature, 0.0, objective.ce_weight)
-    hidden = local_tensor("student_hidden", student_hidden)
-    inputs = Inputs(hidden, student_weight, student_bias, None, None, None)
-    inputs = check_inputs(inputs, without_teacher, tokens, False)
-    hidden, weight, bias = inputs[:3]
+    workspace_mb = as_workspace(workspace_mb)
+    inputs = Inputs(local_tensor("student_hidden", student_hidden), student_weight, student_bias, None, None, None)
+    hidden, weight, bias, *_ = check_inputs(inputs, replace(objective, kd_weight=0.0), tokens, False)
     teacher.check(hidden.shape[:-1], hidden.device)
     if not use_fused(impl, hidden.device, topk_rows_problem(hidden.device, teacher.indices.shape[-1])):
         return reference.linear_kl(
             hidden, weight, teacher, None, student_bias=bias, teacher_bias=None, student_scale=student_scale,
             teacher_scale=1.0, **vars(objective), **vars(tokens),
         )  # fmt: skip
-    given, trailing = _arguments(teacher, common, hidden, weight.shape[0])
+    given, trailing = _arguments(teacher, objective, tokens, hidden, weight.shape[0])
     sizes = numbers(student_scale, WORKSPACE_MB[hidden.device.type] if workspace_mb is None else workspace_mb)
     wanted = tuple(wants_gradient(x) for x in (hidden, weight, bias))
     arguments = (flat(hidden), weight, bias, *given, sizes, wanted, *trailing)
@@ -344,4 +325,4 @@ def topk_linear_kl(
         loss = apply(TopKLinearKLPerToken, *arguments).reshape(hidden.shape[:-1])
     else:
         loss, *_ = apply(TopKLinearKL, *arguments)
-    return loss if hidden.dtype == torch.float64 else loss.float()
+    return loss.to(score_dtype(hidden))

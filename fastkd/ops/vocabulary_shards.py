@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..checks import Objective, TokenArguments
+from .autograd import differentiable
 from .drivers.divergence_rows import ELSEWHERE
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "agree",
     "group_by_name",
     "local_tensor",
+    "local_tokens",
     "shard_on",
     "vocabulary_group",
 ]
@@ -133,17 +135,6 @@ def group_by_name(name: str) -> ProcessGroup | None:
 # ---- DTensors -------------------------------------------------------------------------------------------------------
 
 
-def _is_dtensor(x: object) -> bool:
-    """Without importing what takes a second to, where nobody has made one."""
-    if not isinstance(x, Tensor) or type(x) in (Tensor, torch.nn.Parameter):
-        return False
-    try:
-        from torch.distributed.tensor import DTensor
-    except ImportError:
-        return False
-    return isinstance(x, DTensor)
-
-
 def _sharding_problem(x: Any, dim: int) -> str | None:
     """Why a DTensor is no shard of a vocabulary along `dim`, or None."""
     from torch.distributed.tensor import Shard
@@ -162,7 +153,7 @@ def local_tensor(name: str, x: Any, shard_dim: int | None = None) -> Any:
 
     Raises ValueError unless it is sharded along `shard_dim`, or a whole copy for None.
     """
-    if not _is_dtensor(x):
+    if not distributed.is_dtensor(x):
         return x
     if shard_dim is not None:
         problem = _sharding_problem(x, shard_dim)
@@ -174,6 +165,13 @@ def local_tensor(name: str, x: Any, shard_dim: int | None = None) -> Any:
     return x.to_local()
 
 
+def local_tokens(weight: Any, labels: Any, normalizer: Any, ignore_index: Any, reduction: Any) -> TokenArguments:
+    """The keywords of tokens as this rank holds them, and as autograd knows them."""
+    given = {"weight": weight, "labels": labels, "normalizer": normalizer}
+    local = {name: differentiable(local_tensor(name, x)) for name, x in given.items()}
+    return TokenArguments(ignore_index=ignore_index, reduction=reduction, **local)
+
+
 def vocabulary_group(vocab_group: object, heads: Mapping[str, Any], dim: int) -> ProcessGroup | None:
     """The group over which the heads' vocabulary is spread along `dim`: as given, or that of heads that are DTensors.
 
@@ -182,7 +180,7 @@ def vocabulary_group(vocab_group: object, heads: Mapping[str, Any], dim: int) ->
     if vocab_group is not None:
         distributed.check_group(vocab_group, "vocab_group")
         return vocab_group  # type: ignore[return-value]
-    sharded = {name: x for name, x in heads.items() if _is_dtensor(x)}
+    sharded = {name: x for name, x in heads.items() if distributed.is_dtensor(x)}
     if not sharded:
         return None
     for name, x in heads.items():

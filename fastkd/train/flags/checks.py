@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from ...teachers import WITHOUT_TAIL
 from ..common.errors import InputError
 from ..data.tasks import TASKS, figure_names, is_glue
 from ..models.sharding import is_asked_for
@@ -245,10 +246,10 @@ def _check_cache(flags: FastkdArguments, method: Method) -> None:
         kind = Kind.parse(str(flags.teacher_cache))
     except ValueError as error:
         raise InputError(f"--teacher_cache: {error}") from error
-    if kind.name == "sampled" and method.divergence not in ("forward_kl", "skew_kl"):
+    if kind.name == "sampled" and method.divergence not in WITHOUT_TAIL:
         raise InputError(
             f"{this} is not supported with --divergence {method.divergence}, which asks for all of what the teacher "
-            "says: expected forward_kl or skew_kl, or --teacher_cache topk:K"
+            f"says: expected {' or '.join(WITHOUT_TAIL)}, or --teacher_cache topk:K"
         )
     for name, why in _NOT_WITH_CACHE.items():
         if getattr(flags, name):
