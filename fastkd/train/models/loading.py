@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
+from ...heads import gathered
 from ..common.errors import InputError, one_line
 from ..common.hub import from_hub
 from ..common.processes import by_first
 from .architectures import auto_class  # and its kinds of T5, which transformers knows from now on
-from .sharding import is_sharded, not_finite, shard_weights_of_first, whole
+from .sharding import is_sharded, not_finite, shard_weights_of_first
 from .student import is_tied
 from .tokenizer import special_tokens
 
@@ -265,7 +266,7 @@ def unsharded(model: Any) -> Any:
     plain = _empty(model.config, model.dtype, is_tied(model)).to(model.device)
     for name, parameter in model.named_parameters():
         if not name.startswith("hidden_projection."):  # of the training, no part of the model
-            plain.get_parameter(name).copy_(whole(parameter))
+            plain.get_parameter(name).copy_(gathered(parameter))
     return plain
 
 

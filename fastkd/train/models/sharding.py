@@ -17,8 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from fastkd.heads import gathered
-
 
 def is_asked_for(args: Any) -> bool:
     """Return whether transformers' arguments, or accelerate's launcher, ask for FSDP."""
@@ -28,10 +26,6 @@ def is_asked_for(args: Any) -> bool:
 def is_sharded(model: Any) -> bool:
     """Return whether a model's weights are spread over processes."""
     return isinstance(model, FSDPModule)
-
-
-# A tensor of which each process may hold a shard, whole; gradients are averaged over the processes.
-whole = gathered
 
 
 def not_finite(model: Any) -> str | None:

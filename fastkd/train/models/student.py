@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ...heads import gathered
 from ..common.family import is_enct5, matched_layer
-from .sharding import whole
 
 HEAD_WIDTH = 32
 
@@ -139,7 +139,7 @@ def slice_teacher(student: Any, teacher: Any) -> None:
                 f"student: expected {name} of at most {tuple(source.shape)}, the teacher's shape, to slice it, "
                 f"got {tuple(parameter.shape)}"
             )
-        parameter.copy_(whole(source)[tuple(map(slice, parameter.shape))])
+        parameter.copy_(gathered(source)[tuple(map(slice, parameter.shape))])
 
 
 def _teacher_name(name: str, student: Any, teacher: Any) -> str:

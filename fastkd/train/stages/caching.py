@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 import fastkd
 
+from ...heads import gathered
 from ..common.cache import key
 from ..common.errors import InputError, writing
 from ..common.family import is_enct5
 from ..common.processes import by_first, count, is_first, of_all
 from ..data.examples import IGNORED, SpanCorruption
-from ..models.sharding import is_sharded, whole
+from ..models.sharding import is_sharded
 from ..objectives.methods import METHODS
 from ..teaching.cached import CachedTeacher, content, valid_lengths
 from ..teaching.kinds import Columns, Kind
@@ -134,7 +135,7 @@ def _fill(run: Run, teacher: OnDemand, store: Store, kind: Kind, missing: list[i
     trainer = make_trainer(run, teacher.model, "teacher", method=METHODS["scratch"])
     model: Any = trainer.model
     model.eval()
-    weight = whole(model.get_output_embeddings().weight)
+    weight = gathered(model.get_output_embeddings().weight)
     if is_first() and kind.name == "hidden" and store.head is None:
         store.write_head({"weight": weight.cpu()})
     dtype, each = getattr(torch, store.manifest.fits["computed in"]), store.manifest.examples_per_shard

@@ -62,15 +62,17 @@ class OnDemand:
     def facts(self) -> dict[str, str]:
         """Its fingerprint, "digest", and the "dtype" in which it computes."""
 
+        def measured() -> dict[str, str]:
+            return {"digest": digest(self.model), "dtype": str(self.model.dtype).removeprefix("torch.")}
+
         def make(folder: Path) -> None:
-            found = digest(self.model)
+            found = measured()
             if is_first():
-                dtype = str(self.model.dtype).removeprefix("torch.")
-                write_json(folder / "facts.json", {"digest": found, "dtype": dtype})
+                write_json(folder / "facts.json", found)
 
         files = by_first(lambda: files_fingerprint(self.name)) if self.notes else None
         if self.notes is None or files is None:
-            return {"digest": digest(self.model), "dtype": str(self.model.dtype).removeprefix("torch.")}
+            return measured()
         by = {"files": files, "dtype": self.dtype, "transformers": transformers.__version__}
         folder, _ = cached(self.notes, "weights", by, make, by_all=True)
         known: dict[str, str] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))

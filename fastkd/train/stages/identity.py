@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ...heads import gathered
 from ..common.errors import InputError
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
-from ..models.sharding import is_asked_for, whole
+from ..models.sharding import is_asked_for
 
 RECORD = "run.json"  # in a run's folder
 # The arguments of transformers that shape what a model learns, but for how long it does.
@@ -47,7 +48,7 @@ def digest(model: Any) -> str:
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         found.update(name.encode())
-        found.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        found.update(gathered(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 

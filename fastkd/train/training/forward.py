@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
+from ...heads import gathered
 from ..common.family import PLACES
 from ..models.capture import capture_hidden, capture_qkv, returning, without_head
-from ..models.sharding import whole
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
 
@@ -67,7 +67,7 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
         returning(bare, read),
     ):
         found = model(**_arguments(bare, inputs, needs, mixup))
-    head, given = whole(bare.get_output_embeddings().weight), found.pop("given")
+    head, given = gathered(bare.get_output_embeddings().weight), found.pop("given")
     return {**found, **{name: (hidden, head) for name, hidden in given.items()}}
 
 
@@ -80,7 +80,7 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
     decoder_ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
     if mixup is None or not needs.mixed:
         return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids, "use_cache": False}
-    embedding = whole(model.get_input_embeddings().weight)
+    embedding = gathered(model.get_input_embeddings().weight)
 
     def rows(states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         return torch.cat([states, mixed]) if needs.plain else mixed

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..models.sharding import whole
+from ...heads import gathered
 
 
 def set_own_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, learning_rate: float) -> None:
@@ -41,5 +41,5 @@ def gradient_norms(model: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
         if parameter.grad is not None:
             part = name.partition(".")[0]
             parts[REST if parameter is shared or part not in parts else part].append(parameter.grad)
-    norms = {part: whole(torch.nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
+    norms = {part: gathered(torch.nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
     return {part: norm.to(shared.device).float() / scale for part, norm in norms.items()}

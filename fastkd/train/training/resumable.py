@@ -18,9 +18,10 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
+from ...heads import gathered
 from ..common.errors import Interrupted, RunError, out_of_memory
 from ..common.processes import is_lost_process, of_all
-from ..models.sharding import is_sharded, not_finite, whole
+from ..models.sharding import is_sharded, not_finite
 from .callbacks import Ends, LossBar, WindowedValues
 from .checkpoints import PREFIX, STAGING, continued, flush, publish, recover, way_back, writing
 from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments, check_steps
@@ -104,7 +105,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
                 super()._save_checkpoint(model, trial)
                 self.args = args
                 self._window.average(self.accelerator)
-                states = {name: recursively_apply(whole, part.state_dict()) for name, part in self._beside.items()}
+                states = {name: recursively_apply(gathered, part.state_dict()) for name, part in self._beside.items()}
                 best = run / f"{PREFIX}{self.state.best_global_step}"
                 if best == final or best.is_dir():
                     self.state.best_model_checkpoint = str(best)  # transformers looked for it in the staging folder
