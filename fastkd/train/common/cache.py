@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -108,6 +109,23 @@ def replace_folder(target: Path, make: Callable[[Path], object]) -> None:
             if old.exists():
                 old.rename(target)
             raise
+
+
+def lock_folder(folder: Path, *, wait: bool = False) -> tuple[int, bool]:
+    """Return a descriptor of a folder, made if need be, that no other run gets while it is open; and if that holds.
+
+    It does not on a file system without locks. Raises BlockingIOError if another run has it, unless that is waited for.
+    """
+    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(lock)
+        raise
+    except OSError:
+        return lock, False
+    return lock, True
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import endings
-from ..common.cache import write_whole
+from ..common.cache import lock_folder, write_whole
 from ..common.errors import InputError, Interrupted, RunError, writing
 from ..common.processes import by_first, is_first
 from ..flags.arguments import TransformersArguments
@@ -199,15 +198,10 @@ def running(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> 
 
 def _locked(out: Path) -> int:
     """Return a descriptor of a folder, made if need be, that no other run gets while it is open."""
-    Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock, _ = lock_folder(out)
     except BlockingIOError as error:
-        os.close(lock)
         raise InputError(f"another run is writing to {out}: give another folder, or wait for its end") from error
-    except OSError:  # a file system without locks
-        pass
     return lock
 
 

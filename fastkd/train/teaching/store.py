@@ -9,7 +9,6 @@ complete, so that a writer that is killed loses the shard under way, and another
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -24,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..common.cache import write_whole
+from ..common.cache import lock_folder, write_whole
 from ..common.errors import InputError
 from ..common.processes import by_first, is_first
 
@@ -148,18 +147,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run that writes to {folder}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock, holds = lock_folder(folder)
+    except BlockingIOError:
+        print(f"waiting for another run that writes to {folder}", flush=True)
+        lock, holds = lock_folder(folder, wait=True)
+    if holds:  # or else it may be somebody's who is writing
         for left in folder.glob(".*.partial"):
             left.unlink()
-    except OSError:  # a file system without locks
-        pass
     return lock
 
 
