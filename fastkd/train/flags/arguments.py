@@ -14,7 +14,7 @@ from ..common import processes
 from ..common.errors import InputError, closest
 from . import checks, config
 from .fields import FastkdArguments
-from .parser import ABOUT, DEFAULTS, JOINED, Parser, bounded, fields_by_name, help_text, kind_of, own_parser
+from .parser import ABOUT, DEFAULTS, JOINED, Parser, add_own, bounded, fields_by_name, help_text, kind_of
 
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
 # Flags, and those that take their place where a later layer gives them: the demo, a file, the command line.
@@ -72,25 +72,26 @@ class TransformersArguments(Seq2SeqTrainingArguments):
         return min(super().n_gpu, 1)
 
 
-class _TheirParser(Parser, HfArgumentParser):
+class _Parser(Parser, HfArgumentParser):
     """Transformers' parser, with errors of ours."""
 
 
 @functools.cache
-def _parsers() -> tuple[Parser, HfArgumentParser]:
-    """Return the parsers of fastkd-train's own flags and of transformers'."""
+def _parser() -> HfArgumentParser:
+    """Return the parser of transformers' flags and fastkd-train's own."""
     group: Any = TransformersArguments
-    theirs: Any = _TheirParser(group, prog="fastkd-train", allow_abbrev=False, add_help=False)
-    theirs.set_defaults(**DEFAULTS, dataloader_pin_memory=torch.cuda.is_available())
-    for action in theirs._actions:
+    parser: Any = _Parser(group, prog="fastkd-train", allow_abbrev=False, add_help=False)
+    parser.set_defaults(**DEFAULTS, dataloader_pin_memory=torch.cuda.is_available())
+    for action in parser._actions:
         if action.dest in _LEAST or action.type is float:
             action.type = bounded(action.type, least=_LEAST.get(action.dest, 0))
-    return own_parser(), theirs
+    add_own(parser)
+    return parser
 
 
 def help_of_everything() -> str:
     """Return the help of every flag."""
-    theirs = _parsers()[1].format_help()
+    theirs = _parser().format_help()
     return help_text(everything=True) + "\n" + theirs[theirs.index(TransformersArguments._argument_group_name) :]
 
 
@@ -99,14 +100,6 @@ def _suggestion(word: str, known: Sequence[str]) -> str:
     name = word.lstrip("-")
     meant = next((flag for flag, others in _ALIASES.items() if name.lower() in others.split()), None)
     return f"; did you mean '--{meant}'?" if meant else closest(f"--{name}", [f"--{flag}" for flag in known])
-
-
-def _parsed(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Return (values of fastkd-train's flags, those of transformers', words that are neither)."""
-    own, theirs = _parsers()
-    ours, rest = own.parse_known_args(words)
-    others, unknown = theirs.parse_known_args(rest)
-    return vars(ours), vars(others), unknown
 
 
 def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments, TransformersArguments]:
@@ -119,14 +112,15 @@ def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments
         raise InputError("give --demo, --method or --config; --help shows what there is, with examples")
     line = [_underscored(word) for word in argv]
     words = _with_files(line)
-    mine, theirs, unknown = _parsed(words)
+    parsed, unknown = _parser().parse_known_args(words)
     if unknown:
         kind = "flag" if unknown[0].startswith("-") else "argument"
-        hint = _suggestion(unknown[0].split("=")[0], [*mine, *theirs, *ABOUT]) if kind == "flag" else ""
+        hint = _suggestion(unknown[0].split("=")[0], [*vars(parsed), *ABOUT]) if kind == "flag" else ""
         raise InputError(f"unknown {kind} {unknown[0]!r}{hint}")
-    given = _names(words)
+    theirs, given = vars(parsed), _names(words)
+    mine = {name: theirs.pop(name) for name in fields_by_name()}
     _make_intervals_agree(theirs, given)
-    checks.check_supported(theirs, _parsers()[1])
+    checks.check_supported(theirs, _parser())
     processes.be_patient(theirs["ddp_timeout"], theirs["use_cpu"], theirs["ddp_backend"])
     try:
         args = TransformersArguments(**theirs)
@@ -144,7 +138,7 @@ def _with_files(line: Sequence[str]) -> list[str]:
 
     The last of two equal flags counts, so those of the command line override the file's, and these the demo's.
     """
-    first, given = _parsers()[0].parse_known_args(line)[0], _names(line)
+    first, given = _parser().parse_known_args(line)[0], _names(line)
     layers = [config.load(first.config)] if first.config else []
     if first.demo or ("demo" not in given and layers and layers[0][1].get("demo")):
         layers.insert(0, config.load("demo"))
@@ -160,7 +154,8 @@ def _with_files(line: Sequence[str]) -> list[str]:
 def _words(path: str, settings: dict[str, Any]) -> dict[str, list[str]]:
     """Return the words that say the same as a file's settings; raise InputError with file and key if none can."""
     words: dict[str, list[str]] = {}
-    actions = {action.dest: action for parser in _parsers() for action in parser._actions if action.dest != "config"}
+    parser = _parser()
+    actions = {action.dest: action for action in parser._actions if action.dest != "config"}
     fields = fields_by_name()
     for key, value in settings.items():
         if key not in actions:
@@ -172,7 +167,7 @@ def _words(path: str, settings: dict[str, Any]) -> dict[str, list[str]]:
         try:
             if kind == "str" and isinstance(value, bool | dict | list):
                 raise InputError(f"expected a word, got {value!r}")
-            if _parsed(said)[2]:
+            if parser.parse_known_args(said)[1]:
                 raise InputError(f"expected one value, got {value!r}")
         except InputError as error:
             raise InputError(f"{path}: {key}: {str(error).removeprefix(f'--{key}: ')}") from error

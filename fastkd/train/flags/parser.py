@@ -1,4 +1,4 @@
-"""Parsers of fastkd-train's own flags, and its help, from the fields' metadata; nothing heavy is imported."""
+"""How fastkd-train's own flags are read, and its help, from the fields' metadata; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -156,13 +156,11 @@ def fields_by_name() -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for part in GROUPS for field in dataclasses.fields(part)}
 
 
-def own_parser() -> Parser:
-    """Return the parser of fastkd-train's own flags."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+def add_own(parser: argparse.ArgumentParser) -> None:
+    """Let a parser read fastkd-train's own flags, too."""
     nargs: dict[str, dict[str, Any]] = {"bool": {"nargs": "?", "const": True}, "list[str]": {"nargs": "+"}}
     for name, field in fields_by_name().items():
         parser.add_argument(f"--{name}", type=_reader(field), default=field.default, **nargs.get(kind_of(field), {}))
-    return parser
 
 
 def help_text(everything: bool = False) -> str:
