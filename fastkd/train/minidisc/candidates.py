@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from ..judge import cost
 from ..training.trainer import DistillTrainer
 from .prune import Widths, narrowed, skeleton, sliced
 from .schedule import Candidate, Round
-
-_PROGRESS_FILE = "candidates.pt"  # in a checkpoint
 
 
 class SandwichTrainer(DistillTrainer):
@@ -94,9 +91,10 @@ class CandidateTrainer(SandwichTrainer):
         self.metric, self.tradeoff_lambda, self.patience = metric, tradeoff_lambda, patience
         self.kept: dict[str, Any] = {}  # "sparsity", "tradeoff" and "weights" of the best candidate so far
         self._seconds = 0.0  # of training before this process
+        self._beside["candidates.pt"] = self
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate every candidate, keep the best one's weights, and stop training when patience has run out."""
         bare, sparsest = self.accelerator.unwrap_model(self.model), max(self.candidates)
@@ -105,7 +103,7 @@ class CandidateTrainer(SandwichTrainer):
         for sparsity, widths in self.candidates.items():
             prefix = metric_key_prefix if sparsity == sparsest else f"{metric_key_prefix}_{100 * sparsity:g}"
             with narrowed(bare, widths):
-                found = super().evaluate(eval_dataset, ignore_keys, prefix, **kwargs)
+                found = super().evaluate(eval_dataset, ignore_keys, prefix)
             everything |= found
             metric = self.metric({name.removeprefix(f"{prefix}_"): value for name, value in found.items()})
             figures[_log_key(sparsity)], tradeoff = metric, metric + self.tradeoff_lambda * sparsity
@@ -142,18 +140,13 @@ class CandidateTrainer(SandwichTrainer):
             self.evaluate()
         return result
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model with all units, and beside it, in a checkpoint, what is known of its candidates."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:
-            progress = {"kept": self.kept, "tokens": self._tokens, "seconds": self._seconds + self._timer.seconds}
-            torch.save(progress, Path(str(output_dir)) / _PROGRESS_FILE)
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the candidates, for `load_state_dict`."""
+        return {"kept": self.kept, "tokens": self._tokens, "seconds": self._seconds + self._timer.seconds}
 
-    def restore(self, checkpoint: Path) -> None:
-        """Load what was known of the candidates, too."""
-        super().restore(checkpoint)
-        progress = torch.load(checkpoint / _PROGRESS_FILE, map_location="cpu", weights_only=True)
-        self.kept, self._tokens, self._seconds = progress["kept"], progress["tokens"], progress["seconds"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the checkpoint left off."""
+        self.kept, self._tokens, self._seconds = state["kept"], state["tokens"], state["seconds"]
 
     def best_model(self) -> Any:
         """Return the best candidate as a dense model with the weights that it had at its best."""

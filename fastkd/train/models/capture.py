@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, lis
             attention = attention_module(model, place, layer)
             for i, projection in enumerate((attention.q, attention.k, attention.v)):
                 keep = functools.partial(_keep, captured[place], i, torch.is_grad_enabled())
-                hooks.callback(projection.register_forward_hook(keep).remove)
+                hooks.enter_context(projection.register_forward_hook(keep))
         yield captured
     for place, states in captured.items():
         if any(state is None for state in states):
@@ -72,7 +72,7 @@ def capture_hidden(model: Any, layers: Mapping[str, Sequence[int]]) -> Iterator[
                 hook = stack.block[layer].register_forward_pre_hook(lambda block, inputs, keep=keep: keep(inputs[0]))
             else:
                 hook = stack.register_forward_hook(lambda stack, inputs, output, keep=keep: keep(output[0]))
-            hooks.callback(hook.remove)
+            hooks.enter_context(hook)
         yield captured
 
 
@@ -92,17 +92,3 @@ def without_head(model: Any) -> Iterator[None]:
         del head.forward
         if before is not None:
             head.forward = before
-
-
-@contextlib.contextmanager
-def returning(model: Any, what: Callable[[Any], Any]) -> Iterator[None]:
-    """Make `model(...)` return `what(its output)`, also from inside DDP.
-
-    DDP waits for the gradients of all parameters that its output depends on, so it must see what the loss is made of
-    and nothing else.
-    """
-    hook = model.register_forward_hook(lambda module, inputs, output: what(output))
-    try:
-        yield
-    finally:
-        hook.remove()

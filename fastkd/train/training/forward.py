@@ -12,7 +12,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from ...heads import gathered
 from ..common.family import PLACES
-from ..models.capture import capture_hidden, capture_qkv, returning, without_head
+from ..models.capture import capture_hidden, capture_qkv, without_head
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
 
@@ -52,7 +52,9 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
     names = ["hidden"] * needs.plain + ["mixed"] * needs.mixed
     project = getattr(bare, "hidden_projection", None) or torch.nn.Identity()
 
-    def read(output: Any) -> dict[str, Any]:
+    # DDP waits for the gradients of all parameters that the output depends on, so it must see what the loss is made of
+    # and nothing else.
+    def read(model: Any, inputs: Any, output: Any) -> dict[str, Any]:
         given = output.logits if output.logits.dim() == 3 else output.logits[:, None]  # of EncT5's one step
         return {
             **captured,
@@ -64,7 +66,7 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
         without_head(bare),
         capture_qkv(bare, needs.layers) as captured,
         capture_hidden(bare, needs.states) as states,
-        returning(bare, read),
+        bare.register_forward_hook(read),
     ):
         found = model(**_arguments(bare, inputs, needs, mixup))
     head, given = gathered(bare.get_output_embeddings().weight), found.pop("given")

@@ -46,21 +46,26 @@ def check_steps(args: Any, examples: Any) -> None:
         )
 
 
-class Signals:
+class Signals(TrainerCallback):
     """Keeps the first SIGINT, SIGTERM or SIGHUP that comes while a `with` lasts; another one ends the process at once.
 
     But for SIGHUP, which shell and kernel may both send when a terminal goes, and what is printed with it.
     Only the main thread may handle signals; in others, and for signals that the process was started to ignore,
     nothing changes.
+    stop: called with the signal's number before the step behind the one that it came in, in all processes before the
+    same one. By then that step is logged, evaluated and saved as it would be anyway. Several processes learn of a
+    signal one step later, so that no step waits for another process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Callable[[int], None]) -> None:
         self.received = 0
+        self._stop = stop
         self._before: dict[int, Any] = {}
         self._terminals: list[int] = []
+        self._heard: tuple[Any, torch.Tensor] | None = None  # of the signals of all processes, one step ago
 
     def __enter__(self) -> Signals:
-        self.received = 0
+        self.received, self._heard = 0, None
         self._terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
         if threading.current_thread() is threading.main_thread():
             for number in filter(None, (signal.SIGINT, signal.SIGTERM, _HANGUP)):
@@ -83,47 +88,27 @@ class Signals:
             raise SystemExit(128 + number)
         self.received = self.received or number
 
-
-class StopOnSignal(TrainerCallback):
-    """Calls `stop(number)` before the step behind the one that a signal came in, in all processes before the same one.
-
-    By then that step is logged, evaluated and saved as it would be anyway. Several processes learn of a signal one step
-    later, so that no step waits for another process.
-    """
-
-    def __init__(self, signals: Signals, stop: Callable[[int], None]) -> None:
-        self._signals = signals
-        self._stop = stop
-        self._heard: tuple[Any, torch.Tensor] | None = None  # of the signals of all processes, one step ago
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start over, as a trainer may train more than once."""
-        self._heard = None
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if a process has received a signal; at first the step under way is to be finished."""
-        if number := self._loudest():
+        number = self.received
+        if count() > 1:
+            number = 0
+            if self._heard is not None:
+                pending, loudest = self._heard
+                pending.wait()
+                number = int(loudest)
+            loudest = torch.tensor(self.received)  # on the CPU: reading it makes no device wait
+            maximum = torch.distributed.ReduceOp.MAX
+            self._heard = torch.distributed.all_reduce(loudest, maximum, patient_group(), async_op=True), loudest
+        if number:
             self._stop(number)
 
     on_epoch_begin = on_step_begin  # before a batch of the next epoch is drawn
 
     def on_end(self) -> None:
         """Stop for a signal in the last step, or behind it."""
-        if number := max(of_all(self._signals.received)):
+        if number := max(of_all(self.received)):
             self._stop(number)
-
-    def _loudest(self) -> int:
-        if count() == 1:
-            return self._signals.received
-        number = 0
-        if self._heard is not None:
-            pending, loudest = self._heard
-            pending.wait()
-            number = int(loudest)
-        loudest = torch.tensor(self._signals.received)  # on the CPU: reading it makes no device wait
-        maximum = torch.distributed.ReduceOp.MAX
-        self._heard = torch.distributed.all_reduce(loudest, maximum, patient_group(), async_op=True), loudest
-        return number
 
 
 class NonFinite(TrainerCallback):

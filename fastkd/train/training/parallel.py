@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,16 +48,6 @@ def shard_student(student: Any, device: torch.device, plugin: Any, within: Mappi
     plugin.auto_wrap_policy = None  # there is nothing left to wrap
     blocks = [getattr(student, PLACES[place].stack).block[layer - 1] for place, layer in within.items()]
     shard(student, device, stay=[*blocks, student], **policy)
-
-
-def keep_parameters(optimizer: Any, groups: Iterable[Sequence[torch.nn.Parameter]]) -> None:
-    """Give the groups of an optimizer that accelerate has prepared the parameters of the sharded student.
-
-    accelerate finds them by the addresses of their shards, and those without a number, of parameters with fewer rows
-    than there are processes, all have one address.
-    """
-    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = list(parameters)
 
 
 def count_encoder_rows(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
-from transformers import Seq2SeqTrainer
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
@@ -24,11 +24,11 @@ from ..common.processes import is_lost_process, of_all
 from ..models.sharding import is_sharded, not_finite
 from .callbacks import Ends, LossBar, WindowedValues
 from .checkpoints import PREFIX, STAGING, continued, flush, publish, recover, way_back, writing
-from .guards import NonFinite, Signals, StopOnSignal, bad_number, check_arguments, check_steps
+from .guards import NonFinite, Signals, bad_number, check_arguments, check_steps
 
 
-class CheckpointingTrainer(Seq2SeqTrainer):
-    """Seq2SeqTrainer whose checkpoints are whole, whose signals save, and which stops at numbers that are not finite.
+class CheckpointingTrainer(Trainer):
+    """Trainer whose checkpoints are whole, whose signals save, and which stops at numbers that are not finite.
 
     `train` raises Interrupted after one of `guards.Signals`: the step under way is finished, logged and evaluated as
     it would be anyway, and saved, unless `save_strategy` is "no". Raises RunError if the disk is full or read-only, if
@@ -48,15 +48,14 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         self._window = WindowedValues()
         self._beside: dict[str, Any] = {"log_window.pt": self._window}
         self._ends = Ends(self._is_at_end)
-        self._signals = Signals()
-        self._stops = StopOnSignal(self._signals, self._stop)
+        self._signals = Signals(self._stop)
         self._non_finite = NonFinite()
         self._saved_step = 0
-        for callback in (self._window, self._ends, self._stops, self._non_finite):
+        for callback in (self._window, self._ends, self._signals, self._non_finite):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as Seq2SeqTrainer does; see the class for what is raised."""
+        """Train as transformers does; see the class for what is raised."""
         run = self._run
         if self.is_world_process_zero():
             recover(run)
@@ -70,7 +69,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
             with self._signals, given as checkpoint:
                 result = super().train(checkpoint and str(checkpoint), *args, **kwargs)
                 self._non_finite.check(self.args)
-                self._stops.on_end()
+                self._signals.on_end()
         except BaseException as error:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LossBar):
@@ -154,7 +153,7 @@ class CheckpointingTrainer(Seq2SeqTrainer):
         """Load what a checkpoint keeps beside transformers' own, before it does; that has what is sharded."""
         for name, part in self._beside.items():
             if not (isinstance(part, torch.nn.Module) and is_sharded(self.model)):
-                part.load_state_dict(torch.load(checkpoint / name, map_location=self.args.device, weights_only=True))
+                part.load_state_dict(torch.load(checkpoint / name, map_location="cpu", weights_only=True))
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

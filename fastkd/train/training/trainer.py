@@ -1,4 +1,4 @@
-"""DistillTrainer: transformers' Seq2SeqTrainer with a fastkd objective in place of the model's own loss."""
+"""DistillTrainer: transformers' Trainer with a fastkd objective in place of the model's own loss."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..teaching.cached import CachedTeacher, Numbered
 from .callbacks import LossBar, LossLines, StepTimer
 from .forward import Needs, compiled_blocks, forward, needs
 from .optimizer import gradient_norms, set_own_rate
-from .parallel import count_encoder_rows, keep_parameters, settle_fsdp, shard_student
+from .parallel import count_encoder_rows, settle_fsdp, shard_student
 from .resumable import CheckpointingTrainer
 
 
 class DistillTrainer(CheckpointingTrainer):
-    """Trains `model` by `method`; everything else (checkpoints, resuming, precision, DDP) is Seq2SeqTrainer's.
+    """Trains `model` by `method`; everything else (checkpoints, resuming, precision, DDP) is transformers'.
 
     method: a row of METHODS, or one with other settings by `dataclasses.replace`. teacher: a T5 with the student's
     vocabulary, or None if the method needs none; it is frozen, kept in evaluation mode and never part of a checkpoint.
@@ -140,7 +140,10 @@ class DistillTrainer(CheckpointingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return transformers' schedule, of an optimizer whose parameters are still those of the student."""
         if is_sharded(self.model):
-            keep_parameters(self.optimizer, self._optimized)
+            # accelerate finds them by the addresses of their shards, and those without a number, of parameters with
+            # fewer rows than there are processes, all have one address.
+            for group, parameters in zip(self.optimizer.param_groups, self._optimized, strict=True):
+                group["params"] = list(parameters)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -216,10 +219,10 @@ class DistillTrainer(CheckpointingTrainer):
         super().log(logs, start_time)
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return held-out loss and token accuracy, and what `score` says of the student if there is one."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.score is not None:
             bare = self.accelerator.unwrap_model(self.model)
             scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score(bare).items()}
@@ -237,9 +240,7 @@ class DistillTrainer(CheckpointingTrainer):
             self.args.dataloader_drop_last = dropped
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as transformers does, every example once and the model as it is."""
-        # Seq2SeqTrainer has set one that keeps the examples that fill up the last batches of several processes.
-        self.gather_function = self.accelerator.gather_for_metrics
+        """Evaluate as transformers does, the model as it is."""
         if self.is_fsdp_enabled and not self.accelerator._models:
             # Not trained here, and accelerate would shard it only together with an optimizer.
             model: Any = self.model
@@ -248,7 +249,7 @@ class DistillTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None, **_: Any
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Return (None, token scores [B, L, 2], labels [B, L]); held_out_metrics averages them over all batches."""
         inputs = self._prepare_inputs(inputs)
