@@ -37,9 +37,9 @@ from .judge.memory import GpuAutocast, LiveStep
 from .minidisc.candidates import SandwichTrainer
 from .minidisc.prune import sliced, widths_at
 from .minidisc.trials import trained_sparsities
-from .models.architectures import auto_class, parts
+from .models.architectures import parts
 from .models.loading import load_config
-from .models.student import is_tied
+from .models.student import new_model
 from .stages.given import architecture
 from .stages.planning import configs
 from .stages.prepare import EMBEDDED_LENGTH, MODEL_LENGTH
@@ -120,14 +120,9 @@ class _Kept(CachedTeacher):
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-def new_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model of a config, under a FakeTensorMode."""
-    model = auto_class(config).from_config(config, dtype=dtype)
-    # Some versions of transformers call every T5 tied, and only scale the output of those that are.
-    tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
-    if not is_enct5(config) and not tied and is_tied(model):
-        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
-    return model
+def _is_tied(config: Any) -> bool:
+    """Return whether the head is the embedding. Where transformers calls every T5 so, it scales only these."""
+    return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
 
 
 def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any]:
@@ -146,8 +141,9 @@ def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any
         if method.needs_teacher:
             auto = torch.float32 if method.prunes else its.dtype
             dtype = auto if flags.teacher_dtype == "auto" else getattr(torch, flags.teacher_dtype)
-            teacher = new_model(its, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        student = new_model(config)
+            dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+            teacher = new_model(its, None, tied=_is_tied(its), dtype=dtype)
+        student = new_model(config, None, tied=_is_tied(config))
     if not method.prunes:
         return student, teacher, None
     sparsities = trained_sparsities(flags)
@@ -344,39 +340,18 @@ def _verdict(found: Plan, words: Sequence[str], own: argparse.Namespace, device:
     return "\n".join(lines)
 
 
-def table(memory_gb: float = 80.0) -> str:
-    """Return in Markdown what large teachers take of a GPU by miniend-e, with a student of 6 + 6 layers, 384 wide."""
-    parts = "weights", "optimiser", "communication", "gradients", "activations", "loss"
-    rows = [("teacher", "GPUs", *parts, "sum", "largest at", f"fits {memory_gb:g} GiB"), ("---", *["---:"] * 10)]
-    for teacher in ("t5-large", "google/flan-t5-xl", "google/flan-t5-xxl"):
-        words = f"--config miniend-e --teacher {teacher} --bf16 --teacher_dtype bfloat16 --fsdp".split()
-        alone = step(*_parsed(words), "cuda")
-        for processes in (1, 8, 64):
-            found = spread(alone, True, "full", processes)
-            items = found.moments[found.largest].items()
-            sizes = [sum(size for name, size in items if name.endswith(part)) for part in parts]
-            cells = [f"{size / GIB:.2f}" for size in (*sizes, found.peak)]
-            fits = "yes" if found.peak <= memory_gb * GIB else "no"
-            rows.append((teacher.removeprefix("google/"), str(processes), *cells, found.largest, fits))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan of the run that the flags ask for; return 0 if it fits, 1 if not, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m fastkd.train.plan",
-        usage="%(prog)s (--table | [--processes N] [--memory_gb GIB] and the flags of fastkd-train)",
+        usage="%(prog)s [--processes N] [--memory_gb GIB] and the flags of fastkd-train",
         description="Say whether a run of fastkd-train fits into memory, by a step of its models without numbers.",
         allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=1, help="of the run, one for each device")
     parser.add_argument("--memory_gb", type=float, default=80.0, help="GiB of each process's device")
-    parser.add_argument("--table", action="store_true", help="print the documentation's table of large teachers")
     own, words = parser.parse_known_args(argv)
     transformers.logging.set_verbosity_error()
-    if own.table:
-        print(table(own.memory_gb))
-        return 0
     device = "cpu" if "--use_cpu" in words else "cuda"
     try:
         if own.processes < 1 or not own.memory_gb > 0:

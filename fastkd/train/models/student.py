@@ -40,17 +40,18 @@ def t5_config(vocabulary_size: int, d_model: int, layers: int, pad: int = 0, eos
     )
 
 
-def new_model(config: Any, seed: int, tied: bool = True) -> Any:
-    """Return a model of the T5 family with random weights that depend on (config, seed, tied) alone.
+def new_model(config: Any, seed: int | None, tied: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model of the T5 family with random weights that depend on (config, seed, tied, dtype) alone.
 
-    tied: whether the head is the embedding.
+    seed: None goes on with torch's generators. tied: whether the head is the embedding.
     """
     from transformers import set_seed
 
     from .architectures import auto_class
 
-    set_seed(seed)
-    model = auto_class(config).from_config(config, dtype=torch.float32)  # whatever its teacher, say, was loaded in
+    if seed is not None:
+        set_seed(seed)
+    model = auto_class(config).from_config(config, dtype=dtype)
     if is_enct5(config):
         return model  # nothing to tie, and nothing to generate
     if not tied:  # some versions of transformers tie every T5 made from a config, others start the head far too large
