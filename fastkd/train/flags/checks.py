@@ -93,9 +93,7 @@ def check(
     if flags.interpolated and not flags.teacher:
         raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
     if flags.labelled_examples and (flags.streaming or flags.task == "span_corruption" or method.prunes):
-        raise InputError(
-            "--labelled_examples needs pairs in memory: not --streaming, span_corruption or a method that prunes"
-        )
+        raise InputError("--labelled_examples needs pairs in memory: no --streaming, span_corruption or pruning")
     if flags.streaming and flags.embedded_data:
         raise InputError("--streaming needs --train_file or --dataset_name: embedded data fits into memory")
     if flags.streaming and args.dataloader_num_workers > 1:
@@ -125,10 +123,9 @@ def _check_transformers(flags: FastkdArguments, args: Seq2SeqTrainingArguments) 
     known = ["loss", "token_accuracy", *(figures if args.predict_with_generate else [])]
     best = args.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in known:
-        raise InputError(
-            f"--metric_for_best_model: expected one of {', '.join(f'eval_{name}' for name in known)}, got {best!r}"
-            + ("" if args.predict_with_generate else " (those of generated texts need --predict_with_generate)")
-        )
+        names = ", ".join(f"eval_{name}" for name in known)
+        others = "" if args.predict_with_generate else " (those of generated texts need --predict_with_generate)"
+        raise InputError(f"--metric_for_best_model: expected one of {names}, got {best!r}{others}")
 
 
 def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[str]) -> None:
@@ -193,24 +190,17 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
 def _check_inputs(flags: FastkdArguments, args: Seq2SeqTrainingArguments, method: Method, needs_data: bool) -> None:
     """Raise InputError if something is missing: data, a teacher, or the size of a model."""
     if needs_data and not flags.has_own_data and flags.embedded_data is None:
-        resumes = (
-            f"; to resume a run, give --config {args.output_dir}/config.yaml" if args.resume_from_checkpoint else ""
-        )
-        raise InputError(
-            "nothing to learn from: give --train_file FILE, --dataset_name NAME, --embedded_data "
-            f"{' or '.join(EMBEDDED_DATA)}, or --demo{resumes}"
-        )
-    if flags.embedded_data is not None and flags.task not in EMBEDDED_DATA[flags.embedded_data]:
-        raise InputError(
-            f"--task {flags.task} needs --train_file or --dataset_name: --embedded_data {flags.embedded_data} is for "
-            f"{', '.join(EMBEDDED_DATA[flags.embedded_data])}"
-        )
+        hint = f"to resume a run, give --config {args.output_dir}/config.yaml" if args.resume_from_checkpoint else ""
+        ways = f"--train_file FILE, --dataset_name NAME, --embedded_data {' or '.join(EMBEDDED_DATA)}, or --demo"
+        raise InputError(f"nothing to learn from: give {ways}" + (f"; {hint}" if hint else ""))
+    suited = EMBEDDED_DATA[flags.embedded_data] if flags.embedded_data else [flags.task]
+    if flags.task not in suited:
+        limits = f"--embedded_data {flags.embedded_data} is for {', '.join(suited)}"
+        raise InputError(f"--task {flags.task} needs --train_file or --dataset_name: {limits}")
     if method.uses_teacher and not (flags.teacher or flags.train_teacher):
         why = "" if method.needs_teacher else " with --student_init prune"
-        raise InputError(
-            f"--method {flags.method}{why} needs a teacher: give --teacher FOLDER_OR_NAME, or --train_teacher to "
-            "train one on the same data first"
-        )
+        ways = "--teacher FOLDER_OR_NAME, or --train_teacher to train one on the same data"
+        raise InputError(f"--method {flags.method}{why} needs a teacher: give {ways}")
     sizes = ["teacher_layers", "teacher_d_model", "teacher_steps"] if flags.train_teacher else []
     if not (flags.teacher or flags.train_teacher or flags.student):
         sizes = ["student_layers", "student_d_model"]  # no teacher to take them from
@@ -241,28 +231,23 @@ _NOT_WITH_CACHE = {
 
 def _check_cache(flags: FastkdArguments, method: Method) -> None:
     """Raise InputError for a cache of the teacher that is no such, or that would not hold what the run needs."""
-    this = f"--teacher_cache {flags.teacher_cache}"
+    this = f"--teacher_cache {flags.teacher_cache} is not supported with"
     try:
         kind = Kind.parse(str(flags.teacher_cache))
     except ValueError as error:
         raise InputError(f"--teacher_cache: {error}") from error
     if kind.name == "sampled" and method.divergence not in WITHOUT_TAIL:
-        raise InputError(
-            f"{this} is not supported with --divergence {method.divergence}, which asks for all of what the teacher "
-            f"says: expected {' or '.join(WITHOUT_TAIL)}, or --teacher_cache topk:K"
-        )
+        ways = f"expected {' or '.join(WITHOUT_TAIL)}, or --teacher_cache topk:K"
+        raise InputError(f"{this} --divergence {method.divergence}, which asks for the whole distribution: {ways}")
     for name, why in _NOT_WITH_CACHE.items():
         if getattr(flags, name):
-            raise InputError(f"{this} is not supported with --{name}: {why}")
+            raise InputError(f"{this} --{name}: {why}")
     if method.prunes:
-        raise InputError(f"{this} is not supported with --method {flags.method}: each round has another teacher")
+        raise InputError(f"{this} --method {flags.method}: each round has another teacher")
     if "mixup_kd" in method.terms:
-        raise InputError(f"{this} is not supported with --method {flags.method}: every step mixes other examples")
+        raise InputError(f"{this} --method {flags.method}: every step mixes other examples")
     if others := [*method.places, *method.hidden_terms]:
-        raise InputError(
-            f"{this} is not supported with --method {flags.method}: it keeps what the teacher says of the vocabulary, "
-            f"and {', '.join(others)} compares states of its layers"
-        )
+        raise InputError(f"{this} --method {flags.method}: {', '.join(others)} compares states of its layers")
     if flags.interpolated and flags.teacher_cache_dir:
         raise InputError("--teacher_cache_dir is of one teacher, and --interpolated has two: leave it away")
 
@@ -284,18 +269,13 @@ def _check_pruning(flags: FastkdArguments, args: Seq2SeqTrainingArguments, metho
     grid = flags.grid
     target, sparsities = flags.target_sparsity, ", ".join(f"{sparsity:g}" for sparsity in grid)
     if target not in grid or target == 0:
-        raise InputError(
-            f"--target_sparsity: expected one of the grid's above 0 ({sparsities}; --sparsity_grid takes others), got "
-            f"{target:g}"
-        )
-    if flags.assistant_sparsity is not None and not 0 < flags.assistant_sparsity < target:
-        raise InputError(
-            f"--assistant_sparsity: expected one above 0 and below the target's, {target:g}, got "
-            f"{flags.assistant_sparsity:g}"
-        )
+        expected = f"one of the grid's above 0 ({sparsities}; --sparsity_grid takes others)"
+        raise InputError(f"--target_sparsity: expected {expected}, got {target:g}")
+    fixed = flags.assistant_sparsity
+    if fixed is not None and not 0 < fixed < target:
+        raise InputError(f"--assistant_sparsity: expected one above 0 and below the target's, {target:g}, got {fixed}")
     between = [sparsity for sparsity in grid if flags.truncation <= sparsity < target]
-    picks = method.schedule == "minidisc" and flags.assistant_sparsity is None
-    if picks and flags.assistants > len(between):
+    if method.schedule == "minidisc" and fixed is None and flags.assistants > len(between):
         raise InputError(
             f"--assistants {flags.assistants}: the grid has {len(between)} from --truncation {flags.truncation:g} to "
             f"below the target {target:g} ({sparsities}); give a smaller --truncation, or --assistants {len(between)}"

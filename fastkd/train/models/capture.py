@@ -48,9 +48,7 @@ def attention_module(model: Any, place: str, layer: int) -> Any:
 
 def _keep(states: list[Any], i: int, needs_graph: bool, projection: Any, inputs: Any, output: torch.Tensor) -> None:
     if needs_graph and projection.weight.requires_grad and not output.requires_grad:
-        raise RuntimeError(
-            "captured states carry no gradient under reentrant activation checkpointing: set its use_reentrant to False"
-        )
+        raise RuntimeError("captured states have no gradient under reentrant checkpointing: set use_reentrant to False")
     states[i] = output
 
 

@@ -51,16 +51,13 @@ def load_config(name: str | Path, role: str) -> Any:
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     if config.decoder_start_token_id is None:
-        raise InputError(
-            f"{role} {name}: its config.json has neither decoder_start_token_id nor pad_token_id, from which the "
-            "decoder starts: add the one it was trained with (0 for T5)"
-        )
+        neither = "its config.json has neither decoder_start_token_id nor pad_token_id"
+        raise InputError(f"{role} {name}: {neither}: add what its decoder was trained to start from (0 for T5)")
     for kind in ("pad_token_id", "decoder_start_token_id"):
         its = getattr(config, kind)
         if not isinstance(its, int) or not 0 <= its < config.vocab_size:
-            raise InputError(
-                f"{role} {name}: its config's {kind} is {its!r}: expected that of one of its {config.vocab_size} pieces"
-            )
+            expected = f"expected that of one of its {config.vocab_size} pieces"
+            raise InputError(f"{role} {name}: its config's {kind} is {its!r}: {expected}")
     return config
 
 
@@ -110,20 +107,15 @@ def load_tokenizer(name: str | Path, role: str, config: Any) -> Any:
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     pieces = tokenizer.get_vocab()
     if not any(piece.strip("▁").isalnum() for piece in pieces.keys() - special_tokens(tokenizer).keys()):
-        raise InputError(
-            f"{role} {name} has no tokenizer: expected tokenizer.json or spiece.model beside the weights, as "
-            "tokenizer.save_pretrained writes it"
-        )
+        raise InputError(f"{role} {name} has no tokenizer: expected tokenizer.json or spiece.model beside the weights")
     rows = max(pieces.values()) + 1
     if rows > config.vocab_size:
         raise InputError(f"{role} {name}: its tokenizer has {rows} pieces, its embedding only {config.vocab_size}")
     for kind in ("pad_token_id", "eos_token_id"):
         its, expected = getattr(tokenizer, kind), getattr(config, kind)
         if its is None or (isinstance(expected, int) and its != expected):
-            raise InputError(
-                f"{role} {name}: its tokenizer's {kind} is {its}, its config's {expected}: expected the tokenizer that "
-                "the model was trained with"
-            )
+            both = f"its tokenizer's {kind} is {its}, its config's {expected}"
+            raise InputError(f"{role} {name}: {both}: expected the tokenizer that the model was trained with")
     return tokenizer
 
 
@@ -311,10 +303,7 @@ def _reason(error: Exception) -> str:
 def _check_folder(folder: Path, role: str) -> None:
     """Raise InputError for a folder that cannot be that of a model."""
     if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{role} folder {folder} holds an adapter: expected a whole model, as merge_and_unload() and "
-            "save_pretrained make of it"
-        )
+        raise InputError(f"{role} folder {folder} holds an adapter: expected a whole model, as of merge_and_unload()")
     if not (folder / "config.json").is_file():
         inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; its folders {', '.join(inner)} have" if inner else ""

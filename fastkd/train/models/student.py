@@ -100,10 +100,8 @@ def smaller_config(config: Any, d_model: int | None, layers: int | None) -> Any:
     d_model, layers = d_model or config.d_model, layers or 1
     for name, given, largest in (("d_model", d_model, config.d_model), ("layers", layers, depth)):
         if given > largest:
-            raise ValueError(
-                f"student_{name}: expected at most {largest}, the teacher's, to be sliced from it, got {given} "
-                "(--student_init random allows any)"
-            )
+            expected = f"at most {largest}, the teacher's, to be sliced from it"
+            raise ValueError(f"student_{name}: expected {expected}, got {given} (--student_init random allows any)")
     smaller = copy.deepcopy(config)
     smaller.num_heads = max(config.num_heads * d_model // config.d_model, 1)
     smaller.d_ff = max(config.d_ff * d_model // config.d_model, 1)
@@ -136,10 +134,8 @@ def slice_teacher(student: Any, teacher: Any) -> None:
     for name, parameter in student.named_parameters():
         source = sources[_teacher_name(name, student, teacher)]
         if any(mine > its for mine, its in zip(parameter.shape, source.shape, strict=True)):
-            raise ValueError(
-                f"student: expected {name} of at most {tuple(source.shape)}, the teacher's shape, to slice it, "
-                f"got {tuple(parameter.shape)}"
-            )
+            its, mine = tuple(source.shape), tuple(parameter.shape)
+            raise ValueError(f"student: expected {name} of at most {its}, the teacher's shape, to slice it, got {mine}")
         parameter.copy_(gathered(source)[tuple(map(slice, parameter.shape))])
 
 

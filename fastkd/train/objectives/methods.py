@@ -146,10 +146,8 @@ class Method:
         shapes = [(config.d_model, config.num_layers, config.num_decoder_layers) for config in (student, teacher)]
         same = [term for term in self.terms if term in SAME_SHAPE_TERMS]
         if same and shapes[0] != shapes[1]:
-            raise ValueError(
-                f"terms: {same[0]} expects a student as wide and as deep as its teacher, as pruning leaves it, got "
-                "(width, encoder layers, decoder layers) {} and {}".format(*shapes)
-            )
+            expected = "a student as wide and as deep as its teacher, got (width, encoder layers, decoder layers)"
+            raise ValueError("terms: {} expects {} {} and {}".format(same[0], expected, *shapes))
         mine, its = self.student_layers(student), self.teacher_layers(teacher)
         for place in self.places:
             widths = _query_width(student, place, mine[place]), _query_width(teacher, place, its[place])
@@ -158,10 +156,8 @@ class Method:
             common = math.gcd(*widths)
             if self.relation_heads < 1 or common % self.relation_heads:
                 valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-                raise ValueError(
-                    "relation_heads: expected a divisor of {} and {}, the widths of the student's and the teacher's "
-                    "queries ({}), got {}".format(*widths, valid, self.relation_heads)
-                )
+                expected = "a divisor of {} and {}, the widths of both models' queries ({})".format(*widths, valid)
+                raise ValueError(f"relation_heads: expected {expected}, got {self.relation_heads}")
 
 
 def _query_width(config: Any, place: str, layer: int) -> int:

@@ -80,10 +80,8 @@ def _check_comparable(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]
             groups.setdefault(str(facts.get(fact, "unknown")), []).append(str(folder))
         if len(groups) > 1:
             what = fact.replace("_", " ").replace("held out", "held-out")
-            which = "; ".join(f"{', '.join(group)}: {value}" for value, group in groups.items())
-            raise InputError(
-                f"--compare: expected runs with the same {what}, got {which}; compare each group by itself"
-            )
+            got = "; ".join(f"{', '.join(group)}: {value}" for value, group in groups.items())
+            raise InputError(f"--compare: expected runs with the same {what}, got {got}; compare each group by itself")
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

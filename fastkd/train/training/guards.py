@@ -24,10 +24,7 @@ _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 def check_arguments(args: Any) -> None:
     """Raise InputError for transformers' arguments by which a training would fail later, or say wrong numbers."""
     if args.n_gpu > 1:
-        raise InputError(
-            f"{args.n_gpu} GPUs in one process: torch's DataParallel is not supported; start one process for each with "
-            "torchrun, or show one alone with CUDA_VISIBLE_DEVICES"
-        )
+        raise InputError(f"{args.n_gpu} GPUs in one process: start one for each with torchrun, or show it one alone")
     by_steps = args.eval_strategy == args.save_strategy == "steps"
     if args.load_best_model_at_end and by_steps and args.eval_steps != args.save_steps:
         raise InputError(
@@ -40,10 +37,8 @@ def check_steps(args: Any, examples: Any) -> None:
     """Raise InputError for training examples that --dataloader_drop_last leaves no step of."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and hasattr(examples, "__len__") and len(examples) < batch:
-        raise InputError(
-            f"--dataloader_drop_last drops all training examples: a batch takes {batch} and there are {len(examples)}; "
-            "give a smaller --per_device_train_batch_size"
-        )
+        counts = f"a batch takes {batch} and there are {len(examples)}"
+        raise InputError(f"--dataloader_drop_last drops all training examples: {counts}; give a smaller batch")
 
 
 class Signals(TrainerCallback):
