@@ -19,7 +19,7 @@ import fastkd
 from fastkd.train import cli
 from fastkd.train.common.errors import InputError
 from fastkd.train.data import tasks
-from fastkd.train.flags import arguments
+from fastkd.train.flags import arguments, config
 from fastkd.train.flags import fields as own
 from fastkd.train.flags.arguments import parse
 from fastkd.train.models.student import t5_config
@@ -527,7 +527,7 @@ def test_names_that_are_known_without_torch_are_those_that_there_are() -> None:
 def test_every_alias_is_of_a_flag_and_no_flag_itself() -> None:
     groups = own.FastkdArguments, arguments.TransformersArguments
     known = {f.name for group in groups for f in dataclasses.fields(group)}
-    for meant, others in arguments._ALIASES.items():
+    for meant, others in config.texts("aliases").items():
         assert set(meant.replace("--", "").split(" or ")) <= known
         assert not known & set(others.split())
 

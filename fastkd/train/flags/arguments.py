@@ -27,38 +27,6 @@ _LEAST = {
     "seed": 0, "data_seed": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
 }  # fmt: skip
-# What other trainers call it.
-_ALIASES = {
-    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size per_gpu_train_batch_size bs bsz",
-    "per_device_eval_batch_size": "eval_batch_size test_batch_size per_gpu_eval_batch_size",
-    "gradient_accumulation_steps": "accumulation_steps grad_accum gradient_accumulation grad_accumulation_steps",
-    "learning_rate": "lr alpha_lr step_size max_lr", "lr_scheduler_type": "scheduler lr_scheduler schedule lr_schedule",
-    "weight_decay": "wd decay", "max_grad_norm": "clip grad_clip gradient_clipping clip_grad_norm max_norm",
-    "warmup_steps": "warmup warmup_ratio num_warmup_steps", "optim": "optimizer optimiser",
-    "num_train_epochs": "epochs epoch num_epochs max_epochs n_epochs",
-    "max_steps": "steps num_steps train_steps max_train_steps num_train_steps iterations total_steps",
-    "output_dir": "output out out_dir output_path output_folder save_dir save_path",
-    "max_source_length or --sequence_length": "max_length max_len max_seq_length max_seq_len seq_len seq_length "
-    "block_size model_max_length context_length",
-    "max_source_length": "max_input_length input_length source_length",
-    "max_target_length": "max_output_length output_length target_length max_new_tokens",
-    "teacher": "teacher_model teacher_path teacher_model_name_or_path teacher_name",
-    "student": "student_model student_path student_model_name_or_path student_name",
-    "teacher or --student": "model model_name model_path model_name_or_path pretrained",
-    "train_file or --dataset_name": "data dataset data_path data_dir train_data train_path train corpus input_file",
-    "eval_file": "validation_file valid_file val_file dev_file test_file eval_data eval_path validation_data",
-    "temperature": "tau temp kd_temperature distill_temperature", "divergence": "loss loss_type kl distillation_loss",
-    "weights": "alpha kd_weight ce_weight alpha_ce loss_weights lambda", "seed": "random_seed random_state",
-    "resume_from_checkpoint": "resume resume_from checkpoint ckpt", "report_to": "logger wandb tensorboard",
-    "dataloader_num_workers": "num_workers workers", "use_cpu": "cpu no_cuda device", "fsdp": "shard zero sharding",
-    "bf16": "precision dtype mixed_precision amp", "logging_steps": "log_interval log_every log_steps log_freq",
-    "eval_steps": "eval_every eval_interval evaluation_steps", "save_steps": "save_every save_interval",
-    "eval_strategy": "evaluation_strategy", "generation_num_beams": "num_beams beams beam_size",
-    "student_layers": "layers num_layers n_layers depth",
-    "student_d_model": "d_model hidden_size width dim hidden_dim student_dim",
-    "target_sparsity": "sparsity prune_ratio pruning_ratio", "max_train_examples": "max_train_samples max_samples",
-    "max_eval_examples": "max_eval_samples", "overwrite_output_dir": "overwrite force", "divergence_beta": "beta",
-}  # fmt: skip
 
 
 class TransformersArguments(Seq2SeqTrainingArguments):
@@ -98,7 +66,7 @@ def help_of_everything() -> str:
 def _suggestion(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean ...?" for the flag that means what an unknown one says, or else for the most similar."""
     name = word.lstrip("-")
-    meant = next((flag for flag, others in _ALIASES.items() if name.lower() in others.split()), None)
+    meant = next((flag for flag, others in config.texts("aliases").items() if name.lower() in others.split()), None)
     return f"; did you mean '--{meant}'?" if meant else closest(f"--{name}", [f"--{flag}" for flag in known])
 
 

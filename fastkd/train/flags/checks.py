@@ -13,36 +13,13 @@ from ..data.tasks import TASKS, figure_names, is_glue
 from ..models.sharding import is_asked_for
 from ..objectives.methods import Method
 from ..teaching.kinds import Kind
+from . import config
 from .fields import EMBEDDED_DATA, WITH_BETA, FastkdArguments, PruningArguments
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 _NO_DEEPSPEED = "losses and checkpoints need weights as torch keeps them; --fsdp shards the student"
-# Flags of transformers that would do nothing here, or something else than they say; and what to do instead.
-_REASONS = {
-    "label_smoothing_factor use_liger_kernel liger_kernel_config": "losses are fastkd's",
-    "neftune_noise_alpha": "T5 reads its embedding past it",
-    "use_cache": "no step of training reads a cache",
-    "sortish_sampler": "--train_sampling_strategy group_by_length is like it",
-    "length_column_name": "lengths are those of the tokenised examples",
-    "label_names": "labels are the targets of the task",
-    "remove_unused_columns": "the task says which columns are read",
-    "generation_config": "--generation_num_beams and --generation_max_length are",
-    "prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches eval_accumulation_steps "
-    "eval_use_gather_object": "evaluation is the loss, the token accuracy and the task's figures",
-    "bf16_full_eval fp16_full_eval": "it would leave the student in 16 bits; --bf16 evaluates under autocast",
-    "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint without it",
-    "deepspeed": _NO_DEEPSPEED,
-    "parallelism_config": "--fsdp shards the student, --teacher_sharding the teacher",
-    "auto_find_batch_size": "it changes what a step learns from; python -m fastkd.train.plan says what fits",
-    "save_only_model": "checkpoints are there to resume from",
-    "ddp_static_graph": "losses are computed outside of what DDP wraps",
-    "ddp_find_unused_parameters": "every weight that learns is part of the loss, which DDP does not see",
-    "push_to_hub hub_token hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision":
-        "look at the report first, then upload the folder with `hf upload`",
-    "do_predict": "outputs of held-out examples are in the report",
-}  # fmt: skip
 _EITHER = (
     ("train_file", "dataset_name"), ("train_file", "embedded_data"), ("dataset_name", "embedded_data"),
     ("teacher", "train_teacher"), ("student", "interpolated"), ("demo", "interpolated"),
@@ -59,7 +36,8 @@ _NOT_READ = {
 
 def check_supported(values: dict[str, Any], parser: HfArgumentParser) -> None:
     """Raise InputError for a value of transformers' flags that would not have its effect here."""
-    for name, why in ((name, why) for names, why in _REASONS.items() for name in names.split()):
+    refused = {_NO_DEEPSPEED: "deepspeed", **config.texts("refused")}
+    for name, why in ((name, why) for why, names in refused.items() for name in names.split()):
         value, default = values[name], parser.get_default(name)
         if value not in (None, False, [], default) or (value is False and default):
             raise InputError(f"--{name} is not supported: {why}")

@@ -12,6 +12,7 @@ import yaml
 from ..common.errors import InputError
 
 FOLDER = Path(__file__).parent / "configs"
+TEXTS = FOLDER.parent / "texts"
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,6 +51,11 @@ def load(name: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise InputError(f"--config: {path} is no mapping of flags to values, such as 'method: kd'")
     return str(path), settings
+
+
+def texts(name: str) -> dict[str, str]:
+    """Return what a file of texts says, by what it says it of."""
+    return dict(yaml.safe_load((TEXTS / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def words(key: str, value: Any, joined: bool = False) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from ..common.errors import InputError, closest
+from . import config
 from .fields import GLUE, GROUPS, USUAL, parse_grid, parse_weights
 
 # Our defaults for transformers' flags; `--demo` has its own, configs/demo.yaml.
@@ -49,22 +50,6 @@ _USUAL = (
     ("use_cpu", None, "also where there is a GPU"),
     ("fsdp", None, "shard the student over the processes of torchrun"),
 )
-EXAMPLES = """\
-examples (more in docs/trainer):
-  fastkd-train --demo
-      everything from nothing: data, tokenizer, teacher, student, and the same student from scratch
-  fastkd-train --config miniend-e --teacher google/flan-t5-base --train_file corpus.jsonl.gz \\
-               --output_dir runs/e
-      pre-training by the paper's settings; flags override those of --config
-  fastkd-train --method hsm-cka --teacher ./tuned --task summarization --train_file train.jsonl \\
-               --eval_file dev.jsonl --output_dir runs/s
-      a student of half the layers, sliced from its teacher, distilled on pairs and scored by ROUGE
-  fastkd-train --config runs/e/config.yaml --resume_from_checkpoint last
-      continue an interrupted run
-  torchrun --nproc-per-node 8 -m fastkd.train.cli --config miniend-e --teacher google/flan-t5-xxl --fsdp \\
-           --bf16 --teacher_dtype bfloat16 --train_file corpus.jsonl.gz --output_dir runs/xxl
-      eight GPUs, both models sharded; python -m fastkd.train.plan and these flags say whether it fits
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,7 +154,7 @@ def help_text(everything: bool = False) -> str:
         prog="fastkd-train",
         usage="fastkd-train (--demo | --method METHOD | --config FILE) [flags]",
         description="Distil a T5 teacher into a smaller T5 student, without ever materialising vocabulary logits.",
-        epilog=EXAMPLES,
+        epilog=(config.TEXTS / "examples.txt").read_text(encoding="utf-8"),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
         add_help=False,
     )
