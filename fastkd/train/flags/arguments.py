@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def help_of_everything() -> str:
 
 def _suggestion(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean ...?" for the flag that means what an unknown one says, or else for the most similar."""
-    name = word.lstrip("-")
+    name = word.lstrip("-").split("=")[0]
     meant = next((flag for flag, others in config.texts("aliases").items() if name.lower() in others.split()), None)
     return f"; did you mean '--{meant}'?" if meant else closest(f"--{name}", [f"--{flag}" for flag in known])
 
@@ -78,17 +79,17 @@ def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments
     """
     if not argv:
         raise InputError("give --demo, --method or --config; --help shows what there is, with examples")
-    line = [_underscored(word) for word in argv]
-    words = _with_files(line)
-    parsed, unknown = _parser().parse_known_args(words)
+    parser = _parser()
+    line, unknown = _given([_underscored(word) for word in argv])
     if unknown:
         kind = "flag" if unknown[0].startswith("-") else "argument"
-        hint = _suggestion(unknown[0].split("=")[0], [*vars(parsed), *ABOUT]) if kind == "flag" else ""
-        raise InputError(f"unknown {kind} {unknown[0]!r}{hint}")
-    theirs, given = vars(parsed), _names(words)
+        known = [*(action.dest for action in parser._actions), *ABOUT]
+        raise InputError(f"unknown {kind} {unknown[0]!r}" + (_suggestion(unknown[0], known) if kind == "flag" else ""))
+    given = _with_files(line)
+    theirs = {action.dest: given.get(action.dest, parser.get_default(action.dest)) for action in parser._actions}
     mine = {name: theirs.pop(name) for name in fields_by_name()}
     _make_intervals_agree(theirs, given)
-    checks.check_supported(theirs, _parser())
+    checks.check_supported(theirs, parser)
     processes.be_patient(theirs["ddp_timeout"], theirs["use_cpu"], theirs["ddp_backend"])
     try:
         args = TransformersArguments(**theirs)
@@ -97,33 +98,35 @@ def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments
     named = sorted(name for name in {*DEFAULTS, *given} if name in theirs)
     ours = FastkdArguments(**mine, transformers_flags={name: theirs[name] for name in named})
     _settle(ours, args, given)
-    checks.check(ours, args, _names(line), needs_data)
+    checks.check(ours, args, line, needs_data)
     return ours, args
 
 
-def _with_files(line: Sequence[str]) -> list[str]:
-    """Return the words of the command line, behind those that stand for the keys of `--demo`'s and `--config`'s files.
-
-    The last of two equal flags counts, so those of the command line override the file's, and these the demo's.
-    """
-    first, given = _parser().parse_known_args(line)[0], _names(line)
-    layers = [config.load(first.config)] if first.config else []
-    if first.demo or ("demo" not in given and layers and layers[0][1].get("demo")):
-        layers.insert(0, config.load("demo"))
-    words = list(line)
-    for path, settings in reversed(layers):
-        replaced = {name for name, by in _REPLACED_BY.items() if given.intersection(by)} - given
-        kept = {name: said for name, said in _words(path, settings).items() if name not in replaced}
-        words = [word for said in kept.values() for word in said] + words
-        given |= {name for name in kept if settings[name] is not None and settings[name] is not False}
-    return words
-
-
-def _words(path: str, settings: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the words that say the same as a file's settings; raise InputError with file and key if none can."""
-    words: dict[str, list[str]] = {}
+def _given(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values that words give flags, and the words that belong to none."""
     parser = _parser()
-    actions = {action.dest: action for action in parser._actions if action.dest != "config"}
+    nothing = argparse.Namespace(**dict.fromkeys((action.dest for action in parser._actions), argparse.SUPPRESS))
+    found, unknown = parser.parse_known_args(words, nothing)
+    return {name: value for name, value in vars(found).items() if value is not argparse.SUPPRESS}, unknown
+
+
+def _with_files(line: dict[str, Any]) -> dict[str, Any]:
+    """Return what the command line gives, over what `--config`'s file gives, over what the demo's does."""
+    layers = [config.load(line["config"])] if line.get("config") else []
+    if line.get("demo", layers and layers[0][1].get("demo")):
+        layers.insert(0, config.load("demo"))
+    given = line
+    for path, settings in reversed(layers):
+        said = {name for name, value in given.items() if value is not None and value is not False}
+        replaced = {name for name, by in _REPLACED_BY.items() if said.intersection(by)}
+        given = {name: value for name, value in _read(path, settings).items() if name not in replaced} | given
+    return given
+
+
+def _read(path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that a file's settings give flags; raise InputError with file and key for what is none."""
+    values: dict[str, Any] = {}
+    actions = {action.dest: action for action in _parser()._actions if action.dest != "config"}
     fields = fields_by_name()
     for key, value in settings.items():
         if key not in actions:
@@ -131,16 +134,16 @@ def _words(path: str, settings: dict[str, Any]) -> dict[str, list[str]]:
         if value is False and "no" in (actions[key].choices or ()):
             value = "no"  # as in `save_strategy: no`, which is a boolean to YAML
         kind = kind_of(fields[key]) if key in fields else ""
-        said = config.words(key, value, joined=kind in JOINED)
         try:
             if kind == "str" and isinstance(value, bool | dict | list):
                 raise InputError(f"expected a word, got {value!r}")
-            if parser.parse_known_args(said)[1]:
+            found, others = _given(config.words(key, value, joined=kind in JOINED))
+            if others:
                 raise InputError(f"expected one value, got {value!r}")
         except InputError as error:
             raise InputError(f"{path}: {key}: {str(error).removeprefix(f'--{key}: ')}") from error
-        words[key] = said
-    return words
+        values |= found
+    return values
 
 
 def _underscored(word: str) -> str:
@@ -149,12 +152,7 @@ def _underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
-def _names(words: Iterable[str]) -> set[str]:
-    """Return the flags among words, without their dashes and values."""
-    return {word[2:].split("=")[0] for word in words if word.startswith("--")}
-
-
-def _make_intervals_agree(values: dict[str, Any], given: set[str]) -> None:
+def _make_intervals_agree(values: dict[str, Any], given: Collection[str]) -> None:
     """With `--load_best_model_at_end`, let evaluations and checkpoints come together where only one was given."""
     for what in ("strategy", "steps") if values["load_best_model_at_end"] else ():
         for one, other in ((f"eval_{what}", f"save_{what}"), (f"save_{what}", f"eval_{what}")):
@@ -162,7 +160,7 @@ def _make_intervals_agree(values: dict[str, Any], given: set[str]) -> None:
                 values[other] = getattr(values[one], "value", values[one])
 
 
-def _settle(ours: FastkdArguments, args: TransformersArguments, given: set[str]) -> None:
+def _settle(ours: FastkdArguments, args: TransformersArguments, given: Collection[str]) -> None:
     """Fill in the defaults that depend on other flags: how long, and at which rates."""
     if args.max_steps > 0:
         if "num_train_epochs" in given and args.num_train_epochs > 0:

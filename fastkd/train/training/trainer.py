@@ -142,7 +142,8 @@ class DistillTrainer(CheckpointingTrainer):
         if is_sharded(self.model):
             # accelerate finds them by the addresses of their shards, and those without a number, of parameters with
             # fewer rows than there are processes, all have one address.
-            for group, parameters in zip(self.optimizer.param_groups, self._optimized, strict=True):
+            prepared: Any = self.optimizer
+            for group, parameters in zip(prepared.param_groups, self._optimized, strict=True):
                 group["params"] = list(parameters)
         return super().create_scheduler(num_training_steps, optimizer)
 
