@@ -12,7 +12,7 @@ import hashlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +71,22 @@ def _check_numbers(config: Any, role: str, name: str | Path) -> None:
         return
     defaults, faults = type(config)(), []
     for key in sorted(vars(defaults).keys() & config.to_diff_dict().keys()):
-        other = copy.deepcopy(config)
-        setattr(other, key, getattr(defaults, key))
-        if _fault(other) is None:
+        if _fault(config, **{key: getattr(defaults, key)}) is None:
             faults.append(f"{key} is {getattr(config, key)!r} (T5's own: {getattr(defaults, key)!r})")
     said = f"config's {' or '.join(faults)}, which" if faults else "config"
     raise InputError(f"{role} {name}: its {said} makes no T5 that works: {one_line(error)}")
 
 
 @torch.no_grad()
-def _fault(config: Any) -> Exception | None:
-    """Return what goes wrong in a small model, all of whose numbers but for its size are the config's, or None."""
+def _fault(config: Any, **others: Any) -> Exception | None:
+    """Return what goes wrong in a small model with the config's numbers, but for its size and `others`, or None."""
     small = copy.deepcopy(config)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         torch.manual_seed(0)
         try:
-            for size, most in SMALL.items():
-                setattr(small, size, min(getattr(small, size), most))
-            if hasattr(small, "widths"):
-                small.widths = None
+            small.update(others)
+            small.update({size: min(getattr(small, size), most) for size, most in SMALL.items()} | {"widths": None})
             model = auto_class(small).from_config(small, dtype=torch.float32).eval()
             # As many tokens as let every bucket of relative positions be used.
             ids = torch.arange(small.relative_attention_num_buckets + 2)[None] % small.vocab_size
@@ -158,7 +154,19 @@ def load_weights(
             model.float().config.dtype = torch.float32
         return model
 
-    return load() if shard_on is None else _load_sharded(load, config, shard_on)
+    if shard_on is None:
+        return load()
+    # No other process than the first ever holds all of it.
+    loaded: list[Any] = []
+
+    def kind_in_first() -> tuple[torch.dtype, bool]:
+        loaded.append(load())
+        return loaded[0].dtype, is_tied(loaded[0])
+
+    kind = by_first(kind_in_first)
+    model = loaded[0] if loaded else _empty(config, *kind)
+    shard_weights_of_first(model, model.state_dict() if loaded else {}, shard_on)
+    return model
 
 
 def files_fingerprint(name: str | Path) -> str | None:
@@ -185,7 +193,10 @@ def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: s
         "has": shapes,
         "has, as no floats,": found["no_floats"],
     }
-    faults = [f"{verb} {_some(names)}" for verb, names in kinds.items() if names]
+    faults = []
+    for verb, names in kinds.items():
+        first = ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        faults += [f"{verb} {first}"] if names else []
     bad = not_finite(model)
     if found.get("error_msgs"):
         faults.append(" ".join(str(found["error_msgs"][0]).split()))
@@ -214,27 +225,6 @@ def _weight_files(folder: Path) -> list[Path]:
     """Return the files of a folder that transformers takes a model's weights from."""
     kinds = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
     return next((files for kind in kinds if (files := sorted(folder.glob(kind)))), [])
-
-
-def _some(names: Any) -> str:
-    """Return the first names in order, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return ", ".join(ordered[:SHOWN]) + more
-
-
-def _load_sharded(load: Callable[[], Any], config: Any, device: torch.device) -> Any:
-    """Return the model that `load()` gives in the first process, sharded; no other process ever holds all of it."""
-    loaded: list[Any] = []
-
-    def kind_in_first() -> tuple[torch.dtype, bool]:
-        loaded.append(load())
-        return loaded[0].dtype, is_tied(loaded[0])
-
-    kind = by_first(kind_in_first)
-    model = loaded[0] if loaded else _empty(config, *kind)
-    shard_weights_of_first(model, model.state_dict() if loaded else {}, device)
-    return model
 
 
 def _empty(config: Any, dtype: torch.dtype, tied: bool) -> Any:
@@ -273,7 +263,12 @@ def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
         with from_hub(str(name), role, "model", _reason) as offline:
             yield {**options, "local_files_only": offline}
         return
-    _check_folder(folder, role)
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{role} folder {folder} holds an adapter: expected a whole model, as of merge_and_unload()")
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; its folders {', '.join(inner)} have" if inner else ""
+        raise InputError(f"{role} folder {folder} has no config.json: expected a save_pretrained folder of a T5{hint}")
     try:
         yield options
     except Exception as error:  # a file that somebody else made can make its reader raise anything
@@ -298,13 +293,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, KeyError | TypeError | AttributeError):  # of transformers, which expected another file
         return f"one of its JSON files is not as save_pretrained writes it ({type(error).__name__}: {error})"
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
-
-
-def _check_folder(folder: Path, role: str) -> None:
-    """Raise InputError for a folder that cannot be that of a model."""
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{role} folder {folder} holds an adapter: expected a whole model, as of merge_and_unload()")
-    if not (folder / "config.json").is_file():
-        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; its folders {', '.join(inner)} have" if inner else ""
-        raise InputError(f"{role} folder {folder} has no config.json: expected a save_pretrained folder of a T5{hint}")

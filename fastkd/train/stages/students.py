@@ -12,7 +12,7 @@ import datasets
 from ..common.family import is_enct5
 from ..data.examples import Classes, Pairs
 from ..models.architectures import enct5_config, enct5_from
-from ..models.student import is_tied, new_model, slice_teacher, smaller_config, student_config
+from ..models.student import is_tied, new_model, slice_teacher
 from ..models.tokenizer import padded_size
 from ..objectives.methods import Method
 from ..report.outcome import Outcome
@@ -20,6 +20,7 @@ from ..teaching.cached import Numbered, collated
 from ..training.trainer import DistillTrainer
 from .identity import examples_per_step
 from .judging import judge, written
+from .planning import planned_config
 from .prepare import Data, heading
 from .run import Run
 from .teachers import Teacher
@@ -85,12 +86,11 @@ def _labelled(run: Run, teacher: Teacher | None) -> Data:
 def new_student(run: Run, teacher: Teacher | None) -> Any:
     """Return a student with random weights, of the teacher's variant of T5 if the flags ask for a slice of it."""
     flags, data, seed = run.flags, run.data, run.args.seed
-    width, layers, tokenizer = flags.student_d_model, flags.student_layers, data.tokenizer
-    if flags.objective.student_init == "slice":
-        assert teacher is not None
-        return new_model(smaller_config(teacher.config, width, layers), seed, tied=is_tied(teacher.model))
-    config = student_config(teacher.config if teacher else None, width, layers)
-    config.vocab_size = teacher.config.vocab_size if teacher else padded_size(tokenizer)
-    config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
-    config.eos_token_id = tokenizer.eos_token_id
+    its = teacher.config if teacher else None
+    config = planned_config(flags.objective, its, flags.student_d_model, flags.student_layers)
+    if teacher and flags.objective.student_init == "slice":
+        return new_model(config, seed, tied=is_tied(teacher.model))
+    config.vocab_size = its.vocab_size if teacher else padded_size(data.tokenizer)
+    config.pad_token_id = config.decoder_start_token_id = data.tokenizer.pad_token_id
+    config.eos_token_id = data.tokenizer.eos_token_id
     return new_model(enct5_config(config, data.classes) if data.classes else config, seed)
