@@ -158,25 +158,20 @@ def help_text(everything: bool = False) -> str:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
         add_help=False,
     )
-    about = parser.add_argument_group("about")
-    for name, text in ABOUT.items():
-        about.add_argument(f"--{name}", action="store_true", help=text)
+    groups: dict[str, list[tuple[str, str | None, str]]] = {}
+    groups["about"] = [(name, None, text) for name, text in ABOUT.items()]
     for part in GROUPS:
-        group = parser.add_argument_group(part._argument_group_name)
-        for field in dataclasses.fields(part):
-            if everything or field.name in USUAL:
-                _explain(group, field.name, _KINDS[kind_of(field)][2], _explained(field))
+        shown = [field for field in dataclasses.fields(part) if everything or field.name in USUAL]
+        groups[part._argument_group_name] = [(f.name, _KINDS[kind_of(f)][2], _explained(f)) for f in shown]
     if not everything:
-        group = parser.add_argument_group("training, by transformers' Seq2SeqTrainingArguments")
-        for name, metavar, text in _USUAL:
-            text += f" (default: {DEFAULTS[name]})" if DEFAULTS.get(name, "none") != "none" else ""
-            _explain(group, name, metavar, text)
+        groups["training, by transformers' Seq2SeqTrainingArguments"] = [*_USUAL]
+    for title, rows in groups.items():
+        group = parser.add_argument_group(title)
+        for name, metavar, text in rows:
+            default = f" (default: {DEFAULTS[name]})" if DEFAULTS.get(name, "none") != "none" else ""
+            kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
+            group.add_argument(f"--{name}", help=text + default, **kind)
     return parser.format_help()
-
-
-def _explain(group: Any, name: str, metavar: str | None, text: str) -> None:
-    more = {"action": "store_true"} if metavar is None else {"metavar": metavar}
-    group.add_argument(f"--{name}", help=text, **more)
 
 
 def _explained(field: dataclasses.Field[Any]) -> str:

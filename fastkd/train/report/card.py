@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,11 @@ def write_card(
     it; only a hub name is published, as the card's base model. outcomes: the student's last. facts, notes: see
     `report.write`; some facts also tell what the student is for, and how little it has read.
     """
-    hub_name = teacher if teacher and _is_hub_name(teacher) else None
+    hub_name = None
+    if teacher and not Path(teacher).exists():
+        with contextlib.suppress(HFValidationError):
+            validate_repo_id(teacher)
+            hub_name = teacher
     config = folder / "config.json"  # a T5's where none is saved yet
     kind = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.is_file() else "t5"
     data = ModelCardData(
@@ -53,12 +58,3 @@ def write_card(
         facts=facts,
         notes=notes,
     )
-
-
-def _is_hub_name(teacher: str) -> bool:
-    """Return whether a teacher was named as on the hub, and not by a folder."""
-    try:
-        validate_repo_id(teacher)
-    except HFValidationError:
-        return False
-    return not Path(teacher).exists()
