@@ -458,13 +458,13 @@ def test_times_leave_scoring_out(
 ) -> None:
     from fastkd.train.stages import judging
 
-    classify = judging.classify
+    generate = judging.generate
 
     def slow(*args: Any, **kwargs: Any) -> list[str]:
         time.sleep(1)
-        return classify(*args, **kwargs)
+        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(judging, "classify", slow)
+    monkeypatch.setattr(judging, "generate", slow)
     assert run(tmp_path / "out", "--method", "prune-kd", "--target_sparsity", "0.5", "--seed", "77") == 0
     assert schedule_of(tmp_path / "out").seconds < 2  # three evaluations took 3
 

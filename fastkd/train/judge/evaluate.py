@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..common.family import is_enct5
 from ..common.processes import is_first, of_all, own_part
 from ..models.sharding import is_sharded
 from ..models.tokenizer import texts_of
@@ -42,18 +43,6 @@ def held_out_metrics(prediction: tuple[np.ndarray, np.ndarray]) -> dict[str, flo
 
 
 @torch.no_grad()
-def classify(
-    model: Any, tokenizer: Any, sources: Sequence[Sequence[int]], *, batch_size: int, title: str | None = None
-) -> list[str]:
-    """Return the class that an EncT5 gives each source, token ids without padding; title: see `generate`."""
-
-    def answers(inputs: dict[str, torch.Tensor]) -> list[str]:
-        return [model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()]
-
-    return _in_batches(answers, model, tokenizer, sources, batch_size, title)
-
-
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -70,8 +59,15 @@ def generate(
     Whatever else its own generation_config says, such as least lengths or banned words, is not done, so that models
     are compared by one decoding. Sources of like length share a batch. kept: ids of special tokens that are part of
     what is written; others are left out. title: of the progress bar, which is not shown without one.
+    An EncT5 gives a class, which is all that it says. Processes share the sources, unless they share the model's
+    weights, which takes all of them for every batch.
     """
-    decoding = GenerationConfig(
+    device, mode, shares = next(model.parameters()).device, model.training, not is_sharded(model)
+    order: Sequence[int] = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
+    order = own_part(order) if shares else order
+    answers: dict[int, str] = {}
+    own = getattr(model, "generation_config", None)  # an EncT5 has none
+    model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
@@ -79,47 +75,24 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-
-    def texts(inputs: dict[str, torch.Tensor]) -> list[str]:
-        # Processes that share a model's weights gather them together as long as one of them writes.
-        written = model.generate(**inputs, synced_gpus=is_sharded(model))[:, 1:].tolist()
-        return texts_of(tokenizer, written, kept)
-
-    own, model.generation_config = model.generation_config, decoding
-    try:
-        return _in_batches(texts, model, tokenizer, sources, batch_size, title)
-    finally:
-        model.generation_config = own
-
-
-def _in_batches(
-    answer: Callable[[dict[str, torch.Tensor]], list[str]],
-    model: Any,
-    tokenizer: Any,
-    sources: Sequence[Sequence[int]],
-    batch_size: int,
-    title: str | None,
-) -> list[str]:
-    """Return `answer(input_ids and attention_mask of a batch)` for all sources, those of like length together.
-
-    Processes share them, unless they share the model's weights, which takes all of them for every batch.
-    """
-    device, mode, shares = next(model.parameters()).device, model.training, not is_sharded(model)
-    order: Sequence[int] = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
-    order = own_part(order) if shares else order
-    answers: dict[int, str] = {}
     model.eval()
     bar = tqdm(total=len(order), desc=title, unit="text", disable=title is None or not is_first())
     try:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = tokenizer.pad({"input_ids": [list(sources[i]) for i in batch]}, return_tensors="pt").to(device)
-            ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            answers.update(zip(batch, answer(ids), strict=True))
+            padded = tokenizer.pad({"input_ids": [list(sources[i]) for i in batch]}, return_tensors="pt").to(device)
+            inputs = {name: padded[name] for name in ("input_ids", "attention_mask")}
+            if is_enct5(model.config):
+                texts = [model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()]
+            else:  # processes that share a model's weights gather them together as long as one of them writes
+                written = model.generate(**inputs, synced_gpus=not shares)[:, 1:].tolist()
+                texts = texts_of(tokenizer, written, kept)
+            answers.update(zip(batch, texts, strict=True))
             bar.update(len(batch))
     finally:
         bar.close()
         model.train(mode)
+        model.generation_config = own
     for others in of_all(answers) if shares else ():
         answers |= others
     return [answers[i] for i in range(len(sources))]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..common import endings
 from ..judge import cost
-from ..judge.evaluate import classify, generate
+from ..judge.evaluate import generate
 from ..judge.metrics import score_rows
 from ..models.loading import unsharded
 from ..models.tokenizer import special_tokens
@@ -33,12 +33,10 @@ def score(run: Run, model: Any, title: str | None) -> tuple[dict[str, float], li
 def written(run: Run, model: Any, sources: Any, title: str | None) -> list[str]:
     """Return what a model writes for sources, token ids."""
     data = run.data
-    common: Any = {"batch_size": run.args.per_device_eval_batch_size, "title": title}
-    if data.classes:
-        return classify(model, data.tokenizer, sources, **common)
     special, is_text = set(special_tokens(data.tokenizer).values()), data.task.name == "span_corruption"
     kept = special if is_text else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
-    return generate(model, data.tokenizer, sources, kept=kept, **decoding(run), **common)
+    batch = run.args.per_device_eval_batch_size
+    return generate(model, data.tokenizer, sources, batch_size=batch, kept=kept, title=title, **decoding(run))
 
 
 def judge(run: Run, trainer: DistillTrainer, name: str) -> Outcome:
