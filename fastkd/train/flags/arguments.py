@@ -15,7 +15,7 @@ from ..common import processes
 from ..common.errors import InputError, closest
 from . import checks, config
 from .fields import FastkdArguments
-from .parser import ABOUT, DEFAULTS, JOINED, Parser, add_own, bounded, fields_by_name, help_text, kind_of
+from .parser import ABOUT, DEFAULTS, JOINED, Parser, bounded, fields_by_name, help_text, kind_of, reader
 
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
 # Flags, and those that take their place where a later layer gives them: the demo, a file, the command line.
@@ -54,7 +54,9 @@ def _parser() -> HfArgumentParser:
     for action in parser._actions:
         if action.dest in _LEAST or action.type is float:
             action.type = bounded(action.type, least=_LEAST.get(action.dest, 0))
-    add_own(parser)
+    nargs: dict[str, dict[str, Any]] = {"bool": {"nargs": "?", "const": True}, "list[str]": {"nargs": "+"}}
+    for name, field in fields_by_name().items():
+        parser.add_argument(f"--{name}", type=reader(field), default=field.default, **nargs.get(kind_of(field), {}))
     return parser
 
 

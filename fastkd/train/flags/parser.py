@@ -90,7 +90,7 @@ def kind_of(field: dataclasses.Field[Any]) -> str:
     return str(field.type).removesuffix(" | None")
 
 
-def _reader(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+def reader(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     """Return what reads a flag's word, and raises ArgumentTypeError if it is no value that the field can have."""
     kind = kind_of(field)
     read, expected, _ = _KINDS[kind]
@@ -139,13 +139,6 @@ def bounded(read: Callable[[str], Any], least: float) -> Callable[[str], Any]:
 def fields_by_name() -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of fastkd-train's own flags."""
     return {field.name: field for part in GROUPS for field in dataclasses.fields(part)}
-
-
-def add_own(parser: argparse.ArgumentParser) -> None:
-    """Let a parser read fastkd-train's own flags, too."""
-    nargs: dict[str, dict[str, Any]] = {"bool": {"nargs": "?", "const": True}, "list[str]": {"nargs": "+"}}
-    for name, field in fields_by_name().items():
-        parser.add_argument(f"--{name}", type=_reader(field), default=field.default, **nargs.get(kind_of(field), {}))
 
 
 def help_text(everything: bool = False) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from ..judge import cost
 from ..training.trainer import DistillTrainer
@@ -146,7 +147,7 @@ class CandidateTrainer(SandwichTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the checkpoint left off."""
-        self.kept, self._tokens, self._seconds = state["kept"], state["tokens"], state["seconds"]
+        self.kept, self._tokens, self._seconds = send_to_device(state["kept"], "cpu"), state["tokens"], state["seconds"]
 
     def best_model(self) -> Any:
         """Return the best candidate as a dense model with the weights that it had at its best."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -26,7 +27,7 @@ from ..common.errors import InputError, one_line
 from ..common.hub import from_hub
 from ..common.processes import by_first
 from .architectures import auto_class  # and its kinds of T5, which transformers knows from now on
-from .sharding import is_sharded, not_finite, shard_weights_of_first
+from .sharding import is_sharded, not_finite, shard
 from .student import is_tied
 from .tokenizer import special_tokens
 
@@ -165,7 +166,9 @@ def load_weights(
 
     kind = by_first(kind_in_first)
     model = loaded[0] if loaded else _empty(config, *kind)
-    shard_weights_of_first(model, model.state_dict() if loaded else {}, shard_on)
+    weights = model.state_dict() if loaded else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(shard(model, shard_on), weights, options=options)
     return model
 
 

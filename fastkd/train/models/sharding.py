@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -52,10 +51,3 @@ def shard(model: Any, device: torch.device, *, stay: Sequence[Any] = (), **polic
     if hasattr(model, "generate"):  # which runs the encoder by itself
         register_fsdp_forward_method(model, "generate")
     return model
-
-
-def shard_weights_of_first(model: Any, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Shard a model that all processes give, with the first one's `weights` by name; the others need not give any."""
-    shard(model, device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, dict(weights), options=options)

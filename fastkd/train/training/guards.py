@@ -21,8 +21,11 @@ from .checkpoints import last_checkpoint
 _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
-def check_arguments(args: Any) -> None:
-    """Raise InputError for transformers' arguments by which a training would fail later, or say wrong numbers."""
+def check_arguments(args: Any, examples: Any = None) -> None:
+    """Raise InputError for transformers' arguments by which a training would fail later, or say wrong numbers.
+
+    Or for training examples that --dataloader_drop_last leaves no step of.
+    """
     if args.n_gpu > 1:
         raise InputError(f"{args.n_gpu} GPUs in one process: start one for each with torchrun, or show it one alone")
     by_steps = args.eval_strategy == args.save_strategy == "steps"
@@ -31,10 +34,6 @@ def check_arguments(args: Any) -> None:
             f"--load_best_model_at_end: checkpoints every {args.save_steps:g} steps and evaluations every "
             f"{args.eval_steps:g} leave the best one unsaved; give --save_steps and --eval_steps the same value"
         )
-
-
-def check_steps(args: Any, examples: Any) -> None:
-    """Raise InputError for training examples that --dataloader_drop_last leaves no step of."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and hasattr(examples, "__len__") and len(examples) < batch:
         counts = f"a batch takes {batch} and there are {len(examples)}"

@@ -24,7 +24,7 @@ from ..common.processes import is_lost_process, of_all
 from ..models.sharding import is_sharded, not_finite
 from .callbacks import Ends, LossBar, WindowedValues
 from .checkpoints import PREFIX, STAGING, continued, flush, publish, recover, way_back, writing
-from .guards import NonFinite, Signals, bad_number, check_arguments, check_steps
+from .guards import NonFinite, Signals, bad_number, check_arguments
 
 
 class CheckpointingTrainer(Trainer):
@@ -40,8 +40,7 @@ class CheckpointingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        check_arguments(self.args)
-        check_steps(self.args, self.train_dataset)
+        check_arguments(self.args, self.train_dataset)
         self.args = copy.copy(self.args)  # the caller's stay as they are
         # The filter would wait for every step's loss, and hide what stops the run here.
         self.args.logging_nan_inf_filter = False
@@ -62,8 +61,11 @@ class CheckpointingTrainer(Trainer):
         self._window.start()
         given: Any = contextlib.nullcontext()
         if resume_from_checkpoint:
-            self.restore(Path(resume_from_checkpoint))
-            given = continued(Path(resume_from_checkpoint), self.args)
+            folder = Path(resume_from_checkpoint)
+            for name, part in self._beside.items():  # before transformers loads its own, which has what is sharded
+                if not (isinstance(part, torch.nn.Module) and is_sharded(self.model)):
+                    part.load_state_dict(torch.load(folder / name, map_location=self.args.device, weights_only=True))
+            given = continued(folder, self.args)
         self._saved_step = 0
         try:
             with self._signals, given as checkpoint:
@@ -148,12 +150,6 @@ class CheckpointingTrainer(Trainer):
             raise bad_number(f"the weight {name} is not finite after step {self.state.global_step}", self.args)
 
     # ---- Resuming ----
-
-    def restore(self, checkpoint: Path) -> None:
-        """Load what a checkpoint keeps beside transformers' own, before it does; that has what is sharded."""
-        for name, part in self._beside.items():
-            if not (isinstance(part, torch.nn.Module) and is_sharded(self.model)):
-                part.load_state_dict(torch.load(checkpoint / name, map_location="cpu", weights_only=True))
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
