@@ -134,8 +134,8 @@ def slice_teacher(student: Any, teacher: Any) -> None:
     for name, parameter in student.named_parameters():
         source = sources[_teacher_name(name, student, teacher)]
         if any(mine > its for mine, its in zip(parameter.shape, source.shape, strict=True)):
-            its, mine = tuple(source.shape), tuple(parameter.shape)
-            raise ValueError(f"student: expected {name} of at most {its}, the teacher's shape, to slice it, got {mine}")
+            most, got = tuple(source.shape), tuple(parameter.shape)
+            raise ValueError(f"student: expected {name} of at most {most}, the teacher's shape, to slice it, got {got}")
         parameter.copy_(gathered(source)[tuple(map(slice, parameter.shape))])
 
 

@@ -90,7 +90,7 @@ def new_student(run: Run, teacher: Teacher | None) -> Any:
     config = planned_config(flags.objective, its, flags.student_d_model, flags.student_layers)
     if teacher and flags.objective.student_init == "slice":
         return new_model(config, seed, tied=is_tied(teacher.model))
-    config.vocab_size = its.vocab_size if teacher else padded_size(data.tokenizer)
+    config.vocab_size = its.vocab_size if its is not None else padded_size(data.tokenizer)
     config.pad_token_id = config.decoder_start_token_id = data.tokenizer.pad_token_id
     config.eos_token_id = data.tokenizer.eos_token_id
     return new_model(enct5_config(config, data.classes) if data.classes else config, seed)
