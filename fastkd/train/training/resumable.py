@@ -87,10 +87,6 @@ class CheckpointingTrainer(Trainer):
     def _run(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    @property
-    def _saves(self) -> bool:
-        return self.args.save_strategy != SaveStrategy.NO
-
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -165,11 +161,11 @@ class CheckpointingTrainer(Trainer):
 
     def _stop(self, number: int) -> None:
         """Save what is trained, unless it was just saved, and raise Interrupted."""
-        step, done = self.state.global_step, not self.is_in_train
-        if self._saves and step not in (0, self._saved_step) and not done:
+        step, saves = self.state.global_step, self.args.save_strategy != SaveStrategy.NO
+        if saves and step not in (0, self._saved_step) and self.is_in_train:
             self._save_checkpoint(self.model_wrapped, None)
         saved = self._run / f"{PREFIX}{step}"
-        if not self._saves:
+        if not saves:
             how = "not saved: this training keeps no checkpoints"
         elif self._saved_step == step and saved.is_dir():
             how = f"saved in {saved}; --resume_from_checkpoint last continues"
