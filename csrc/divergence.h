@@ -58,6 +58,11 @@ struct Shape {
   double weights[static_cast<int64_t>(Divergence::kCount)] = {};
 
   double weight(Divergence divergence) const { return weights[static_cast<int64_t>(divergence)]; }
+  // What log(q / p) is multiplied with in u, where the mean of u is subtracted inside it.
+  double mean_unit() const {
+    const double reverse = weight(Divergence::kReverseKL);
+    return reverse == 0 ? 1 : reverse;
+  }
 };
 
 // beta and what the mixtures need of it.
@@ -155,8 +160,6 @@ enum class Moment { kNone, kTeacher, kStudent, kBoth };
 struct Member {
   template <class F>
   using Constants = Beta<F>;
-  // What log(q / p) is multiplied with in u, where the mean of u is subtracted inside it.
-  static double mean_unit(const Shape&) { return 1; }
 };
 
 // D = sum p log(p / q);  u = 1 - p / q, of mean 0

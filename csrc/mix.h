@@ -57,11 +57,6 @@ struct Mix {
   template <class F>
   using Constants = MixConstants<F>;
 
-  static double mean_unit(const Shape& shape) {
-    const double reverse = shape.weight(Divergence::kReverseKL);
-    return reverse == 0 ? 1 : reverse;
-  }
-
   template <class F>
   static FASTKD_INLINE F value(const Pair<F>& c, const MixConstants<F>& b) {
     F sum = b.forward * c.teacher_excess() + b.reverse * c.student_excess() + b.tvd * TVD::value(c, b);

@@ -104,7 +104,7 @@ FASTKD_CLONES void hide_masked_keys(F* row, const bool* mask, int64_t n) {
 // ---- one head -------------------------------------------------------------------------------------------------------
 
 // Computes heads one after the other, in memory of its own.
-template <class D, class F>
+template <class F>
 class Worker {
  public:
   explicit Worker(const Arguments& a)
@@ -186,7 +186,7 @@ class Worker {
       gemm(scores[m], queries, k.transposed(), model(m).scale, 0);
     }
     const auto matrix = [&](int m) { return Matrix<F>(scores_[m], kScalarType<F>, n, 1); };
-    const RowKernel<D, F> kernel{matrix(0), matrix(1), nullptr, n, a_.objective, Constants<D, F>(a_.objective.shape)};
+    const RowKernel<F> kernel{matrix(0), matrix(1), nullptr, n, a_.objective, false};
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       if (weights_[i] != 0) {
         for (int m = 0; m < 2; ++m) finish(m, scores_[m] + (i - rows.begin) * n, i, keys);
@@ -325,16 +325,17 @@ void attention_heads_(Tensor student_q, Tensor student_k, Tensor teacher_q, Tens
   const Groups groups(a);
   const int64_t threads = std::min<int64_t>(groups.count(), torch::stable::get_num_threads());
   std::atomic<int64_t> next = 0;
-  for_kernel(objective, student_q.scalar_type(), [&]<class D, class F>() {
+  const auto run = [&]<class F>() {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
-        Worker<D, F> worker(a);
+        Worker<F> worker(a);
         for (int64_t group; (group = next++) < groups.count();) {
           groups.each(group, [&](int64_t b, int64_t h) { worker.run(b, h); });
         }
       }
     });
-  });
+  };
+  student_q.scalar_type() == ScalarType::Double ? run.template operator()<double>() : run.template operator()<float>();
 }
 
 }  // namespace

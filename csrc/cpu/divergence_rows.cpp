@@ -53,28 +53,25 @@ struct Arguments {
   }
 };
 
-// Calls body(kernel), with the kernel of this divergence and precision, for what to call with every (row, coefficient).
-template <bool kMetrics, class Body>
-void for_rows(const Arguments& a, const Body& body) {
-  for_kernel(a.objective, a.student.scalar_type(), [&]<class D, class F>() {
-    const bool kd = a.teacher && a.objective.kd_weight != 0;
-    const bool ce = a.labels && a.objective.ce_weight != 0;
-    const RowKernel<D, F, kMetrics> kernel{Matrix<F>(a.student), kd ? std::optional(Matrix<F>(*a.teacher)) : std::nullopt,
-                                 ce ? static_cast<const int64_t*>(a.labels->data_ptr()) : nullptr, a.student.size(1),
-                                 a.objective, Constants<D, F>(a.objective.shape)};
-    const auto on_row = body(kernel);
-    const auto* coefficient = static_cast<const double*>(a.coefficient.data_ptr());
-    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.student.size(1)));
-    torch::stable::parallel_for(0, a.student.size(0), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) on_row(row, coefficient[row]);
-    });
+// Calls body(kernel), with the kernel of this precision, for what to call with every (row, coefficient).
+template <class F, class Body>
+void for_rows(const Arguments& a, bool metrics, const Body& body) {
+  const bool kd = a.teacher && a.objective.kd_weight != 0;
+  const bool ce = a.labels && a.objective.ce_weight != 0;
+  const RowKernel<F> kernel{Matrix<F>(a.student), kd ? std::optional(Matrix<F>(*a.teacher)) : std::nullopt,
+                            ce ? static_cast<const int64_t*>(a.labels->data_ptr()) : nullptr, a.student.size(1),
+                            a.objective, metrics};
+  const auto on_row = body(kernel);
+  const auto* coefficient = static_cast<const double*>(a.coefficient.data_ptr());
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.student.size(1)));
+  torch::stable::parallel_for(0, a.student.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) on_row(row, coefficient[row]);
   });
 }
 
-// The same, with the kernel that tells metrics where they are wanted: others do without what they take.
 template <class Body>
-void for_rows(const Arguments& a, const RowMetrics* metrics, const Body& body) {
-  metrics ? for_rows<true>(a, body) : for_rows<false>(a, body);
+void for_rows(const Arguments& a, bool metrics, const Body& body) {
+  a.student.scalar_type() == ScalarType::Double ? for_rows<double>(a, metrics, body) : for_rows<float>(a, metrics, body);
 }
 
 // loss [R] = coefficient * loss, and the statistics [R, 7] behind it; without a loss, the statistics are given. `gradient`
@@ -96,7 +93,7 @@ void divergence_rows(Tensor student, std::optional<Tensor> teacher, Tensor coeff
     if (gradient->data_ptr() != student.data_ptr()) advise_huge_pages(*gradient);
   }
   RowMetrics* row_metrics = a.row_metrics(metrics);
-  for_rows(a, row_metrics, [&]<class D, class F, bool kMetrics>(const RowKernel<D, F, kMetrics>& kernel) {
+  for_rows(a, row_metrics != nullptr, [&]<class F>(const RowKernel<F>& kernel) {
     const auto target = gradient ? std::optional(Matrix<F>(*gradient)) : std::nullopt;
     return [&kernel, target, losses, row_stats, row_metrics](int64_t row, double weight) {
       RowStats own;
@@ -114,7 +111,7 @@ void divergence_shard_stats(Tensor student, std::optional<Tensor> teacher, Tenso
                     make_objective(divergence, beta, temperature, kd_weight, ce_weight));
   RowStats* row_stats = a.row_statistics(stats);
   RowMetrics* row_metrics = a.row_metrics(metrics);
-  for_rows(a, row_metrics, [&](const auto& kernel) {
+  for_rows(a, row_metrics != nullptr, [&](const auto& kernel) {
     return [&kernel, row_stats, row_metrics](int64_t row, double weight) {
       RowMetrics own;
       RowMetrics& told = row_metrics ? row_metrics[row] : own;
@@ -134,12 +131,10 @@ void divergence_shard_sums(Tensor student, std::optional<Tensor> teacher, Tensor
                   "fastkd: sums must be contiguous float64");
   const RowStats* row_stats = a.row_statistics(stats);
   auto* row_sums = static_cast<BlockValue<double>*>(sums.data_ptr());
-  for_rows<false>(a, [&]<class D, class F>(const RowKernel<D, F>& kernel) {
+  for_rows(a, false, [&](const auto& kernel) {
     return [&kernel, row_stats, row_sums](int64_t row, double weight) {
       row_sums[row] = {0, 0, 0};
-      if constexpr (D::kMoment == Moment::kNone || D::kMoment == Moment::kBoth) {
-        if (weight != 0 && !row_stats[row].empty()) row_sums[row] = kernel.values(row, row_stats[row]);
-      }
+      if (kernel.loops.value && weight != 0 && !row_stats[row].empty()) row_sums[row] = kernel.values(row, row_stats[row]);
     };
   });
 }

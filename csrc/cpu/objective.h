@@ -1,11 +1,11 @@
-// What is computed on a pair of score rows, as operators are told, and the kernel that it takes.
+// What is computed on a pair of score rows, as operators are told, and the loops that it takes.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "../mix.h"
 #include "../stable.h"
+#include "row_loops.h"
 
 namespace fastkd {
 namespace {
@@ -29,28 +29,25 @@ inline Objective make_objective(int64_t divergence, const std::vector<double>& b
   return objective;
 }
 
-// body.template operator()<D, F>() for the divergence D and the working precision F of these students.
-template <class Body>
-void for_kernel(const Objective& objective, ScalarType student, const Body& body) {
-  const auto with_precision = [&]<class D>() {
-    student == ScalarType::Double ? body.template operator()<D, double>() : body.template operator()<D, float>();
-  };
+// The loops of this divergence, in the working precision F.
+template <class F>
+Loops<F> loops_of(const Objective& objective) {
   if (objective.divergence >= kMix) {
     const MixConstants<double> mix(objective.shape);
-    if (mix.closed()) return with_precision.template operator()<MixedKL>();
+    if (mix.closed()) return loops<MixedKL, F>();
     switch (mix.count) {
-      case 0: return with_precision.template operator()<Mix<0>>();
-      case 1: return with_precision.template operator()<Mix<1>>();
-      default: return with_precision.template operator()<Mix<2>>();
+      case 0: return loops<Mix<0>, F>();
+      case 1: return loops<Mix<1>, F>();
+      default: return loops<Mix<2>, F>();
     }
   }
   switch (static_cast<Divergence>(objective.divergence)) {
-    case Divergence::kForwardKL: return with_precision.template operator()<ForwardKL>();
-    case Divergence::kReverseKL: return with_precision.template operator()<ReverseKL>();
-    case Divergence::kJSD: return with_precision.template operator()<JSD>();
-    case Divergence::kSkewKL: return with_precision.template operator()<SkewKL>();
-    case Divergence::kSkewReverseKL: return with_precision.template operator()<SkewReverseKL>();
-    case Divergence::kTVD: return with_precision.template operator()<TVD>();
+    case Divergence::kForwardKL: return loops<ForwardKL, F>();
+    case Divergence::kReverseKL: return loops<ReverseKL, F>();
+    case Divergence::kJSD: return loops<JSD, F>();
+    case Divergence::kSkewKL: return loops<SkewKL, F>();
+    case Divergence::kSkewReverseKL: return loops<SkewReverseKL, F>();
+    case Divergence::kTVD: return loops<TVD, F>();
     default: STD_TORCH_CHECK(false, "fastkd: unknown divergence");
   }
 }

@@ -8,8 +8,8 @@
 // cache: once for the running maxima and sums of exponentials (online softmax of both models at once), once more for
 // the divergences that need normalised probabilities, and once for the gradient. One thread walks a row in a fixed order.
 //
-// The loops over a block are in row_blocks.h. Rows that are strided or of another dtype are copied block by block into a
-// small buffer first.
+// The loops over a block are in row_blocks.h and, where divergences differ, row_loops.h. Rows that are strided or of another
+// dtype are copied block by block into a small buffer first.
 #pragma once
 
 #include <algorithm>
@@ -35,15 +35,17 @@ constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
 
 // ---- one row --------------------------------------------------------------------------------------------------------
 
-// The rows of one call. D is the divergence, F the working precision (double for double students, else float).
-template <class D, class F, bool kMetrics = false>
+// The rows of one call; F is the working precision (double for double students, else float).
+template <class F>
 struct RowKernel {
   Matrix<F> student;
   std::optional<Matrix<F>> teacher;  // absent when only the cross-entropy is asked for
   const int64_t* labels;             // absent when ce_weight is 0
   int64_t columns;
   Objective objective;
-  Constants<D, F> constants;
+  bool tells_metrics;
+  Loops<F> loops = loops_of<F>(objective);
+  AllConstants<F> constants = AllConstants<F>(objective.shape);
 
   static constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
@@ -58,39 +60,39 @@ struct RowKernel {
   // Pass 1: running statistics; returns D where moments give it. Rows whose models nearly agree are summed up with more
   // care: there D and the gradient are small differences of what the plain pass sums up.
   double statistics(int64_t row, RowStats& out, Exponentials<F>* kept, RowMetrics& metrics) const {
-    double divergence = statistics<Pass::kPlain>(row, out, kept, metrics);
+    double divergence = statistics(Pass::kPlain, row, out, kept, metrics);
     if (!teacher || out.empty()) return 0;
     if (divergence < kNearlyEqual) {
-      divergence = statistics<Pass::kCareful>(row, out, kept, metrics);
-      out.careful = D::kMoment != Moment::kNone;
+      divergence = statistics(Pass::kCareful, row, out, kept, metrics);
+      out.careful = loops.moment != Moment::kNone;
     }
-    if constexpr (D::kMoment == Moment::kStudent) {
+    if (loops.moment == Moment::kStudent) {
       out.mean = divergence;
       divergence = refined_mean(row, out);
-    } else if constexpr (D::kMoment == Moment::kBoth) {
+    } else if (loops.moment == Moment::kBoth) {
       divergence = objective.shape.weight(Divergence::kForwardKL) * divergence + refined_mean(row, out);
     }
     return divergence;
   }
 
   RowConstants<F> row_constants(const RowStats& stats) const {
-    return {stats, objective.tau, D::mean_unit(objective.shape)};
+    return {stats, objective.tau, objective.shape.mean_unit()};
   }
 
   // The mean of u, where it is a large one of log(q / p) with the digits that were lost: by as much as sum q (u - mean)
   // falls short of its true value, zero.
   double refined_mean(int64_t row, RowStats& stats) const {
-    const double unit = D::mean_unit(objective.shape);
+    const double unit = objective.shape.mean_unit();
     if (kFarApart * unit < stats.mean && stats.mean < kInfinite * unit) {
-      F s_buffer[kBlock], t_buffer[kBlock];
+      F s_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock];
       const RowConstants<F> of_row = row_constants(stats);
-      const bool second_form = D::kMoment == Moment::kNone && stats.careful;
-      const auto residual = second_form ? &block_residual<D, true, F> : &block_residual<D, false, F>;
+      const auto gradient = loops.gradient[loops.moment == Moment::kNone && stats.careful];
       double sum = 0;
       for (int64_t start = 0; start < columns; start += kBlock) {
         const int64_t n = std::min(kBlock, columns - start);
         const F* s = student.read(row, start, n, s_buffer);
-        sum += residual(s, teacher->read(row, start, n, t_buffer), n, of_row, constants);
+        gradient(s, teacher->read(row, start, n, t_buffer), g_buffer, n, of_row, constants, 1);
+        sum += block_total(g_buffer, n);
       }
       stats.mean += sum;
     }
@@ -102,21 +104,7 @@ struct RowKernel {
 
   // Whether a row's exponentials serve its gradient, too: that of a row in one block, where they are relative to its
   // maximum, and of a divergence whose gradient is made of them.
-  bool worth_keeping() const { return teacher && !labels && D::kMoment != Moment::kNone && columns <= kBlock; }
-
-  template <Pass kPass>
-  BlockSums<F> sums(const F* s, const F* t, int64_t n, const RowConstants<F>& constants, Exponentials<F>* kept) const {
-    if constexpr (D::kMoment != Moment::kNone) {
-      if (kept) {
-        kept->kept = true;
-        // short rows are those of attention, where masked columns are the rule
-        constexpr Pass kRobust = kPass == Pass::kPlain ? Pass::kMasked : kPass;
-        return block_sums<F, D::kMoment, kRobust, false, kMetrics, true>(s, t, n, constants, kept);
-      }
-    }
-    return separate_sum() ? block_sums<F, D::kMoment, kPass, true, kMetrics, false>(s, t, n, constants, nullptr)
-                          : block_sums<F, D::kMoment, kPass, false, kMetrics, false>(s, t, n, constants, nullptr);
-  }
+  bool worth_keeping() const { return teacher && !labels && loops.moment != Moment::kNone && columns <= kBlock; }
 
   // The column of a row's maximum, from 1, by the block that it is in.
   double position(const Matrix<F>& scores, int64_t row, const OwnSum& own, double max) const {
@@ -127,16 +115,21 @@ struct RowKernel {
   }
 
   // The plain pass stops after a first block whose models nearly agree: chances are that the row's do.
-  template <Pass kPass>
-  double statistics(int64_t row, RowStats& out, Exponentials<F>* kept, RowMetrics& metrics) const {
-    constexpr bool kByStudent = D::kMoment == Moment::kStudent, kBoth = D::kMoment == Moment::kBoth;
+  double statistics(Pass pass, int64_t row, RowStats& out, Exponentials<F>* kept, RowMetrics& metrics) const {
+    const bool by_student = loops.moment == Moment::kStudent, both = loops.moment == Moment::kBoth;
+    const bool careful = pass == Pass::kCareful;
+    if (kept) {
+      kept->kept = true;
+      if (!careful) pass = Pass::kMasked;  // short rows are those of attention, where masked columns are the rule
+    }
+    const SumLoop<F> sums = sum_loop<F>(loops.moment, pass, tells_metrics, kept != nullptr);
     F s_buffer[kBlock], t_buffer[kBlock];
     const double tau = objective.tau, inv_tau = 1 / tau;
     double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0, student_moment = 0;
     OwnSum own_s, own_t;
     const auto divergence = [&] {
       const double log_sums = std::log(sum_s / sum_t);
-      return kByStudent ? moment / sum_s - log_sums : moment / sum_t + log_sums;
+      return by_student ? moment / sum_s - log_sums : moment / sum_t + log_sums;
     };
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
@@ -156,21 +149,22 @@ struct RowKernel {
       sum_1 *= rescale(before_s, max_s, 1);
       teacher->prefetch(row, start + kBlock, std::min(start + 2 * kBlock, columns));
       const RowConstants<F> constants({finite(max_s), 1, finite(max_t), 1, 0, 0, 1}, tau);
-      BlockSums<F> block = sums<kPass>(s, t, n, constants, kept);
-      if (kPass == Pass::kPlain && !kept && !std::isfinite(block.moment)) {
-        block = sums<Pass::kMasked>(s, t, n, constants, nullptr);
+      BlockSums<F> block = sums(s, t, n, constants, kept);
+      if (pass == Pass::kPlain && !std::isfinite(block.moment)) {
+        block = sum_loop<F>(loops.moment, Pass::kMasked, tells_metrics, false)(s, t, n, constants, nullptr);
       }
+      if (separate_sum()) sum_1 += block_sum(s, n, constants.max_s);
 
       const double s_factor = rescale(before_s, max_s, inv_tau), t_factor = rescale(before_t, max_t, inv_tau);
       // log_ratio is relative to both maxima, so the moment follows when either moves
       const double moved = inv_tau * (finite(before_t) - finite(before_s) - finite(max_t) + finite(max_s));
-      moment = (kByStudent ? s_factor * (moment - sum_s * moved) : t_factor * (moment + sum_t * moved)) + block.moment;
-      if (kPass == Pass::kCareful) moment += kByStudent ? block.difference : -block.difference;
-      if constexpr (kBoth) {
+      moment = (by_student ? s_factor * (moment - sum_s * moved) : t_factor * (moment + sum_t * moved)) + block.moment;
+      if (careful) moment += by_student ? block.difference : -block.difference;
+      if (both) {
         student_moment = s_factor * (student_moment - sum_s * moved) + block.student_moment;
-        if (kPass == Pass::kCareful) student_moment += block.difference;
+        if (careful) student_moment += block.difference;
       }
-      if constexpr (kMetrics) {
+      if (tells_metrics) {
         const double lower_s = inv_tau * (finite(max_s) - finite(before_s));
         const double lower_t = inv_tau * (finite(max_t) - finite(before_t));
         own_s.add(start, max_s > before_s, s_factor, sum_s, lower_s, block.student_own);
@@ -179,15 +173,16 @@ struct RowKernel {
       difference = s_factor * difference + (s_factor - t_factor) * sum_t + block.difference;
       sum_t = t_factor * sum_t + block.teacher;
       // the summed difference has more digits than the difference of two sums
-      sum_s = kPass == Pass::kCareful ? sum_t + difference : s_factor * sum_s + block.student;
-      sum_1 += block.student_1;
+      sum_s = careful ? sum_t + difference : s_factor * sum_s + block.student;
       const bool only_masked = sum_s == 0 || sum_t == 0;
       const bool more = start + n < columns;
-      if (kPass == Pass::kPlain && start == 0 && more && !only_masked && divergence() < kNearlyEqual) break;
+      if (!careful && start == 0 && more && !only_masked && divergence() < kNearlyEqual) break;
     }
     out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate_sum() ? sum_s : sum_1};
-    if constexpr (kBoth) out.mean = objective.shape.weight(Divergence::kReverseKL) * (student_moment / sum_s - std::log(sum_s / sum_t));
-    if constexpr (kMetrics) {
+    if (both) {
+      out.mean = objective.shape.weight(Divergence::kReverseKL) * (student_moment / sum_s - std::log(sum_s / sum_t));
+    }
+    if (tells_metrics) {
       if (teacher) {  // of each model by itself: in a shard one may have a distribution where the other has none
         metrics = {0, 0, own_s.entropy(sum_s), own_t.entropy(sum_t), position(student, row, own_s, max_s),
                    position(*teacher, row, own_t, max_t)};
@@ -204,7 +199,7 @@ struct RowKernel {
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
       const F* s = student.read(row, start, n, s_buffer);
-      const BlockValue<F> block = block_value<D, F>(s, teacher->read(row, start, n, t_buffer), n, of_row, constants);
+      const BlockValue<F> block = loops.value(s, teacher->read(row, start, n, t_buffer), n, of_row, constants);
       sums.value += block.value;
       sums.slope += block.slope;
       sums.coslope += block.coslope;
@@ -224,21 +219,19 @@ struct RowKernel {
   // Pass 1 over a shard of a row's columns, as if it were all of them; `mean` is the shard's own D where the sums give it.
   void shard_statistics(int64_t row, RowStats& stats, RowMetrics& metrics) const {
     const double divergence = statistics(row, stats, nullptr, metrics);
-    constexpr bool kChained = D::kMoment == Moment::kTeacher || D::kMoment == Moment::kStudent;
-    stats.mean = kChained ? divergence : 0;
+    const bool chained = loops.moment == Moment::kTeacher || loops.moment == Moment::kStudent;
+    stats.mean = chained ? divergence : 0;
     if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
   }
 
   // Passes 1 and 2: the row's loss, before its coefficient.
   double loss(int64_t row, RowStats& stats, RowMetrics& metrics, Exponentials<F>* kept = nullptr) const {
     double divergence = statistics(row, stats, kept, metrics);
-    if constexpr (D::kMoment == Moment::kNone) {
-      if (teacher && !stats.empty()) divergence = value(row, stats);
-    }
+    if (loops.moment == Moment::kNone && teacher && !stats.empty()) divergence = value(row, stats);
     if (labels && label_in_range(row)) sharpen_sum_at_label(row, stats);
     if (stats.empty()) metrics = {};
     divergence = with_infinity(divergence);
-    if constexpr (D::kMoment != Moment::kTeacher) stats.mean = with_infinity(stats.mean);  // the gradient becomes NaN
+    if (loops.moment != Moment::kTeacher) stats.mean = with_infinity(stats.mean);  // the gradient becomes NaN
     double loss = teacher ? objective.kd_weight * objective.tau * objective.tau * divergence : 0;
     if (labels) loss += objective.ce_weight * (metrics.cross_entropy = cross_entropy(row, stats));
     if (teacher) metrics.kd = objective.tau * objective.tau * divergence;
@@ -276,7 +269,8 @@ struct RowKernel {
     const RowConstants<F> of_row = row_constants(stats);
     const bool kd = teacher && !stats.empty();
     const bool ce = labels && stats.sum_1 != 0;
-    const auto kd_gradient = stats.careful ? &block_gradient<D, true, F> : &block_gradient<D, false, F>;
+    const bool careful = stats.careful != 0;
+    const F surplus = static_cast<F>(stats.sum_s / stats.sum_t - 1);
     const F kd_scale = static_cast<F>(coefficient * objective.kd_weight * objective.tau);
     const F ce_scale = static_cast<F>(coefficient * objective.ce_weight / stats.sum_1);
     const F at_label = ce ? label_gradient(row, stats, coefficient, of_row, kd, kd_scale) : F(0);
@@ -290,9 +284,9 @@ struct RowKernel {
         teacher->prefetch(row, start + kBlock, std::min(start + 2 * kBlock, columns));
         F* kd_target = ce ? g_buffer : g;  // s is needed once more where the cross-entropy adds to it
         if (kept && kept->kept) {
-          kept_gradient(s, t, g, n, stats, of_row, *kept, kd_scale);
+          loops.gradient_kept[careful](s, t, g, n, of_row, constants, *kept, surplus, kd_scale);
         } else {
-          kd_gradient(s, t, kd_target, n, of_row, constants, kd_scale);
+          loops.gradient[careful](s, t, kd_target, n, of_row, constants, kd_scale);
         }
         if (ce) block_kd_and_softmax(s, kd_target, g, n, of_row.max_s, ce_scale);
       } else if (ce) {
@@ -309,15 +303,6 @@ struct RowKernel {
     }
   }
 
-  void kept_gradient(const F* s, const F* t, F* g, int64_t n, const RowStats& stats, const RowConstants<F>& of_row,
-                     const Exponentials<F>& kept, F scale) const {
-    if constexpr (D::kMoment != Moment::kNone) {
-      const F surplus = static_cast<F>(stats.sum_s / stats.sum_t - 1);
-      const auto block = stats.careful ? &block_gradient_kept<D, true, F> : &block_gradient_kept<D, false, F>;
-      block(s, t, g, n, of_row, constants, kept, surplus, scale);
-    }
-  }
-
   // The label's own column is done apart and in double: softmax - 1 would lose every digit of a confident student. NaN for
   // a label out of range.
   F label_gradient(int64_t row, const RowStats& stats, double coefficient, const RowConstants<F>& of_row, bool kd,
@@ -328,8 +313,9 @@ struct RowKernel {
     double g = coefficient * objective.ce_weight * (exponential - stats.sum_1) / stats.sum_1;
     if (kd) {
       const F t = teacher->element(row, labels[row]);
-      g += kd_scale * (stats.careful ? gradient_of<D, true>(s, t, constants, of_row)
-                                     : gradient_of<D, false>(s, t, constants, of_row));
+      F of_kd;
+      loops.gradient[stats.careful != 0](&s, &t, &of_kd, 1, of_row, constants, kd_scale);
+      g += of_kd;
     }
     return static_cast<F>(g);
   }
@@ -347,8 +333,8 @@ struct RowKernel {
 
 // One row: its loss, statistics and metrics, unless they are given, and its gradient, if wanted, which may be written over
 // its scores.
-template <class D, class F, bool kMetrics>
-void write_row(const RowKernel<D, F, kMetrics>& kernel, int64_t row, double weight, double* loss, RowStats& stats,
+template <class F>
+void write_row(const RowKernel<F>& kernel, int64_t row, double weight, double* loss, RowStats& stats,
                const Matrix<F>* gradient, RowMetrics* metrics = nullptr) {
   RowMetrics own;
   RowMetrics& told = metrics ? *metrics : own;
