@@ -129,7 +129,7 @@ def test_values_of_one_column_may_differ_in_kind(get: Callable[..., Data], tmp_p
 
 
 def test_a_column_that_comes_late(get: Callable[..., Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "JUDGED_JSON", 5)
+    monkeypatch.setattr(formats, "JUDGED_ROWS", 5)
     rows = [{"text": text} for text in make_texts(20)] + [{"text": text, "kind": "ba"} for text in make_texts(4)]
     path = lines(tmp_path / "t.jsonl", rows)
     flags = ["--task", "classification", "--train_file", path, "--eval_file", path]
@@ -246,7 +246,7 @@ def test_a_file_is_hashed_and_parsed_once(
     tokenised = counting(monkeypatch, data_module, "tokenize")
     first = get(*flags)
     assert hashed == [str(path)]
-    assert sum('"label"' in str(line) for line in parsed) == 2100 + formats.JUDGED_JSON  # whose columns are looked at
+    assert sum('"label"' in str(line) for line in parsed) == 2100 + formats.JUDGED_ROWS  # whose columns are looked at
     parsed.clear()
     tokenised.clear()
     fewer = get(*flags, "--max_eval_examples", 9)

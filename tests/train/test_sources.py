@@ -25,20 +25,23 @@ from datasets.arrow_writer import ArrowWriter
 from fastkd.train.common.errors import InputError
 from fastkd.train.data import formats, sources
 from fastkd.train.data.rows import stream
-from fastkd.train.data.sources import content_digest, read_hub, read_rows
+from fastkd.train.data.sources import content_digest, read_hub, read_rows, streamed
 from fastkd.train.data.tasks import TASKS, Columns
 
 ROWS = [{"a": 'one "two"', "b": "NA"}, {"a": "007", "b": "null"}, {"a": "3.0", "b": ""}, {"a": "línea\ttab", "b": "x"}]
 
 
+def rows_of(where: Path | str, names: list[str] | None = None, streaming: bool = False) -> list[dict[str, Any]]:
+    """The rows of these columns, or of all."""
+    rows = read_rows(str(where))
+    names = names or rows.column_names
+    return list(streamed(rows, names) if streaming else rows.select_columns(names))
+
+
 @pytest.fixture
-def read(tmp_path: Path) -> Any:
+def read() -> Any:
     """read(where, streaming): the rows as a list of dicts."""
-
-    def rows(where: Path | str, streaming: bool = False) -> list[dict[str, Any]]:
-        return list(read_rows(str(where), streaming=streaming))
-
-    return rows
+    return lambda where, streaming=False: rows_of(where, None, streaming)
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -205,9 +208,8 @@ def test_columns_that_nothing_reads_fail_no_file(read: Any, tmp_path: Path) -> N
         (write(tmp_path / "t.json", json.dumps([json.loads(line) for line in mixed.splitlines()])), "abc"),
     ):
         for streaming in (False, True):
-            rows = read_rows(str(path), streaming=streaming)
-            assert rows.features["text"] == datasets.Value("string")
-            assert list(rows.select_columns(["text"])) == [{"text": text} for text in texts]
+            assert read_rows(str(path)).features["text"] == datasets.Value("string")
+            assert rows_of(path, ["text"], streaming) == [{"text": text} for text in texts]
     rows = read_rows(str(tmp_path / "t.parquet"))
     assert list(rows.select_columns(["view", "large"])) == [{"view": x, "large": x} for x in "ab"]
     assert rows.features["view"] == rows.features["large"] == datasets.Value("string")
@@ -243,16 +245,15 @@ def test_a_file_without_a_column_that_is_read_is_named(tmp_path: Path, suffix: s
             frame.to_json(path, orient="records", lines=suffix == "jsonl")
         else:
             frame.to_csv(path, sep="\t" if suffix == "tsv" else ",", index=False)
-    rows = read_rows(str(tmp_path / "d"), streaming=streaming)
     message = rf"2.{suffix} lacks target, which another file has: it has the columns source, answer"
     with pytest.raises(InputError, match=message):
-        list(rows.select_columns(["source", "target"]))
+        rows_of(tmp_path / "d", ["source", "target"], streaming)
 
 
 def test_a_stream_names_the_file_whose_columns_it_has(tmp_path: Path) -> None:
     write(tmp_path / "d" / "1.jsonl", '{"text": "a"}\n')
     write(tmp_path / "d" / "2.jsonl", '{"sentence": "b"}\n')
-    rows = read_rows(str(tmp_path / "d"), streaming=True)
+    rows = read_rows(str(tmp_path / "d"))
     with pytest.raises(InputError, match=r"no column 'sentence' \(columns: text\); .* its first file, .*1.jsonl$"):
         stream(TASKS["span_corruption"], rows, columns=Columns(text_column="sentence"))
 
@@ -339,7 +340,7 @@ BAD = {
 
 
 def drain(where: Path | str, streaming: bool) -> None:
-    list(read_rows(str(where), streaming=streaming))
+    rows_of(where, None, streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -415,7 +416,7 @@ def test_saved_folders(tmp_path: Path) -> None:
     datasets.DatasetDict(only=test).save_to_disk(tmp_path / "three")
     cache = tmp_path / "cache"
     for streaming in (False, True):
-        assert list(read_rows(str(tmp_path / "one"), streaming=streaming)) == [{"text": "train"}]
+        assert rows_of(tmp_path / "one", ["text"], streaming) == [{"text": "train"}]
         assert list(read_hub(str(tmp_path / "two"), None, "test", cache_dir=cache, streaming=streaming)) == [
             {"text": "test"}
         ]

@@ -24,11 +24,11 @@ import csv
 import gzip
 import io
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from ..common.errors import InputError, one_line
 
 BATCH = 64  # rows of a Parquet file that are decoded together
 LONGEST = 50_000  # characters of a text; files exist that are one line, or one paragraph
-JUDGED_TEXT, JUDGED_TSV, JUDGED_JSON = 10_000, 100_000, 1000  # lines, or objects, by which a file is judged
+JUDGED_TEXT, JUDGED_TSV, JUDGED_ROWS = 10_000, 100_000, 1000  # lines, or rows, by which a file is judged
 
 Row = dict[str, Any]
 _NO_TEXT = Value("null")  # the feature of columns that hold neither text nor texts by name
@@ -75,7 +75,8 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(stream, 1):
             if number == 1:
                 start = line[:100]
-                _check_is_text(file, start)
+                if found := next((said for mark, said in _BINARY.items() if start.startswith(mark)), None):
+                    raise InputError(f"{file} is no text but {found[0]}: {found[1]}")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -96,14 +97,6 @@ _BINARY = {
     b"ARROW1\0": ("an Arrow file", "give Parquet, or a folder of save_to_disk"),
     b"%PDF-": ("a PDF", "give its text"),
 }
-
-
-def _check_is_text(file: Path, start: bytes) -> None:
-    for mark, (kind, advice) in _BINARY.items():
-        if start.startswith(mark):
-            raise InputError(f"{file} is no text but {kind}: {advice}")
-
-
 _ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
@@ -128,16 +121,50 @@ def _not_utf8(file: Path, place: str, start: bytes) -> InputError:
 class Format:
     """How files of one format are read.
 
-    features: (file, whether all of it may be read) -> what each column holds, as far as it is known.
-    rows: (file, columns) -> its rows, of these columns; raises InputError with file and line.
+    rows: (file, the columns that are asked for, or None) -> its rows, of at least these columns; raises InputError
+    with file and line.
     """
 
     name: str
-    features: Callable[[Path, bool], dict[str, Any]]
-    rows: Callable[[Path, list[str]], Iterator[Row]]
+    rows: Callable[[Path, list[str] | None], Iterator[Row]]
 
 
-def _texts(file: Path, names: list[str]) -> Iterator[Row]:
+def features(file: Path, whole: bool = False) -> dict[str, Any]:
+    """Return what each column of a file holds, "string" or null or keys, by its first rows or by all of them."""
+    if suffix(file) == ".parquet":
+        return _parquet_features(file)
+    found: dict[str, Any] = {}
+    for row in islice(FORMATS[suffix(file)].rows(file, None), None if whole else JUDGED_ROWS):
+        for name, value in row.items():
+            if isinstance(value, str):
+                found[name] = Value("string")
+            elif isinstance(value, dict):
+                known = found.get(name)
+                found[name] = (known if isinstance(known, dict) else {}) | dict.fromkeys(value, Value("string"))
+            else:
+                found.setdefault(name, _NO_TEXT)
+    return found
+
+
+def rows(files: Iterable[Path], names: list[str]) -> Iterator[Row]:
+    """Yield the rows of files with these columns: what a row lacks is None, what a whole file lacks is an error."""
+    for file in files:
+        found: dict[str, None] = {}
+        for row in FORMATS[suffix(file)].rows(file, names):
+            found |= dict.fromkeys(row)
+            yield {name: row.get(name) for name in names}
+        if found:
+            _check_columns(file, names, found)
+
+
+def _check_columns(file: Path, names: list[str], every: Collection[str]) -> None:
+    if lacking := [name for name in names if name not in every]:
+        raise InputError(
+            f"{file} lacks {', '.join(lacking)}, which another file has: it has the columns {', '.join(every)}"
+        )
+
+
+def _texts(file: Path, names: list[str] | None) -> Iterator[Row]:
     """Yield texts, white space collapsed. A blank line may hold spaces."""
     in_paragraphs, size = _has_paragraphs(file), 0
     parts: list[str] = []
@@ -196,67 +223,51 @@ def _tsv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split("\t")
 
 
-_ENCLOSED = r'"[^"]*(?:""[^"]*)*'  # and the quote that ends it, if it ends on this line
-_RECORD = re.compile(rf'(?:(?:[^"\t]*|{_ENCLOSED}")\t)*(?:[^"\t]*|{_ENCLOSED}"|(?P<open>{_ENCLOSED}))')
-
-
 def _quotes_enclose(file: Path) -> bool:
     """Return whether each quote of a TSV file begins or ends a value, or is doubled inside of one."""
-    is_open, opened = False, False
+    record: list[str] = []  # its lines
+
+    def lines() -> Iterator[str]:
+        for _, line in islice(_lines(file), JUDGED_TSV):
+            record.append(line)
+            yield line
+
     tabs: set[int] = set()
-    for _, line in islice(_lines(file), JUDGED_TSV):
-        line = line.rstrip("\r\n")
-        if is_open or '"' in line:
-            record = _RECORD.fullmatch('"' * is_open + line)
-            if record is None:
+    spans = False
+    try:
+        for fields in csv.reader(lines(), delimiter="\t", strict=True):
+            text = "".join(record)
+            if '"' in text and any('"' in f and '"' + f.replace('"', '""') + '"' not in text for f in fields):
                 return False
-            is_open = record["open"] is not None
-            opened |= is_open
-        if line:
-            tabs.add(line.count("\t"))
+            spans |= len(record) > 1
+            tabs |= {line.count("\t") for line in record if line.strip("\r\n")}
+            record.clear()
+    except csv.Error:
+        return False
     # Where values seem to span lines, each of which has all the columns, quotes of different rows only look like pairs.
-    return not is_open and not (opened and len(tabs) == 1 and tabs != {0})
+    return not (spans and len(tabs) == 1 and tabs != {0})
 
 
-def _table(name: str, records: Callable[[Path], Iterator[tuple[int, list[str]]]]) -> Format:
-    """Return the format of files whose first record names the columns; all values are strings."""
+def _table(records: Callable[[Path], Iterator[tuple[int, list[str]]]]) -> Callable[..., Iterator[Row]]:
+    """Return the function that yields rows of strings, whose first record names the columns."""
 
-    def header(records: Iterator[tuple[int, list[str]]], file: Path) -> list[str]:
-        _, names = next(records, (0, []))
-        if not names:
-            raise InputError(f"{file} is empty: expected a first line that names the columns")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{file}: two columns are named {twice!r}")
-        return names
-
-    def features(file: Path, whole: bool) -> dict[str, Any]:
-        return dict.fromkeys(header(records(file), file), Value("string"))
-
-    def rows(file: Path, names: list[str]) -> Iterator[Row]:
+    def rows(file: Path, names: list[str] | None) -> Iterator[Row]:
         lines = records(file)
-        every = header(lines, file)
-        _check_columns(file, names, every)
+        _, header = next(lines, (0, []))
+        if not header:
+            raise InputError(f"{file} is empty: expected a first line that names the columns")
+        if len(set(header)) < len(header):
+            raise InputError(f"{file}: two columns are named {Counter(header).most_common(1)[0][0]!r}")
         for number, fields in lines:
-            if len(fields) > len(every):
-                raise InputError(f"{file}, line {number}: expected {len(every)} fields, got {len(fields)}")
-            # Fields missing at the end are None, which "" is not.
-            values = dict(zip(every, fields, strict=False))
-            yield {name: values.get(name) for name in names}
+            if len(fields) > len(header):
+                raise InputError(f"{file}, line {number}: expected {len(header)} fields, got {len(fields)}")
+            yield dict(zip_longest(header, fields))  # fields missing at the end are None, which "" is not
 
-    return Format(name, features, rows)
+    return rows
 
 
-def _check_columns(file: Path, names: list[str], every: list[str]) -> None:
-    lacking = [name for name in names if name not in every]
-    if lacking:
-        raise InputError(
-            f"{file} lacks {', '.join(lacking)}, which another file has: it has the columns {', '.join(every)}"
-        )
-
-
-def _json_objects(file: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (line number, object) of each line; or of a .json file that is one array, (the array's line, object)."""
+def _json_rows(file: Path, names: list[str] | None) -> Iterator[Row]:
+    """Yield the object of each line, or those of a .json file that is one array."""
     lines = _lines(file)
     for number, line in lines:
         if not line.strip():
@@ -272,36 +283,11 @@ def _json_objects(file: Path) -> Iterator[tuple[int, Row]]:
         for row in value if is_array else [value]:
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number}: expected a JSON object, got {json.dumps(row)[:40]}")
-            yield number, row
-
-
-def _json_features(file: Path, whole: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for _, row in islice(_json_objects(file), None if whole else JUDGED_JSON):
-        for name, value in row.items():
-            if isinstance(value, str):
-                found[name] = Value("string")
-            elif isinstance(value, dict):
-                known = found.get(name)
-                found[name] = (known if isinstance(known, dict) else {}) | dict.fromkeys(value, Value("string"))
-            else:
-                found.setdefault(name, _NO_TEXT)
-    return found
-
-
-def _json_rows(file: Path, names: list[str]) -> Iterator[Row]:
-    """Yield the objects with these columns: the keys that one lacks are None, those that all lack are an error."""
-    found: dict[str, None] = {}
-    for number, row in _json_objects(file):
-        found |= dict.fromkeys(row)
-        values = {name: row.get(name) for name in names}
-        try:
-            "".join(value for value in values.values() if isinstance(value, str)).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{file}, line {number}: half of a surrogate pair, which is no character") from error
-        yield values
-    if found:
-        _check_columns(file, names, list(found))
+            try:
+                "".join(value for name in names or () if isinstance(value := row.get(name), str)).encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{file}, line {number}: half of a surrogate pair, which is no character") from error
+            yield row
 
 
 @contextlib.contextmanager
@@ -315,7 +301,7 @@ def _parquet(file: Path) -> Iterator[pq.ParquetFile]:
             raise InputError(f"{file} is no valid Parquet file: {one_line(error)}") from error
 
 
-def _parquet_features(file: Path, whole: bool) -> dict[str, Any]:
+def _parquet_features(file: Path) -> dict[str, Any]:
     with _parquet(file) as table:
         schema = table.schema_arrow
     return {field.name: _feature(field, schema.metadata) for field in schema}
@@ -333,20 +319,19 @@ def _feature(field: pa.Field, metadata: Any) -> Any:
         return _NO_TEXT
 
 
-def _parquet_rows(file: Path, names: list[str]) -> Iterator[Row]:
+def _parquet_rows(file: Path, names: list[str] | None) -> Iterator[Row]:
     with _parquet(file) as table:
-        _check_columns(file, names, table.schema_arrow.names)
+        _check_columns(file, names or [], table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=BATCH, columns=names):
             yield from batch.to_pylist()
 
 
-_JSON = Format("jsonl", _json_features, _json_rows)
 FORMATS = {
-    ".txt": Format("text", lambda file, whole: {"text": Value("string")}, _texts),
-    ".jsonl": _JSON,
-    ".json": _JSON,
-    ".csv": _table("csv", _csv_records),
-    ".tsv": _table("tsv", _tsv_records),
-    ".parquet": Format("parquet", _parquet_features, _parquet_rows),
+    ".txt": Format("text", _texts),
+    ".jsonl": Format("jsonl", _json_rows),
+    ".json": Format("jsonl", _json_rows),
+    ".csv": Format("csv", _table(_csv_records)),
+    ".tsv": Format("tsv", _table(_tsv_records)),
+    ".parquet": Format("parquet", _parquet_rows),
 }
 KNOWN_SUFFIXES = f"{', '.join(FORMATS)}, each also .gz"

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from ..common.errors import InputError
 from .formats import Row
-from .sources import Files, Rows, arrow_file, blocks
+from .sources import Files, Rows, arrow_file, blocks, streamed
 from .tasks import Bound, Columns, Part, Task
 
 SAMPLE_SEED = 20  # fixed, whatever --seed is, so that runs compare
@@ -27,7 +27,7 @@ def _described(rows: Rows) -> tuple[dict[str, Any], list[str]]:
     return dict(Dataset.from_list([first]).features), list(first)
 
 
-def _bound(task: Task, rows: Rows, columns: Columns) -> tuple[Rows, Bound]:
+def _bound(task: Task, rows: Rows, columns: Columns, streaming: bool = False) -> tuple[Rows, Bound]:
     if task.bind is None:
         raise ValueError(f"task: expected one with rows of its own, got {task.name!r}")
     try:
@@ -35,7 +35,7 @@ def _bound(task: Task, rows: Rows, columns: Columns) -> tuple[Rows, Bound]:
     except InputError as error:
         if not isinstance(rows, Files):
             raise
-        if rows.streaming:
+        if streaming:
             raise InputError(f"{error}; a stream has the columns of its first file, {rows.files[0]}") from error
     rows = rows.with_all_columns()
     return rows, task.bind(*_described(rows), columns)
@@ -81,16 +81,16 @@ def store(parts: Sequence[Part], path: Path, *, columns: Columns) -> tuple[Datas
     return Dataset.from_file(str(path)), dropped
 
 
-def stream(task: Task, rows: Any, *, columns: Columns) -> IterableDataset:
-    """Return a stream of the texts, or pairs, of a stream of rows; as `store`, but what is dropped is not counted."""
-    rows, (used, texts) = _bound(task, rows, columns)
+def stream(task: Task, rows: Rows, *, columns: Columns) -> IterableDataset:
+    """Return a stream of the texts, or pairs, of rows; as `store`, but what is dropped is not counted."""
+    rows, (used, texts) = _bound(task, rows, columns, streaming=True)
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
         made = [texts(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
         kept = [(*row, task.name) for row in made if all(row)]
         return {name: [row[i] for row in kept] for i, name in enumerate(task.features)}
 
-    made = rows.select_columns(used).map(convert, batched=True, remove_columns=used, features=task.features)
+    made = streamed(rows, used).map(convert, batched=True, remove_columns=used, features=task.features)
     if next(iter(made), None) is None:
         raise _nothing(task, task.name)
     return made

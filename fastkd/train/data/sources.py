@@ -17,6 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from ..common.errors import InputError, one_line
 from ..common.hub import from_hub
+from . import formats
 from .formats import FORMATS, KNOWN_SUFFIXES, Row, reading, suffix
 
 BLOCK = 1000  # rows that are worked on together, or fewer:
@@ -78,46 +79,35 @@ class Files:
     """Rows of files of one format, parsed anew whenever they are iterated over.
 
     features: the columns that are read, and what each holds as far as it is known; values are what the format has
-    (numbers of JSON, decimals of Parquet). streaming: whether `select_columns` returns a stream.
+    (numbers of JSON, decimals of Parquet).
     """
 
     files: list[Path]
     features: dict[str, Any]
-    streaming: bool = False
 
     @property
     def column_names(self) -> list[str]:
         """The columns that are read."""
         return list(self.features)
 
-    def select_columns(self, names: list[str]) -> Files | IterableDataset:
+    def select_columns(self, names: list[str]) -> Files:
         """Return the rows of these columns alone."""
-        if not self.streaming:
-            return replace(self, features={name: self.features[name] for name in names})
-        return IterableDataset.from_generator(_rows, gen_kwargs={"files": self.files, "names": tuple(names)})
+        return replace(self, features={name: self.features[name] for name in names})
 
     def with_all_columns(self) -> Files:
         """Return the rows with the columns that come late in a JSONL file, too; its files are parsed for it."""
-        found: dict[str, Any] = {}
-        for file in self.files:
-            found |= FORMATS[suffix(file)].features(file, True)
-        return replace(self, features=found)
+        every = [formats.features(file, whole=True) for file in self.files]
+        return replace(self, features={name: held for found in every for name, held in found.items()})
 
     def __iter__(self) -> Iterator[Row]:
-        is_empty = True
-        for row in _rows(self.files, self.column_names):
-            is_empty = False
-            yield row
-        if is_empty:
-            raise InputError(f"{self.files[0]} is empty: expected at least one row or text")
+        rows = formats.rows(self.files, self.column_names)
+        if (first := next(rows, None)) is None:
+            raise _empty(self.files[0])
+        yield first
+        yield from rows
 
 
-def _rows(files: list[Path], names: list[str]) -> Iterator[Row]:
-    for file in files:
-        yield from FORMATS[suffix(file)].rows(file, names)
-
-
-def read_rows(where: str, *, streaming: bool = False) -> Rows:
+def read_rows(where: str) -> Dataset | Files:
     """Return the rows of a file, a folder or glob of files of one format, or a folder saved by `datasets`.
 
     Text gives the column "text". Columns are those of the first file, which the others need only where they are read.
@@ -125,12 +115,23 @@ def read_rows(where: str, *, streaming: bool = False) -> Rows:
     the reading comes to it.
     """
     if is_saved(where):
-        return _saved(where, None, streaming)
+        return _saved(where, None)
     files = data_files(where)
-    features = FORMATS[suffix(files[0])].features(files[0], False)
+    features = formats.features(files[0])
     if not features:
-        raise InputError(f"{files[0]} is empty: expected at least one row")
-    return Files(files, features, streaming)
+        raise _empty(files[0])
+    return Files(files, features)
+
+
+def _empty(where: str | Path) -> InputError:
+    return InputError(f"{where} is empty: expected at least one row or text")
+
+
+def streamed(rows: Rows, names: list[str]) -> IterableDataset:
+    """Return a stream of the rows of these columns."""
+    if isinstance(rows, Files):
+        return IterableDataset.from_generator(formats.rows, gen_kwargs={"files": rows.files, "names": tuple(names)})
+    return (rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows).select_columns(names)
 
 
 def read_hub(name: str, config: str | None, split: str, *, cache_dir: Path, streaming: bool = False) -> Any:
@@ -140,7 +141,7 @@ def read_hub(name: str, config: str | None, split: str, *, cache_dir: Path, stre
     Raises InputError if there is no such data set, configuration or split, or no connection.
     """
     if is_saved(name):
-        return _saved(name, split, streaming)
+        return _saved(name, split)
     with _of_hub(name):
         return datasets.load_dataset(name, config, split=split, cache_dir=str(cache_dir), streaming=streaming)
 
@@ -169,7 +170,7 @@ def is_saved(where: str | Path) -> bool:
     return any((Path(where) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _saved(folder: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _saved(folder: str, split: str | None) -> Dataset:
     """Return a saved Dataset, or the split of a DatasetDict (its only one for None)."""
     try:
         saved = datasets.load_from_disk(folder)
@@ -185,8 +186,8 @@ def _saved(folder: str, split: str | None, streaming: bool) -> Dataset | Iterabl
             raise InputError(f"{folder} has no split {chosen!r} (splits: {', '.join(saved)})")
         saved = saved[chosen]
     if not len(saved):
-        raise InputError(f"{folder} is empty: expected at least one row")
-    return saved.to_iterable_dataset() if streaming else saved
+        raise _empty(folder)
+    return saved
 
 
 def blocks(rows: Iterable[RowOf]) -> Iterator[list[RowOf]]:
