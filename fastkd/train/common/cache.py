@@ -17,12 +17,12 @@ from .errors import writing
 from .processes import agreed, by_first, is_first
 
 
-def _written(settings: Mapping[str, Any]) -> str:
+def _written(settings: Any) -> str:
     return json.dumps(settings, sort_keys=True, indent=2)
 
 
-def key(settings: Mapping[str, Any]) -> str:
-    """Return the key of settings, twelve letters and digits that others do not have."""
+def key(settings: Any) -> str:
+    """Return the key of settings (JSON values), twelve letters and digits that others do not have."""
     return hashlib.sha256(_written(settings).encode()).hexdigest()[:12]
 
 
@@ -85,10 +85,15 @@ def _keep(made: Path, folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, or replace it, that is never there by half; halves of surrogate pairs become escapes."""
+    """Write a file, or replace it, that has its name only when the disk has all of it.
+
+    Halves of surrogate pairs become escapes. A writer that is killed leaves a hidden file, which the next one replaces.
+    """
     whole = path.with_name(f".{path.name}")
     try:
-        whole.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        with whole.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+            os.fsync(file.fileno())
         os.replace(whole, path)
     except BaseException:
         whole.unlink(missing_ok=True)
@@ -111,10 +116,10 @@ def replace_folder(target: Path, make: Callable[[Path], object]) -> None:
             raise
 
 
-def lock_folder(folder: Path, *, wait: bool = False) -> tuple[int, bool]:
-    """Return a descriptor of a folder, made if need be, that no other run gets while it is open; and if that holds.
+def lock_folder(folder: Path, *, wait: bool = False) -> int:
+    """Return a descriptor of a folder, made if need be, that no other run gets while it is open.
 
-    It does not on a file system without locks. Raises BlockingIOError if another run has it, unless that is waited for.
+    Raises BlockingIOError if another run has it, unless that is waited for.
     """
     Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -124,8 +129,8 @@ def lock_folder(folder: Path, *, wait: bool = False) -> tuple[int, bool]:
         os.close(lock)
         raise
     except OSError:
-        return lock, False
-    return lock, True
+        pass  # a file system without locks
+    return lock
 
 
 def copy_folder(source: Path, target: Path) -> None:

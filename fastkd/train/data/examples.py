@@ -264,38 +264,27 @@ class Pairs(Dataset):
         return Pairs(self.rows.select(indices))
 
 
-class Classes(Pairs):
-    """Tokenised pairs as examples of an EncT5: "labels" [1] is the number of the target among the classes, or -100."""
-
-    def __init__(self, rows: datasets.Dataset, classes: Sequence[str]):
-        super().__init__(rows)
-        numbers = {name: i for i, name in enumerate(classes)}
-        self.classes = list(classes)
-        self.labels = [numbers.get(target, IGNORED) for target in rows["target"]]
-
-    def __getitem__(self, index: int) -> Item:
-        return _pair_item(self.ids[index]["input_ids"], [self.labels[index]])
-
-    def select(self, indices: Sequence[int]) -> Classes:
-        """Return the examples with these numbers."""
-        return Classes(self.rows.select(indices), self.classes)
+def class_labels(targets: Iterable[str], classes: Sequence[str]) -> list[list[int]]:
+    """Return the "labels" [1] of an EncT5's pairs: each target's number among the classes, or -100."""
+    numbers = {name: i for i, name in enumerate(classes)}
+    return [[numbers.get(target, IGNORED)] for target in targets]
 
 
 def pad(tokenizer: Any, one_label: bool = False) -> Callable[[Sequence[Item]], Item]:
     """Return the collator of pairs: padded to the longest, rounded up to a multiple of 8, labels by -100.
 
-    one_label: that of Classes, whose labels are as long as each other already.
+    one_label: that of `class_labels`, which are as long as each other already.
     """
     fillers = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-    return partial(_padded, fillers, {"labels"} if one_label else set())
+    return partial(_padded, fillers, {"labels": 1} if one_label else {})
 
 
-def _padded(fillers: dict[str, int], as_they_are: set[str], items: Sequence[Item]) -> Item:
-    batch = {name: pad_sequence([item[name] for item in items], True, filler) for name, filler in fillers.items()}
-    return {
-        name: ids if name in as_they_are else torch.nn.functional.pad(ids, (0, -ids.shape[1] % 8), value=fillers[name])
-        for name, ids in batch.items()
-    }
+def _padded(fillers: dict[str, int], multiples: dict[str, int], items: Sequence[Item]) -> Item:
+    batch = {}
+    for name, filler in fillers.items():
+        ids = pad_sequence([item[name] for item in items], True, filler)
+        batch[name] = torch.nn.functional.pad(ids, (0, -ids.shape[1] % multiples.get(name, 8)), value=filler)
+    return batch
 
 
 def _shuffled(rows: Iterable[Any], size: int, rng: np.random.Generator) -> Iterator[Any]:

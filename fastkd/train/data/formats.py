@@ -149,9 +149,9 @@ def features(file: Path, whole: bool = False) -> dict[str, Any]:
 def rows(files: Iterable[Path], names: list[str]) -> Iterator[Row]:
     """Yield the rows of files with these columns: what a row lacks is None, what a whole file lacks is an error."""
     for file in files:
-        found: dict[str, None] = {}
+        found: Row = {}
         for row in FORMATS[suffix(file)].rows(file, names):
-            found |= dict.fromkeys(row)
+            found.update(row)
             yield {name: row.get(name) for name in names}
         if found:
             _check_columns(file, names, found)
@@ -226,21 +226,22 @@ def _tsv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
 def _quotes_enclose(file: Path) -> bool:
     """Return whether each quote of a TSV file begins or ends a value, or is doubled inside of one."""
     record: list[str] = []  # its lines
+    tabs: set[int] = set()
+    spans = False
 
     def lines() -> Iterator[str]:
         for _, line in islice(_lines(file), JUDGED_TSV):
             record.append(line)
+            if line.strip("\r\n"):
+                tabs.add(line.count("\t"))
             yield line
 
-    tabs: set[int] = set()
-    spans = False
     try:
         for fields in csv.reader(lines(), delimiter="\t", strict=True):
             text = "".join(record)
-            if '"' in text and any('"' in f and '"' + f.replace('"', '""') + '"' not in text for f in fields):
+            if any('"' in field and '"' + field.replace('"', '""') + '"' not in text for field in fields):
                 return False
             spans |= len(record) > 1
-            tabs |= {line.count("\t") for line in record if line.strip("\r\n")}
             record.clear()
     except csv.Error:
         return False

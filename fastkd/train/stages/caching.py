@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..models.sharding import is_sharded
 from ..objectives.methods import METHODS
 from ..teaching.cached import CachedTeacher, content, valid_lengths
 from ..teaching.kinds import Columns, Kind
-from ..teaching.store import SHARD_BYTES, Manifest, Store, free_bytes, locked
+from ..teaching.store import SHARD_BYTES, Manifest, Store, locked
 from ..training.forward import Needs, forward
 from .folders import writable
 from .given import OnDemand
@@ -50,33 +51,34 @@ def cached_teacher(run: Run, teacher: OnDemand) -> CachedTeacher:
     fits = {
         "what": str(kind),
         "teacher": teacher.facts["digest"],
-        "computed in": _dtype(run, teacher),
+        # What autocast makes of what the loss reads, or else the teacher's own dtype.
+        "computed in": "bfloat16" if run.args.bf16 else "float16" if run.args.fp16 else teacher.facts["dtype"],
         "data": content(run.data.train),
         "tokenizer": run.data.parts["tokenizer"],
         "seed": run.seed if is_text or kind.name == "sampled" else None,
         "epochs": epochs,
         "temperature": method.temperature if kind.entries else None,
     }
-    if kind.name == "topk" and kind.entries > _vocabulary(teacher.config):
-        known = _vocabulary(teacher.config)
+    known = _vocabulary(teacher.config)
+    if kind.name == "topk" and kind.entries > known:
         raise InputError(f"--teacher_cache {kind}: the teacher has a vocabulary of {known}: expected at most {known}")
     folder = Path(flags.teacher_cache_dir) if flags.teacher_cache_dir else run.cache / f"teacher_cache-{key(fits)}"
 
-    def is_whole() -> bool:
-        found = Store.find(folder, fits)
-        return found is not None and not found.missing() and (bool(kind.entries) or found.head is not None)
+    def whole() -> Manifest | None:
+        store = Store.find(folder, fits)
+        is_whole = store is not None and not store.missing() and (kind.entries or store.head is not None)
+        return store.manifest if store is not None and is_whole else None
 
-    if by_first(is_whole):
+    if manifest := by_first(whole):
         print(f"reusing {folder}, without the teacher")
     else:
         by_first(lambda: writable("teacher_cache_dir", folder))
         with writing("teacher_cache_dir", folder), locked(folder):
-            missing = by_first(lambda: _begun(run, teacher, folder, kind, fits))
-            _fill(run, teacher, Store(folder, _manifest(folder, fits)), kind, missing)
+            manifest, missing = by_first(lambda: _begun(run, teacher, folder, kind, fits))
+            _fill(run, teacher, Store(folder, manifest), kind, missing)
     _say_what_is_read(run, epochs if is_text else None)
-    store = Store(folder, _manifest(folder, fits))
-    head = None if kind.entries or store.head is None else store.head["weight"]
-    return CachedTeacher(store, teacher.config, kind, head, epochs, method.temperature)
+    store = Store(folder, manifest)
+    return CachedTeacher(store, teacher.config, kind, None if kind.entries else store.head, epochs, method.temperature)
 
 
 def _vocabulary(config: Any) -> int:
@@ -84,19 +86,8 @@ def _vocabulary(config: Any) -> int:
     return len(config.id2label) if is_enct5(config) else config.vocab_size
 
 
-def _manifest(folder: Path, fits: dict[str, Any]) -> Manifest:
-    found = Store.find(folder, fits)
-    assert found is not None
-    return found.manifest
-
-
-def _dtype(run: Run, teacher: OnDemand) -> str:
-    """Return the dtype of what the loss reads: what autocast makes of it, or else the teacher's own."""
-    return "bfloat16" if run.args.bf16 else "float16" if run.args.fp16 else teacher.facts["dtype"]
-
-
-def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str, Any]) -> list[int]:
-    """Return which shards of a folder are missing, all where it was empty; say what it will take."""
+def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str, Any]) -> tuple[Manifest, list[int]]:
+    """Return what a folder is to hold, and which shards are missing, all where it was empty; say what it will take."""
     store, config = Store.find(folder, fits), teacher.config
     lengths = valid_lengths(run.data.train, fits["epochs"])
     size = kind.bytes(config.d_model, _vocabulary(config), getattr(torch, fits["computed in"]))
@@ -108,7 +99,7 @@ def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str
         store = Store(folder, Manifest(fits, of, len(lengths), positions, shard, positions * size))
     manifest, missing = store.manifest, store.missing()
     needed = sum(int(lengths[list(manifest.examples_of(shard))].sum()) for shard in missing) * size
-    free = free_bytes(folder)
+    free = shutil.disk_usage(folder).free
     left = "" if len(missing) == manifest.shards else f", of which {needed / GIB:.2f} GiB are missing"
     print(
         f"{manifest.positions:,} positions of {manifest.examples:,} examples, {size:,} bytes each: "
@@ -120,8 +111,8 @@ def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str
             f"--teacher_cache_dir {folder}: {needed / GIB:.2f} GiB do not fit into the {free / GIB:.2f} GiB that are "
             "free there: give another folder, less data or fewer --teacher_cache_epochs"
         )
-    Store.begin(folder, manifest)
-    return missing
+    manifest.write(folder)
+    return manifest, missing
 
 
 @torch.no_grad()
@@ -137,7 +128,7 @@ def _fill(run: Run, teacher: OnDemand, store: Store, kind: Kind, missing: list[i
     model.eval()
     weight = gathered(model.get_output_embeddings().weight)
     if is_first() and kind.name == "hidden" and store.head is None:
-        store.write_head({"weight": weight.cpu()})
+        store.write_head(weight.cpu())
     dtype, each = getattr(torch, store.manifest.fits["computed in"]), store.manifest.examples_per_shard
     rank = dist.get_rank() if count() > 1 else 0
     mine, turns = missing[rank :: count()], -(-len(missing) // count())

@@ -199,7 +199,7 @@ def running(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> 
 def _locked(out: Path) -> int:
     """Return a descriptor of a folder, made if need be, that no other run gets while it is open."""
     try:
-        lock, _ = lock_folder(out)
+        lock = lock_folder(out)
     except BlockingIOError as error:
         raise InputError(f"another run is writing to {out}: give another folder, or wait for its end") from error
     return lock

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import re
 import sys
@@ -20,16 +19,16 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, default_data_collator
 
 from ..common import endings
-from ..common.cache import cached
+from ..common.cache import cached, key
 from ..common.errors import InputError
 from ..common.processes import by_first
 from ..data import corpus, dates
 from ..data.examples import (
-    Classes,
     Pairs,
     SpanCorruption,
     StreamedPairs,
     StreamedSpans,
+    class_labels,
     pack_to_arrow,
     pad,
     tokenize_pairs,
@@ -96,17 +95,17 @@ def get_data(
     Raises InputError for data that cannot be read or holds too little.
     """
     heading(f"Data: {flags.task}")
-    task, settings = TASKS[flags.task], by_first(lambda: _settings(flags, cache))
-    rows = functools.cache(lambda side: _rows(flags, cache, settings, side))  # not read if what they become is cached
+    task, sides = TASKS[flags.task], by_first(lambda: _sides(flags, cache))
+    rows = functools.cache(lambda side: _rows(flags, cache, sides[side]))  # not read if what they become is cached
     if tokenizer is None:
-        tokenizer = _own_tokenizer(flags, cache, settings[TRAINING], lambda: rows(TRAINING))
+        tokenizer = _own_tokenizer(flags, cache, sides[TRAINING].settings, lambda: rows(TRAINING))
     limits = _limits(flags, tokenizer)
     made: list[Path] = []
     facts: dict[str, Any] = {}
     for side in (HELD_OUT,) if flags.streaming else (TRAINING, HELD_OUT):
         by = {
             "version": VERSION,
-            "rows": settings[side],
+            "rows": sides[side].settings,
             "tokenizer": fingerprint(tokenizer),
             "lengths": [flags.sequence_length] if task.name == "span_corruption" else limits,
             "cut_targets": flags.max_target_length is not None,
@@ -119,10 +118,9 @@ def get_data(
         facts |= known
         made.append(folder)
     print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in facts.items() if value))
-    origins = {side: origin for side, origin in zip((TRAINING, HELD_OUT), _origins(flags), strict=True) if origin}
-    parts = {origin.flag or "embedded_data": settings[side]["rows"]["digest"] for side, origin in origins.items()}
+    parts = {side.flag or "embedded_data": side.rows["digest"] for side in sides.values()}
     parts |= {"tokenizer": fingerprint(tokenizer), "preparation of data": VERSION}
-    digest = hashlib.sha256(json.dumps([settings, *(folder.name for folder in made)]).encode()).hexdigest()[:16]
+    digest = key([*(side.settings for side in sides.values()), *(folder.name for folder in made)])
     train: Any
     held_out: Any
     collate: Callable[..., Any]
@@ -170,40 +168,63 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
     if not set(asked) & set(classes):
         expected = f"expected targets among the classes {', '.join(classes[:9])}"
         raise InputError(f"held-out data: {expected}, got only {', '.join(asked[:9])}")
-    digest = hashlib.sha256(json.dumps([data.digest, classes]).encode()).hexdigest()[:16]
-    train, held_out = (Classes(side.rows, classes) for side in (data.train, data.held_out))
-    collate = pad(data.tokenizer, one_label=True)
-    return dataclasses.replace(
-        data, train=train, held_out=held_out, collate=collate, digest=digest, target_tokens=1, classes=classes
-    )
+    train, held_out = (Pairs(_with_labels(side.rows, classes)) for side in (data.train, data.held_out))
+    made: dict[str, Any] = {"train": train, "held_out": held_out, "collate": pad(data.tokenizer, one_label=True)}
+    return dataclasses.replace(data, **made, digest=key([data.digest, classes]), target_tokens=1, classes=classes)
+
+
+def _with_labels(rows: datasets.Dataset, classes: Sequence[str]) -> datasets.Dataset:
+    return rows.remove_columns("labels").add_column("labels", class_labels(rows["target"], classes))
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-class _Origin(NamedTuple):
-    """Where rows come from: what the flag names, a file, folder, glob or data set; or the embedded corpus."""
+class _Side(NamedTuple):
+    """Where the rows of a side come from, and what they depend on.
+
+    flag: that says where, a file, folder, glob or data set; None for embedded data. part: which of the rows there are
+    the side's, "all" or those that are held out or not. rows: what all of them depend on.
+    """
 
     flag: str | None
     where: str
     split: str
+    part: str
+    at_most: int | None
+    is_stream: bool
+    rows: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the side's rows depend on."""
+        return {"rows": self.rows, "part": self.part, "at_most": self.at_most}
 
 
-def _origins(flags: FastkdArguments) -> tuple[_Origin, _Origin | None]:
-    """Return where the training data and the held-out data are, None for a part of the training data."""
+def _sides(flags: FastkdArguments, cache: Path) -> dict[str, _Side]:
+    """Return both sides of the data; they depend on the contents of files, not their names; on revisions of the hub."""
     glue, where = is_glue(TASKS[flags.task]), flags.train_file or flags.dataset_name or str(flags.embedded_data)
     flag = "train_file" if flags.train_file else "dataset_name" if flags.dataset_name else None
     if flags.streaming and glue:
         raise InputError(f"--streaming has no effect with --task {flags.task}: GLUE fits into memory")
-    train = _Origin(flag, where, "train" if glue else flags.train_split)
-    split = "validation" if glue else flags.eval_split
+    splits = ("train", "validation") if glue else (flags.train_split, flags.eval_split)
+    origins = {TRAINING: (flag, where, splits[0], flags.max_train_examples)}
+    is_whole = flags.eval_file or flags.dataset_name or (glue and has_splits(where))
     if flags.eval_file:
-        return train, _Origin("eval_file", flags.eval_file, split)
-    if flags.dataset_name or (glue and has_splits(where)):
-        return train, train._replace(split=split)
-    if flags.streaming:
+        origins[HELD_OUT] = "eval_file", flags.eval_file, splits[1], flags.max_eval_examples
+    elif is_whole or not flags.streaming:
+        origins[HELD_OUT] = flag, where, splits[1 if is_whole else 0], flags.max_eval_examples
+    else:
         raise InputError("--streaming needs --eval_file: nothing can be held out of a stream")
-    return train, None
+    digest = functools.cache(functools.partial(_digest, flags, cache))
+    whole = {"version": VERSION, "task": flags.task, "columns": dataclasses.asdict(_columns(flags))}
+    sides = {}
+    for side, (flag, where, split, at_most) in origins.items():
+        is_stream = side == TRAINING and flags.streaming
+        with _said_by(flag):
+            rows = {**whole, "split": split, "digest": digest(where, is_stream)}
+        sides[side] = _Side(flag, where, split, "all" if is_whole else side, at_most, is_stream, rows)
+    return sides
 
 
 @contextlib.contextmanager
@@ -212,27 +233,6 @@ def _said_by(flag: str | None) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"--{flag}: {error}" if flag else str(error)) from error
-
-
-def _settings(flags: FastkdArguments, cache: Path) -> dict[str, dict[str, Any]]:
-    """Return what the rows of each side depend on: the contents of files, not their names; revisions of the hub."""
-    train, held_out = _origins(flags)
-    digest = functools.cache(functools.partial(_digest, flags, cache))
-    settings = {}
-    for side, origin in ((TRAINING, train), (HELD_OUT, held_out or train)):
-        at_most = flags.max_train_examples if side == TRAINING else flags.max_eval_examples
-        is_stream = side == TRAINING and flags.streaming
-        with _said_by(origin.flag):
-            found = digest(origin.where, is_stream)
-        whole = {
-            "version": VERSION,
-            "task": flags.task,
-            "columns": dataclasses.asdict(_columns(flags)),
-            "split": origin.split,
-            "digest": found,
-        }
-        settings[side] = {"rows": whole, "part": side if held_out is None else "all", "at_most": at_most}
-    return settings
 
 
 def _digest(flags: FastkdArguments, cache: Path, where: str, is_stream: bool) -> Any:
@@ -249,46 +249,43 @@ def _digest(flags: FastkdArguments, cache: Path, where: str, is_stream: bool) ->
     return content_digest(where, ("*.tsv", "*.arrow") if is_glue(task) and has_splits(where) else ())
 
 
-def _rows(flags: FastkdArguments, cache: Path, settings: dict[str, dict[str, Any]], side: str) -> Any:
+def _rows(flags: FastkdArguments, cache: Path, side: _Side) -> Any:
     """Return the rows of a side, of the columns of the task: a stream, or from an Arrow file in the cache."""
-    task, (train, held_out) = TASKS[flags.task], _origins(flags)
-    origin, columns = train if side == TRAINING else held_out or train, _columns(flags)
-    at_most = settings[side]["at_most"]
-    is_stream = side == TRAINING and flags.streaming
+    task, columns = TASKS[flags.task], _columns(flags)
 
     def make(folder: Path) -> None:
-        with _said_by(origin.flag):
-            _, dropped = store(_parts(flags, cache, origin, False), folder / "rows.arrow", columns=columns)
+        with _said_by(side.flag):
+            _, dropped = store(_parts(flags, cache, side), folder / "rows.arrow", columns=columns)
         if dropped:
-            print(f"{origin.split}: {dropped:,} rows that lack a text were left out")
+            print(f"{side.split}: {dropped:,} rows that lack a text were left out")
 
-    if is_stream:
-        with _said_by(origin.flag):
-            rows = stream(task, _parts(flags, cache, origin, True)[0][2], columns=columns)
-        return rows.take(at_most) if at_most else rows
-    folder, _ = cached(cache, "rows", settings[side]["rows"], make)
+    if side.is_stream:
+        with _said_by(side.flag):
+            rows = stream(task, _parts(flags, cache, side)[0][2], columns=columns)
+        return rows.take(side.at_most) if side.at_most else rows
+    folder, _ = cached(cache, "rows", side.rows, make)
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    if held_out is None:
+    if side.part != "all":
         texts = rows[next(iter(task.features))]
         held = {i for i, text in enumerate(texts) if corpus.is_held_out(text)}
         held = held or {min(range(len(texts)), key=lambda i: corpus.place(texts[i]))}  # of a few dozen
         if len(held) == len(texts):
             raise InputError("too little data to hold any of it out: give --eval_file")
-        rows = rows.select([i for i in range(len(texts)) if (i in held) == (side == HELD_OUT)])
-    return sample(rows, at_most) if at_most else rows
+        rows = rows.select([i for i in range(len(texts)) if (i in held) == (side.part == HELD_OUT)])
+    return sample(rows, side.at_most) if side.at_most else rows
 
 
-def _parts(flags: FastkdArguments, cache: Path, origin: _Origin, streaming: bool) -> list[Part]:
-    """Return the rows of an origin as they are, with the tasks they are for."""
+def _parts(flags: FastkdArguments, cache: Path, side: _Side) -> list[Part]:
+    """Return the rows that a side's are of, as they are, with the tasks they are for."""
     task = TASKS[flags.task]
-    if origin.flag is None:
-        rows: Any = _embedded(origin.where, task)
-    elif task.parts or (is_glue(task) and (origin.flag == "dataset_name" or has_splits(origin.where))):
-        return glue_parts(task, origin.where, origin.split, cache_dir=cache)
-    elif origin.flag == "dataset_name":
-        rows = read_hub(origin.where, flags.dataset_config, origin.split, cache_dir=cache, streaming=streaming)
+    if side.flag is None:
+        rows: Any = _embedded(side.where, task)
+    elif task.parts or (is_glue(task) and (side.flag == "dataset_name" or has_splits(side.where))):
+        return glue_parts(task, side.where, side.split, cache_dir=cache)
+    elif side.flag == "dataset_name":
+        rows = read_hub(side.where, flags.dataset_config, side.split, cache_dir=cache, streaming=side.is_stream)
     else:
-        rows = read_rows(origin.where, streaming=streaming)
+        rows = read_rows(side.where)
     return [(task, task.name, rows)]
 
 
@@ -387,9 +384,9 @@ def _check_known(tokenizer: Any, rows: datasets.Dataset, title: str) -> None:
 
 def _decoded(spans: SpanCorruption, tokenizer: Any, most: int) -> datasets.Dataset:
     """Return the first corrupted chunks as rows of pairs, with text that shows their sentinels."""
-    items = [{name: ids.tolist() for name, ids in spans[i].items()} for i in range(min(most, len(spans)))]
+    items = [spans[i] for i in range(min(most, len(spans)))]
     columns = {
-        "input_ids": [item["input_ids"] for item in items],
+        "input_ids": [item["input_ids"].tolist() for item in items],
         "source": [tokenizer.decode(item["input_ids"][:-1]) for item in items],
         "target": [tokenizer.decode(item["labels"][:-1]) for item in items],
         "task": ["span_corruption"] * len(items),

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from ..common.family import is_enct5
-from ..data.examples import Classes, Pairs
+from ..data.examples import Pairs, class_labels
 from ..models.architectures import enct5_config, enct5_from
 from ..models.student import is_tied, new_model, slice_teacher
 from ..models.tokenizer import padded_size
@@ -77,10 +77,10 @@ def _labelled(run: Run, teacher: Teacher | None) -> Data:
         if args.max_steps > 0:
             others = others.take(min(args.max_steps * examples_per_step(args), len(others)))
         texts = written(run, teacher.model, others["input_ids"], "the teacher's answers")
-        labels = data.tokenizer(text_target=texts)["input_ids"]
+        labels = class_labels(texts, data.classes) if data.classes else data.tokenizer(text_target=texts)["input_ids"]
         answers = datasets.Dataset.from_dict({**others.to_dict(), "target": texts, "labels": labels}, rows.features)
         known = datasets.concatenate_datasets([known, answers])
-    return dataclasses.replace(data, train=Classes(known, data.classes) if data.classes else Pairs(known))
+    return dataclasses.replace(data, train=Pairs(known))
 
 
 def new_student(run: Run, teacher: Teacher | None) -> Any:

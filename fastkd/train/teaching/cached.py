@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from ..data.examples import IGNORED, Classes, Item, Pairs, SpanCorruption
+from ..data.examples import IGNORED, Item, Pairs, SpanCorruption
 from .kinds import Kind
 from .store import Store
 
@@ -87,14 +87,16 @@ def valid_lengths(examples: SpanCorruption | Pairs, epochs: int) -> np.ndarray:
     """Return how many positions of each example, in the order of their numbers, have a label."""
     if isinstance(examples, SpanCorruption):
         return np.full(len(examples) * epochs, len(examples[0]["labels"]))
-    if isinstance(examples, Classes):
-        return (np.array(examples.labels) != IGNORED).astype(np.int64)
-    blocks = examples.ids.with_format("arrow").iter(10_000)
-    return np.concatenate([pc.list_value_length(block["labels"]).to_numpy() for block in blocks])
+    lengths = []
+    for block in examples.ids.with_format("arrow").iter(10_000):
+        labels = block["labels"].combine_chunks()
+        has_label = pc.list_flatten(labels).to_numpy() != IGNORED
+        lengths.append(np.bincount(pc.list_parent_indices(labels).to_numpy()[has_label], minlength=len(labels)))
+    return np.concatenate(lengths)
 
 
 def content(examples: SpanCorruption | Pairs) -> str:
-    """Return a fingerprint of the tokens, and the classes, of training examples as they are before any corruption."""
+    """Return a fingerprint of the tokens and labels of training examples as they are before any corruption."""
     found, tokens = hashlib.sha256(), examples.chunks if isinstance(examples, SpanCorruption) else examples.ids
     if isinstance(tokens, np.ndarray):
         found.update(np.ascontiguousarray(tokens).data)
@@ -103,6 +105,4 @@ def content(examples: SpanCorruption | Pairs) -> str:
             for column in block.columns:
                 found.update(np.ascontiguousarray(pc.list_value_length(column).to_numpy()).data)
                 found.update(np.ascontiguousarray(pc.list_flatten(column).to_numpy()).data)
-    if isinstance(examples, Classes):
-        found.update(np.array(examples.labels).data)
     return found.hexdigest()[:16]

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +57,10 @@ class Manifest:
         start = shard * self.examples_per_shard
         return range(start, min(start + self.examples_per_shard, self.examples))
 
+    def write(self, folder: Path) -> None:
+        """Write it into a folder, of which no shard need be there yet."""
+        write_whole(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+
 
 class Store:
     """The shards of a folder, whose manifest is there."""
@@ -96,29 +99,22 @@ class Store:
             )
         return cls(folder, manifest)
 
-    @classmethod
-    def begin(cls, folder: Path, manifest: Manifest) -> Store:
-        """Write a manifest into a folder, made if need be, of which no shard is there yet."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
-        return cls(folder, manifest)
-
     def missing(self) -> list[int]:
         """Return the shards that are not there, or not whole as somebody cut them off."""
         return [shard for shard in range(self.manifest.shards) if not _is_whole(self._path(shard))]
 
     @property
-    def head(self) -> dict[str, torch.Tensor] | None:
-        """The tensors of the teacher's head, mapped; None where they are not there."""
-        return _tensors(self.folder / HEAD) if _is_whole(self.folder / HEAD) else None
+    def head(self) -> torch.Tensor | None:
+        """The weight of the teacher's head, mapped; None where it is not there."""
+        return _tensors(self.folder / HEAD)["weight"] if _is_whole(self.folder / HEAD) else None
 
-    def write_head(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the tensors of the teacher's head."""
-        _save(tensors, self.folder / HEAD)
+    def write_head(self, weight: torch.Tensor) -> None:
+        """Keep the weight of the teacher's head."""
+        write_whole(self.folder / HEAD, save({"weight": weight.contiguous()}))
 
     def write(self, shard: int, columns: Mapping[str, torch.Tensor], lengths: np.ndarray) -> None:
         """Keep what was said of the positions of a shard's examples, [positions, ...] in order; lengths: of each."""
-        _save({**columns, ENDS: torch.from_numpy(np.cumsum(lengths))}, self._path(shard))
+        write_whole(self._path(shard), save({**columns, ENDS: torch.from_numpy(np.cumsum(lengths))}))
 
     def read(self, example: int) -> dict[str, torch.Tensor]:
         """Return what was said of an example's positions, [positions, ...] in memory that is mapped."""
@@ -137,7 +133,7 @@ class Store:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let no other run write to a folder, made if need be; wait for one that does, and remove what one left by half."""
+    """Let no other run write to a folder, made if need be; wait for one that does."""
     lock = by_first(lambda: _lock(folder))
     try:
         yield
@@ -148,31 +144,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock(folder: Path) -> int:
     try:
-        lock, holds = lock_folder(folder)
+        return lock_folder(folder)
     except BlockingIOError:
         print(f"waiting for another run that writes to {folder}", flush=True)
-        lock, holds = lock_folder(folder, wait=True)
-    if holds:  # or else it may be somebody's who is writing
-        for left in folder.glob(".*.partial"):
-            left.unlink()
-    return lock
-
-
-def free_bytes(folder: Path) -> int:
-    """Return how much room there is for a folder that need not be there yet."""
-    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-
-
-def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a file that has its name only when the disk has all of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with part.open("wb") as file:  # not safetensors' own way, by which others may not read it
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        return lock_folder(folder, wait=True)
 
 
 def _is_whole(path: Path) -> bool:
