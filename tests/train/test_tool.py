@@ -537,7 +537,7 @@ def test_the_names_of_figures_are_those_of_scores() -> None:
     assert figure_names(TASKS["span_corruption"]) == []
     for task in TASKS.values():
         parts = [TASKS[name] for name in task.parts] or [task]
-        columns = [column for part in parts for column, _ in part.splits] or [task.name]
+        columns = [column for part in parts for column in part.columns] or [task.name]
         if task.name != "span_corruption":
             assert set(figure_names(task)) == score_rows(columns, ["0"] * len(columns), ["0"] * len(columns)).keys()
 

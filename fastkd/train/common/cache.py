@@ -91,8 +91,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     whole = path.with_name(f".{path.name}")
     try:
-        with whole.open("wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        whole.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        with whole.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(whole, path)
     except BaseException:

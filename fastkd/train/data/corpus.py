@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -98,11 +97,6 @@ def embedded_classes(files: Iterable[Path] | None = None, root: Path | None = No
                 packages.setdefault(text, package)
     kept = {package for package, _ in Counter(packages.values()).most_common(CLASSES)}
     return [(text, package) for text, package in packages.items() if package in kept]
-
-
-def fingerprint() -> dict[str, str]:
-    """Return what the embedded corpus depends on: this Python, and this module's rules."""
-    return {"python": sys.version, "rules": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
 
 
 def place(text: str) -> int:

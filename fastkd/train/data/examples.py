@@ -205,14 +205,15 @@ def tokenize_pairs(
     path: Path,
     *,
     cut_targets: bool = True,
+    what: str = "training data",
 ) -> tuple[datasets.Dataset, Counts]:
     """Tokenise pairs into an Arrow file; return the Dataset that maps it, and how many were cut.
 
     The Dataset has the strings, too, and "input_ids" and "labels" (int32), which end in EOS within the limits.
     Raises InputError for a target above its limit if cut_targets is false, and if there are no pairs; no file is left.
     """
-    ids, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
-    features = datasets.Features({"input_ids": ids, "labels": ids, "source": text, "target": text, "task": text})
+    ids, words = datasets.List(datasets.Value("int32")), datasets.Value("string")
+    features = datasets.Features({"input_ids": ids, "labels": ids, "source": words, "target": words, "task": words})
     counts = Counts()
     rows = tqdm(pairs, desc="tokenising pairs", unit="pair", mininterval=1)
     with arrow_file(path, features) as write:
@@ -222,9 +223,10 @@ def tokenize_pairs(
             columns["labels"], targets = _cut(tokenizer, columns["target"], max_target_length)
             over = [i for i, length in enumerate(targets) if length > max_target_length]
             if over and not cut_targets:
+                n, text = over[0], columns["target"][over[0]]
                 raise InputError(
-                    f"the target of pair {counts.pairs + over[0] + 1} has {targets[over[0]]} tokens, expected at most "
-                    f"{max_target_length}: {columns['target'][over[0]][:60]!r}"
+                    f"{what}: the target of pair {counts.pairs + n + 1} has {targets[n]} tokens, expected at most "
+                    f"{max_target_length}: {text[:60]!r}; --max_target_length cuts targets"
                 )
             counts.pairs += len(block)
             counts.cut_sources += sum(length > max_source_length for length in sources)

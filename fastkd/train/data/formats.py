@@ -24,10 +24,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ from ..common.errors import InputError, one_line
 
 BATCH = 64  # rows of a Parquet file that are decoded together
 LONGEST = 50_000  # characters of a text; files exist that are one line, or one paragraph
+_PIECE = re.compile(
+    rf"(?s).{{1,{LONGEST - 1}}}(?: |\Z)|.{{1,{LONGEST}}}"
+)  # of a line, cut behind a space if there is one
 JUDGED_TEXT, JUDGED_TSV, JUDGED_ROWS = 10_000, 100_000, 1000  # lines, or rows, by which a file is judged
 
 Row = dict[str, Any]
@@ -117,24 +120,13 @@ def _not_utf8(file: Path, place: str, start: bytes) -> InputError:
     )
 
 
-@dataclass(frozen=True)
-class Format:
-    """How files of one format are read.
-
-    rows: (file, the columns that are asked for, or None) -> its rows, of at least these columns; raises InputError
-    with file and line.
-    """
-
-    name: str
-    rows: Callable[[Path, list[str] | None], Iterator[Row]]
-
-
 def features(file: Path, whole: bool = False) -> dict[str, Any]:
-    """Return what each column of a file holds, "string" or null or keys, by its first rows or by all of them."""
+    """Return what each column of a file holds, "string" or null or keys, by its first rows; whole: by all of JSON's."""
     if suffix(file) == ".parquet":
         return _parquet_features(file)
     found: dict[str, Any] = {}
-    for row in islice(FORMATS[suffix(file)].rows(file, None), None if whole else JUDGED_ROWS):
+    most = None if whole and suffix(file).startswith(".json") else JUDGED_ROWS
+    for row in islice(FORMATS[suffix(file)][1](file, None), most):
         for name, value in row.items():
             if isinstance(value, str):
                 found[name] = Value("string")
@@ -150,7 +142,7 @@ def rows(files: Iterable[Path], names: list[str]) -> Iterator[Row]:
     """Yield the rows of files with these columns: what a row lacks is None, what a whole file lacks is an error."""
     for file in files:
         found: Row = {}
-        for row in FORMATS[suffix(file)].rows(file, names):
+        for row in FORMATS[suffix(file)][1](file, names):
             found.update(row)
             yield {name: row.get(name) for name in names}
         if found:
@@ -168,14 +160,15 @@ def _texts(file: Path, names: list[str] | None) -> Iterator[Row]:
     """Yield texts, white space collapsed. A blank line may hold spaces."""
     in_paragraphs, size = _has_paragraphs(file), 0
     parts: list[str] = []
-    for piece in (piece for _, line in _lines(file) for piece in _pieces(line)):
-        part = " ".join(piece.split())
-        if parts and (not part or not in_paragraphs or size + len(part) > LONGEST):
-            yield {"text": " ".join(parts)}
-            parts, size = [], 0
-        if part:
-            parts.append(part)
-            size += len(part)
+    for _, line in _lines(file):
+        for piece in [line] if len(line) <= LONGEST else (found[0] for found in _PIECE.finditer(line)):
+            part = " ".join(piece.split())
+            if parts and (not part or not in_paragraphs or size + len(part) > LONGEST):
+                yield {"text": " ".join(parts)}
+                parts, size = [], 0
+            if part:
+                parts.append(part)
+                size += len(part)
     if parts:
         yield {"text": " ".join(parts)}
 
@@ -189,17 +182,6 @@ def _has_paragraphs(file: Path) -> bool:
             lines += 1
         after_blank = is_blank
     return 0 < lines <= 100 * gaps
-
-
-def _pieces(line: str) -> Iterator[str]:
-    """Yield a line in pieces of at most LONGEST characters, cut behind a space if there is one."""
-    start = 0
-    while start < len(line):
-        end = start + LONGEST
-        if end < len(line):
-            end = line.rfind(" ", start, end) + 1 or end
-        yield line[start:end]
-        start = end
 
 
 def _csv_records(file: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
@@ -278,8 +260,7 @@ def _json_rows(file: Path, names: list[str] | None) -> Iterator[Row]:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            at = number + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else number
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+            at, reason = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", one_line(error))
             raise InputError(f"{file}, line {at}: malformed JSON, {reason[0].lower()}{reason[1:]}") from error
         for row in value if is_array else [value]:
             if not isinstance(row, dict):
@@ -303,21 +284,19 @@ def _parquet(file: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _parquet_features(file: Path) -> dict[str, Any]:
+    """Return what each column holds, such as a ClassLabel, or that it is no text if `datasets` knows no such type."""
     with _parquet(file) as table:
-        schema = table.schema_arrow
-    return {field.name: _feature(field, schema.metadata) for field in schema}
-
-
-def _feature(field: pa.Field, metadata: Any) -> Any:
-    """Return what a column holds, such as a ClassLabel, or that it is no text where `datasets` knows no such type."""
-    if pa.types.is_dictionary(field.type):
-        field = field.with_type(field.type.value_type)
-    if pa.types.is_large_string(field.type) or pa.types.is_string_view(field.type):
-        return Value("string")
-    try:
-        return Features.from_arrow_schema(pa.schema([field], metadata))[field.name]
-    except (ValueError, TypeError, NotImplementedError):
-        return _NO_TEXT
+        schema, found = table.schema_arrow, {}
+    for field in schema:
+        if pa.types.is_dictionary(field.type):
+            field = field.with_type(field.type.value_type)
+        found[field.name] = _NO_TEXT
+        if pa.types.is_large_string(field.type) or pa.types.is_string_view(field.type):
+            found[field.name] = Value("string")
+        else:
+            with contextlib.suppress(ValueError, TypeError, NotImplementedError):
+                found |= Features.from_arrow_schema(pa.schema([field], schema.metadata))
+    return found
 
 
 def _parquet_rows(file: Path, names: list[str] | None) -> Iterator[Row]:
@@ -327,12 +306,14 @@ def _parquet_rows(file: Path, names: list[str] | None) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-FORMATS = {
-    ".txt": Format("text", _texts),
-    ".jsonl": Format("jsonl", _json_rows),
-    ".json": Format("jsonl", _json_rows),
-    ".csv": Format("csv", _table(_csv_records)),
-    ".tsv": Format("tsv", _table(_tsv_records)),
-    ".parquet": Format("parquet", _parquet_rows),
+# The name of each format, and the function of (file, the columns that are asked for, or None) that yields rows of at
+# least these columns; it raises InputError with file and line.
+FORMATS: dict[str, tuple[str, Callable[[Path, list[str] | None], Iterator[Row]]]] = {
+    ".txt": ("text", _texts),
+    ".jsonl": ("jsonl", _json_rows),
+    ".json": ("jsonl", _json_rows),
+    ".csv": ("csv", _table(_csv_records)),
+    ".tsv": ("tsv", _table(_tsv_records)),
+    ".parquet": ("parquet", _parquet_rows),
 }
 KNOWN_SUFFIXES = f"{', '.join(FORMATS)}, each also .gz"

@@ -17,28 +17,27 @@ SAMPLE_SEED = 20  # fixed, whatever --seed is, so that runs compare
 FEW_CLASSES = 100  # different targets of a task; more are texts
 
 
-def _described(rows: Rows) -> tuple[dict[str, Any], list[str]]:
-    """Return (features, column names), those of the first row if a stream does not know its own."""
-    if rows.column_names is not None:
-        return dict(rows.features or {}), list(rows.column_names)
-    first = next(iter(rows), None)
-    if first is None:
+def _features(rows: Rows) -> dict[str, Any]:
+    """Return what each column holds, by the first row if a stream does not know."""
+    if rows.features is not None:
+        return dict(rows.features)
+    if (first := next(iter(rows), None)) is None:
         raise InputError("no rows: the data is empty")
-    return dict(Dataset.from_list([first]).features), list(first)
+    return dict(Dataset.from_list([first]).features)
 
 
 def _bound(task: Task, rows: Rows, columns: Columns, streaming: bool = False) -> tuple[Rows, Bound]:
     if task.bind is None:
         raise ValueError(f"task: expected one with rows of its own, got {task.name!r}")
     try:
-        return rows, task.bind(*_described(rows), columns)
+        return rows, task.bind(_features(rows), columns)
     except InputError as error:
         if not isinstance(rows, Files):
             raise
         if streaming:
             raise InputError(f"{error}; a stream has the columns of its first file, {rows.files[0]}") from error
     rows = rows.with_all_columns()
-    return rows, task.bind(*_described(rows), columns)
+    return rows, task.bind(_features(rows), columns)
 
 
 def _learnt(part: Part, columns: Columns) -> Iterator[Row | None]:

@@ -48,11 +48,9 @@ def data_files(where: str) -> list[Path]:
     for file in files:
         if suffix(file) not in FORMATS:
             raise InputError(f"{file} has an unknown suffix: expected {KNOWN_SUFFIXES}")
-    formats = sorted({FORMATS[suffix(file)].name for file in files})
-    if len(formats) > 1:
-        raise InputError(
-            f"{where} holds several formats ({', '.join(formats)}): expected one, give a glob of its files"
-        )
+    found = sorted({FORMATS[suffix(file)][0] for file in files})
+    if len(found) > 1:
+        raise InputError(f"{where} holds several formats ({', '.join(found)}): expected one, give a glob of its files")
     return files
 
 

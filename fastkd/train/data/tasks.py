@@ -7,7 +7,7 @@ their texts, and labels as words.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,24 +55,23 @@ class Columns:
 
 Texts = tuple[str, ...]  # (source, target) or (text,); "" where the row has none
 Bound = tuple[list[str], Callable[[Row], Texts]]  # the columns that are read, and the function of a row of them
-Bind = Callable[[dict[str, Any], list[str], Columns], Bound]
+Bind = Callable[[dict[str, Any], Columns], Bound]  # from what each column holds, and the user's Columns
 
 
 @dataclass(frozen=True)
 class Task:
     """One way to learn from rows.
 
-    bind: (features, column names, the user's Columns) -> (columns, function from a row of them to its texts); raises
-    InputError for absent columns. None for a mixture of tasks.
-    metrics: the figures of `metrics.score`. splits: for GLUE, the metric columns of the evaluation split, each with the
-    ending of its file and of its split on the hub. parts: the tasks of a mixture.
+    bind: raises InputError for absent columns; None for a mixture of tasks.
+    metrics: the figures of `metrics.score`. columns: of GLUE's table, for the evaluation split; behind the task's name
+    they end as that's files and splits do. parts: the tasks of a mixture.
     """
 
     name: str
     summary: str
     metrics: tuple[str, ...]
     bind: Bind | None = None
-    splits: tuple[tuple[str, str], ...] = ()
+    columns: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
 
     @property
@@ -84,7 +83,7 @@ class Task:
 # From rows to pairs ----------------------------------------------------------------------------------------------
 
 
-def _chosen(names: Sequence[str], given: str | None, guesses: Sequence[str], flag: str) -> str:
+def _chosen(names: Collection[str], given: str | None, guesses: Sequence[str], flag: str) -> str:
     """Return the column that the user gave, or the first guess that exists; flag: how the user would name another."""
     if given is not None and given not in names:
         raise InputError(f"--{flag}: no column {given!r} (columns: {', '.join(names)})")
@@ -110,48 +109,48 @@ def _prefixed(prefix: str, text: str) -> str:
     return prefix + text if text else ""
 
 
-def _plain_text(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
+def _plain_text(features: dict[str, Any], columns: Columns) -> Bound:
     """Bind the user's column, "text", or the only one of strings."""
-    strings = [name for name in names if features.get(name) in (Value("string"), Value("large_string"))]
-    guesses = ["text"] if "text" in names or len(strings) != 1 else strings
-    column = _chosen(names, columns.text_column, guesses, "text_column")
-    if features.get(column) is not None and column not in strings:
+    strings = [name for name, held in features.items() if held in (Value("string"), Value("large_string"))]
+    guesses = ["text"] if "text" in features or len(strings) != 1 else strings
+    column = _chosen(features, columns.text_column, guesses, "text_column")
+    if column not in strings:
         raise InputError(f"column {column!r} holds no text (columns of text: {', '.join(strings) or 'none'})")
     return [column], lambda row: (_text(row, column),)
 
 
 def _two_columns(sources: Sequence[str], targets: Sequence[str], prefix: str = "") -> Bind:
-    def bind(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
-        source = _chosen(names, columns.source_column or columns.text_column, sources, "source_column")
-        target = _chosen(names, columns.target_column, [t for t in targets if t != source], "target_column")
+    def bind(features: dict[str, Any], columns: Columns) -> Bound:
+        source = _chosen(features, columns.source_column or columns.text_column, sources, "source_column")
+        target = _chosen(features, columns.target_column, [t for t in targets if t != source], "target_column")
         before = prefix if columns.source_prefix is None else columns.source_prefix
         return [source, target], lambda row: (_prefixed(before, _text(row, source)), _text(row, target))
 
     return bind
 
 
-def _language(keys: Sequence[str], language: str) -> str | None:
+def _language(keys: Iterable[str], language: str) -> str | None:
     """Return the key that is a language's code, or its name."""
     return next((key for key in keys if language in (key, LANGUAGES.get(key))), None)
 
 
-def _translation(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
+def _translation(features: dict[str, Any], columns: Columns) -> Bound:
     """Bind rows of {"translation": {code: text}}, of one column per language code, or of sources and targets."""
-    nested = columns.source_column is None and "translation" in names
-    keys = _languages_of(features.get("translation")) if nested else [n for n in names if n in LANGUAGES]
+    nested = columns.source_column is None and "translation" in features
+    keys = _languages_of(features["translation"]) if nested else [name for name in features if name in LANGUAGES]
     given = columns.source_lang, columns.target_lang
     guessed = tuple(keys) if len(keys) == 2 and given == (None, None) else given
     if None in guessed and (columns.source_prefix is None or nested):
         found = f" (found {', '.join(sorted(keys))})" if keys else ""
         raise InputError(f"translation: expected --source_lang and --target_lang{found}")
-    source, target = (_language(keys if nested else names, str(lang)) for lang in guessed)
+    source, target = (_language(keys if nested else features, str(lang)) for lang in guessed)
     if nested and (source is None or target is None):
         raise InputError(
             f"translation: no {guessed[0]} to {guessed[1]} in the data (languages: {', '.join(sorted(keys))})"
         )
     if not nested:
-        source = _chosen(names, columns.source_column or source, SOURCES, "source_column")
-        target = _chosen(names, columns.target_column or target, TARGETS, "target_column")
+        source = _chosen(features, columns.source_column or source, SOURCES, "source_column")
+        target = _chosen(features, columns.target_column or target, TARGETS, "target_column")
     words = [LANGUAGES.get(str(lang), str(lang)) for lang in guessed]
     prefix = f"translate {words[0]} to {words[1]}: " if columns.source_prefix is None else columns.source_prefix
 
@@ -171,11 +170,11 @@ def _languages_of(feature: Any) -> list[str]:
     return list(feature)
 
 
-def _classification(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
+def _classification(features: dict[str, Any], columns: Columns) -> Bound:
     """Bind texts and labels; the numbers of a ClassLabel become its names, and -1, which means no label, ""."""
-    source = _chosen(names, columns.text_column or columns.source_column, TEXTS, "text_column")
-    label = _chosen(names, columns.label_column or columns.target_column, LABELS, "label_column")
-    feature = features.get(label)
+    source = _chosen(features, columns.text_column or columns.source_column, TEXTS, "text_column")
+    label = _chosen(features, columns.label_column or columns.target_column, LABELS, "label_column")
+    feature = features[label]
     prefix = columns.source_prefix or ""
 
     def pair(row: Row) -> Texts:
@@ -190,9 +189,9 @@ def _classification(features: dict[str, Any], names: list[str], columns: Columns
 def _glue(name: str, fields: dict[str, Sequence[str]], label: Sequence[str], words: Callable[[Any], str]) -> Bind:
     """Return the Bind of a GLUE task. fields: T5's name of each text -> the columns it may be in; words: see labels."""
 
-    def bind(features: dict[str, Any], names: list[str], columns: Columns) -> Bound:
-        texts = {field: _chosen(names, None, guesses, field) for field, guesses in fields.items()}
-        target = _chosen(names, columns.label_column, label, "label_column")
+    def bind(features: dict[str, Any], columns: Columns) -> Bound:
+        texts = {field: _chosen(features, None, guesses, field) for field, guesses in fields.items()}
+        target = _chosen(features, columns.label_column, label, "label_column")
 
         def pair(row: Row) -> Texts:
             parts = {field: _text(row, column) for field, column in texts.items()}
@@ -267,7 +266,7 @@ def _glue_task(name: str) -> Task:
         f"GLUE's {_GLUE_FOLDERS[name]} in T5's format",
         _GLUE_METRICS.get(name, ("accuracy",)),
         _glue(name, *_GLUE_FIELDS[name], words),
-        (("mnli_matched", "_matched"), ("mnli_mismatched", "_mismatched")) if name == "mnli" else ((name, ""),),
+        ("mnli_matched", "mnli_mismatched") if name == "mnli" else (name,),
     )
 
 
@@ -294,7 +293,7 @@ def figure_names(task: Task, present: Collection[str] | None = None) -> list[str
     present: the metric columns that there are rows of, by default all.
     """
     parts = [TASKS[name] for name in task.parts] or [task]
-    every = [(column, part.metrics) for part in parts for column, _ in part.splits]
+    every = [(column, part.metrics) for part in parts for column in part.columns]
     columns = [(column, metrics) for column, metrics in every if present is None or column in present]
     if len(columns) < 2:
         return list(columns[0][1] if columns else task.metrics)
@@ -310,7 +309,7 @@ Part = tuple[Task, str, Rows]  # a task, the "task" of its pairs, which names th
 
 def is_glue(task: Task) -> bool:
     """Return whether a task's data has GLUE's splits."""
-    return bool(task.splits or task.parts)
+    return bool(task.columns or task.parts)
 
 
 def has_splits(where: str) -> bool:
@@ -318,9 +317,9 @@ def has_splits(where: str) -> bool:
     return Path(where).is_dir() and not Path(where, "state.json").is_file()
 
 
-def _metric_columns(name: str, split: str) -> list[tuple[str, str]]:
-    """Return (metric column, ending of the file's and the split's name) of each part of a split of a GLUE task."""
-    return [(name, "")] if split == "train" else list(TASKS[name].splits)
+def _endings(name: str, split: str) -> dict[str, str]:
+    """Return {metric column: what the names of its file and split end in} of a split of a GLUE task."""
+    return {column: column.removeprefix(name) for column in ((name,) if split == "train" else TASKS[name].columns)}
 
 
 def glue_files(task_name: str, folder: str | Path, split: str) -> dict[str, Path]:
@@ -332,7 +331,7 @@ def glue_files(task_name: str, folder: str | Path, split: str) -> dict[str, Path
     inner = root / _GLUE_FOLDERS[task_name]
     root = inner if inner.is_dir() else root
     stem = "train" if split == "train" else "dev"
-    files = {column: root / f"{stem}{ending}.tsv" for column, ending in _metric_columns(task_name, split)}
+    files = {column: root / f"{stem}{ending}.tsv" for column, ending in _endings(task_name, split).items()}
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
         raise InputError(
@@ -362,7 +361,7 @@ def glue_parts(task: Task, where: str, split: str, *, cache_dir: Path) -> list[P
             files = glue_files(name, where, split).items()
             parts += [(TASKS[name], column, read_rows(str(file))) for column, file in files]
             continue
-        for column, ending in _metric_columns(name, split):
+        for column, ending in _endings(name, split).items():
             rows = read_hub(str(saved or where), name, split + ending, cache_dir=cache_dir)
             parts.append((TASKS[name], column, rows))
     return parts

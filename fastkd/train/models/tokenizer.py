@@ -17,6 +17,7 @@ from ..common.errors import InputError
 
 # Is it normalised, and how?
 _UNUSUAL = " Two  spaces, Capitals, café cafe\u0301 \ufb01 \u2460 \uff21 ßİ,\ta tab\nand a line </s> <extra_id_0> "
+LEAST_KNOWN = 0.5  # of the characters, or the tokenizer is that of another language
 SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, as every T5 has
 
 
@@ -69,12 +70,16 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | added
 
 
-def known_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """Return the share of the texts' characters, but for white space, that are not lost to <unk>."""
+def check_known(tokenizer: Any, texts: Sequence[str], data: str, column: str) -> None:
+    """Raise InputError if most of the texts' characters, but for white space, are lost to <unk>."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     known = tokenizer.batch_decode([[i for i in text if i != tokenizer.unk_token_id] for text in ids])
     before, after = ("".join("".join(side).split()) for side in (texts, known))
-    return len(after) / max(1, len(before))
+    if len(after) < LEAST_KNOWN * len(before):
+        raise InputError(
+            f"{data}: the tokenizer knows {len(after) / len(before):.0%} of the characters of the {column}, and <unk> "
+            "stands for the others: expected a model of their language"
+        )
 
 
 def fingerprint(tokenizer: Any) -> str:

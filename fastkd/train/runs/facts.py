@@ -87,7 +87,7 @@ def _source_prefix(run: Run) -> str:
     data = run.data
     if run.flags.source_prefix is not None:
         return run.flags.source_prefix
-    name, is_glue = data.task.name, bool(data.task.splits)
+    name, is_glue = data.task.name, bool(data.task.columns)
     first = next(iter(data.held_out_rows["source"][:1]), "")
     found = re.match(_PREFIXES.get(name, rf"{name} \w+: " if is_glue else ""), first)
     return found[0] if found else ""

@@ -92,10 +92,10 @@ def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str
     lengths = valid_lengths(run.data.train, fits["epochs"])
     size = kind.bytes(config.d_model, _vocabulary(config), getattr(torch, fits["computed in"]))
     if store is None:
-        shard = max(1, SHARD_BYTES * len(lengths) // max(1, int(lengths.sum()) * size))
+        positions = int(lengths.sum())
+        shard = max(1, SHARD_BYTES * len(lengths) // max(1, positions * size))
         of = {"teacher": run.flags.teacher or "trained on the same data", "width": config.d_model}
         of |= {"bytes of a position": size, "fastkd": fastkd.__version__, "torch": torch.__version__}
-        positions = int(lengths.sum())
         store = Store(folder, Manifest(fits, of, len(lengths), positions, shard, positions * size))
     manifest, missing = store.manifest, store.missing()
     needed = sum(int(lengths[list(manifest.examples_of(shard))].sum()) for shard in missing) * size

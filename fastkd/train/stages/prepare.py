@@ -37,13 +37,12 @@ from ..data.rows import sample, store, stream
 from ..data.sources import blocks, content_digest, data_files, hub_revision, is_saved, read_hub, read_rows
 from ..data.tasks import TASKS, Columns, Part, Task, glue_parts, has_splits, is_glue
 from ..flags.fields import FastkdArguments
-from ..models.tokenizer import SENTINELS, fingerprint, known_share, train_tokenizer
+from ..models.tokenizer import SENTINELS, check_known, fingerprint, train_tokenizer
 
 HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --seed is, so that runs compare
 VERSION = 4  # raise it when a stage changes what it makes, so that older artefacts are not reused
 MODEL_LENGTH = 512  # tokens that a T5 takes where its tokenizer does not tell
 EMBEDDED_LENGTH = 128
-LEAST_KNOWN = 0.5  # of the characters, or the tokenizer is that of another language
 VOCABULARY_BYTES = 1 << 25  # of text that a vocabulary is trained on: SentencePiece needs twenty times the memory
 MOST_CLASSES = 1000  # different targets; more are hardly classes
 
@@ -99,7 +98,8 @@ def get_data(
     rows = functools.cache(lambda side: _rows(flags, cache, sides[side]))  # not read if what they become is cached
     if tokenizer is None:
         tokenizer = _own_tokenizer(flags, cache, sides[TRAINING].settings, lambda: rows(TRAINING))
-    limits = _limits(flags, tokenizer)
+    is_text = task.name == "span_corruption"
+    lengths: Any = [flags.sequence_length] if is_text else _limits(flags, tokenizer)
     made: list[Path] = []
     facts: dict[str, Any] = {}
     for side in (HELD_OUT,) if flags.streaming else (TRAINING, HELD_OUT):
@@ -107,10 +107,10 @@ def get_data(
             "version": VERSION,
             "rows": sides[side].settings,
             "tokenizer": fingerprint(tokenizer),
-            "lengths": [flags.sequence_length] if task.name == "span_corruption" else limits,
+            "lengths": lengths,
             "cut_targets": flags.max_target_length is not None,
         }
-        make = functools.partial(_tokenise, flags, side, functools.partial(rows, side), tokenizer, limits)
+        make = functools.partial(_tokenise, flags, side, functools.partial(rows, side), tokenizer, lengths)
         folder, _ = cached(cache, "tokenised", by, make)
         known = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         if (warning := known.pop("warning", "")) and targets_are_written:
@@ -121,26 +121,17 @@ def get_data(
     parts = {side.flag or "embedded_data": side.rows["digest"] for side in sides.values()}
     parts |= {"tokenizer": fingerprint(tokenizer), "preparation of data": VERSION}
     digest = key([*(side.settings for side in sides.values()), *(folder.name for folder in made)])
-    train: Any
-    held_out: Any
-    collate: Callable[..., Any]
-    train, held_out = (datasets.Dataset.from_file(str(made[i] / "rows.arrow")) for i in (0, -1))
-    if task.name == "span_corruption":
-        if flags.streaming:
-            train = StreamedSpans(rows(TRAINING), tokenizer, flags.sequence_length, seed, flags.shuffle_buffer)
-        else:
-            train = SpanCorruption(train, tokenizer, seed)
-        held_out = SpanCorruption(held_out, tokenizer, HELD_OUT_SEED)
-        shown, collate = _decoded(held_out, tokenizer, flags.report_examples), default_data_collator
-        longest = len(held_out[0]["labels"])
-    else:
-        if flags.streaming:
-            train = StreamedPairs(rows(TRAINING), tokenizer, *limits, seed, flags.shuffle_buffer)
-        else:
-            train = Pairs(train)
-        shown, collate, longest = held_out, pad(tokenizer), max(map(len, held_out["labels"]))
-        held_out = Pairs(held_out)
-    return Data(task, tokenizer, train, held_out, shown, longest, collate, digest, facts, parts)
+    given, asked = (datasets.Dataset.from_file(str(made[i] / "rows.arrow")) for i in (0, -1))
+    train: Any = SpanCorruption(given, tokenizer, seed) if is_text else Pairs(given)
+    if flags.streaming:
+        streamed: Any = StreamedSpans if is_text else StreamedPairs
+        train = streamed(rows(TRAINING), tokenizer, *lengths, seed, flags.shuffle_buffer)
+    if not is_text:
+        longest = max(map(len, asked["labels"]))
+        return Data(task, tokenizer, train, Pairs(asked), asked, longest, pad(tokenizer), digest, facts, parts)
+    spans = SpanCorruption(asked, tokenizer, HELD_OUT_SEED)
+    shown, longest = _decoded(spans, tokenizer, flags.report_examples), len(spans[0]["labels"])
+    return Data(task, tokenizer, train, spans, shown, longest, default_data_collator, digest, facts, parts)
 
 
 def _columns(flags: FastkdArguments) -> Columns:
@@ -168,13 +159,12 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
     if not set(asked) & set(classes):
         expected = f"expected targets among the classes {', '.join(classes[:9])}"
         raise InputError(f"held-out data: {expected}, got only {', '.join(asked[:9])}")
-    train, held_out = (Pairs(_with_labels(side.rows, classes)) for side in (data.train, data.held_out))
+    train, held_out = (
+        Pairs(side.rows.remove_columns("labels").add_column("labels", class_labels(side.rows["target"], classes)))
+        for side in (data.train, data.held_out)
+    )
     made: dict[str, Any] = {"train": train, "held_out": held_out, "collate": pad(data.tokenizer, one_label=True)}
     return dataclasses.replace(data, **made, digest=key([data.digest, classes]), target_tokens=1, classes=classes)
-
-
-def _with_labels(rows: datasets.Dataset, classes: Sequence[str]) -> datasets.Dataset:
-    return rows.remove_columns("labels").add_column("labels", class_labels(rows["target"], classes))
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -239,7 +229,8 @@ def _digest(flags: FastkdArguments, cache: Path, where: str, is_stream: bool) ->
     """Return a fingerprint of data that a flag names: of what nobody has the time to read twice, sizes and times."""
     task = TASKS[flags.task]
     if where == flags.embedded_data:
-        return [where, (dates if where == "dates" else corpus).fingerprint()]
+        rules = Path(str((dates if where == "dates" else corpus).__file__)).read_text(encoding="utf-8")
+        return [where, sys.version, key(rules)]
     if where == flags.dataset_name and not Path(where).is_dir():
         configs = task.parts or ((task.name,) if is_glue(task) else (flags.dataset_config,))
         return [where, *(hub_revision(where, config, cache_dir=cache) for config in configs)]
@@ -344,22 +335,20 @@ def _limits(flags: FastkdArguments, tokenizer: Any) -> tuple[int, int]:
 
 
 def _tokenise(
-    flags: FastkdArguments, side: str, rows: Callable[[], Any], tokenizer: Any, limits: tuple[int, int], folder: Path
+    flags: FastkdArguments, side: str, rows: Callable[[], Any], tokenizer: Any, lengths: Any, folder: Path
 ) -> None:
     """Write rows.arrow and facts.json of a side."""
     path, given, fact = folder / "rows.arrow", rows(), side.replace("-", "_")
     facts: dict[str, Any] = {f"{fact}_examples": len(given)}
-    _check_known(tokenizer, given, side)
+    shown = next(blocks(given))
+    for column in sorted({"text", "source", "target"} & shown[0].keys()):
+        check_known(tokenizer, [row[column] for row in shown], f"{side} data", f"{column}s")
     if flags.task == "span_corruption":
-        chunks = pack_to_arrow(tokenizer, given, flags.sequence_length, path, f"{side} text")
+        chunks = pack_to_arrow(tokenizer, given, *lengths, path=path, what=f"{side} text")
         facts[f"{fact}_chunks"] = len(chunks)
     else:
         cut = flags.max_target_length is not None
-        try:
-            _, counts = tokenize_pairs(given, tokenizer, *limits, path, cut_targets=cut)
-        except InputError as error:
-            hint = "" if cut else "; --max_target_length cuts targets"
-            raise InputError(f"{side} data: {error}{hint}") from error
+        _, counts = tokenize_pairs(given, tokenizer, *lengths, path=path, cut_targets=cut, what=f"{side} data")
         facts |= {f"{fact}_sources_cut": counts.cut_sources, f"{fact}_targets_cut": counts.cut_targets}
         if counts.example:
             target, written = (text if len(text) < 80 else f"{text[:80]}..." for text in counts.example)
@@ -368,18 +357,6 @@ def _tokenise(
                 f"and no output equals them; the first is {target!r}, which becomes {written!r}"
             )
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _check_known(tokenizer: Any, rows: datasets.Dataset, title: str) -> None:
-    """Raise InputError if most of the first rows' text is nothing but <unk> to the tokenizer."""
-    shown = next(blocks(rows))
-    for column in ("text", "source", "target"):
-        share = known_share(tokenizer, [row[column] for row in shown]) if column in rows.column_names else 1
-        if share < LEAST_KNOWN:
-            raise InputError(
-                f"{title} data: the tokenizer knows {share:.0%} of the characters of the {column}s, and <unk> stands "
-                "for the others: expected a model of their language"
-            )
 
 
 def _decoded(spans: SpanCorruption, tokenizer: Any, most: int) -> datasets.Dataset:
