@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 HELD_OUT_PERCENT = 5
 # What reports call embedded data.
 EMBEDDED = {"docs": "documentation of Python's standard library", "dates": "dates as people write them, made here"}
@@ -24,13 +25,8 @@ CLASSES = 10  # packages that texts are told apart by: fewer texts than these ha
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def _library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def source_files(root: Path | None = None) -> list[Path]:
+def source_files(root: Path = LIBRARY) -> list[Path]:
     """Return the ``.py`` files of a folder, by default the standard library, without tests and installed packages."""
-    root = root or _library()
     files = (path.relative_to(root) for path in root.rglob("*.py"))
     # Sorting on the parts, not on the string, gives one order whatever the platform's separator.
     kept = sorted((f for f in files if not _SKIPPED_FOLDERS.intersection(f.parts[:-1])), key=lambda f: f.parts)
@@ -80,14 +76,13 @@ def embedded_pairs(files: Iterable[Path]) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
-def embedded_classes(files: Iterable[Path] | None = None, root: Path | None = None) -> list[tuple[str, str]]:
+def embedded_classes(files: Iterable[Path] | None = None, root: Path = LIBRARY) -> list[tuple[str, str]]:
     """Return (text, package) pairs: which part of the standard library does a documentation string come from?
 
     Texts are those of the embedded corpus from the ten packages, or modules, that have the most. A package's name in a
     text of its own becomes "module", which would otherwise give the answer away. A text of several packages counts for
     the first alone. files: source files below `root`, by default those of the standard library.
     """
-    root = root or _library()
     packages: dict[str, str] = {}
     for path in source_files(root) if files is None else files:
         package = path.relative_to(root).parts[0].removesuffix(".py")

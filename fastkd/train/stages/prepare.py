@@ -344,11 +344,11 @@ def _tokenise(
     for column in sorted({"text", "source", "target"} & shown[0].keys()):
         check_known(tokenizer, [row[column] for row in shown], f"{side} data", f"{column}s")
     if flags.task == "span_corruption":
-        chunks = pack_to_arrow(tokenizer, given, *lengths, path=path, what=f"{side} text")
+        chunks = pack_to_arrow(tokenizer, given, lengths[0], path, f"{side} text")
         facts[f"{fact}_chunks"] = len(chunks)
     else:
         cut = flags.max_target_length is not None
-        _, counts = tokenize_pairs(given, tokenizer, *lengths, path=path, cut_targets=cut, what=f"{side} data")
+        _, counts = tokenize_pairs(given, tokenizer, lengths[0], lengths[1], path, cut_targets=cut, what=f"{side} data")
         facts |= {f"{fact}_sources_cut": counts.cut_sources, f"{fact}_targets_cut": counts.cut_targets}
         if counts.example:
             target, written = (text if len(text) < 80 else f"{text[:80]}..." for text in counts.example)

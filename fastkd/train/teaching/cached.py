@@ -76,9 +76,8 @@ def collated(collate: Callable[..., Item]) -> Callable[[Sequence[dict[str, Any]]
     """Return a collator that lets examples keep their numbers, as a list, which no device gets."""
 
     def with_numbers(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        plain = [{name: value for name, value in item.items() if name != NUMBERS} for item in items]
         numbers = {NUMBERS: [item[NUMBERS] for item in items]} if NUMBERS in items[0] else {}  # none if held out
-        return {**collate(plain), **numbers}
+        return {**collate(items), **numbers}
 
     return with_numbers
 

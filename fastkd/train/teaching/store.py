@@ -36,8 +36,7 @@ class Manifest:
     """What a folder holds, as cache.json says it.
 
     fits: what a run must have, too, to read it, by names that people understand. of: where that came from, which may
-    change. examples, positions: how many, in all epochs. examples_per_shard: but for the last. head: how it came
-    about, such as its dtype. bytes: of all shards.
+    change. examples, positions: how many, in all epochs. examples_per_shard: but for the last. bytes: of all shards.
     """
 
     fits: Mapping[str, Any]
@@ -87,15 +86,11 @@ class Store:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"--teacher_cache_dir {folder}: its {MANIFEST} is none that this version wrote") from error
-        names = sorted({*manifest.fits, *fits})
-        others = [name for name in names if manifest.fits.get(name) != fits.get(name)]
-        if others:
-            differs = "; ".join(
-                f"{name}: it has {manifest.fits.get(name)}, the run {fits.get(name)}" for name in others
-            )
+        has = [(name, manifest.fits.get(name), fits.get(name)) for name in sorted({*manifest.fits, *fits})]
+        if differs := [f"{name}: it has {its}, the run {ours}" for name, its, ours in has if its != ours]:
             raise InputError(
-                f"--teacher_cache_dir {folder} is of another run and does not fit ({differs}): give another folder, "
-                "or none, for one beside the data's cache that fits"
+                f"--teacher_cache_dir {folder} is of another run and does not fit ({'; '.join(differs)}): give another "
+                "folder, or none, for one beside the data's cache that fits"
             )
         return cls(folder, manifest)
 
