@@ -116,8 +116,8 @@ def prefix(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def patched(model: Any) -> list[str]:
-    """The modules whose forward pass is not that of their class."""
-    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+    """The weights that are a part of the model's own."""
+    return [name for name, weight in model.named_parameters() if not isinstance(weight, torch.nn.Parameter)]
 
 
 # ---- importance ------------------------------------------------------------------------------------------------------

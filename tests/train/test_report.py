@@ -526,7 +526,7 @@ SECOND = replace(SANDWICH, teacher=0.85, candidates=candidates(at_90=0.85, at_95
 def test_why_a_student_came_about(
     schedule: Schedule, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(minidisc_pages, "_tradeoff", lambda schedule: None)
+    monkeypatch.setattr(minidisc_pages, "_pictures", lambda schedule: [])
     markdown, rows, sentences = report_of(tmp_path, schedule)
     assert sentences[0] == expected and f"\n\n{expected}\n\n" in markdown
     assert len(rows) == 2 + len(schedule.rounds) and rows[-1][5] == str(schedule.steps)
@@ -539,7 +539,7 @@ def panels_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Schedule], list[Any]
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
 
     def panels(schedule: Schedule) -> list[Any]:
-        assert minidisc_pages._tradeoff(schedule) == b""
+        assert [picture.png for picture in minidisc_pages._pictures(schedule)] == [b""]
         return figures[-1].axes
 
     return panels
@@ -599,7 +599,7 @@ def test_no_picture_without_a_choice(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     markdown, _, _ = report_of(tmp_path / "run", FIXED)
     assert not list((tmp_path / "run").glob("*.png")) and "![" not in markdown
-    assert minidisc_pages._tradeoff(schedule_of(one_trial(0, 0.7))) is None
+    assert minidisc_pages._pictures(schedule_of(one_trial(0, 0.7))) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..report.page import Picture, Table
 from ..report.plots import MARKERS, figure, finite, label_of
-from .schedule import Round, Schedule, Trial
+from .schedule import Round, Schedule
 
 
 def shown(schedule: Schedule | None) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def _table(schedule: Schedule) -> Table:
     """Return the rounds of a schedule, their sums, and why its student came about as it did."""
     work, gflops = _unit(schedule.gflops, _GFLOPS)
     time, seconds = _unit(schedule.seconds, _SECONDS)
-    metric = f"{schedule.metric.replace('_', ' ')} (%)"
+    metric = f"{_metric(schedule)} (%)"
     header = ["round", "teacher", "trained at (%)", "chosen (%)", metric, "steps", f"training {work}", time]
 
     def sums(of: Round | Schedule) -> list[str]:
@@ -68,13 +68,19 @@ def _table(schedule: Schedule) -> Table:
     )
 
 
+def _metric(schedule: Schedule) -> str:
+    return schedule.metric.replace("_", " ")
+
+
 def _why(schedule: Schedule) -> str:
     """Return which assistant, or which trial, was chosen and why."""
     trial, last = schedule.chosen, schedule.chosen.rounds[-1]
+    places = " and ".join(f"{_percent(sparsity)} %" for sparsity in trial.assistants)
+    assistants = f"the assistant{'s' * (len(trial.assistants) > 1)} at {places}" if places else "no assistant"
     if len(schedule.trials) > 1:
         return (
-            f"Of {len(schedule.trials)} trials the one with {_assistants(trial)} made the best student: "
-            f"{schedule.metric.replace('_', ' ')} {100 * trial.student.metric:.2f} %."
+            f"Of {len(schedule.trials)} trials the one with {assistants} made the best student: "
+            f"{_metric(schedule)} {100 * trial.student.metric:.2f} %."
         )
     choices = [
         f"Of {len(entry.candidates)} candidates {'the student itself' if entry is last else 'the assistant'} "
@@ -82,12 +88,7 @@ def _why(schedule: Schedule) -> str:
         f"+ {schedule.tradeoff_lambda:g} * {entry.chosen:g} = {entry.best.tradeoff:.4f}."
         for entry in _sandwiches(schedule)
     ]
-    return " ".join(choices) or f"The student was distilled with {_assistants(trial)}: nothing was left to choose."
-
-
-def _assistants(trial: Trial) -> str:
-    places = " and ".join(f"{_percent(sparsity)} %" for sparsity in trial.assistants)
-    return f"the assistant{'s' * (len(trial.assistants) > 1)} at {places}" if places else "no assistant"
+    return " ".join(choices) or f"The student was distilled with {assistants}: nothing was left to choose."
 
 
 def _sandwiches(schedule: Schedule) -> list[Round]:
@@ -96,37 +97,27 @@ def _sandwiches(schedule: Schedule) -> list[Round]:
 
 
 def _pictures(schedule: Schedule) -> list[Picture]:
-    """Return the picture of what a schedule chose from; none if it had no choice."""
-    png = _tradeoff(schedule)
-    if png is None:
-        return []
-    notes = []
+    """Return the picture of what a schedule chose from; none if it had no choice: one trial, of single candidates."""
+    held_out, labels, notes = f"held-out {_metric(schedule)}", [], []
     if _sandwiches(schedule):
+        labels += [f"{held_out} (%)", f"tradeoff: metric + {schedule.tradeoff_lambda:g} * sparsity"]
         notes.append(
             "Sub-networks that were trained together, each at its best evaluation; the ring is the student. "
             "The tradeoff is the metric plus lambda times the sparsity: it rises where pruning more costs less of the "
             "metric than that. The star is its largest value; that sub-network went on."
         )
     if len(schedule.trials) > 1:
+        labels.append(f"{held_out} of the student (%)")
         notes.append(
             "Each trial's student over the sparsity of the assistant that it was distilled from; the star is the best "
             "one, which was kept. A dashed line is a trial without an assistant."
         )
-    return [Picture("tradeoff_curve.png", png, "Choices of the schedule", " ".join(notes))]
+    png = _tradeoff(schedule, labels) if labels else b""
+    return [Picture("tradeoff_curve.png", png, "Choices of the schedule", " ".join(notes))] if labels else []
 
 
-def _tradeoff(schedule: Schedule) -> bytes | None:
-    """Draw what a schedule chose from over sparsity: candidates, their tradeoff, and the student of each trial.
-
-    Returns None if it had no choice: one trial, and one candidate in each of its rounds.
-    """
-    held_out, labels = f"held-out {schedule.metric.replace('_', ' ')}", []
-    if _sandwiches(schedule):
-        labels += [f"{held_out} (%)", f"tradeoff: metric + {schedule.tradeoff_lambda:g} * sparsity"]
-    if len(schedule.trials) > 1:
-        labels.append(f"{held_out} of the student (%)")
-    if not labels:
-        return None
+def _tradeoff(schedule: Schedule, labels: Sequence[str]) -> bytes:
+    """Draw over sparsity what a schedule chose from: candidates, their tradeoff, and the student of each trial."""
     with figure(*labels, over="sparsity (%)") as (picture, panels):
         if _sandwiches(schedule):
             _draw_candidates(panels[0], panels[1], schedule)

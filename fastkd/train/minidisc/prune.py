@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.family import is_enct5
 from ..models.architectures import EncT5ForSequenceClassification, Part, PrunedT5ForConditionalGeneration, parts
@@ -41,14 +41,13 @@ def masked(model: Any, masks: Mapping[str, Tensor]) -> Iterator[None]:
 def importance(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return how much the loss feels each unit: the sum over batches of |d loss / d mask|, [units] (fp32) per part.
 
-    Heads and neurons carry a mask of ones, which moves nothing; the weights get no gradient. batches: arguments of
+    Heads and neurons carry a mask of ones, which moves nothing; weights get no gradient. batches: arguments of
     `model(...)`, labels included. The model is in evaluation mode meanwhile.
     """
     mode, device = model.training, next(model.parameters()).device
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     masks = {name: torch.ones(part.units, device=device, requires_grad=True) for name, part in parts(model).items()}
     sums = {name: torch.zeros(part.units, device=device) for name, part in parts(model).items()}
-    model.eval().requires_grad_(False)
+    model.eval()
     try:
         for batch in batches:
             with torch.enable_grad(), masked(model, masks):
@@ -58,8 +57,6 @@ def importance(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str,
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient.abs()
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
         model.train(mode)
     return sums
 
@@ -120,30 +117,30 @@ def sliced(model: Any, widths: Widths, order: Mapping[str, Tensor] | None = None
     """
     selected: dict[str, tuple[int, Tensor]] = {}  # weight -> (dimension, indices)
     for name, part in _checked(model, widths).items():
-        units = torch.arange(part.units) if order is None else order[name].cpu()
-        rows = units[: widths[name], None] * part.size + torch.arange(part.size)
-        selected |= {f"{name}.{inner}.weight": (0, rows.flatten()) for inner in part.inner}
-        selected[f"{name}.{part.outer}.weight"] = 1, rows.flatten()
-        selected[f"{name}.relative_attention_bias.weight"] = 1, units[: widths[name]]
+        units = (torch.arange(part.units) if order is None else order[name].cpu())[: widths[name], None]
+        for module, dimension, size in _matrices(part):
+            selected[f"{name}.{module}.weight"] = dimension, (units * size + torch.arange(size)).flatten()
 
     made = skeleton(model, widths)
-    sources = dict(model.named_parameters(remove_duplicate=False))
+    sources, own = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_parameters())
     state: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # of what the model shares, so that it is not copied again and again
     for name in dict(made.named_parameters(remove_duplicate=False)):
+        if name in sources and name not in own:
+            continue  # it is shared below
         # Later layers of a model that shares it have no table of positions.
         first = f"{name.partition('.')[0]}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        source = sources[name] if name in sources else sources[first]
-        if name in selected:
-            dimension, indices = selected[name]
-            state[name] = source.index_select(dimension, indices.to(source.device))
-        else:
-            if id(source) not in copies:
-                copies[id(source)] = source.clone()
-            state[name] = copies[id(source)]
-    made.load_state_dict(state, assign=True)
+        source = sources[name if name in sources else first]
+        dimension, indices = selected.get(name, (0, None))
+        state[name] = source.clone() if indices is None else source.index_select(dimension, indices.to(source.device))
+    made.load_state_dict(state, strict=False, assign=True)
     _tie_as(made, model)
     return made.train(model.training)
+
+
+def _matrices(part: Part) -> list[tuple[str, int, int]]:
+    """Return (module, dimension, rows or columns of a unit) of all weights that are units' along a dimension."""
+    projections = [(inner, 0, part.size) for inner in part.inner] + [(part.outer, 1, part.size)]
+    return [*projections, ("relative_attention_bias", 1, 1)] if part.kind == "heads" else projections
 
 
 def _checked(model: Any, widths: Widths) -> dict[str, Part]:
@@ -185,30 +182,19 @@ def _tie_as(made: Any, model: Any) -> None:
 def narrowed(model: Any, widths: Widths) -> Iterator[None]:
     """Let a PrunedT5, or a pruned EncT5, compute with the first `widths` units of every part while the context lasts.
 
-    Its parameters stay what they are: gradients arrive in them, zero beyond the sub-network, if the backward pass is
-    inside the context too when activation checkpointing computes anything again. Not inside of another such context.
+    Its parameters are back afterwards, and gradients arrive in them, zero beyond the sub-network, if the backward pass
+    is inside the context too when activation checkpointing computes anything again. Not inside of another such context.
     Raises ValueError if a width is not one that the model has.
     """
     with contextlib.ExitStack() as undo:
         for name, part in _checked(model, widths).items():
-            if widths[name] != part.units:
-                _narrow(model.get_submodule(name), part, widths[name], undo)
+            module, units = model.get_submodule(name), widths[name]
+            for inner, dimension, size in _matrices(part) if units != part.units else ():
+                if hasattr(module, inner):
+                    own = getattr(module, inner)
+                    undo.callback(own.register_parameter, "weight", own.weight)
+                    own._parameters["weight"] = own.weight.narrow(dimension, 0, units * size)
+            if part.kind == "heads":
+                module.n_heads = units
+                undo.callback(setattr, module, "n_heads", part.units)
         yield
-
-
-def _narrow(module: Any, part: Part, units: int, undo: contextlib.ExitStack) -> None:
-    rows = units * part.size
-    for name in part.inner:
-        _set_forward(getattr(module, name), lambda x, w: nn.functional.linear(x, w[:rows]), undo)
-    _set_forward(getattr(module, part.outer), lambda x, w: nn.functional.linear(x, w[:, :rows]), undo)
-    if part.kind == "heads":
-        if hasattr(module, "relative_attention_bias"):
-            table = module.relative_attention_bias
-            _set_forward(table, lambda ids, w: nn.functional.embedding(ids, w[:, :units]), undo)
-        module.n_heads = units
-        undo.callback(setattr, module, "n_heads", part.units)
-
-
-def _set_forward(module: Any, compute: Callable[[Tensor, Tensor], Tensor], undo: contextlib.ExitStack) -> None:
-    module.forward = lambda x: compute(x, module.weight)
-    undo.callback(delattr, module, "forward")
