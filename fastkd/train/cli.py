@@ -50,12 +50,10 @@ def _outcome(words: Sequence[str]) -> tuple[int, object]:
         processes.print_by_first_only()
         _run(words)
         processes.leave()
-    except (InputError, RunError) as error:
-        return error.exit_code, None if getattr(error, "was_elsewhere", False) else error
-    except OSError as error:
-        if error.errno is None:
+    except (InputError, RunError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:
             raise  # not the system's: a library's own, and a mistake of ours
-        return 1, None if getattr(error, "was_elsewhere", False) else error
+        return getattr(error, "exit_code", 1), None if getattr(error, "was_elsewhere", False) else error
     except Exception as error:
         return 1, _reason(error)
     return 0, None
@@ -79,13 +77,27 @@ def _tells(words: Sequence[str]) -> bool:
     """Print what the words ask to be told, if they do, and return whether they did."""
     words = _underscored(words)
     if "--version" in words:
-        print(_version())
+        from importlib.metadata import PackageNotFoundError, version
+
+        import fastkd
+
+        others = []
+        for name in ("torch", "transformers"):
+            with contextlib.suppress(PackageNotFoundError):
+                others.append(f"{name} {version(name)}")
+        print(f"fastkd {fastkd.__version__} ({', '.join(others)})")
     elif "-h" in words or "--help" in words:
         from .flags.parser import help_text
 
         print(help_text(), end="")
     elif "--list_methods" in words:
-        _list_methods()
+        from .flags import config
+        from .objectives import methods
+
+        for name, method in methods.METHODS.items():
+            print(f"{name:17} {method.formula:46} {method.summary}")
+        print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
+        print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
     else:
         return False
     return True
@@ -94,18 +106,6 @@ def _tells(words: Sequence[str]) -> bool:
 def _underscored(words: Sequence[str]) -> list[str]:
     """Return words with underscores for dashes inside, as flags may be written with either."""
     return [f"{word[:2]}{word[2:].replace('-', '_')}" for word in words]
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import fastkd
-
-    others = []
-    for name in ("torch", "transformers"):
-        with contextlib.suppress(PackageNotFoundError):
-            others.append(f"{name} {version(name)}")
-    return f"fastkd {fastkd.__version__} ({', '.join(others)})"
 
 
 def _run(words: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ def _run(words: Sequence[str]) -> None:
         return
     flags, args = arguments.parse(words)
     from .report.comparison import compare
-    from .runs import demo, interpolated, pruned, train  # what they import takes seconds: no mistake in a flag should
+    from .runs import interpolated, pruned, train  # what they import takes seconds: no mistake in a flag should
 
     if flags.compare:
         out = Path(str(args.output_dir))
@@ -128,20 +128,8 @@ def _run(words: Sequence[str]) -> None:
         interpolated.interpolated(flags, args)
     elif flags.objective.prunes:
         pruned.pruned(flags, args)
-    elif flags.demo:
-        demo.demo(flags, args)
     else:
         train.train(flags, args)
-
-
-def _list_methods() -> None:
-    from .flags import config
-    from .objectives import methods
-
-    for name, method in methods.METHODS.items():
-        print(f"{name:17} {method.formula:46} {method.summary}")
-    print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
-    print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
 
 
 def _is_installed(name: str) -> bool:

@@ -34,9 +34,9 @@ from .data.examples import span_counts
 from .flags.arguments import TransformersArguments, parse
 from .flags.fields import FastkdArguments
 from .judge.memory import GpuAutocast, LiveStep
-from .minidisc.candidates import SandwichTrainer
+from .minidisc.candidates import CandidateTrainer
 from .minidisc.prune import sliced, widths_at
-from .minidisc.trials import trained_sparsities
+from .minidisc.rounds import trials_of
 from .models.architectures import parts
 from .models.loading import load_config
 from .models.student import new_model
@@ -126,7 +126,7 @@ def _is_tied(config: Any) -> bool:
 
 
 def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any]:
-    """Return (student, teacher, candidates) of a step, all fake; see `SandwichTrainer`.
+    """Return (student, teacher, candidates) of a step, all fake; see `CandidateTrainer`.
 
     Where a teacher is pruned the step is one of the first round, with equal shares of all layers, as only weights tell
     which of them matter. Raises ValueError for models that do not fit together.
@@ -146,9 +146,7 @@ def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any
         student = new_model(config, None, tied=_is_tied(config))
     if not method.prunes:
         return student, teacher, None
-    sparsities = trained_sparsities(flags)
-    if flags.assistant_sparsity is not None or method.schedule == "maxidisc":
-        sparsities = [min(sparsities)]  # rounds of one candidate, of which the first is the widest
+    sparsities = min((rounds[0] for rounds in trials_of(flags)), key=min)  # of the first round with the widest student
     scores = {name: torch.arange(1, 1 + part.units) / part.units for name, part in parts(student).items()}
     candidates = {sparsity: widths_at(scores, sparsity) for sparsity in sparsities}
     for widths in candidates.values():
@@ -190,7 +188,7 @@ def _trainer(flags: FastkdArguments, args: TransformersArguments, folder: str, f
             if model is not None:
                 model.to = lambda *_, model=model, **__: model  # it sets the parameters' data, which fake ones refuse
         if candidates is not None:
-            kind, options["candidates"], options["sandwich_size"] = SandwichTrainer, candidates, flags.sandwich_size
+            kind, options["candidates"], options["sandwich_size"] = CandidateTrainer, candidates, flags.sandwich_size
         if flags.teacher_cache:
             kept = Kind.parse(flags.teacher_cache)
             if kept.entries:

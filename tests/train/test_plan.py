@@ -22,7 +22,7 @@ from benchmarks.trainer import plans
 from fastkd.train import plan
 from fastkd.train.flags.arguments import parse
 from fastkd.train.judge import cost
-from fastkd.train.minidisc.candidates import SandwichTrainer
+from fastkd.train.minidisc.candidates import CandidateTrainer
 from fastkd.train.minidisc.prune import sliced
 from fastkd.train.models.architectures import enct5_config
 from fastkd.train.models.student import new_model, t5_config
@@ -142,7 +142,7 @@ def planned_trainer(
         objective |= {"model": sliced(teacher, candidates[min(candidates)]), "candidates": candidates}
     else:
         objective["model"] = new_model(configs["student"], 0)
-    trainer = (SandwichTrainer if candidates else DistillTrainer)(
+    trainer = (CandidateTrainer if candidates else DistillTrainer)(
         args=args,
         train_dataset=Ids(plan.batch(ours, args, one_label="enct5" in flags), rows),
         data_collator=default_data_collator,

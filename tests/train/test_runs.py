@@ -27,7 +27,7 @@ from fastkd.train.common.errors import InputError, writing
 from fastkd.train.data.tasks import TASKS
 from fastkd.train.flags.arguments import parse
 from fastkd.train.flags.fields import FastkdArguments
-from fastkd.train.runs import facts, left, prepared
+from fastkd.train.runs import left, prepared
 from fastkd.train.stages import folders, students, teachers
 from fastkd.train.training.checkpoints import continued
 from fastkd.train.training.trainer import DistillTrainer
@@ -270,6 +270,24 @@ def test_the_old_run_is_there_until_the_new_one_is(
     assert not (out / "previous-run").exists() and json.loads((out / "run.json").read_text())["seed"] == 7
     assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
     assert (out / "notes.txt").read_bytes() == before["notes.txt"]
+
+
+def test_a_demo_that_fails_leaves_the_one_before(
+    distil: Callable[..., int], place: Path, disturb: Callable[..., None]
+) -> None:
+    (place / "out" / "student").mkdir(parents=True)
+    for name in ("demo.json", "student/config.json", "notes.txt"):
+        (place / "out" / name).write_text("{}")
+    before, seen = files(place / "out"), []
+
+    def fail_later() -> None:
+        seen.append(files(place / "out" / "previous-run"))
+        fail()
+
+    disturb(1, fail_later)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        distil("--demo")
+    assert seen == [before] and files(place / "out") == before
 
 
 @pytest.mark.parametrize("moves", range(6))
@@ -561,7 +579,7 @@ def test_a_source_prefix_is_the_tasks_or_the_users(
     task: str, flags: dict[str, str], sources: list[str], prefix: str
 ) -> None:
     data = SimpleNamespace(task=TASKS[task], held_out_rows={"source": sources})
-    assert facts._source_prefix(SimpleNamespace(flags=FastkdArguments(**flags), data=data)) == prefix
+    assert left._source_prefix(SimpleNamespace(flags=FastkdArguments(**flags), data=data)) == prefix
 
 
 # ---- Disks, locales and other processes ----

@@ -35,7 +35,7 @@ from fastkd.train.objectives.methods import METHODS
 from fastkd.train.plan import plan
 from fastkd.train.stages import caching
 from fastkd.train.stages.caching import cached_teacher
-from fastkd.train.stages.given import Given, OnDemand
+from fastkd.train.stages.given import Given, Teacher
 from fastkd.train.stages.prepare import Data
 from fastkd.train.stages.run import Run
 from fastkd.train.teaching.cached import NUMBERS, Numbered, collated, content
@@ -89,9 +89,9 @@ def make_run(examples: dict[str, Any], tokenizer: Any, tmp_path: Path) -> Callab
     return make
 
 
-def on_demand(model: Any) -> OnDemand:
+def on_demand(model: Any) -> Teacher:
     fresh = copy.deepcopy(model)  # trainers change configs
-    return OnDemand("teacher", fresh.config, lambda: fresh, "auto")
+    return Teacher("teacher", fresh.config, lambda: fresh, "auto")
 
 
 def trained(run: Run, student: Any, teacher: Any, epochs: int = 0) -> tuple[list[float], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,21 +16,49 @@ from .prune import Widths, narrowed, skeleton, sliced
 from .schedule import Candidate, Round
 
 
-class SandwichTrainer(DistillTrainer):
+class CandidateTrainer(DistillTrainer):
     """DistillTrainer of several sub-networks at once, the candidates, which share the model's weights.
 
     candidates: widths by sparsity. Each step takes the mean of their losses; the teacher runs once. sandwich_size: how
     many learn in a step, the least and the most sparse and others that are drawn anew, as in the sandwich rule (Yu and
     Huang, 2019, arXiv 1903.05134); 0 for all of them, as in MiniDisc.
+    Each evaluation is of all candidates: the entries "eval_candidate_<percent>" of the log hold their metrics, and what
+    is logged as of the student is of the sparsest. metric: of evaluation's figures the one that compares candidates, 0
+    to 1. The best by metric + tradeoff_lambda * sparsity is kept. patience: evaluations without a better figure of any
+    candidate, after which training stops.
     """
 
-    def __init__(self, *args: Any, candidates: Mapping[float, Widths], sandwich_size: int = 0, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        candidates: Mapping[float, Widths],
+        sandwich_size: int = 0,
+        metric: Callable[[Mapping[str, float]], float] = operator.itemgetter("token_accuracy"),
+        tradeoff_lambda: float = 0.0,
+        patience: int = 1,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.candidates = dict(sorted(candidates.items()))
         self.sandwich_size = sandwich_size or len(candidates)
+        self.metric, self.tradeoff_lambda, self.patience = metric, tradeoff_lambda, patience
+        self.kept: dict[str, Any] = {}  # "sparsity", "tradeoff" and "weights" of the best candidate so far
+        self.best: dict[float, tuple[float, int]] = {}  # of each candidate so far: its metric, and the step it had it
+        self._evaluated, self._stale = -1, 0  # the last step that was, and how often none had become better since
         self._tokens = {who: [0, 0] for who in (None, *self.candidates)}  # read in training by each; None: the teacher
+        self._seconds = 0.0  # of training before this process
         self._learning: list[float] = []  # the candidates that learn in this step
         self._taught: dict[str, Any] | None = None
+        self._beside["candidates.pt"] = self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the candidates."""
+        known = {name: getattr(self, name) for name in ("kept", "best", "_evaluated", "_stale", "_tokens")}
+        return {**known, "_seconds": self._seconds + self._timer.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        vars(self).update(send_to_device(dict(state), "cpu"))
 
     def _backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         self._learning, self._taught, losses = self._drawn(), None, []
@@ -71,29 +100,6 @@ class SandwichTrainer(DistillTrainer):
             total += 3 * cost.multiply_accumulates(student, *self._tokens[sparsity], head=True)
         return 2e-9 * total
 
-
-class CandidateTrainer(SandwichTrainer):
-    """SandwichTrainer that keeps the best candidate, by its metric + tradeoff_lambda * sparsity.
-
-    Each evaluation is of all candidates: the entries "eval_candidate_<percent>" of the log hold their metrics, and what
-    is logged as of the student is of the sparsest. metric: of evaluation's figures the one that compares candidates, 0
-    to 1. patience: evaluations without a better figure of any candidate, after which training stops.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        metric: Callable[[Mapping[str, float]], float],
-        tradeoff_lambda: float,
-        patience: int,
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
-        self.metric, self.tradeoff_lambda, self.patience = metric, tradeoff_lambda, patience
-        self.kept: dict[str, Any] = {}  # "sparsity", "tradeoff" and "weights" of the best candidate so far
-        self._seconds = 0.0  # of training before this process
-        self._beside["candidates.pt"] = self
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -101,53 +107,35 @@ class CandidateTrainer(SandwichTrainer):
         bare, sparsest = self.accelerator.unwrap_model(self.model), max(self.candidates)
         everything: dict[str, float] = {}
         figures: dict[str, float] = {}
+        before, self._evaluated = dict(self.best), self.state.global_step
         for sparsity, widths in self.candidates.items():
             prefix = metric_key_prefix if sparsity == sparsest else f"{metric_key_prefix}_{100 * sparsity:g}"
             with narrowed(bare, widths):
                 found = super().evaluate(eval_dataset, ignore_keys, prefix)
             everything |= found
             metric = self.metric({name.removeprefix(f"{prefix}_"): value for name, value in found.items()})
-            figures[_log_key(sparsity)], tradeoff = metric, metric + self.tradeoff_lambda * sparsity
+            figures[f"eval_candidate_{100 * sparsity:g}"] = metric
+            if sparsity not in self.best or metric > self.best[sparsity][0]:
+                self.best[sparsity] = metric, self._evaluated
+            tradeoff = metric + self.tradeoff_lambda * sparsity
             if not self.kept or tradeoff > self.kept["tradeoff"]:
                 weights = sliced(bare, widths).cpu().state_dict()
                 self.kept = {"sparsity": sparsity, "tradeoff": tradeoff, "weights": weights}
+        self._stale = self._stale + 1 if self.best == before else 0
         self.log(figures)
-        self.control.should_training_stop |= self._is_out_of_patience()
+        self.control.should_training_stop |= self._stale >= self.patience
         self._timer.leave_out()
         return everything
 
-    @property
-    def _evaluations(self) -> dict[int, dict[float, float]]:
-        """The metrics of all candidates by step."""
-        known = [entry for entry in self.state.log_history if _log_key(max(self.candidates)) in entry]
-        return {int(entry["step"]): {s: entry[_log_key(s)] for s in self.candidates} for entry in known}
-
-    def _best_steps(self) -> dict[float, int]:
-        """Return the first step at which each candidate was at its best, 0 before it was evaluated."""
-        found = self._evaluations
-        return {s: max(found, key=lambda step: found[step][s], default=0) for s in self.candidates}
-
-    def _is_out_of_patience(self) -> bool:
-        last = max(self._best_steps().values())
-        return sum(step > last for step in self._evaluations) >= self.patience
-
     def _is_at_end(self) -> bool:
-        return super()._is_at_end() or self._is_out_of_patience()
+        return super()._is_at_end() or self._stale >= self.patience
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as DistillTrainer does; in the end, all candidates have been evaluated."""
         result = super().train(*args, **kwargs)
-        if self.state.global_step not in self._evaluations:
+        if self.eval_dataset is not None and self._evaluated != self.state.global_step:
             self.evaluate()
         return result
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the candidates, for `load_state_dict`."""
-        return {"kept": self.kept, "tokens": self._tokens, "seconds": self._seconds + self._timer.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the checkpoint left off."""
-        self.kept, self._tokens, self._seconds = send_to_device(state["kept"], "cpu"), state["tokens"], state["seconds"]
 
     def best_model(self) -> Any:
         """Return the best candidate as a dense model with the weights that it had at its best."""
@@ -157,13 +145,9 @@ class CandidateTrainer(SandwichTrainer):
 
     def summary(self, name: str, teacher: float | None) -> Round:
         """Return what came of the round; name, teacher: see `schedule.Round`."""
-        candidates, evaluations = [], self._evaluations
-        for sparsity, step in self._best_steps().items():
-            metric, size = evaluations[step][sparsity], cost.parameters(skeleton(self.model, self.candidates[sparsity]))
+        candidates = []
+        for sparsity, (metric, step) in self.best.items():
+            size = cost.parameters(skeleton(self.model, self.candidates[sparsity]))
             candidates.append(Candidate(sparsity, size, metric, metric + self.tradeoff_lambda * sparsity, step))
         steps, seconds = self.state.global_step, self._seconds + self._timer.seconds
         return Round(name, teacher, candidates, self.kept["sparsity"], steps, seconds, self.gflops)
-
-
-def _log_key(sparsity: float) -> str:
-    return f"eval_candidate_{100 * sparsity:g}"

@@ -9,7 +9,7 @@ from ..common.errors import InputError
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..models.loading import load_config
-from ..stages.folders import are_used, cache_folder, check_outside, output_folder
+from ..stages.folders import are_used, check_outside, places
 from ..stages.given import load_given
 from ..stages.identity import check_same_run, identity
 from ..stages.planning import planned_config
@@ -27,7 +27,7 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     The assistant's run is the folder `assistant` of output_dir, the student's the folder `student`; a run that was
     interrupted goes on with `--resume_from_checkpoint last` in whichever of the two it was.
     """
-    out, resuming = output_folder(args), args.resume_from_checkpoint is not None
+    (out, cache), resuming = places(flags, args), args.resume_from_checkpoint is not None
     method, teacher = flags.objective, load_config(str(flags.teacher), "teacher")
     width, layers = flags.assistant_d_model, flags.assistant_layers
     try:  # of both runs, before the first of them
@@ -42,7 +42,7 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
         who = f"{width or teacher.d_model} wide of {layers} layers a side"
         raise InputError(f"--{error} (with an assistant {who})") from error
     alone: dict[str, Any] = {"interpolated": False, "assistant_layers": None, "assistant_d_model": None}
-    cache, overwriting = cache_folder(flags, args), flags.overwrite_output_dir or resuming
+    overwriting = flags.overwrite_output_dir or resuming
     check_outside(out, flags, cache, are_used(flags, args, out, ("assistant", "student")))
     flags = replace(flags, cache_dir=str(cache), overwrite_output_dir=overwriting, **alone)
     parts = {

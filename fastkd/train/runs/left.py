@@ -1,13 +1,23 @@
-"""What a run leaves: the student's folder with its card, and the report."""
+"""What a run leaves: the student's folder with its card, and the report; and what its reader must know."""
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+import fastkd
+
 from ..common.cache import write_whole
 from ..common.processes import by_first
+from ..data.corpus import EMBEDDED
+from ..flags.fields import FastkdArguments
+from ..judge.metrics import signatures
 from ..minidisc import pages
 from ..minidisc.schedule import Schedule
 from ..objectives.methods import Method
@@ -15,25 +25,10 @@ from ..report import reports
 from ..report.card import write_card
 from ..report.outcome import Outcome
 from ..report.page import table
+from ..stages.identity import examples_per_step, held_out_digest
 from ..stages.run import Run
 from ..training.trainer import DistillTrainer
-from .facts import notes_on
 from .prepared import Prepared
-
-
-def leave(
-    ready: Prepared,
-    trainer: DistillTrainer,
-    outcomes: list[Outcome],
-    facts: dict[str, Any],
-    schedule: Schedule | None = None,
-) -> None:
-    """Write the student, its card and its report, and print the report's table."""
-    method = ready.run.flags.objective
-    save(ready.run, trainer, method, facts, outcomes, ready.out)
-    by_first(lambda: write_report(ready, outcomes, facts, schedule))
-    where = f"Student, report.html and report.md in {ready.out}"
-    print("\n".join(["", table(outcomes), "", *notes_on(method), where]))
 
 
 def save(
@@ -60,12 +55,26 @@ def save(
     by_first(describe)
 
 
+def leave(ready: Prepared, outcomes: list[Outcome], facts: dict[str, Any], schedule: Schedule | None = None) -> None:
+    """Write the report of a run whose students are saved, and print what is most worth knowing of it."""
+    run, out = ready.run, ready.out
+    lead = [compared(run, outcomes)] if run.flags.demo else []
+    examples = by_first(lambda: write_report(ready, outcomes, facts, schedule, lead))
+    if run.flags.demo:
+        said = [*lead, "", reports.at_a_glance(outcomes, examples), "", reports.verdict(outcomes)]
+        said.append(f"More in report.html; models in {out} ({time.perf_counter() - ready.started:.0f} s)")
+    else:
+        said = [table(outcomes), "", *notes_on(run.flags.objective)]
+        said.append(f"Student, report.html and report.md in {out}")
+    print("\n".join(["", *said]))
+
+
 def write_report(
     ready: Prepared,
     outcomes: Sequence[Outcome],
     facts: dict[str, Any],
-    schedule: Schedule | None = None,
-    lead: Sequence[str] = (),
+    schedule: Schedule | None,
+    lead: Sequence[str],
 ) -> list[reports.Example]:
     """Write the report; return the examples that it shows."""
     run = ready.run
@@ -75,3 +84,110 @@ def write_report(
     besides = {"config": run.flags.config_text(run.args), **pages.shown(schedule)}
     reports.write(ready.out, outcomes, facts, notes_on(run.flags.objective), lead=lead, examples=examples, **besides)
     return examples
+
+
+# What a reader must know ---------------------------------------------------------------------------------------------
+
+
+def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: str) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the run of a student; teacher: None if it had none."""
+    run = ready.run
+    flags, args, data = run.flags, run.args, run.data
+    facts: dict[str, Any] = {"method": name, "loss": method.formula}
+    facts |= _settings(method, "temperature", "divergence", "divergence_beta")
+    if method.places:
+        layers = method.teacher_layers(teacher.config).items()
+        facts |= _settings(method, "relation_heads")
+        facts["teacher_layers"] = ", ".join(f"{layer} ({place})" for place, layer in layers)
+    if method.hidden_terms:
+        facts["matched_states"] = "; ".join(
+            f"{stack} " + ", ".join(f"{mine} to {its}" for mine, its in pairs)
+            for stack, pairs in method.matched_states(student.config, teacher.config).items()
+        )
+        facts |= _settings(method, "match_first_position")
+    if method.mixup_terms:
+        facts |= _settings(method, "mixup_alpha", "mixup_distance")
+    if method.needs_teacher:
+        own = flags.teacher_dtype == "auto"
+        dtype = str(teacher.config.dtype).removeprefix("torch.") if own else flags.teacher_dtype
+        facts |= {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": dtype}
+    facts |= {
+        "student": flags.student,
+        "student_init": None if flags.student else method.student_init,
+        "task": flags.task,
+        "texts": _texts(flags),
+        "dataset_config": flags.dataset_config,
+        **data.facts,
+        "held_out_data": held_out_digest(data),
+        "tokens_per_chunk": flags.sequence_length if flags.task == "span_corruption" else None,
+        "source_prefix": _source_prefix(run) or None,
+        **signatures([data.task.name], data.held_out_rows["target"]),
+        "decoding": f"{args.generation_num_beams} beams" if (args.generation_num_beams or 1) > 1 else "greedy",
+        "pieces": len(data.tokenizer),
+        "batch": examples_per_step(args),
+        "learning_rate": args.learning_rate,
+        "embedding_learning_rate": flags.embedding_learning_rate or args.learning_rate,
+        "seed": args.seed,
+        "seconds_in_all": round(time.perf_counter() - ready.started, 1),
+        "threads": torch.get_num_threads(),
+        "fastkd": fastkd.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _settings(method: Method, *names: str) -> dict[str, Any]:
+    return {name: getattr(method, name) for name in names}
+
+
+def _texts(flags: FastkdArguments) -> str:
+    """Return what to call the data."""
+    return flags.train_file or flags.dataset_name or EMBEDDED[str(flags.embedded_data)]
+
+
+_PREFIXES = {"summarization": "summarize: ", "translation": "translate .+? to .+?: "}
+
+
+def _source_prefix(run: Run) -> str:
+    """Return what the flags, or else the task, put before every source; of GLUE before its first text."""
+    data = run.data
+    if run.flags.source_prefix is not None:
+        return run.flags.source_prefix
+    name, is_glue = data.task.name, bool(data.task.columns)
+    first = next(iter(data.held_out_rows["source"][:1]), "")
+    found = re.match(_PREFIXES.get(name, rf"{name} \w+: " if is_glue else ""), first)
+    return found[0] if found else ""
+
+
+def notes_on(method: Method) -> list[str]:
+    """Return what a reader of the figures must know about the method."""
+    notes = []
+    if not method.vocabulary_terms:
+        notes.append(
+            "This method has no vocabulary term, so its student was not trained to predict tokens: held-out loss and "
+            "token accuracy say little before it is fine-tuned."
+        )
+    if method.prunes:
+        notes.append("Assistants and student started from the teacher's weights, without its pruned heads and neurons.")
+    if method.student_init == "slice":
+        notes.append("The distilled student started from a slice of its teacher; one from scratch starts at random.")
+    return notes
+
+
+def compared(run: Run, outcomes: Sequence[Outcome]) -> str:
+    """Return what the demo compares, in words for those who do not know it."""
+    flags = run.flags
+    teacher, *others, student = outcomes
+    starts = {"scratch": "scratch (random first weights)", "sliced start": "sliced start (a slice of the teacher's)"}
+    alone = " and ".join(starts[o.name] for o in others)
+    labels, answers = "labels alone", ""
+    if flags.labelled_examples:
+        labels = f"{flags.labelled_examples:,} labelled examples alone"
+        answers = " its answers to the other examples,"
+    return (
+        f"The teacher has {teacher.parameters / 1e6:.2f} million parameters and has learned {flags.task} from all "
+        f"{len(run.data.train):,} training examples: {_texts(flags)}. The students, {student.parameters / 1e6:.2f} "
+        f"million each, take {student.steps} steps. {alone} learn from {labels}; {student.name} has the teacher, "
+        f"too:{answers} its distributions and what else the method compares."
+    )

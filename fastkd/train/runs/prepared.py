@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from ..common.processes import by_first
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..models.loading import load_model
-from ..stages.folders import cache_folder, check_outside, is_used, output_folder, resumed, rounds
-from ..stages.given import load_given
+from ..stages.folders import check_outside, is_used, places, record_of, resumed, rounds, running
+from ..stages.given import Teacher, load_given
 from ..stages.identity import check_same_run, identity
 from ..stages.planning import check_objective, check_optimizer
 from ..stages.run import Run, with_data
-from ..stages.teachers import Teacher, get_teacher
+from ..stages.teachers import get_teacher
 
 
 @dataclass
@@ -38,19 +39,24 @@ class Prepared:
     teacher: Teacher | None
     started: float
 
+    def running(self) -> AbstractContextManager[None]:
+        """Return the context in which the run lasts; see `folders.running`."""
+        flags, args = self.run.flags, self.run.args
+        return running(self.out, self.is_used, self.identity, flags.config_text(args), record_of(flags))
+
 
 def prepare(flags: FastkdArguments, args: TransformersArguments) -> Prepared:
     """Return a run, its teacher trained and judged, but its folder as it was. Raises InputError if it cannot begin."""
     started, method = time.perf_counter(), flags.objective
     prunes, resuming = method.prunes, args.resume_from_checkpoint is not None
 
-    def places() -> tuple[Path, Path, bool, Path | None]:
-        out, cache = output_folder(args), cache_folder(flags, args)
+    def folders() -> tuple[Path, Path, bool, Path | None]:
+        out, cache = places(flags, args)
         used = is_used(flags, out, resuming)
-        check_outside(out, flags, cache, used or flags.demo)
+        check_outside(out, flags, cache, used)
         return out, cache, used, rounds(args, out) if resuming and prunes else resumed(args, out)
 
-    out, cache, used, checkpoint = by_first(places)
+    out, cache, used, checkpoint = by_first(folders)
     check_optimizer(args)
     if checkpoint is not None and (checkpoint / SAFE_WEIGHTS_NAME).is_file():  # FSDP reads others, and all of them
         load_model(checkpoint, "checkpoint")

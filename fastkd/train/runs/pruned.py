@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from typing import Any
+from pathlib import Path
 
 from ..common.cache import copy_folder
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..minidisc.prune import order_of
 from ..minidisc.ranking import held_out_for_importance, rank
-from ..minidisc.rounds import Distiller, Parent
-from ..minidisc.trials import check_schedule, run_schedule
-from ..stages.folders import running
+from ..minidisc.rounds import Distiller, Model, check_schedule, run_schedule
+from ..objectives.methods import METHODS
+from ..stages.judging import judge
 from ..stages.prepare import heading
 from ..stages.teachers import check_knows_task
-from ..stages.trainers import judge_saved
-from .facts import facts_of
-from .left import leave
+from ..stages.trainers import make_trainer
+from .left import facts_of, leave, save
 from .prepared import prepare
 
 
@@ -37,20 +37,22 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     ready.run, examples = held_out_for_importance(ready.run)
     run = ready.run
     scores, key = rank(run, examples, teacher.model)
-    check_schedule(run, scores, teacher.model.config)
+    distiller = Distiller(run, scores, ready.out / "rounds", ready.checkpoint is not None)
+    check_schedule(distiller, teacher.model.config)
 
-    with running(ready.out, ready.is_used, ready.identity, flags.config_text(args)):
-        resuming, work = ready.checkpoint is not None, ready.out / "rounds"
-        distiller = Distiller(run, scores, work, resuming)
-        first = Parent(teacher.model, teacher.source, None, order_of(scores), key)
-        schedule, results = run_schedule(distiller, first)
+    with ready.running():
+        first = Model(teacher.name, key, teacher.model, order_of(scores))
+        schedule, models = run_schedule(distiller, first)
         # The models of the schedule's best trial, and the last of its assistants.
-        names = [f"assistant {100 * result.round.chosen:g} %" for result in results[:-1]] + [flags.method]
-        judged = [judge_saved(run, name, done) for name, done in zip(names, results, strict=True)]
-        trainer: Any = judged[-1][0]
+        names = [f"assistant {100 * sparsity:g} %" for sparsity in schedule.chosen.assistants] + [flags.method]
+        outcomes = [teacher.outcome]
+        for name, made in zip(names, models, strict=True):
+            trainer = make_trainer(run, made.load(), name, method=METHODS["scratch"])
+            outcomes.append(dataclasses.replace(judge(run, trainer, name), **made.trained))
+        if len(models) > 1:
+            copy_folder(Path(models[-2].folder), ready.out / "assistant")
         facts = facts_of(ready, method, trainer.model, teacher.model, flags.method)
         facts |= {"pruned": f"{100 * schedule.target:g} %", "schedule_gflops": round(schedule.gflops, 1)}
-        if len(results) > 1:
-            copy_folder(results[-2].folder, ready.out / "assistant")
-        leave(ready, trainer, [teacher.outcome, *(outcome for _, outcome in judged)], facts, schedule)
-        shutil.rmtree(work, ignore_errors=True)
+        save(run, trainer, method, facts, outcomes, ready.out)
+        leave(ready, outcomes, facts, schedule)
+        shutil.rmtree(distiller.work, ignore_errors=True)

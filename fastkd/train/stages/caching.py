@@ -28,7 +28,7 @@ from ..teaching.kinds import Columns, Kind
 from ..teaching.store import SHARD_BYTES, Manifest, Store, locked
 from ..training.forward import Needs, forward
 from .folders import writable
-from .given import OnDemand
+from .given import Teacher
 from .identity import examples_per_step
 from .prepare import heading
 from .run import Run
@@ -37,7 +37,7 @@ from .trainers import make_trainer
 GIB = 2**30
 
 
-def cached_teacher(run: Run, teacher: OnDemand) -> CachedTeacher:
+def cached_teacher(run: Run, teacher: Teacher) -> CachedTeacher:
     """Return what `--teacher_cache` asks for, of all examples of all epochs that it asks for.
 
     It is read if it is there, or else the teacher is loaded and computes it, so that the next run does not need it.
@@ -86,7 +86,7 @@ def _vocabulary(config: Any) -> int:
     return len(config.id2label) if is_enct5(config) else config.vocab_size
 
 
-def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str, Any]) -> tuple[Manifest, list[int]]:
+def _begun(run: Run, teacher: Teacher, folder: Path, kind: Kind, fits: dict[str, Any]) -> tuple[Manifest, list[int]]:
     """Return what a folder is to hold, and which shards are missing, all where it was empty; say what it will take."""
     store, config = Store.find(folder, fits), teacher.config
     lengths = valid_lengths(run.data.train, fits["epochs"])
@@ -116,7 +116,7 @@ def _begun(run: Run, teacher: OnDemand, folder: Path, kind: Kind, fits: dict[str
 
 
 @torch.no_grad()
-def _fill(run: Run, teacher: OnDemand, store: Store, kind: Kind, missing: list[int]) -> None:
+def _fill(run: Run, teacher: Teacher, store: Store, kind: Kind, missing: list[int]) -> None:
     """Let the teacher compute the shards that are missing, each process its share; and keep its head.
 
     Batches are as large as in training, also where they have to be filled up, and examples of like length share one:

@@ -24,23 +24,22 @@ from .identity import RECORD
 DEMO = "demo.json"  # in place of a run's record, in the folder of a demo
 PREVIOUS = "previous-run"  # what a run replaces, until it is complete
 # What one run makes and another may not, beside what all of them do.
-_MADE = ("checkpoint-*", ".*", "*.safetensors*", "*_curve*.png", "assistant", "runs", "rounds", "added_tokens.json")
+_MADE = (
+    "checkpoint-*", ".*", "*.safetensors*", "*_curve*.png", "assistant", "runs", "rounds", "sliced-start", "teacher",
+    "added_tokens.json",
+)  # fmt: skip
 _MOVING = ".moving"  # files of the run's folder that are on their way to PREVIOUS, or back
 
 
-def output_folder(args: TransformersArguments) -> Path:
-    """Return `--output_dir`, after making sure that it can be written to, or made: not hours later."""
-    return writable("output_dir", Path(str(args.output_dir)))
-
-
-def cache_folder(flags: FastkdArguments, args: TransformersArguments) -> Path:
-    """Return `--cache_dir`, by default beside the output, after the same check."""
-    beside = Path(str(args.output_dir)).absolute().parent / "cache"
-    return writable("cache_dir", Path(flags.cache_dir) if flags.cache_dir else beside)
+def places(flags: FastkdArguments, args: TransformersArguments) -> tuple[Path, Path]:
+    """Return `--output_dir` and `--cache_dir`, by default beside it, after making sure that both can be written to."""
+    out = Path(str(args.output_dir))
+    cache = Path(flags.cache_dir) if flags.cache_dir else out.absolute().parent / "cache"
+    return writable("output_dir", out), writable("cache_dir", cache)
 
 
 def writable(flag: str, folder: Path) -> Path:
-    """Return a folder that can be written to, or made; raise InputError, which names the flag, if it is none."""
+    """Return a folder that can be written to, or made: not hours later; raise InputError if it is none."""
     real = Path(os.path.realpath(folder))
     try:
         str(folder).encode()
@@ -84,18 +83,12 @@ def check_outside(out: Path, flags: FastkdArguments, cache: Path, is_used: bool)
     """
     kept = [("teacher_cache_dir", Path(flags.teacher_cache_dir))] if flags.teacher_cache_dir else []
     for flag, path in [("cache_dir", cache), *kept, *_inputs(flags, is_used)]:
-        if lies_in(path, out):
-            raise InputError(
-                f"--{flag} {path} lies in --output_dir {out}, which the run replaces: choose another place"
-            )
-        if (
-            is_used
-            and "cache_dir" not in flag
-            and (lies_in(out, path) or any(lies_in(link, out) for link in _links(path)))
-        ):
-            raise InputError(
-                f"--{flag} {path} holds or leads into --output_dir {out}, which the run replaces: choose another place"
-            )
+        how = "lies in" if lies_in(path, out) else None
+        if how is None and is_used and "cache_dir" not in flag:
+            links = (link for link in path.rglob("*") if link.is_symlink())
+            how = "holds or leads into" if lies_in(out, path) or any(lies_in(link, out) for link in links) else None
+        if how:
+            raise InputError(f"--{flag} {path} {how} --output_dir {out}, which the run replaces: choose another place")
 
 
 def _inputs(flags: FastkdArguments, with_settings: bool) -> Iterator[tuple[str, Path]]:
@@ -111,10 +104,9 @@ def _inputs(flags: FastkdArguments, with_settings: bool) -> Iterator[tuple[str, 
             yield name, Path(value)
 
 
-def _links(folder: Path) -> Iterator[str]:
-    """Yield the links in a folder and below."""
-    for root, folders, files in os.walk(folder):
-        yield from (path for name in (*folders, *files) if os.path.islink(path := os.path.join(root, name)))
+def record_of(flags: FastkdArguments) -> str:
+    """Return the name of the file that says what the run in a folder is."""
+    return DEMO if flags.demo else RECORD
 
 
 # What is replaced ----------------------------------------------------------------------------------------------------
@@ -123,22 +115,20 @@ def _links(folder: Path) -> Iterator[str]:
 def is_used(flags: FastkdArguments, out: Path, resuming: bool) -> bool:
     """Return whether the folder holds a run that is to be replaced; raise InputError if nobody asked for that.
 
-    A demo replaces no more than what another demo made.
+    A demo replaces no more than what another demo made, and needs not be asked for it.
     """
     _end_moving(out)
     if resuming or not out.is_dir() or not any(out.iterdir()):
         return False
-    if flags.demo:
-        if not (out / DEMO).is_file():
-            raise InputError(f"{out} already holds files that no demo made: give --output_dir another folder")
-        return False
-    if not flags.overwrite_output_dir:
+    if not flags.overwrite_output_dir and not flags.demo:
         raise _holds_files(out)
-    if not (out / RECORD).is_file() and not (out / PREVIOUS).is_dir():
-        raise InputError(f"{out} holds files that no run of fastkd-train made, so they are not overwritten")
-    for record in (*out.rglob(RECORD), *out.rglob(DEMO)):
-        if record.parent != out and PREVIOUS not in record.relative_to(out).parts:
-            raise InputError(f"{out} holds another run, {record.parent}: move that, or give another folder")
+    if not (out / record_of(flags)).is_file() and not (out / PREVIOUS).is_dir():
+        kind = "demo" if flags.demo else "run of fastkd-train"
+        raise InputError(f"{out} already holds files that no {kind} made: give --output_dir another folder")
+    runs = (record.parent for name in (RECORD, DEMO) for record in out.rglob(name))
+    others = (run for run in runs if run != out and PREVIOUS not in run.relative_to(out).parts)
+    if not flags.demo and (other := next(others, None)):  # what no demo makes comes back behind it
+        raise InputError(f"{out} holds another run, {other}: move that, or give another folder")
     return True
 
 
@@ -165,7 +155,7 @@ def are_used(flags: FastkdArguments, args: TransformersArguments, out: Path, par
 
 
 @contextlib.contextmanager
-def running(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> Iterator[None]:
+def running(out: Path, is_used: bool, identity: dict[str, Any], config: str, record: str = RECORD) -> Iterator[None]:
     """Make the run's folder and write down what the run is; the run lasts as long as the context.
 
     A run that it replaces waits in PREVIOUS until this one is complete, and comes back if this one fails before it has
@@ -173,19 +163,27 @@ def running(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> 
     continued.
     """
     lock = by_first(lambda: _locked(out))
-    by_first(lambda: _begin(out, is_used, identity, config))
+
+    def begin() -> None:
+        if is_used:
+            _set_aside(out)
+            print(f"what {out} holds waits in {out / PREVIOUS} until this run is complete", flush=True)
+        write_json(out / record, identity)
+        write_whole(out / "config.yaml", config)
+
+    by_first(begin)
     try:
         with writing("output_dir", out):
             yield
     except BaseException as error:
-        back = ""
-        if is_first() and is_used and not _has_made(out):
+        way, back = _way_on(out), ""
+        if way is None and is_used and is_first():
             with contextlib.suppress(OSError):
                 _bring_back(out)
                 back = f"; what {out} held before is there again"
         if isinstance(error, KeyboardInterrupt):
-            way = f"{_way_on(out)}{back}"
-            raise Interrupted(f"interrupted during {endings.stage()}; {way}", endings.stop_number(error)) from error
+            said = f"interrupted during {endings.stage()}; {way or 'no checkpoint was saved'}{back}"
+            raise Interrupted(said, endings.stop_number(error)) from error
         if back and isinstance(error, InputError | RunError):
             error.args = (f"{error}{back}",)
         raise
@@ -205,14 +203,6 @@ def _locked(out: Path) -> int:
     return lock
 
 
-def _begin(out: Path, is_used: bool, identity: dict[str, Any], config: str) -> None:
-    if is_used:
-        _set_aside(out)
-        print(f"what {out} holds waits in {out / PREVIOUS} until this run is complete", flush=True)
-    write_json(out / RECORD, identity)
-    write_whole(out / "config.yaml", config)
-
-
 def _forget(out: Path) -> None:
     """Remove PREVIOUS; what no run makes, such as somebody's notes, stays in the folder."""
     for path in (out / PREVIOUS).glob("*"):
@@ -221,21 +211,13 @@ def _forget(out: Path) -> None:
     shutil.rmtree(out / PREVIOUS, ignore_errors=True)
 
 
-def _has_made(out: Path) -> bool:
-    """Return whether a run has left a checkpoint, in the folder or a round of it, or its student."""
-    return (out / "config.json").is_file() or _has_checkpoint(out)
-
-
-def _has_checkpoint(out: Path) -> bool:
-    return any(map(last_checkpoint, (out, *out.glob("rounds/*"))))
-
-
-def _way_on(out: Path) -> str:
-    """Return what to say of a run that was interrupted outside of training."""
-    if _has_checkpoint(out):
+def _way_on(out: Path) -> str | None:
+    """Return what a run that failed has left: checkpoints, in its folder or those of its rounds, or its student."""
+    if any(map(last_checkpoint, (out, *out.glob("rounds/*")))):
         return "--resume_from_checkpoint last continues"
-    has_student = f"the student in {out} is whole, not its report; " if (out / "config.json").is_file() else ""
-    return f"{has_student}no checkpoint was saved"
+    if (out / "config.json").is_file():
+        return f"the student in {out} is whole, not its report; no checkpoint was saved"
+    return None
 
 
 # Files move one by one, as the folder itself may be a link or a volume. A kill may come at any time: what is in _MOVING

@@ -21,16 +21,18 @@ from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..models.loading import files_fingerprint, load_config, load_tokenizer, load_weights
 from ..models.tokenizer import fingerprint
+from ..teaching.cached import CachedTeacher
 from .folders import write_json
 from .identity import digest
 
 
 @dataclass
-class OnDemand:
-    """A model that is loaded when something of it is first asked for that is not known.
+class Teacher:
+    """A teacher, which is loaded when something of it is first asked for that is not known.
 
     name: its folder's, or on the hub. load: loads it in the dtype `dtype`. notes: a cache where what is known of it is
-    kept for other runs, by its files, if loading it is to be spared.
+    kept for other runs, by its files, if loading it is to be spared. outcome: how it did. cached: what it said of the
+    training data, if that is kept.
     """
 
     name: str | Path
@@ -38,6 +40,8 @@ class OnDemand:
     load: Callable[[], Any]
     dtype: str
     notes: Path | None = None
+    outcome: Any = None
+    cached: CachedTeacher | None = None
     _model: Any = None
 
     @property
@@ -89,7 +93,7 @@ class Given:
     """
 
     configs: dict[str, Any] = field(default_factory=dict)
-    teacher: OnDemand | None = None
+    teacher: Teacher | None = None
     student: Any = None
     tokenizer: Any = None
     architecture: str = "t5"
@@ -137,7 +141,7 @@ def load_given(flags: FastkdArguments, args: TransformersArguments, cache: Path 
 
 def teacher_on_demand(
     flags: FastkdArguments, args: TransformersArguments, name: str | Path, config: Any, cache: Path | None
-) -> OnDemand:
+) -> Teacher:
     """Return a teacher of that config, sharded if there are several processes and the flags say so.
 
     Without `--teacher_cache` it is loaded at once.
@@ -146,7 +150,7 @@ def teacher_on_demand(
     load = functools.partial(
         load_weights, name, "teacher", config, flags.teacher_dtype, args.device if shards else None
     )
-    teacher = OnDemand(name, config, load, flags.teacher_dtype, cache if flags.teacher_cache else None)
+    teacher = Teacher(name, config, load, flags.teacher_dtype, cache if flags.teacher_cache else None)
     if teacher.notes is None:
         assert teacher.model is not None
     return teacher

@@ -18,12 +18,12 @@ from ..objectives.methods import Method
 from ..report.outcome import Outcome
 from ..teaching.cached import Numbered, collated
 from ..training.trainer import DistillTrainer
+from .given import Teacher
 from .identity import examples_per_step
 from .judging import judge, written
 from .planning import planned_config
 from .prepare import Data, heading
 from .run import Run
-from .teachers import Teacher
 from .trainers import end_reports, make_trainer
 
 
@@ -51,9 +51,9 @@ def train_student(
             slice_teacher(student, teacher.model)
     objective: dict[str, Any] = {"method": method, "teacher": None}
     if teacher and method.needs_teacher:
-        objective["teacher"] = teacher.says
+        objective["teacher"] = teacher.cached or teacher.model
         if teacher.cached:
-            teacher.weights.let_go()
+            teacher.let_go()
             train, collate = Numbered(data.train, teacher.cached.epochs), collated(data.collate)
             run = dataclasses.replace(run, data=dataclasses.replace(data, train=train, collate=collate))
     trainer = make_trainer(run, student, name, reports=name == run.flags.method, **objective)

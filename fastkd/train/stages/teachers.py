@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from ..models.student import new_model
 from ..models.tokenizer import padded_size
 from ..objectives.methods import METHODS
 from ..report.outcome import Outcome
-from ..teaching.cached import CachedTeacher
 from .caching import cached_teacher
 from .folders import write_json
-from .given import OnDemand, teacher_on_demand
+from .given import Teacher, teacher_on_demand
 from .identity import recipe
 from .judging import decoding, judge
 from .planning import trained_config
@@ -34,42 +32,25 @@ from .run import Run
 from .trainers import make_trainer
 
 
-@dataclass
-class Teacher:
-    """A teacher, the save_pretrained folder it came from (or its name), and how it did.
-
-    cached: what it said of the training data, if that is kept. It is loaded no more, then, than anything else needs it.
-    """
-
-    weights: OnDemand
-    source: str
-    outcome: Outcome
-    cached: CachedTeacher | None = None
-
-    @property
-    def model(self) -> Any:
-        """Its model."""
-        return self.weights.model
-
-    @property
-    def config(self) -> Any:
-        """Its config."""
-        return self.weights.config
-
-    @property
-    def says(self) -> Any:
-        """What stands for it in a trainer: what is cached, or else the model."""
-        return self.cached or self.model
-
-
 def get_teacher(run: Run) -> Teacher:
     """Return the teacher that was given, or one trained on this run's data, from the cache if it was trained before."""
-    flags, args, data, given = run.flags, run.args, run.data, run.given
-    if given.teacher is not None:
+    flags, teacher, trained = run.flags, run.given.teacher, {}
+    if teacher is not None:
         heading(f"Teacher: {flags.teacher}")
-        outcome = _judged(run, given.teacher)
-        return _with_cache(run, Teacher(given.teacher, str(flags.teacher), outcome))
-    heading("Teacher: a T5 trained from scratch")
+    else:
+        heading("Teacher: a T5 trained from scratch")
+        folder = _trained(run)
+        teacher = teacher_on_demand(flags, run.args, folder, load_config(folder, "teacher"), run.cache)
+        trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    teacher.outcome = dataclasses.replace(_judged(run, teacher), **trained)
+    if flags.teacher_cache and flags.objective.needs_teacher:
+        teacher.cached = cached_teacher(run, teacher)
+    return teacher
+
+
+def _trained(run: Run) -> Path:
+    """Return the folder of a teacher that is trained on the run's data."""
+    flags, args, data = run.flags, run.args, run.data
     rate, seed = flags.teacher_learning_rate, args.seed + 1  # other corruptions and orders than the student will see
     own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
     sizes: dict[str, Any] = {"max_steps": flags.teacher_steps or 0, "learning_rate": rate, "seed": seed}
@@ -93,20 +74,10 @@ def get_teacher(run: Run) -> Teacher:
         if is_first():
             write_json(folder / "training.json", trainer.trained)
 
-    folder, _ = cached(run.cache, "teacher", settings, make, by_all=True, says=True)
-    weights = teacher_on_demand(flags, args, folder, load_config(folder, "teacher"), run.cache)
-    trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    outcome = dataclasses.replace(_judged(run, weights), **trained)
-    return _with_cache(run, Teacher(weights, str(folder), outcome))
+    return cached(run.cache, "teacher", settings, make, by_all=True, says=True)[0]
 
 
-def _with_cache(run: Run, teacher: Teacher) -> Teacher:
-    """Return a teacher with what is cached of it, if the flags ask for that."""
-    wanted = run.flags.teacher_cache and run.flags.objective.needs_teacher
-    return dataclasses.replace(teacher, cached=cached_teacher(run, teacher.weights)) if wanted else teacher
-
-
-def _judged(run: Run, teacher: OnDemand) -> Outcome:
+def _judged(run: Run, teacher: Teacher) -> Outcome:
     """Return how a teacher does, which answers all held-out data for that only once."""
     settings = {
         "version": [VERSION, fastkd.__version__, transformers.__version__],

@@ -8,11 +8,8 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.processes import is_first
-from ..models.loading import load_model
-from ..objectives.methods import METHODS
-from ..report.outcome import Outcome
 from ..training.trainer import DistillTrainer
-from .judging import judge, score
+from .judging import score
 from .run import Run
 
 
@@ -61,11 +58,3 @@ def end_reports(trainer: DistillTrainer) -> None:
     for name in trainer.args.report_to or ():
         if name in ("wandb", "trackio", "swanlab") and is_first():
             importlib.import_module(name).finish()
-
-
-def judge_saved(run: Run, name: str, result: Any) -> tuple[DistillTrainer, Outcome]:
-    """Return (a trainer of its model, how it did) for a round of `minidisc` that is done."""
-    model, _ = load_model(result.folder, "student")
-    trainer = make_trainer(run, model, name, method=METHODS["scratch"])
-    outcome = judge(run, trainer, name)
-    return trainer, dataclasses.replace(outcome, **result.trained)
