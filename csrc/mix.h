@@ -1,6 +1,8 @@
 // Mixes: weighted sums of divergences, D = sum w D_i with u = sum w u_i, where what members share is computed once.
 #pragma once
 
+#include <utility>
+
 #include "divergence.h"
 
 namespace fastkd {
@@ -20,11 +22,12 @@ struct MixConstants {
   F forward, reverse, tvd;
   F mean;  // 0 where the mean of u is subtracted inside log(q / p)
   OfMixture<F> mixtures[2];
-  int count;  // of mixtures
+  int count;      // of mixtures
+  int two_sided;  // so many of them, the first ones, are of more than skew_kl, which takes no logarithm of q / m
 
   explicit MixConstants(const Shape& shape)
       : forward(weight(shape, Divergence::kForwardKL)), reverse(weight(shape, Divergence::kReverseKL)),
-        tvd(weight(shape, Divergence::kTVD)), mean(reverse == F(0) ? F(1) : F(0)), count(0) {
+        tvd(weight(shape, Divergence::kTVD)), mean(reverse == F(0) ? F(1) : F(0)), count(0), two_sided(0) {
     const double beta = shape.beta, rest = 1 - beta, jsd = shape.weight(Divergence::kJSD);
     const double skew = shape.weight(Divergence::kSkewKL), skew_reverse = shape.weight(Divergence::kSkewReverseKL);
     OfMixture<double> both[] = {
@@ -35,8 +38,10 @@ struct MixConstants {
     reversed.logarithm += skew_reverse;
     reversed.share -= beta * rest * skew_reverse;
     reversed.limit_share -= rest * skew_reverse;
+    if (both[0].student == 0) std::swap(both[0], both[1]);
     for (const auto& [a, b, log_b, teacher, student, logarithm, share, limit_share] : both) {
       if (teacher == 0 && student == 0) continue;
+      two_sided += student != 0;
       mixtures[count++] = {F(a), F(b), F(log_b), F(teacher), F(student), F(logarithm), F(share), F(limit_share)};
     }
   }
@@ -48,10 +53,10 @@ struct MixConstants {
   static F weight(const Shape& shape, Divergence divergence) { return static_cast<F>(shape.weight(divergence)); }
 };
 
-// A mix with so many different mixtures m. Its first form of u is the sum of the members' first forms, and its second of
+// A mix with so many different mixtures m, of which so many are two-sided, and perhaps the total variation. Its first form of u is the sum of the members' first forms, and its second of
 // their second ones, but for two members. Forward KL's mean of u is 0, so its part of the gradient, q - p, stays apart. And
 // log(q / p) tends to no limit: it is in both forms, and centred like reverse KL's own.
-template <int kMixtures>
+template <int kMixtures, int kTwoSided = kMixtures, bool kTVD = false>
 struct Mix {
   static constexpr Moment kMoment = Moment::kNone;
   template <class F>
@@ -59,12 +64,14 @@ struct Mix {
 
   template <class F>
   static FASTKD_INLINE F value(const Pair<F>& c, const MixConstants<F>& b) {
-    F sum = b.forward * c.teacher_excess() + b.reverse * c.student_excess() + b.tvd * TVD::value(c, b);
+    F sum = b.forward * c.teacher_excess() + b.reverse * c.student_excess();
+    if constexpr (kTVD) sum += b.tvd * TVD::value(c, b);
 #pragma GCC unroll 2  // a loop inside keeps the one over columns from being vectorised
     for (int i = 0; i < kMixtures; ++i) {
       const OfMixture<F>& of = b.mixtures[i];
       const Mixture<F> mix(c, of.a, of.rest, of.log_rest);
-      sum += of.teacher * mix.teacher_excess + of.student * mix.student_excess;
+      sum += of.teacher * mix.teacher_excess;
+      if (i < kTwoSided) sum += of.student * mix.student_excess;
     }
     return sum;
   }
@@ -87,23 +94,25 @@ struct Mix {
  private:
   template <class F>
   static FASTKD_INLINE F bounded_slope(const Pair<F>& c, const MixConstants<F>& b) {
-    F sum = b.tvd * TVD::slope(c, b);
+    F sum = kTVD ? b.tvd * TVD::slope(c, b) : F(0);
 #pragma GCC unroll 2  // a loop inside keeps the one over columns from being vectorised
     for (int i = 0; i < kMixtures; ++i) {
       const OfMixture<F>& of = b.mixtures[i];
       const Mixture<F> mix(c, of.a, of.rest, of.log_rest);
-      sum += of.logarithm * c.q * mix.log_q_over_m + of.share * c.difference * share(c.q, mix.m);
+      sum += of.share * c.difference * share(c.q, mix.m);
+      if (i < kTwoSided) sum += of.logarithm * c.q * mix.log_q_over_m;
     }
     return sum;
   }
   template <class F>
   static FASTKD_INLINE F bounded_coslope(const Pair<F>& c, const MixConstants<F>& b) {
-    F sum = b.tvd * TVD::coslope(c, b);
+    F sum = kTVD ? b.tvd * TVD::coslope(c, b) : F(0);
 #pragma GCC unroll 2  // a loop inside keeps the one over columns from being vectorised
     for (int i = 0; i < kMixtures; ++i) {
       const OfMixture<F>& of = b.mixtures[i];
       const Mixture<F> mix(c, of.a, of.rest, of.log_rest);
-      sum += of.logarithm * c.q * mix.log_m_over_limit + of.limit_share * c.p * share(c.q, mix.m);
+      sum += of.limit_share * c.p * share(c.q, mix.m);
+      if (i < kTwoSided) sum += of.logarithm * c.q * mix.log_m_over_limit;
     }
     return sum;
   }

@@ -30,13 +30,17 @@ from .cases import (
     value_and_gradients,
 )
 
-# Each a way of its own through the kernels: a closed form, no mixture m, one, or two; with reverse KL and without.
+# Each a way of its own through the kernels: a closed form, no mixture m, one, or two; one of skew_kl alone, or of more;
+# with tvd and without; with reverse KL and without.
 MIXES = [
     {"forward_kl": 0.5, "reverse_kl": 0.5},
     {"reverse_kl": 3.0},
     {"forward_kl": 0.3, "tvd": 0.7},
     {"jsd": 0.5, "reverse_kl": 0.25},
     {"skew_reverse_kl": 1.5, "forward_kl": 1.0},
+    {"skew_kl": 1.0, "forward_kl": 0.5},
+    {"skew_kl": 0.5, "tvd": 0.5},
+    {"skew_kl": 0.5, "skew_reverse_kl": 0.5},
     {"skew_kl": 0.5, "skew_reverse_kl": 0.25, "jsd": 1.5},
     dict(zip(DIVERGENCES, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), strict=True)),
 ]

@@ -35,10 +35,11 @@ Loops<F> loops_of(const Objective& objective) {
   if (objective.divergence >= kMix) {
     const MixConstants<double> mix(objective.shape);
     if (mix.closed()) return loops<MixedKL, F>();
+    const bool tvd = mix.tvd != 0;
     switch (mix.count) {
-      case 0: return loops<Mix<0>, F>();
-      case 1: return loops<Mix<1>, F>();
-      default: return loops<Mix<2>, F>();
+      case 0: return loops<Mix<0, 0, true>, F>();
+      case 1: return tvd ? loops<Mix<1, 1, true>, F>() : mix.two_sided == 1 ? loops<Mix<1>, F>() : loops<Mix<1, 0>, F>();
+      default: return tvd ? loops<Mix<2, 2, true>, F>() : mix.two_sided == 2 ? loops<Mix<2>, F>() : loops<Mix<2, 1>, F>();
     }
   }
   switch (static_cast<Divergence>(objective.divergence)) {
