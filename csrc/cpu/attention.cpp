@@ -19,6 +19,7 @@
 #include "diagonals.h"
 #include "huge_pages.h"
 #include "row_kernel.h"
+#include "subnormals.h"
 
 namespace fastkd {
 namespace {
@@ -185,6 +186,14 @@ class Worker {
       scores[m] = {scores_[m], rows.size(), n, n};
       gemm(scores[m], queries, k.transposed(), model(m).scale, 0);
     }
+    divergence(rows, keys);
+    if (a_.gradients.any()) gradients(scores[0], rows, keys);
+  }
+
+  // Of these rows of scores, which become their gradient.
+  void divergence(const Span& rows, const Span& keys) {
+    const FlushSubnormals flush;
+    const int64_t n = keys.size();
     const auto matrix = [&](int m) { return Matrix<F>(scores_[m], kScalarType<F>, n, 1); };
     const RowKernel<F> kernel{matrix(0), matrix(1), nullptr, n, a_.objective, false};
     for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -194,7 +203,6 @@ class Worker {
       RowStats stats;
       write_row(kernel, i - rows.begin, weights_[i], losses_ + i, stats, a_.gradients.any() ? &kernel.student : nullptr);
     }
-    if (a_.gradients.any()) gradients(scores[0], rows, keys);
   }
 
   // What a row of scores lacks when a GEMM has made it.

@@ -6,6 +6,7 @@
 
 #include "huge_pages.h"
 #include "row_kernel.h"
+#include "subnormals.h"
 
 namespace fastkd {
 namespace {
@@ -65,6 +66,7 @@ void for_rows(const Arguments& a, bool metrics, const Body& body) {
   const auto* coefficient = static_cast<const double*>(a.coefficient.data_ptr());
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.student.size(1)));
   torch::stable::parallel_for(0, a.student.size(0), grain, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     for (int64_t row = begin; row < end; ++row) on_row(row, coefficient[row]);
   });
 }
