@@ -50,7 +50,10 @@ template <class F>
 FASTKD_CLONES int64_t block_position(const F* x, int64_t n, F top) {
   int32_t first = kBlock;
 #pragma omp simd reduction(min : first)
-  for (int32_t j = 0; j < static_cast<int32_t>(n); ++j) first = x[j] == top && j < first ? j : first;
+  for (int32_t j = 0; j < static_cast<int32_t>(n); ++j) {
+    const int32_t found = x[j] == top ? j : static_cast<int32_t>(kBlock);
+    first = found < first ? found : first;
+  }
   return first;
 }
 
