@@ -280,7 +280,7 @@ def test_bias_tensors_broadcast(backend: str, shape: tuple[int, ...]):
 def test_relative_bias_equals_its_matrix(
     backend: str, bidirectional: bool, causal: bool, buckets: int, max_distance: int
 ):
-    inputs = ATTENTION_KL.make(UNRELATED, queries=21)
+    inputs = ATTENTION_KL.make(UNRELATED, batch=1, queries=21)
     inputs |= {name: torch.randn(buckets, HEADS, dtype=torch.float64) for name in ("student_table", "teacher_table")}
 
     def function(student_table: Tensor, teacher_table: Tensor, as_matrix: bool = False, **x) -> Tensor:

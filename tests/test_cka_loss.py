@@ -132,7 +132,7 @@ def test_gradients_far_from_the_origin(backend: str, tokens: int, widths: tuple[
 
 
 @over_fused
-@pytest.mark.parametrize("tokens", [60, 900])
+@pytest.mark.parametrize("tokens", [60, 300])
 def test_student_near_the_teacher(backend: str, tokens: int):
     """Widths alike, a loss of about 1e-6: it and its gradient are what remains when things are subtracted."""
     inputs = to(hidden(tokens, (130, 130), distance=1e-3), torch.float32)
@@ -193,9 +193,10 @@ def test_fewer_than_two_valid_tokens(backend: str, dtype: torch.dtype, case: str
     assert not gradients["student"].any()
 
 
-@over_backends
+@pytest.mark.parametrize(
+    ("backend", "tokens"), [*product(["reference", "cpp"], [7, 1999]), *product(["triton"], [7, 150])]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
-@pytest.mark.parametrize("tokens", [7, pytest.param(1999, marks=pytest.mark.long)])
 @pytest.mark.parametrize("which", [("student",), ("teacher",), ("student", "teacher")], ids="+".join)
 def test_constant_hidden_states(backend: str, dtype: torch.dtype, tokens: int, which: tuple[str, ...]):
     """The same at every token: numbers that no dtype holds exactly, and a mean that rounding may not take off them."""
@@ -374,12 +375,11 @@ def test_compiles_without_a_graph_break(reduction: str):
 @over_fused
 @over_forms
 def test_results_repeat_to_the_bit(backend: str, grams: bool):
-    inputs = to(hidden(50 if grams else 600, (130, 70)), torch.float32)
+    inputs = to(hidden(50 if grams else 250, (130, 70)), torch.float32)
     with running_on(backend) as (impl, device):
-        results = [value_and_gradients(CKA_LOSS, to(inputs, torch.float32, device), impl=impl) for _ in range(3)]
-    for loss, gradients in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(gradients["student"], results[0][1]["student"])
+        first, again = (value_and_gradients(CKA_LOSS, to(inputs, torch.float32, device), impl=impl) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1]["student"], again[1]["student"])
 
 
 def test_fp16_gradients_survive_loss_scaling():
