@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ LENGTH = 32
 def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    """Every training ends in a garbage collection, which need not look at all that was imported, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_texts(count: int) -> list[str]:
@@ -116,6 +124,7 @@ def arguments(tmp_path: Path) -> Callable[..., TransformersArguments]:
 
     def make(*flags: str) -> TransformersArguments:
         base = ["--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--per_device_train_batch_size", "8"]
+        base += ["--per_device_eval_batch_size", "32"]
         return parse(with_inputs(*base, *SIZES, *TEACHER, *RECIPE, "--use_cpu", "--disable_tqdm", "true", *flags))[1]
 
     return make
@@ -151,24 +160,41 @@ def make_trainer(
 SMALL = [
     "--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", *SIZES, *TEACHER, *RECIPE,
     "--max_steps", "4", "--per_device_train_batch_size", "4", "--sequence_length", "32", "--vocabulary_size", "512",
+    "--per_device_eval_batch_size", "16",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def tool() -> Callable[..., int]:
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The --cache_dir of all runs that need none of their own: what one prepares and trains, the next ones reuse."""
+    return tmp_path_factory.mktemp("runs") / "cache"
+
+
+@pytest.fixture(scope="session")
+def tool(shared_cache: Path) -> Callable[..., int]:
     """tool("--flag", value, ...): the exit code of fastkd-train with these flags, run in this process.
 
-    Behind SMALL and before what `with_inputs` adds. Its report's pictures, which take as long as the rest, are empty.
+    Behind SMALL and before what `with_inputs` adds; without pictures.
     """
 
     def run(*flags: Any) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            for picture in ("losses", "terms"):
-                patch.setattr(plots, picture, lambda outcomes: b"")
-            patch.setattr(pages, "_pictures", lambda schedule: [])
-            return cli.main(with_inputs(*SMALL, *flags))
+            _draw_nothing(patch)
+            return cli.main(with_inputs("--cache_dir", shared_cache, *SMALL, *flags))
 
     return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's pictures, which take as long as the rest of a short run, are empty."""
+    _draw_nothing(monkeypatch)
+
+
+def _draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    for picture in ("losses", "terms"):
+        patch.setattr(plots, picture, lambda outcomes: b"")
+    patch.setattr(pages, "_pictures", lambda schedule: [])
 
 
 @pytest.fixture(scope="session")

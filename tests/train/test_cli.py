@@ -32,6 +32,8 @@ SMALL = [
     "--per_device_train_batch_size", "4", "--save_steps", "2", "--eval_steps", "0.2",
 ]  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def run(*flags: object) -> int:
     return cli.main(with_inputs(*SMALL, *flags))
@@ -51,7 +53,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.long
-def test_demo_twice(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_twice(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with pictures
     out = tmp_path / "runs" / "demo"
     assert run("--demo", "--train_file", text_file, "--output_dir", out) == 0
     printed = capsys.readouterr().out

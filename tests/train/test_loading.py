@@ -381,6 +381,7 @@ def test_a_decoder_starts_from_padding_where_its_config_does_not_tell(
     with_settings(copied / "config.json", "decoder_start_token_id")
     (copied / "generation_config.json").unlink()
     flags = ["--method", "kd", "--teacher", copied, "--student", copied, "--train_file", text_file]
+    flags += ["--cache_dir", tmp_path / "cache"]  # in which the teacher has not answered yet
     assert tool(*flags, "--max_steps", "1", "--output_dir", tmp_path / "run") == 0
     assert [trainer.model.config.decoder_start_token_id for trainer in trainers] == [0, 0]
     with_settings(copied / "config.json", pad_token_id=None)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +48,6 @@ def test_well_known_models_have_their_published_parameters(name: str, parameters
 
 
 # ---- what a step holds -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Every training ends in a garbage collection, which need not look at all that was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Ids(Dataset):
@@ -136,7 +126,8 @@ def planned_trainer(
     ours, args = parse(words, needs_data=False)
     dtype = torch.bfloat16 if ours.teacher_dtype == "bfloat16" else torch.float32
     teacher, objective = new_model(configs["teacher"], 1).to(dtype), {"method": ours.objective}
-    planned, (_, _, candidates) = plan.plan(ours, args, device="cpu"), plan.models(ours, FakeTensorMode())
+    planned = plan.plan(ours, args, device="cpu")
+    candidates = plan.models(ours, FakeTensorMode())[2] if ours.objective.prunes else None
     objective |= {"workspace_mb": ours.workspace_mb, "teacher": teacher}
     if candidates:
         objective |= {"model": sliced(teacher, candidates[min(candidates)]), "candidates": candidates}
@@ -160,18 +151,18 @@ STEPS: dict[str, tuple[Any, ...]] = {
     "vocabulary, 16 bits": (f"--method kd --sequence_length 64 {BATCH} 4 --bf16", (128, 1), (128, 1), 16384),
     "workspace": (f"--method kd {BATCH} 8 {PAIRS.format(32, 128)}", (128, 2), (128, 1), 4096),
     "small workspace": (f"--method mlmkd --workspace_mb 4 {BATCH} 8 {PAIRS.format(32, 96)}", (128, 2), (128, 1), 2048),
-    "activations": (f"--method mlmkd {BATCH} 8", (256, 3), (256, 1), 512),
+    "activations": (f"--method mlmkd {BATCH} 8", (256, 2), (256, 1), 512),
     "activations, 16 bits": (f"--method kd {BATCH} 8 --bf16 --teacher_dtype bfloat16", (256, 2), (256, 1), 512),
     "decoder": (f"--method kd {BATCH} 4 {PAIRS.format(128, 96)}", (256, 2), (128, 2), 512),
-    "recomputed": (f"--method kd {BATCH} 8 {RECOMPUTED}", (128, 4), (128, 1), 512),
+    "recomputed": (f"--method kd {BATCH} 8 {RECOMPUTED}", (128, 3), (128, 1), 512),
     "recomputed, 16 bits": (
         f"--method kd {BATCH} 4 {PAIRS.format(128, 96)} --bf16 {RECOMPUTED}", (256, 2), (128, 1), 512,
     ),
     "relations": (f"--method miniend-d --relation_heads 32 {BATCH} 8 {PAIRS.format(128, 128)}", (64, 1), (256, 1), 512),
-    "relations, recomputed": (f"--method miniend-e --relation_heads 4 {BATCH} 8 {RECOMPUTED}", (128, 3), (256, 2), 512),
-    "cka": (f"--method hsm-cka {BATCH} 8 {PAIRS.format(64, 64)}", (128, 3), (256, 4), 512),
+    "relations, recomputed": (f"--method miniend-e --relation_heads 4 {BATCH} 8 {RECOMPUTED}", (128, 2), (256, 1), 512),
+    "cka": (f"--method hsm-cka {BATCH} 8 {PAIRS.format(64, 64)}", (128, 2), (256, 3), 512),
     "cka, 16 bits": (f"--method hsm-cka {BATCH} 16 --sequence_length 64 --bf16", (128, 2), (256, 2), 1024),
-    "cka of few tokens": (f"--method hsm-cka {BATCH} 2 --sequence_length 64", (128, 3), (256, 4), 512),
+    "cka of few tokens": (f"--method hsm-cka {BATCH} 2 --sequence_length 64", (128, 2), (256, 3), 512),
     "linear": (f"--method hsm-linear {BATCH} 8 --sequence_length 64", (128, 2), (256, 2), 512),
     "teacher": (f"--method mlmkd {BATCH} 16", (64, 1), (256, 2), 512),
     "teacher, autocast": (f"--method mlmkd {BATCH} 16 --bf16", (64, 1), (256, 2), 512),
@@ -189,16 +180,16 @@ STEPS: dict[str, tuple[Any, ...]] = {
     ),
     "pruned": (f"--method minidisc --target_sparsity 0.6 {BATCH} 8", None, (256, 2), 512),
     "pruned, sandwiched": (
-        f"--method minidisc --sandwich_size 2 {BATCH} 8 {PAIRS.format(64, 64)} --bf16", None, (128, 3), 512, True,
+        f"--method minidisc --sandwich_size 2 {BATCH} 8 {PAIRS.format(64, 64)} --bf16", None, (128, 2), 512, True,
     ),
     "pruned at once": (f"--method prune-pkd --target_sparsity 0.5 {BATCH} 4", None, (256, 2), 1024),
-    "classes": (f"--method kd --architecture enct5 {BATCH} 8 {PAIRS.format(128, 8)}", (256, 3), (256, 4), 1024),
+    "classes": (f"--method kd --architecture enct5 {BATCH} 8 {PAIRS.format(128, 8)}", (256, 2), (256, 3), 1024),
     "classes, hidden states": (
         f"--method hsm-cka --architecture enct5 {BATCH} 8 {PAIRS.format(64, 8)} --bf16", (128, 2), (256, 2), 512,
     ),
     "pruned classes": (
         f"--method minidisc --architecture enct5 --target_sparsity 0.7 {BATCH} 8 {PAIRS.format(64, 8)}",
-        None, (128, 3), 512,
+        None, (128, 2), 512,
     ),
     "accumulated": (
         f"--method kd {BATCH} 2 --sequence_length 64 --gradient_accumulation_steps 2", (256, 2), (128, 1), 4096,
@@ -211,7 +202,7 @@ STEPS: dict[str, tuple[Any, ...]] = {
 LONG = {
     "vocabulary, 16 bits", "small workspace", "activations", "decoder", "recomputed, 16 bits", "cka of few tokens",
     "teacher, autocast", "gated", "sgd", "weights", "mixed examples, small workspace", "pruned at once",
-    "pruned classes", "classes, hidden states",
+    "pruned classes", "classes, hidden states", "gated teacher, autocast", "cka, 16 bits", "mixed examples, 16 bits",
 }  # fmt: skip
 
 
@@ -258,16 +249,16 @@ def test_a_process_grows_by_what_was_planned(tmp_path: Path) -> None:
 
 # ---- several processes, which are counted alone ----------------------------------------------------------------------
 
-XL = "--config miniend-e --teacher google/flan-t5-xl --use_cpu --bf16 --teacher_dtype bfloat16"
+SHARDED = "--config miniend-e --teacher google/flan-t5-small --use_cpu --bf16 --teacher_dtype bfloat16"
 
 
 @functools.cache
 def one_step() -> dict[str, dict[str, float]]:
-    return plan.step(*parse(XL.split(), needs_data=False), "cuda")
+    return plan.step(*parse(SHARDED.split(), needs_data=False), "cuda")
 
 
 def planned(*flags: str, processes: int = 1) -> plan.Plan:
-    ours, args = parse([*XL.split(), *flags], needs_data=False)
+    ours, args = parse([*SHARDED.split(), *flags], needs_data=False)
     return plan.spread(one_step(), args.fsdp, ours.teacher_sharding, processes)
 
 
@@ -279,10 +270,10 @@ def test_shards_of_weights_and_of_what_is_learnt_of_them() -> None:
         for name in ("student's activations", "teacher's activations", "loss"):
             assert name == "student's activations" or shared.moments[moment][name] == items[name]
     assert shared.moments["update"]["gradients"] == alone.moments["update"]["gradients"] / 8
-    assert alone.moments["teacher"]["teacher's weights"] == 2 * 2_849_757_184
-    block = 2048 * (8 * 2048 + 3 * 5120 + 3)
+    assert alone.moments["teacher"]["teacher's weights"] == 2 * 76_961_152
+    block = 512 * (8 * 384 + 3 * 1024 + 3)
     gathered = shared.moments["teacher"]["communication"] - shared.moments["update"]["communication"]
-    assert gathered == 2 * (2 * block + 2 * 32128 * 2048 + 2 * 2048)
+    assert gathered == 2 * (2 * block + 2 * 32128 * 512 + 2 * 512)
 
 
 def test_ddp_holds_all_of_the_student_and_buckets_of_its_gradients() -> None:
@@ -327,12 +318,12 @@ def test_a_run_that_fits_needs_no_network(capsys: Any, monkeypatch: Any) -> None
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(capsys: Any, tmp_path: Path) -> None:
-    t5_config(512, 512, 4).save_pretrained(tmp_path)
+    t5_config(512, 512, 2).save_pretrained(tmp_path)
     words = f"--method kd --teacher {tmp_path} --student_d_model 128 --student_layers 1 {BATCH} 16".split()
-    several = ["--processes", "8", "--memory_gb", "0.13"]
+    several = ["--processes", "8", "--memory_gb", "0.1"]
     assert plan.main([*words, "--teacher_sharding", "none", *several]) == 1
     verdict = capsys.readouterr().out.split("does not fit: ")[1].splitlines()
-    assert "of 0.13 GiB at most (teacher)" in verdict[0]
+    assert "of 0.1 GiB at most (teacher)" in verdict[0]
     fits = {line.split(" fits")[0].rsplit(maxsplit=1)[0].strip() for line in verdict[1:] if line.endswith(" fits")}
     for flag in fits:
         assert (

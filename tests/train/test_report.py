@@ -20,7 +20,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fastkd.train.common.errors import InputError
 from fastkd.train.judge.cost import Cost
@@ -535,8 +535,8 @@ def test_why_a_student_came_about(
 @pytest.fixture
 def panels_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Schedule], list[Any]]:
     """panels_of(schedule): the panels of its picture, which is not painted."""
-    figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    figures: list[Any] = []
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, *_: figures.append(canvas.figure))
 
     def panels(schedule: Schedule) -> list[Any]:
         assert [picture.png for picture in minidisc_pages._pictures(schedule)] == [b""]

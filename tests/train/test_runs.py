@@ -494,6 +494,7 @@ def test_a_teacher_answers_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
+    cache = ["--cache_dir", "cache"]  # in which there is no answer yet
     judge = teachers.judge
 
     def counted(*given: Any) -> Any:
@@ -502,19 +503,19 @@ def test_a_teacher_answers_once(
 
     for stage in (teachers, students):
         monkeypatch.setattr(stage, "judge", counted)
-    assert distil() == 0
+    assert distil(*cache) == 0
     assert asked == ["teacher", "kd"]
     first = json.loads((place / "out" / "metrics.json").read_text())["models"][0]
     for more in (["--output_dir", "out", *RESUME, "--max_steps", 5], ["--output_dir", "b", "--seed", 3]):
         asked.clear()
-        assert distil("--teacher", "./t5", *more) == 0
+        assert distil(*cache, "--teacher", "./t5", *more) == 0
         assert asked == ["kd"]
         again = json.loads((place / str(more[1]) / "metrics.json").read_text())["models"][0]
         assert {**again, "cost": None} == {**first, "cost": None}
     saved(tiny(seed=4), place / "t5")
     for more in ([], ["--max_eval_examples", 3], ["--report_examples", 2]):
         asked.clear()
-        assert distil(*more, "--output_dir", "c", "--overwrite_output_dir") == 0
+        assert distil(*cache, *more, "--output_dir", "c", "--overwrite_output_dir") == 0
         assert asked == ["teacher", "kd"], more
 
 

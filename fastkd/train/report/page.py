@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,8 +159,9 @@ class Page:
             save(folder / f"{name}.{end}", f"page.{end}", page=self, figures=figures, legend=legend)
 
 
-def save(file: Path, template: str, **shown: Any) -> None:
-    """Write a file by one of the templates."""
+@functools.cache
+def _templates() -> jinja2.Environment:
+    """Return the templates, each of which is compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastkd.train.report"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -167,4 +169,9 @@ def save(file: Path, template: str, **shown: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"one_line": one_line, "fenced": fenced, "outcomes": table, "table": markdown_table}
-    write_whole(file, environment.get_template(template).render(shown).rstrip("\n") + "\n")
+    return environment
+
+
+def save(file: Path, template: str, **shown: Any) -> None:
+    """Write a file by one of the templates."""
+    write_whole(file, _templates().get_template(template).render(shown).rstrip("\n") + "\n")

@@ -89,8 +89,8 @@ def figure(*labels: str, over: str = "step") -> Iterator[tuple[io.BytesIO, Seque
     from matplotlib.figure import Figure
 
     # A page shows every picture at its full width, so a panel alone is as wide as two.
-    whole = Figure(figsize=(5 * max(len(labels), 2), 4), layout="constrained")
-    FigureCanvasAgg(whole)  # no pyplot: no display and no global state
+    whole = Figure(figsize=(5 * max(len(labels), 2), 4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(whole)  # no pyplot: no display and no global state
     panels = whole.subplots(1, len(labels), squeeze=False)[0]
     for axes, label in zip(panels, labels, strict=True):
         axes.set_xlabel(over)
@@ -102,4 +102,4 @@ def figure(*labels: str, over: str = "step") -> Iterator[tuple[io.BytesIO, Seque
         if axes.get_legend_handles_labels()[1]:
             for text in axes.legend().get_texts():
                 text.set_parse_math(False)  # names may hold a dollar sign
-    whole.savefig(picture, format="png", dpi=120)
+    canvas.print_png(picture)  # what savefig gives, drawn once and not twice
