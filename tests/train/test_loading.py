@@ -380,9 +380,8 @@ def test_a_decoder_starts_from_padding_where_its_config_does_not_tell(
 ) -> None:
     with_settings(copied / "config.json", "decoder_start_token_id")
     (copied / "generation_config.json").unlink()
-    flags = ["--method", "kd", "--teacher", copied, "--student", copied, "--train_file", text_file]
-    flags += ["--cache_dir", tmp_path / "cache"]  # in which the teacher has not answered yet
-    assert tool(*flags, "--max_steps", "1", "--output_dir", tmp_path / "run") == 0
+    flags = ["--method", "kd", "--teacher", copied, "--student", copied, "--train_file", text_file, "--max_steps", 1]
+    assert tool(*flags, "--cache_dir", tmp_path / "empty", "--output_dir", tmp_path / "run") == 0
     assert [trainer.model.config.decoder_start_token_id for trainer in trainers] == [0, 0]
     with_settings(copied / "config.json", pad_token_id=None)
     assert "neither decoder_start_token_id nor pad_token_id" in refusal(copied)
@@ -392,9 +391,8 @@ def test_a_decoder_starts_from_padding_where_its_config_does_not_tell(
 
 
 def test_folders_that_hold_something_else(whole: Path, copied: Path) -> None:
-    assert f"has no config.json: expected a save_pretrained folder of a T5; its folders {whole.name} have" in refusal(
-        whole.parent
-    )
+    expected = f"has no config.json: expected a save_pretrained folder of a T5; its folders {whole.name} have"
+    assert expected in refusal(whole.parent)
     (copied / "adapter_config.json").write_text("{}")
     assert "holds an adapter" in refusal(copied)
     (copied / "adapter_config.json").unlink()
