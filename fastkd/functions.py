@@ -2,10 +2,10 @@
 
 from .ops.attention_kl import AttentionKL, AttentionKLPerRow
 from .ops.cka_loss import CKA
-from .ops.linear_kl import LinearKL, LinearKLPerToken
+from .ops.linear_kl_functions import LinearKL, LinearKLPerToken, TopKLinearKL, TopKLinearKLPerToken
 from .ops.logit_kl import LogitKL
 from .ops.relation_kl import RelationKL, RelationKLPerRow
-from .ops.topk_kl import TopKLinearKL, TopKLinearKLPerToken, TopKLogitKL
+from .ops.topk_kl import TopKLogitKL
 
 __all__ = [
     "CKA",

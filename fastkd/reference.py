@@ -79,6 +79,25 @@ def _categories(
     return log_q, log_p.masked_fill(empty.unsqueeze(-1), 0).to(scores.dtype), empty
 
 
+def _of_top(
+    scores: Tensor,  # [T..., V]
+    teacher: TopK,  # [T..., K]
+    temperature: float,
+    log_q: Tensor,  # [T..., K + 1]
+    empty: Tensor,  # [T...]
+) -> dict[str, Tensor]:
+    """The metrics [T...] that only such a teacher has, and agreement, which is with its likeliest id."""
+    ids, log_p, log_tail = teacher.for_op(temperature, scores.shape[-1])
+    ids, log_p, log_tail = (x.reshape(*scores.shape[:-1], *x.shape[1:]) for x in (ids, log_p, log_tail))
+    given = scores.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)  # [T..., K]
+    at_first = given.gather(-1, log_p.argmax(-1, keepdim=True)).squeeze(-1)
+    highest = (given if teacher.tail == "conditional" else scores).amax(-1)
+    told = {"agreement": ((at_first >= highest) & ~empty).to(scores.dtype)}
+    if teacher.tail != "conditional":
+        told["student_mass"] = log_q[..., :-1].exp().sum(-1).masked_fill(empty, 0)
+    return told | {"teacher_mass": (-log_tail.expm1()).to(scores.dtype)}
+
+
 def _mean(x: Tensor, denominator: Tensor) -> Tensor:
     """x [T...] summed up and divided, 0-d: 0 where there is nothing to divide by."""
     return torch.where(denominator == 0, 0, x.sum() / torch.where(denominator == 0, 1, denominator))
@@ -133,7 +152,11 @@ def logit_kl(
             if "kd" in told:
                 told["student_entropy"] = torch.special.entr(log_q.exp()).sum(-1).masked_fill(empty, 0)
                 told["teacher_entropy"] = torch.special.entr(log_p.exp()).sum(-1).masked_fill(empty, 0)
-                told["agreement"] = ((log_q.argmax(-1) == log_p.argmax(-1)) & ~empty).to(dtype)
+                if isinstance(teacher_logits, TopK):
+                    told |= _of_top(scores, teacher_logits, temperature, log_q, empty)
+                    told["teacher_mass"] = told["teacher_mass"].masked_fill(dropped.squeeze(-1), 0)
+                else:
+                    told["agreement"] = ((log_q.argmax(-1) == log_p.argmax(-1)) & ~empty).to(dtype)
             kept = weight if normalizer is None else torch.where(weight.new_ones(()) * normalizer == 0, 0, weight)
             for name, x in told.items():  # whatever the reduction is
                 metrics[name] = _mean(x.detach() * kept, kept.sum())

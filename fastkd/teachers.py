@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class TopK:
     tail: str = "bucket"
     tail_log_prob: Tensor | None = None
     temperature: float = 1.0
+    _checked: Any = field(default=None, init=False, repr=False)  # the tensors' versions when their values were checked
 
     def __post_init__(self) -> None:
         check_tensor("TopK.indices", self.indices)
@@ -292,27 +293,32 @@ class TopK:
         check_tensor("TopK.indices", self.indices, shape=[*leading, None])
         check_same_device("TopK.indices", self.indices, device)
         if values_are_at_hand(self.indices) and values_are_at_hand(self.log_probs):
-            self._check_values()
+            given = [x for x in (self.indices, self.log_probs, self.tail_log_prob) if x is not None]
+            states = None if any(x.is_inference() for x in given) else [x._version for x in given]
+            if states is None or states != self._checked:  # once, unless somebody has written into them since
+                self._check_values()
+                object.__setattr__(self, "_checked", states)
 
     def _check_values(self) -> None:
-        indices, log_probs = self.indices.long(), self.log_probs.detach().double()
-        if (indices < -1).any():
+        indices = self.indices.long()
+        padding = indices < 0
+        log_probs = self.log_probs.detach().double().masked_fill(padding, -torch.inf)
+        if indices.numel() and indices.amin() < -1:
             raise ValueError(
                 f"TopK.indices: expected ids >= 0, or -1 for padding, got {indices[indices < -1][0].item()}"
             )
-        _check_log_probs("TopK.log_probs", log_probs[indices >= 0])
-        log_probs = log_probs.masked_fill(indices < 0, -torch.inf)
+        _check_log_probs("TopK.log_probs", log_probs)
         ids = indices.masked_fill(log_probs == -torch.inf, -1).sort(-1).values
-        twice = ids[..., 1:][(ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)]
-        if len(twice):
-            raise ValueError(f"TopK.indices: expected no id twice in a row, got {twice[0].item()} twice")
+        twice = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
+        if twice.any():
+            raise ValueError(f"TopK.indices: expected no id twice in a row, got {ids[..., 1:][twice][0].item()} twice")
         if self.tail_log_prob is not None:
             tail = self.tail_log_prob.detach().double()
             _check_log_probs("TopK.tail_log_prob", tail)
             log_probs = torch.cat([log_probs, tail[..., None]], -1)
         masses = log_probs.exp()
         total = masses.sum(-1)
-        slack = _ROUNDING * (1 + torch.where(masses > 0, -masses * log_probs, 0).sum(-1))
+        slack = _ROUNDING * (1 + (masses * log_probs).nan_to_num_(0).sum(-1).neg())
         if self.tail_log_prob is None:
             name, most, bad = "log_probs", "at most 1", total > 1 + slack
         else:

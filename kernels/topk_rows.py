@@ -173,7 +173,7 @@ def _excluding(lane, index, x):
 
 @triton.jit
 def _divergences(lane, log_weights, log_p, weights, beta):
-    """(weighted D, q (u - mean)), for the logarithms of the student's unnormalised masses and of the teacher's masses.
+    """(weighted D, q (u - mean), q, log q) from logarithms: the student's unnormalised masses, the teacher's masses.
 
     The largest of the student's masses is 1 less the others, and its gradient minus the sum of the others': what a
     confident student differs by from a certain one is in these alone.
@@ -204,7 +204,7 @@ def _divergences(lane, log_weights, log_p, weights, beta):
             mean, comean = tl.sum(slope, 0), tl.sum(coslope, 0)
             slopes += weights[code] * tl.where(comean < mean, q * comean - coslope, slope - q * mean)
     slopes = tl.where(lane == largest, -_excluding(lane, largest, slopes), slopes)
-    return _with_infinity(value), slopes
+    return _with_infinity(value), slopes, q, log_q
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -233,6 +233,12 @@ def _tail(label, top, total, reference, tau):
         own = tl.where(known, NO_MASS, _log_mass(score, reference, tau))
         tail = _log_sum(rest, own)
     return tail, own
+
+
+@triton.jit
+def _entropy(p, log_p):
+    """-sum p log p over the lanes, in nats."""
+    return tl.sum(tl.where(p == 0, 0.0, -p * log_p), 0)  # NaN passes
 
 
 @triton.jit
@@ -312,6 +318,7 @@ def topk_rows_kernel(
     loss,  # None: stats are read
     stats,  # None: they are not kept
     gradient,  # None: it is not wanted
+    metrics,  # None: they are not wanted
     columns,
     entries,
     student_row,  # strides
@@ -326,6 +333,7 @@ def topk_rows_kernel(
     tvd: tl.float64,
     beta: tl.float64,
     tau: tl.float64,
+    kd_weight: tl.float64,  # times tau^2, as the weights of the divergences are
     ce_weight: tl.float64,
     CONDITIONAL: tl.constexpr,
     SEPARATE: tl.constexpr,  # whether the cross-entropy needs exponentials of its own
@@ -333,7 +341,7 @@ def topk_rows_kernel(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row: loss and stats, unless they are given, and the gradient, if wanted."""
+    """One row: loss and stats, unless they are given, and if wanted the gradient and metrics."""
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     READ: tl.constexpr = not CONDITIONAL or labels is not None  # whether more than K scores count
     beta, tau, zero = _double(beta), _double(tau), _double(0.0)
@@ -343,6 +351,8 @@ def topk_rows_kernel(
         gradient = (gradient + index * gradient_row, gradient_column)
     if stats is not None:
         stats += index * 3
+    if metrics is not None:
+        metrics += index * 6
     weight = tl.load(coefficient + index)
     if weight == 0:  # the row is not read
         if loss is not None:
@@ -350,6 +360,9 @@ def topk_rows_kernel(
             if stats is not None:
                 for i in tl.static_range(3):
                     tl.store(stats + i, zero)
+        if metrics is not None:
+            for i in tl.static_range(6):
+                tl.store(metrics + i, zero)
         if gradient is not None:
             none = tl.full((LANES,), NOWHERE, tl.int32)
             _write_rest(
@@ -402,12 +415,32 @@ def topk_rows_kernel(
             log_weights = tl.where(lane == entries, tail, log_weights)
             log_p = tl.where(lane == entries, tail_log_p, log_p)
         weights = (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd)
-        value, slopes = _divergences(lane, log_weights, log_p, weights, beta)
+        value, slopes, q, log_q = _divergences(lane, log_weights, log_p, weights, beta)
         empty = (tl.max(log_weights, 0) < 0.5 * NO_MASS) | (tl.max(log_p, 0) < 0.5 * NO_MASS)
         value, slopes = tl.where(empty, 0.0, value), tl.where(empty, 0.0, weight / tau * slopes)
+        if metrics is not None:
+            tl.store(
+                metrics, tl.where(kd_weight == 0, 0.0, tau * tau / tl.where(kd_weight == 0, 1.0, kd_weight) * value)
+            )
+            tl.store(metrics + 1, zero)
+            told = ~empty & (kd_weight != 0)
+            tl.store(metrics + 2, tl.where(told, _entropy(q, log_q), 0.0))
+            tl.store(metrics + 3, tl.where(told, _entropy(tl.exp(log_p), log_p), 0.0))
+            rival = tl.max(s, 0)
+            mass = zero
+            if not CONDITIONAL:
+                mass = tl.sum(tl.where(known, q, 0.0), 0)
+                rival = tl.maximum(rival, tl.where(total == 0, float("-inf"), top))
+                if label is not None:
+                    rival = tl.maximum(rival, label[1])
+            at_first = tl.sum(tl.where(lane == tl.argmax(tl.where(known, log_p, float("-inf")), 0), s, 0.0), 0)
+            tl.store(metrics + 4, tl.where(told & (at_first >= rival), 1.0, 0.0))
+            tl.store(metrics + 5, tl.where(told, mass, 0.0))
         if label is not None:
             entropy, at_label, at_ids, at_top = _cross_entropy(s, column, label, top, total_1)
             value += ce_weight * entropy
+            if metrics is not None:
+                tl.store(metrics + 1, entropy)
         if loss is not None:
             tl.store(loss + index, weight * value)
 
@@ -431,6 +464,88 @@ def topk_rows_kernel(
                     own_slope += at_tail * tl.exp(own - tail)
                 if not label[2]:
                     tl.store(gradient[0] + tl.where(exists, at, 0) * gradient_column, own_slope.to(F).to(element))
+
+
+# ---- a shard of a row: what fastkd/ops/drivers/topk_shards.py puts together ------------------------------------------
+
+
+@triton.jit
+def _ids_aside(aside, index, entries, columns, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES)
+    column = tl.load(aside + index * entries + lane, mask=lane < entries, other=-1)
+    known = (column >= 0) & (column < columns)
+    return tl.where(known, column, NOWHERE).to(tl.int32), known, lane
+
+
+@triton.jit
+def topk_shard_stats_kernel(
+    student,
+    aside,  # the ids, and the label where it is none of them
+    coefficient,
+    stats,
+    columns,
+    entries,
+    student_row,
+    student_column,
+    tau: tl.float64,
+    SEPARATE: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One row: the maximum and the sums of the columns that are not set aside."""
+    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
+    index, tau, zero = tl.program_id(0).to(tl.int64), _double(tau), _double(0.0)
+    stats += index * 3
+    top, total, total_1 = zero, zero, zero
+    if tl.load(coefficient + index) != 0:
+        column, _, _ = _ids_aside(aside, index, entries, columns, LANES)
+        row, nowhere = (student + index * student_row, student_column), _double(NOWHERE).to(tl.int32)
+        top, total, total_1 = _rest(row, column, nowhere, columns, tau, SEPARATE, F, GROUPS, WIDTH)
+    tl.store(stats, top)
+    tl.store(stats + 1, total)
+    tl.store(stats + 2, total_1)
+
+
+@triton.jit
+def topk_shard_gradient_kernel(
+    student,
+    aside,
+    coefficient,
+    stats,
+    factors,  # of e^((s - maximum) / tau), and of e^(s - maximum)
+    at_ids,  # the gradient at the columns set aside
+    gradient,  # may be the student
+    columns,
+    entries,
+    student_row,
+    student_column,
+    gradient_row,
+    gradient_column,
+    tau: tl.float64,
+    SEPARATE: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
+    index, tau, zero = tl.program_id(0).to(tl.int64), _double(tau), _double(0.0)
+    row, target = (student + index * student_row, student_column), (gradient + index * gradient_row, gradient_column)
+    if tl.load(coefficient + index) == 0:  # the row is not read
+        none = tl.full((LANES,), NOWHERE, tl.int32)
+        _write_rest(row, target, none, NOWHERE, columns, zero, tau, zero, zero, False, SEPARATE, F, GROUPS, WIDTH)
+    else:
+        column, known, lane = _ids_aside(aside, index, entries, columns, LANES)
+        top, of_tail, of_all = (
+            tl.load(stats + index * 3),
+            tl.load(factors + index * 2),
+            tl.load(factors + index * 2 + 1),
+        )
+        nowhere = _double(NOWHERE).to(tl.int32)
+        _write_rest(row, target, column, nowhere, columns, top, tau, of_tail, of_all, True, SEPARATE, F, GROUPS, WIDTH)
+        values = tl.load(at_ids + index * entries + lane, mask=known, other=0.0)
+        element: tl.constexpr = gradient.dtype.element_ty
+        tl.store(target[0] + column.to(tl.int64) * gradient_column, values.to(F).to(element), mask=known)
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
@@ -481,8 +596,9 @@ def topk_rows(
     temperature: float,
     kd_weight: float,
     ce_weight: float,
+    metrics: Tensor | None = None,  # [R, 6]
 ) -> None:
-    """Writes each row's loss and statistics, and coefficient * d loss / d student: of these what is given."""
+    """Writes each row's loss, statistics and metrics, and coefficient * d loss / d student: of these what is given."""
     (rows, columns), entries, wide = student.shape, ids.shape[-1], (torch.float64,)
     labels = labels if ce_weight != 0 else None
     tail_log_prob = None if conditional else tail_log_prob
@@ -490,6 +606,8 @@ def topk_rows(
         raise ValueError(f"divergences: expected 6 weights, got {len(divergences)}")
     if loss is None and stats is None:
         raise ValueError("stats: needed unless there is a loss")
+    if loss is None and metrics is not None:
+        raise ValueError("metrics of rows go with a loss")
     for name, x, shape, dtypes in (
         ("student", student, (rows, columns), ()),
         ("ids", ids, (rows, entries), (torch.int64,)),
@@ -500,6 +618,7 @@ def topk_rows(
         ("loss", loss, (rows,), wide),
         ("stats", stats, (rows, 3), wide),
         ("gradient", gradient, (rows, columns), ()),
+        ("metrics", metrics, (rows, 6), wide),
     ):
         if x is not None:
             _check(name, x, shape, *dtypes)
@@ -519,6 +638,7 @@ def topk_rows(
             loss,
             stats,
             gradient,
+            metrics,
             columns,
             entries,
             *student.stride(),
@@ -526,9 +646,59 @@ def topk_rows(
             *(scale * float(weight) for weight in divergences),
             float(beta),
             float(temperature),
+            float(scale),
             float(ce_weight),
             CONDITIONAL=conditional,
             SEPARATE=labels is not None and temperature != 1,
             **sizes,
             **options,
         )
+
+
+def topk_shard_stats(
+    student: Tensor,  # [R, V]
+    aside: Tensor,  # [R, K + 1]
+    coefficient: Tensor,  # [R]
+    stats: Tensor,  # [R, 3]
+    temperature: float,
+) -> None:
+    """Writes the maximum and the sums of the columns that are not set aside."""
+    (rows, columns), entries = student.shape, aside.shape[-1]
+    sizes, options = _shard_options(
+        student, aside, (("coefficient", coefficient, (rows,)), ("stats", stats, (rows, 3)))
+    )
+    with torch.cuda.device_of(student):
+        topk_shard_stats_kernel[(rows,)](
+            student, aside, coefficient, stats, columns, entries, *student.stride(), float(temperature),
+            SEPARATE=temperature != 1, **sizes, **options,
+        )  # fmt: skip
+
+
+def topk_shard_gradient(
+    student: Tensor,  # [R, V]
+    aside: Tensor,  # [R, K + 1]
+    coefficient: Tensor,  # [R]
+    stats: Tensor,  # [R, 3]
+    factors: Tensor,  # [R, 2]
+    at_ids: Tensor,  # [R, K + 1]
+    gradient: Tensor,  # [R, V], of any float dtype and stride; it may be the student
+    temperature: float,
+) -> None:
+    """Writes factors times exponentials, and what is given of the columns set aside."""
+    (rows, columns), entries = student.shape, aside.shape[-1]
+    _check("gradient", gradient, (rows, columns))
+    wide = (("coefficient", coefficient, (rows,)), ("stats", stats, (rows, 3)), ("factors", factors, (rows, 2)))
+    sizes, options = _shard_options(student, aside, (*wide, ("at_ids", at_ids, (rows, entries))))
+    with torch.cuda.device_of(student):
+        topk_shard_gradient_kernel[(rows,)](
+            student, aside, coefficient, stats, factors, at_ids, gradient, columns, entries, *student.stride(),
+            *gradient.stride(), float(temperature), SEPARATE=temperature != 1, **sizes, **options,
+        )  # fmt: skip
+
+
+def _shard_options(student: Tensor, aside: Tensor, wide: Sequence[tuple[str, Tensor, tuple]]) -> tuple[dict, dict]:
+    _check("aside", aside, (student.shape[0], aside.shape[-1]), torch.int64)
+    for name, x, shape in wide:
+        _check(name, x, shape, torch.float64)
+    nvidia = student.is_cuda and torch.version.hip is None
+    return sizes_and_options(student.shape[1], aside.shape[-1], student.dtype, nvidia)

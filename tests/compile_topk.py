@@ -20,8 +20,8 @@ from fastkd.kernels import topk_rows
 from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
 
 PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
-# With what: nothing, labels at temperatures of 1 and another, or no tail, and then labels too.
-OPTIONS = ("plain", "labels", "labels, temperature", "conditional", "conditional, labels")
+# With what: nothing, labels at temperatures of 1 and another, no tail, and then labels too, or metrics.
+OPTIONS = ("plain", "labels", "labels, temperature", "conditional", "conditional, labels", "labels, metrics")
 ENTRIES = (20, 64, 128, 511)
 
 VOCABULARY = 32128
@@ -42,8 +42,9 @@ def source(target: str, which: str, dtype: str, entries: int, options: str) -> t
         "loss": "*fp64" if which != "gradient" else None,
         "stats": "*fp64" if which != "fused" else None,
         "gradient": f"*{dtype}" if which != "stats" else None,
+        "metrics": "*fp64" if "metrics" in options and which == "fused" else None,
         **dict.fromkeys(("columns", "entries", "student_row", "gradient_row"), "i32"),
-        **dict.fromkeys((*DIVERGENCES, "beta", "tau", "ce_weight"), "fp64"),
+        **dict.fromkeys((*DIVERGENCES, "beta", "tau", "kd_weight", "ce_weight"), "fp64"),
     }
     constants = {name: None for name, kind in types.items() if kind is None}
     constants.update(sizes, student_column=1, gradient_column=1)
@@ -71,6 +72,9 @@ def chosen() -> list[tuple]:
     """What the tests compile: on sm_90 the variety, elsewhere what is most likely to spill."""
     cases = [("sm_90", which, "fp32", 64, options) for which in PASSES for options in OPTIONS[:3:2]]
     cases += [("sm_90", "fused", dtype, 64, "labels, temperature") for dtype in ("bf16", "fp64")]
+    cases += [
+        ("sm_90", "fused", dtype, entries, "labels, metrics") for dtype in ("fp32", "bf16") for entries in (64, 511)
+    ]
     cases += [("sm_90", "fused", "fp32", 20, "conditional"), ("sm_90", "gradient", "bf16", 128, "conditional, labels")]
     cases += [("sm_90", "fused", dtype, 511, "labels, temperature") for dtype in ("fp32", "fp64")]
     for target in ("sm_80", "sm_100", "gfx942"):

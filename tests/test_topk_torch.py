@@ -45,14 +45,14 @@ def test_opcheck():
     labels = torch.randint(0, 33, (5,))
     values = numbers(0.3, 2.0, 0.6, 0.4, *(1.0, 0.0, 0.5, 0.0, 0.0, 0.0))
     given = (ids, log_probs, tail, coefficient, labels)
-    opcheck(torch.ops.fastkd.topk_logit_kl.default, (student, *given, False, values))
-    _, stats = torch.ops.fastkd.topk_logit_kl(student, *given, False, values)
+    opcheck(torch.ops.fastkd.topk_logit_kl.default, (student, *given, False, values, "", 0, True))
+    _, stats, _ = torch.ops.fastkd.topk_logit_kl(student, *given, False, values)
     opcheck(
         torch.ops.fastkd.topk_logit_kl_backward.default,
         (student, ids, log_probs, tail, stats, coefficient, labels, False, values),
     )
     hidden, weight, bias = (x.float() for x in hidden_states(5, 33).values())
-    arguments = (hidden, weight, bias, *given, numbers(0.7, 1.0), [True, False, True], False, values)
+    arguments = (hidden, weight, bias, *given, numbers(0.7, 0.0, 1.0), [True, False, True], False, values, "", 0, True)
     opcheck(torch.ops.fastkd.topk_linear_kl.default, arguments)
 
 

@@ -523,12 +523,12 @@ def test_an_error_on_one_rank_is_one_on_all(found: list[dict[str, Any]], name: s
 
 @pytest.mark.long
 def test_what_a_rank_sends(found: list[dict[str, Any]]):
-    """96 bytes a call; a token 56, 24 where the divergence has no closed form, 4 for a number of its gradient.
+    """104 bytes a call; a token 56, 24 where the divergence has no closed form, 4 for a number of its gradient.
 
     And 48 for metrics, for which there is another call, without gradient.
     """
     told = ("all_gather", 24 * 48)
-    facts, gathered, reduced, gradient = 96, 24 * 56, 24 * 24, 24 * 12 * 4
+    facts, gathered, reduced, gradient = 104, 24 * 56, 24 * 24, 24 * 12 * 4
     for rank in found:
         assert rank["traffic"] == {
             "forward_kl": [
@@ -605,9 +605,18 @@ def test_labels_count_from_the_first_column_of_a_shard():
     labels = torch.tensor([-1, 0, 2, 3, 4, 5, 6, 9])
     shards = [VocabularyShard(None, rank, (3, 0, 4), (3, 0, 2), constants) for rank in range(3)]  # type: ignore[arg-type]
     e = ELSEWHERE
-    assert shards[0].local_labels(labels).tolist() == [-1, 0, 2, e, e, e, e, -1]
-    assert shards[1].local_labels(labels).tolist() == [-1, e, e, e, e, e, e, -1]
-    assert shards[2].local_labels(labels).tolist() == [-1, e, e, 0, 1, 2, 3, -1]  # two of which the teacher has none of
+    assert shards[0].local_columns(labels).tolist() == [-1, 0, 2, e, e, e, e, -1]
+    assert shards[1].local_columns(labels).tolist() == [-1, e, e, e, e, e, e, -1]
+    assert shards[2].local_columns(labels).tolist() == [
+        -1,
+        e,
+        e,
+        0,
+        1,
+        2,
+        3,
+        -1,
+    ]  # two of which the teacher has none of
     assert [shard.widest for shard in shards] == [4, 4, 4]
 
 

@@ -21,9 +21,10 @@ inline double log_add(double a, double b) {
 struct Categories {
   std::vector<double> log_q, log_p;
   std::vector<double> gradient;  // of a row's loss in log q, as if these were scores
-  std::vector<double> slope, coslope, q;
+  std::vector<double> q;         // the student's masses; none where there is no divergence
+  std::vector<double> slope, coslope;
 
-  void clear() { log_q.clear(), log_p.clear(); }
+  void clear() { log_q.clear(), log_p.clear(), q.clear(); }
 
   void add(double student, double teacher) { log_q.push_back(student), log_p.push_back(teacher); }
 

@@ -28,6 +28,15 @@ struct TailStats {
   static constexpr int64_t kCount = 3;
 };
 
+// A line of `metrics` [rows, 6].
+struct TopKMetrics {
+  double kd, cross_entropy;                 // tau^2 * D and the cross-entropy, without their weights
+  double student_entropy, teacher_entropy;  // of the categories, in nats
+  double agreement;                         // 1 where no score is higher than that of the teacher's likeliest id
+  double student_mass;                      // of the ids, where there is a tail
+  static constexpr int64_t kCount = 6;
+};
+
 struct TopKObjective {
   std::array<double, static_cast<size_t>(Divergence::kCount)> divergences;
   bool conditional;
@@ -51,10 +60,11 @@ struct TopKRow {
   Matrix<F> student;
   int64_t columns;
   const int64_t* ids;
-  const double* log_probs;
+  const double* log_probs;  // absent where no id is padding but those of no column
   int64_t k;
   const double* tail_log_prob;  // absent where the teacher has no mass in the tail
   const int64_t* labels;        // absent when ce_weight is 0
+  bool separate;                // whether exponentials at a temperature of 1 are summed up, too
   bool in_place;                // the gradient is written over the student, which therefore may be changed
   TopKObjective objective;
   Beta<double> beta;
@@ -69,9 +79,9 @@ struct TopKRow {
   void set_aside(int64_t row, TopKScratch& w) const {
     w.columns.clear(), w.scores.clear(), w.log_p.clear();
     for (int64_t i = row * k; kd() && i < (row + 1) * k; ++i) {
-      if (ids[i] < 0 || ids[i] >= columns || log_probs[i] == kNothing) continue;
+      if (ids[i] < 0 || ids[i] >= columns || (log_probs && log_probs[i] == kNothing)) continue;
       w.columns.push_back(ids[i]);
-      w.log_p.push_back(log_probs[i]);
+      if (log_probs) w.log_p.push_back(log_probs[i]);
     }
     w.ids = w.columns.size();
     if (labels && label_in_range(row) && std::find(w.columns.begin(), w.columns.end(), labels[row]) == w.columns.end()) {
@@ -126,7 +136,7 @@ struct TopKRow {
       }
       const F max = static_cast<F>(finite(out.max));
       out.sum += block_tail(s, n, max, log2_scale());
-      if (labels && objective.tau != 1) out.sum_1 += block_tail(s, n, max, static_cast<F>(kLog2E));
+      if (separate) out.sum_1 += block_tail(s, n, max, static_cast<F>(kLog2E));
     }
     if (objective.tau == 1) out.sum_1 = out.sum;
     return out;
@@ -183,20 +193,37 @@ struct TopKRow {
 
   // ---- loss and gradient ----------------------------------------------------------------------------------------------
 
-  // Leaves the categories' gradients in `w`, for the row's own.
-  double loss(int64_t row, TailStats& stats, TopKScratch& w) const {
+  // Leaves the categories, and their gradients, in `w`, for the row's own.
+  double loss(int64_t row, TailStats& stats, TopKMetrics& metrics, TopKScratch& w) const {
     stats = reads_tail() ? statistics(row, w) : TailStats{kNothing, 0, 0};
-    double loss = 0;
+    metrics = {};
     if (kd()) {
       double d = divergence(row, stats, w);
       if (sizeof(F) == 4 && !objective.conditional && d < kTailWithCare && stats.sum != 0) {
         stats.sum = careful_sum(row, stats, w);
         d = divergence(row, stats, w);
       }
-      loss = objective.kd_weight * objective.tau * objective.tau * d;
+      metrics.kd = objective.tau * objective.tau * d;
     }
-    if (labels) loss += objective.ce_weight * cross_entropy(row, stats, w);
-    return loss;
+    if (labels) metrics.cross_entropy = cross_entropy(row, stats, w);
+    return objective.kd_weight * metrics.kd + objective.ce_weight * metrics.cross_entropy;
+  }
+
+  // What there is of categories, after `loss`: nothing where there are none.
+  void tell(const TailStats& stats, const TopKScratch& w, TopKMetrics& metrics) const {
+    const Categories& c = w.categories;
+    if (c.q.empty()) return;
+    const auto share = [](double x, double log_x) { return log_x == kNothing ? 0 : -x * log_x; };
+    for (size_t i = 0; i < c.q.size(); ++i) {
+      metrics.student_entropy += share(c.q[i], c.log_q[i]);
+      metrics.teacher_entropy += share(std::exp(c.log_p[i]), c.log_p[i]);
+      if (i < w.ids && !objective.conditional) metrics.student_mass += c.q[i];
+    }
+    const size_t first = std::max_element(w.log_p.begin(), w.log_p.end()) - w.log_p.begin();
+    const size_t rivals = objective.conditional ? w.ids : w.scores.size();
+    double highest = objective.conditional ? kNothing : stats.max;
+    for (size_t i = 0; i < rivals; ++i) highest = std::max(highest, w.scores[i]);
+    metrics.agreement = first < w.ids && w.scores[first] >= highest;
   }
 
   // log sum e^s over all columns but the label's
@@ -236,15 +263,18 @@ struct TopKRow {
     }
     if (labels) factor_1 = add_cross_entropy(row, stats, coefficient * objective.ce_weight, w);
     write_tail(row, stats, factor, factor_1, gradient, w);
+    write_aside(row, gradient, w);
+    if (labels && !label_in_range(row)) put(row, 0, std::numeric_limits<double>::quiet_NaN(), gradient);
+  }
+
+  void write_aside(int64_t row, const Matrix<F>& gradient, const TopKScratch& w) const {
+    for (size_t i = 0; i < w.columns.size(); ++i) put(row, w.columns[i], w.results[i], gradient);
+  }
+
+  static void put(int64_t row, int64_t column, double x, const Matrix<F>& gradient) {
     F buffer;
-    for (size_t i = 0; i < w.columns.size(); ++i) {
-      *gradient.target(row, w.columns[i], &buffer) = static_cast<F>(w.results[i]);
-      gradient.write(row, w.columns[i], 1, &buffer);
-    }
-    if (labels && !label_in_range(row)) {
-      *gradient.target(row, 0, &buffer) = std::numeric_limits<F>::quiet_NaN();
-      gradient.write(row, 0, 1, &buffer);
-    }
+    *gradient.target(row, column, &buffer) = static_cast<F>(x);
+    gradient.write(row, column, 1, &buffer);
   }
 
   // Adds the cross-entropy's to the columns set aside, and returns its factor of the others' e^(s - max).
@@ -283,16 +313,21 @@ struct TopKRow {
     }
   }
 
-  // One row: its loss and statistics, unless they are given, and its gradient, if wanted.
-  void write(int64_t row, double weight, double* loss, TailStats& stats, const Matrix<F>* target, TopKScratch& w) const {
+  // One row: its loss and statistics, unless they are given, and if wanted its gradient and metrics.
+  void write(int64_t row, double weight, double* loss, TailStats& stats, const Matrix<F>* target, TopKMetrics* metrics,
+             TopKScratch& w) const {
     if (weight == 0) {  // the row is not read
       if (loss) *loss = 0, stats = {};
+      if (metrics) *metrics = {};
       if (target) zero(row, *target);
       return;
     }
     set_aside(row, w);
     if (loss) {
-      *loss = weight * this->loss(row, stats, w);
+      TopKMetrics own;
+      *loss = weight * this->loss(row, stats, own, w);
+      if (metrics && kd()) tell(stats, w, own);
+      if (metrics) *metrics = own;
     } else if (kd()) {
       divergence(row, stats, w);
     }

@@ -18,7 +18,7 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -29,15 +29,7 @@ from ..backend import backend_for, use_fused
 from ..checks import Objective, TokenArguments, as_number, check_flag, is_finite, numbers
 from ..divergence import Divergence, for_rows
 from ..teachers import TopK
-from .autograd import (
-    Gradient,
-    GradientsAhead,
-    Loss,
-    apply,
-    for_arguments,
-    in_dtypes_of,
-    wants_gradient,
-)
+from .autograd import apply, wants_gradient
 from .drivers.divergence_rows import METRICS
 from .drivers.linear_kl_call import Call, Projection
 from .drivers.linear_kl_cpu import on_cpu
@@ -45,7 +37,8 @@ from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
 from .dtypes import gradient_dtype, score_dtype
 from .linear_kl_arguments import Inputs, as_head, as_softcap, as_workspace, check_inputs, facts, flat
-from .metrics import averaged, check_no_metrics
+from .linear_kl_functions import LinearKL, LinearKLPerToken
+from .metrics import averaged
 from .topk_kl import topk_linear_kl
 from .vocabulary_shards import (
     NO_SHARD,
@@ -66,7 +59,7 @@ if TYPE_CHECKING:
     from ..heads import Head
     from .options import LinearOptions
 
-__all__ = ["LinearKL", "LinearKLPerToken", "linear_kl"]
+__all__ = ["linear_kl"]
 
 # For the two score buffers of a chunk: enough rows in flight for the GEMMs to run at full speed. On a GPU, in bf16, T
 # 8192, V 128256, Hs 4096 take 788 MB for scores of 768 tokens, 134 MB for the hidden states' gradient and a copy of
@@ -162,61 +155,7 @@ def _linear_kl(
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
 
-# ---- autograd.Function ----------------------------------------------------------------------------------------------
-
-
-OF_STUDENT = (0, 1, 2)  # arguments that get a gradient: hidden states, weight and bias
-
-
-class LinearKL(GradientsAhead):
-    """The summed loss, a 0-d float64 tensor, the gradients, which the forward pass computes, and the rows' metrics.
-
-    Arguments are those of ``torch.ops.fastkd.linear_kl``.
-    """
-
-    op = "linear_kl"
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        loss, *gradients = torch.ops.fastkd.linear_kl(*arguments)
-        return loss.sum(), *gradients
-
-    @staticmethod
-    def of_student(arguments: Sequence[Any]) -> Sequence[int]:
-        return OF_STUDENT
-
-
-class LinearKLPerToken(Loss):
-    """Losses per token, [T] float64, and their metrics; the backward pass computes logits and gradients anew.
-
-    Arguments are those of ``torch.ops.fastkd.linear_kl``.
-    """
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, *_, metrics = torch.ops.fastkd.linear_kl(*arguments[:9], [False] * 3, *arguments[10:])
-        return loss, metrics
-
-    @classmethod
-    def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
-        *tensors, _, ctx.divergence, numbers = inputs[:12]
-        ctx.save_for_backward(*tensors, numbers)
-        ctx.shard = inputs[12:14]
-
-    @classmethod
-    def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, coefficient, labels, sizes, numbers = ctx.saved_tensors
-        inputs = (*tensors, coefficient * grad_loss, labels, sizes)
-        constants = (ctx.needs_input_grad[:3], ctx.divergence, numbers, *ctx.shard)
-        return for_arguments(ctx, OF_STUDENT, apply(_LinearKLGradient, "linear_kl", *inputs, *constants))
-
-
-class _LinearKLGradient(Gradient):
-    @staticmethod
-    def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
-        _, *gradients, _ = torch.ops.fastkd.linear_kl(*arguments)
-        return in_dtypes_of(OF_STUDENT, arguments, gradients)
-
+# ---- autograd.Function: linear_kl_functions.py -----------------------------------------------------------------------
 
 # ---- public function ------------------------------------------------------------------------------------------------
 
@@ -278,8 +217,7 @@ def linear_kl(
         teacher_hidden, teacher_weight: [..., Ht] with the same leading shape, and [Vt, Ht]; constants. May be None with
             ``kd_weight=0``, which makes this a fused linear cross-entropy. A weight may be a ``fastkd.Head``; bias,
             scale and softcap are its own then, and not given beside it. In place of both of the teacher's, a
-            ``fastkd.TopK`` is a teacher of which some log-probabilities [..., K] are known; it takes no ``vocab_group``
-            and no ``student_softcap`` yet.
+            ``fastkd.TopK`` is a teacher of which some log-probabilities [..., K] are known.
         student_bias, teacher_bias: [Vs] and [Vt]. The student's receives a gradient.
         student_scale, teacher_scale: multiply the hidden states; T5 v1.0 has ``d_model ** -0.5``.
         student_softcap, teacher_softcap: make logits z ``softcap * tanh(z / softcap)``, as Gemma 2 does; None: not.
@@ -314,15 +252,10 @@ def linear_kl(
         if teacher_weight is not None or teacher_bias is not None:
             name = "teacher_bias" if teacher_weight is None else "teacher_weight"
             raise ValueError(f"{name}: expected None, as the teacher is a TopK, got a tensor")
-        if student.softcap is not None:
-            raise ValueError(f"student_softcap: expected None, as the teacher is a TopK, got {student.softcap}")
-        check_no_metrics(return_metrics)
         return topk_linear_kl(
             student_hidden,
-            student.weight,
+            student,
             teacher_hidden,
-            student_bias=student.bias,
-            student_scale=student.scale,
             workspace_mb=workspace_mb,
             divergence=divergence,
             beta=beta,
@@ -335,6 +268,7 @@ def linear_kl(
             reduction=reduction,
             normalizer=normalizer,
             vocab_group=vocab_group,
+            return_metrics=return_metrics,
             impl=impl,
         )
     teacher = as_head("teacher", teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
@@ -380,7 +314,7 @@ def linear_kl(
     arguments = (
         *inputs._replace(student_hidden=flat(inputs.student_hidden), teacher_hidden=flat(inputs.teacher_hidden)),
         tokens.coefficients(leading, device),
-        flat_labels if shard is None else shard.local_labels(flat_labels),
+        flat_labels if shard is None or flat_labels is None else shard.local_columns(flat_labels),
         numbers(*(0.0 if x is None else x for x in keywords.values()), workspace),
         wanted,
         *((*objective.for_op(), *NO_SHARD) if shard is None else shard.for_op()),

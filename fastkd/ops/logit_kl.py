@@ -26,7 +26,7 @@ from .drivers.divergence_rows import METRICS, STATS, divergence_rows
 from .drivers.whole_rows import RowBlock, known_labels, whole_row_gradient, whole_row_stats
 from .dtypes import score_dtype
 from .logit_kl_arguments import Checked, check_logits, facts
-from .metrics import averaged, check_no_metrics
+from .metrics import averaged
 from .topk_kl import topk_logit_kl
 from .vocabulary_shards import (
     NO_SHARD,
@@ -268,7 +268,7 @@ def logit_kl(
         teacher_logits: [..., Vt], the same leading shape; a constant. Where Vs and Vt differ, both models are compared
             over the prefix they share, renormalised there; the cross-entropy is over all Vs columns. Without it those
             beyond the prefix get a gradient of exactly 0. May be None with ``kd_weight=0``. A ``fastkd.TopK`` is a
-            teacher of which some log-probabilities [..., K] are known; it takes no ``vocab_group`` yet.
+            teacher of which some log-probabilities [..., K] are known.
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tvd``; or a mapping
             of such names to weights >= 0, at least one of them > 0: the weighted sum, in one pass.
         beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``, of every member of a mix.
@@ -287,8 +287,7 @@ def logit_kl(
             on all ranks, and labels count in the whole vocabulary. Every rank returns the loss of the whole vocabulary,
             and the gradient of its own columns. Logits that are DTensors, sharded along their last dimension over a
             one-dimensional mesh, need no ``vocab_group``, and get gradients that are DTensors.
-        return_metrics: whether to return metrics beside the loss, of the same pass over the logits. Not with a
-            ``TopK`` as the teacher.
+        return_metrics: whether to return metrics beside the loss, of the same pass over the logits.
         impl: ``"auto"``, ``"reference"`` or ``"fused"``; see ``fastkd.doctor``.
 
     Returns:
@@ -298,7 +297,10 @@ def logit_kl(
         - ``kd``: ``temperature**2 * D(p, q)``, as it enters the loss before ``kd_weight``;
         - ``ce``: the cross-entropy before ``ce_weight``;
         - ``student_entropy``, ``teacher_entropy``: of q and of p, over the columns that are compared, in nats;
-        - ``agreement``: the share of tokens of which both models score the same of these columns highest.
+        - ``agreement``: the share of tokens of which both models score the same of these columns highest;
+        - ``student_mass``, ``teacher_mass``: of a ``TopK``, what its ids hold of both models. Its entropies are of the
+          ids and the tail as one, and agreement is that no score is higher than that of its likeliest id. With the tail
+          "conditional" it is among the ids, and there is no ``student_mass``.
 
         ``ce`` is there where ``ce_weight`` is not 0, the others where ``kd_weight`` is not. All are means over the
         tokens, weighted by ``weight``, whatever ``reduction`` and ``normalizer`` are, and 0 where no token is left.
@@ -311,12 +313,12 @@ def logit_kl(
     reverse KL is NaN, and that of forward KL what it tends to.
 
     With ``vocab_group`` every rank of the group has to make the call, and sends 56 bytes for every token, 24 more for
-    divergences other than forward and reverse KL, 48 more for metrics. An error on one rank is an error on all: a
+    divergences other than forward and reverse KL, 48 more for metrics (with a ``TopK``, which is the same on all ranks,
+    48, and 24 for each divergence, 16 more for metrics). An error on one rank is an error on all: a
     ValueError or TypeError where it is, or where the ranks' arguments do not fit together, and a RuntimeError that
     names the rank elsewhere. For that the ranks exchange a hundred bytes first, and on a GPU this waits for the device.
     """
     if isinstance(teacher_logits, TopK):
-        check_no_metrics(return_metrics)
         return topk_logit_kl(
             student_logits,
             teacher_logits,
@@ -331,6 +333,7 @@ def logit_kl(
             reduction=reduction,
             normalizer=normalizer,
             vocab_group=vocab_group,
+            return_metrics=return_metrics,
             impl=impl,
         )
     logits = {"student_logits": student_logits, "teacher_logits": teacher_logits}
@@ -362,7 +365,7 @@ def logit_kl(
         student,
         teacher,
         tokens.coefficients(leading, student.device),
-        flat_labels if shard is None else shard.local_labels(flat_labels),
+        flat_labels if shard is None or flat_labels is None else shard.local_columns(flat_labels),
         *((*objective.for_op(), *NO_SHARD) if shard is None else shard.for_op()),
         return_metrics,
     )

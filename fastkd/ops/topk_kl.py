@@ -18,31 +18,35 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, as_number, is_finite, numbers
-from ..teachers import WITHOUT_TAIL, TopK
-from .autograd import (
-    Function,
-    Gradient,
-    GradientsAhead,
-    Loss,
-    apply,
-    differentiable,
-    for_arguments,
-    in_dtypes_of,
-    wants_gradient,
-)
+from ..backend import backend_for
+from ..checks import as_number, check_flag, is_finite, numbers
+from ..heads import Head
+from ..teachers import TopK
+from .autograd import Gradient, Loss, apply, differentiable, for_arguments, wants_gradient
 from .drivers.chunks import row_blocks
+from .drivers.divergence_rows import METRICS
 from .drivers.linear_kl_call import Projection
-from .drivers.topk_linear_cpu import TopKTeacher, on_cpu
+from .drivers.topk_call import TopKCall
+from .drivers.topk_linear_cpu import on_cpu
 from .drivers.topk_linear_gpu import on_gpu
-from .drivers.topk_rows import TOPK_STATS, topk_rows, topk_rows_problem
-from .dtypes import gradient_dtype, score_dtype
-from .linear_kl_arguments import Inputs, as_workspace, check_inputs, flat
+from .drivers.topk_rows import TOPK_STATS
+from .drivers.topk_shards import WHOLE_STATS, topk_whole_stats
+from .dtypes import gradient_dtype
+from .linear_kl_arguments import Inputs, as_softcap, as_workspace, check_inputs, flat
+from .linear_kl_functions import TopKLinearKL, TopKLinearKLPerToken
 from .logit_kl_arguments import check_logits
-from .vocabulary_shards import local_tensor, local_tokens, vocabulary_group
+from .topk_kl_arguments import Checked, Result, check_teacher, objective_for
+from .vocabulary_shards import (
+    SHARD_ARGUMENTS,
+    agree,
+    group_by_name,
+    local_tensor,
+    local_tokens,
+    shard_on,
+    vocabulary_group,
+)
 
-__all__ = ["TopKLinearKL", "TopKLinearKLPerToken", "TopKLogitKL", "topk_linear_kl", "topk_logit_kl"]
+__all__ = ["TopKLogitKL", "topk_linear_kl", "topk_logit_kl"]
 
 # For the scores of a chunk, of which there are one buffer and not two.
 WORKSPACE_MB = {"cpu": 64, "cuda": 384}
@@ -52,26 +56,37 @@ WORKSPACE_MB = {"cpu": 64, "cuda": 384}
 _library = torch.library.Library("fastkd", "FRAGMENT")
 _TEACHER = "Tensor ids, Tensor log_probs, Tensor? tail_log_prob"
 _OBJECTIVE = "bool conditional, Tensor numbers"  # beta, temperature, kd_weight, ce_weight, the divergences' weights
+_SHARD = SHARD_ARGUMENTS  # of a shard, ids are as labels are
 _library.define(
-    f"topk_logit_kl(Tensor student_logits, {_TEACHER}, Tensor coefficient, Tensor? labels, {_OBJECTIVE}) "
-    "-> (Tensor loss, Tensor stats)"
+    f"topk_logit_kl(Tensor student_logits, {_TEACHER}, Tensor coefficient, Tensor? labels, {_OBJECTIVE}, {_SHARD}, "
+    "bool metrics=False) -> (Tensor loss, Tensor stats, Tensor metrics)"
 )
 _library.define(
     f"topk_logit_kl_backward(Tensor student_logits, {_TEACHER}, Tensor stats, Tensor coefficient, Tensor? labels, "
-    f"{_OBJECTIVE}) -> Tensor"
+    f"{_OBJECTIVE}, {_SHARD}) -> Tensor"
 )
 _library.define(
     f"topk_linear_kl(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, {_TEACHER}, "
-    f"Tensor coefficient, Tensor? labels, Tensor sizes, bool[3] gradients, {_OBJECTIVE}) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    f"Tensor coefficient, Tensor? labels, Tensor sizes, bool[3] gradients, {_OBJECTIVE}, {_SHARD}, bool metrics=False) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
+def _rows(coefficient, group, metrics):
+    """Loss, statistics and metrics, unwritten; metrics that are not asked for are empty."""
+    rows = coefficient.shape[0]
+    stats = coefficient.new_empty(rows, WHOLE_STATS if group else TOPK_STATS)
+    return torch.empty_like(coefficient), stats, coefficient.new_empty(rows if metrics else 0, METRICS)
+
+
 @torch.library.register_fake("fastkd::topk_logit_kl", lib=_library)
-def _(student_logits, ids, log_probs, tail_log_prob, coefficient, *rest):
-    return torch.empty_like(coefficient), coefficient.new_empty(coefficient.shape[0], TOPK_STATS)
+def _(
+    student_logits, ids, log_probs, tail_log_prob, coefficient, labels, conditional, numbers, group="", widest=0,
+    metrics=False,
+):  # fmt: skip
+    return _rows(coefficient, group, metrics)
 
 
 @torch.library.register_fake("fastkd::topk_logit_kl_backward", lib=_library)
@@ -79,16 +94,20 @@ def _(student_logits, *rest):
     return student_logits.new_empty(student_logits.shape)
 
 
-def _outputs(hidden, weight, bias, coefficient, gradients):
+def _outputs(hidden, weight, bias, coefficient, gradients, metrics):
     dtype = gradient_dtype(weight)
     wanted = zip(gradients, (hidden, weight, bias), strict=True)
     shapes = [x.shape if want and x is not None else (0,) for want, x in wanted]
-    return torch.empty_like(coefficient), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
+    told = coefficient.new_empty(coefficient.shape[0] if metrics else 0, METRICS)
+    return torch.empty_like(coefficient), *(weight.new_empty(shape, dtype=dtype) for shape in shapes), told
 
 
 @torch.library.register_fake("fastkd::topk_linear_kl", lib=_library)
-def _(hidden, weight, bias, ids, log_probs, tail_log_prob, coefficient, labels, sizes, gradients, *rest):
-    return _outputs(hidden, weight, bias, coefficient, gradients)
+def _(
+    hidden, weight, bias, ids, log_probs, tail_log_prob, coefficient, labels, sizes, gradients, conditional, numbers,
+    group="", widest=0, metrics=False,
+):  # fmt: skip
+    return _outputs(hidden, weight, bias, coefficient, gradients, metrics)
 
 
 # ---- forward and backward -------------------------------------------------------------------------------------------
@@ -100,25 +119,32 @@ def _objective(conditional: bool, numbers: Tensor) -> tuple[Any, ...]:
     return divergences, conditional, beta, temperature, kd_weight, ce_weight
 
 
-def _at(rows: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x[rows] for x in tensors]
+def _forward(
+    student_logits, ids, log_probs, tail_log_prob, coefficient, labels, conditional, numbers, vocab_group="",
+    widest_shard=0, metrics=False,
+):  # fmt: skip
+    group = group_by_name(vocab_group)
+    call = TopKCall(ids, log_probs, tail_log_prob, coefficient, labels, group, _objective(conditional, numbers))
+    loss, stats, told = _rows(coefficient, vocab_group, metrics)
+    blocks = [(rows, s) for rows, (s,) in row_blocks(student_logits)]
+    if group is not None:
+        if len(loss):
+            stats = topk_whole_stats(blocks, call, loss, told if metrics else None)
+        return loss, stats, told
+    for rows, s in blocks:
+        call.at(rows).rows(s, loss[rows], stats[rows], None, told[rows] if metrics else None)
+    return loss, stats, told
 
 
-def _forward(student_logits, ids, log_probs, tail_log_prob, coefficient, labels, conditional, numbers):
-    objective = _objective(conditional, numbers)
-    loss, stats = torch.empty_like(coefficient), coefficient.new_empty(coefficient.shape[0], TOPK_STATS)
-    given = (ids, log_probs, tail_log_prob, coefficient, labels, loss, stats)
-    for rows, (s,) in row_blocks(student_logits):
-        topk_rows(s, *_at(rows, *given), None, *objective)  # type: ignore[arg-type]
-    return loss, stats
-
-
-def _backward(student_logits, ids, log_probs, tail_log_prob, stats, coefficient, labels, conditional, numbers):
-    objective = _objective(conditional, numbers)
+def _backward(
+    student_logits, ids, log_probs, tail_log_prob, stats, coefficient, labels, conditional, numbers, vocab_group="",
+    widest_shard=0,
+):  # fmt: skip
+    objective, group = _objective(conditional, numbers), group_by_name(vocab_group)
+    call = TopKCall(ids, log_probs, tail_log_prob, coefficient, labels, group, objective)
     gradient = student_logits.new_empty(student_logits.shape)
-    given = (ids, log_probs, tail_log_prob, coefficient, labels, None, stats)
     for rows, (s, g) in row_blocks(student_logits, gradient):
-        topk_rows(s, *_at(rows, *given), g, *objective)  # type: ignore[arg-type]
+        call.at(rows).rows(s, None, stats[rows], g)
     return gradient
 
 
@@ -131,48 +157,56 @@ def _linear(
     tail_log_prob: Tensor | None,  # [T] float64
     coefficient: Tensor,  # [T] float64
     labels: Tensor | None,  # [T] int64
-    sizes: Tensor,  # [2]: student_scale, workspace_mb
+    sizes: Tensor,  # [3]: student_scale, student_softcap (0: none), workspace_mb
     gradients: list[bool],  # of student_hidden, student_weight, student_bias
     conditional: bool,
     numbers: Tensor,  # [10]
+    vocab_group: str = "",
+    widest_shard: int = 0,
+    metrics: bool = False,
 ) -> tuple[Tensor, ...]:
-    scale, workspace_mb = sizes.tolist()
-    student = Projection(student_hidden, student_weight, student_bias, scale)
-    teacher = TopKTeacher(ids, log_probs, tail_log_prob)
+    scale, softcap, workspace_mb = sizes.tolist()
+    student = Projection(student_hidden, student_weight, student_bias, scale, softcap or None)
+    objective, group = _objective(conditional, numbers), group_by_name(vocab_group)
+    call = TopKCall(ids, log_probs, tail_log_prob, coefficient, labels, group, objective)
     if coefficient.shape[0] == 0:
-        return tuple(x.zero_() for x in _outputs(student_hidden, student_weight, student_bias, coefficient, gradients))
+        outputs = _outputs(student_hidden, student_weight, student_bias, coefficient, gradients, metrics)
+        return tuple(x.zero_() for x in outputs)
+    told = coefficient.new_zeros(coefficient.shape[0] if metrics else 0, METRICS)
     driver = on_cpu if backend_for(student_hidden.device)[0] == "cpp" else on_gpu
+    widest = student_weight.shape[0] if group is None else widest_shard
     workspace_bytes = int(workspace_mb * 2**20)
-    return driver(student, teacher, coefficient, labels, workspace_bytes, gradients, *_objective(conditional, numbers))
+    return *driver(student, call, widest, workspace_bytes, gradients, told if metrics else None), told
 
 
 _library.impl("topk_logit_kl", _forward, "CompositeExplicitAutograd")
 _library.impl("topk_logit_kl_backward", _backward, "CompositeExplicitAutograd")
 _library.impl("topk_linear_kl", _linear, "CompositeExplicitAutograd")
 
-# ---- autograd.Function ----------------------------------------------------------------------------------------------
+# ---- autograd.Function: linear_kl's are in linear_kl_functions.py ----------------------------------------------------
 
 
 class TopKLogitKL(Loss):
     """Per-token losses [tokens] in float64, coefficient included, differentiable in the student's logits.
 
     Arguments are those of ``torch.ops.fastkd.topk_logit_kl``, and so are the outputs: the second, statistics of the
-    rows, is what the backward pass starts from.
+    rows, is what the backward pass starts from, the third what the rows tell of themselves.
     """
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.fastkd.topk_logit_kl(*arguments)
 
     @classmethod
     def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
-        *tensors, ctx.conditional, numbers = inputs
+        *tensors, ctx.conditional, numbers = inputs[:8]
         ctx.save_for_backward(*tensors, output[1], numbers)
+        ctx.shard = inputs[8:10]
 
     @classmethod
     def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         *given, coefficient, labels, stats, numbers = ctx.saved_tensors
-        arguments = (*given, stats, coefficient * grad_loss, labels, ctx.conditional, numbers)
+        arguments = (*given, stats, coefficient * grad_loss, labels, ctx.conditional, numbers, *ctx.shard)
         return for_arguments(ctx, (0,), (apply(_TopKLogitKLGradient, "logit_kl", *arguments),))
 
 
@@ -182,147 +216,93 @@ class _TopKLogitKLGradient(Gradient):
         return torch.ops.fastkd.topk_logit_kl_backward(*arguments)
 
 
-OF_STUDENT = (0, 1, 2)  # arguments that get a gradient: hidden states, weight and bias
-
-
-class TopKLinearKL(GradientsAhead):
-    """The summed loss, a 0-d float64 tensor, and the gradients, which the forward pass computes.
-
-    Arguments are those of ``torch.ops.fastkd.topk_linear_kl``.
-    """
-
-    op = "linear_kl"
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        loss, *gradients = torch.ops.fastkd.topk_linear_kl(*arguments)
-        return loss.sum(), *gradients
-
-    @staticmethod
-    def of_student(arguments: Sequence[Any]) -> Sequence[int]:
-        return OF_STUDENT
-
-
-class TopKLinearKLPerToken(Function):
-    """Losses per token, [T] float64; the backward pass computes scores and gradients from the inputs.
-
-    Arguments are those of ``torch.ops.fastkd.topk_linear_kl``.
-    """
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return torch.ops.fastkd.topk_linear_kl(*arguments[:9], [False] * 3, *arguments[10:])[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        *tensors, _, ctx.conditional, numbers = inputs
-        ctx.save_for_backward(*tensors, numbers)
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor):
-        *tensors, coefficient, labels, sizes, numbers = ctx.saved_tensors
-        inputs = (*tensors, coefficient * grad_loss, labels, sizes, ctx.needs_input_grad[:3], ctx.conditional, numbers)
-        return for_arguments(ctx, OF_STUDENT, apply(_TopKLinearKLGradient, "linear_kl", *inputs))
-
-
-class _TopKLinearKLGradient(Gradient):
-    @staticmethod
-    def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
-        _, *gradients = torch.ops.fastkd.topk_linear_kl(*arguments)
-        return in_dtypes_of(OF_STUDENT, arguments, gradients)
-
-
 # ---- what the public functions hand over to -------------------------------------------------------------------------
 
 
-def _check_keywords(
+def topk_logit_kl(
+    student_logits: Tensor,
     teacher: TopK,
-    heads: dict[str, Any],
     *,
     divergence: Any,
     beta: float,
     temperature: float,
-    weight: Tensor | None,
-    labels: Tensor | None,
-    ce_weight: float,
     kd_weight: float,
-    ignore_index: int,
-    reduction: str,
-    normalizer: float | Tensor | None,
+    ce_weight: float,
     vocab_group: Any,
-) -> tuple[Objective, TokenArguments]:
-    """The keywords that both losses share, checked but for what depends on the student's shape."""
-    dim = -1 if "student_logits" in heads else 0
-    if vocabulary_group(vocab_group, heads, dim) is not None:
-        raise ValueError("vocab_group: expected None, as the teacher is a TopK, whose vocabulary cannot be sharded yet")
-    objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
-    undefined = [name for name in objective.members if name not in WITHOUT_TAIL]
-    if teacher.tail in ("ignore", "renormalize") and undefined and kd_weight != 0:
-        raise ValueError(
-            f"divergence: expected forward_kl or skew_kl, as the teacher's tail is {teacher.tail!r}, got "
-            f"{undefined[0]!r}, which weighs what the student has in the tail by what the teacher has there; "
-            'tail="bucket" and tail="conditional" serve every divergence'
-        )
-    return objective, local_tokens(weight, labels, normalizer, ignore_index, reduction)
-
-
-def _arguments(
-    teacher: TopK, objective: Objective, tokens: TokenArguments, student: Tensor, vocabulary: int
-) -> tuple[list[Any], list[Any]]:
-    """(teacher, coefficient and labels; the trailing arguments) of the ops"""
-    ids, log_probs, tail = teacher.for_op(objective.temperature, vocabulary)
-    of_teacher = [ids.contiguous(), log_probs.contiguous(), tail.contiguous() if teacher.tail == "bucket" else None]
-    labels = tokens.flat_labels() if objective.ce_weight != 0 else None
-    of_tokens = [tokens.coefficients(student.shape[:-1], student.device), labels]
-    weights = (objective.kd_weight, objective.ce_weight, *objective.all_weights)
-    trailing = [teacher.tail == "conditional", numbers(objective.beta, objective.temperature, *weights)]
-    return [*of_teacher, *of_tokens], trailing
-
-
-def topk_logit_kl(student_logits: Tensor, teacher: TopK, *, impl: str, **keywords: Any) -> Tensor:
+    return_metrics: bool,
+    impl: str,
+    **of_tokens: Any,
+) -> Result:
     """``fastkd.logit_kl`` with a ``TopK``."""
-    objective, tokens = _check_keywords(teacher, {"student_logits": student_logits}, **keywords)
-    student = differentiable(student_logits)
-    check_logits(student, None, replace(objective, kd_weight=0.0), tokens, False)
-    leading = student.shape[:-1]
-    teacher.check(leading, student.device)
-    if not use_fused(impl, student.device, topk_rows_problem(student.device, teacher.indices.shape[-1])):
-        return reference.logit_kl(student, teacher, **vars(objective), **vars(tokens))
-    given, trailing = _arguments(teacher, objective, tokens, student, student.shape[-1])
-    loss, _ = apply(TopKLogitKL, student, *given, *trailing)
-    return (loss.reshape(leading) if tokens.reduction == "none" else loss.sum()).to(score_dtype(student))
+    group = vocabulary_group(vocab_group, {"student_logits": student_logits}, -1)
+
+    def check() -> Checked:
+        objective = objective_for(teacher, divergence, beta, temperature, kd_weight, ce_weight)
+        tokens = local_tokens(**of_tokens)
+        check_flag("return_metrics", return_metrics)
+        student = student_logits if group is None else shard_on(group, "student_logits", student_logits, -1)
+        student = differentiable(student)
+        check_logits(student, None, replace(objective, kd_weight=0.0), tokens, group is not None)
+        fused = check_teacher(teacher, student.shape[:-1], student.device, impl, group is not None)
+        keywords = {"return_metrics": return_metrics}
+        return Checked((student,), student.shape[-1], teacher, objective, tokens, keywords, fused)
+
+    call, shard = agree(group, check, Checked.facts)
+    if not call.fused:
+        return call.of_reference(shard, reference.logit_kl, *call.tensors, teacher)
+    given, trailing, mass = call.for_op(shard)
+    loss, _, rows = apply(TopKLogitKL, *call.tensors, *given, *trailing)
+    return call.result(loss, rows, mass)
 
 
 def topk_linear_kl(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    head: Head,
     teacher: TopK,
     *,
-    student_bias: Tensor | None,
-    student_scale: float,
     workspace_mb: float | None,
+    divergence: Any,
+    beta: float,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    vocab_group: Any,
+    return_metrics: bool,
     impl: str,
-    **keywords: Any,
-) -> Tensor:
+    **of_tokens: Any,
+) -> Result:
     """``fastkd.linear_kl`` with a ``TopK``."""
-    heads = {"student_weight": student_weight, "student_bias": student_bias}
-    objective, tokens = _check_keywords(teacher, heads, **keywords)
-    student_scale = as_number("student_scale", student_scale, "that is finite", is_finite)
-    workspace_mb = as_workspace(workspace_mb)
-    inputs = Inputs(local_tensor("student_hidden", student_hidden), student_weight, student_bias, None, None, None)
-    hidden, weight, bias, *_ = check_inputs(inputs, replace(objective, kd_weight=0.0), tokens, False)
-    teacher.check(hidden.shape[:-1], hidden.device)
-    if not use_fused(impl, hidden.device, topk_rows_problem(hidden.device, teacher.indices.shape[-1])):
-        return reference.linear_kl(
-            hidden, weight, teacher, None, student_bias=bias, teacher_bias=None, student_scale=student_scale,
-            teacher_scale=1.0, **vars(objective), **vars(tokens),
-        )  # fmt: skip
-    given, trailing = _arguments(teacher, objective, tokens, hidden, weight.shape[0])
-    sizes = numbers(student_scale, WORKSPACE_MB[hidden.device.type] if workspace_mb is None else workspace_mb)
-    wanted = tuple(wants_gradient(x) for x in (hidden, weight, bias))
-    arguments = (flat(hidden), weight, bias, *given, sizes, wanted, *trailing)
-    if tokens.reduction == "none":
-        loss = apply(TopKLinearKLPerToken, *arguments).reshape(hidden.shape[:-1])
-    else:
-        loss, *_ = apply(TopKLinearKL, *arguments)
-    return loss.to(score_dtype(hidden))
+    heads: dict[str, Any] = {"student_weight": head.weight, "student_bias": head.bias}
+    group = vocabulary_group(vocab_group, heads, 0)
+
+    def check() -> Checked:
+        objective = objective_for(teacher, divergence, beta, temperature, kd_weight, ce_weight)
+        tokens = local_tokens(**of_tokens)
+        check_flag("return_metrics", return_metrics)
+        keywords = {
+            "student_scale": as_number("student_scale", head.scale, "that is finite", is_finite),
+            "student_softcap": as_softcap("student_softcap", head.softcap),
+            "workspace_mb": as_workspace(workspace_mb),
+            "return_metrics": return_metrics,
+        }
+        shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
+        local = local_tensor("student_hidden", student_hidden)
+        inputs = Inputs(local, shards["student_weight"], shards["student_bias"], None, None, None)
+        hidden, weight, bias, *_ = check_inputs(inputs, replace(objective, kd_weight=0.0), tokens, group is not None)
+        fused = check_teacher(teacher, hidden.shape[:-1], hidden.device, impl, group is not None)
+        return Checked((hidden, weight, bias), weight.shape[0], teacher, objective, tokens, keywords, fused)
+
+    call, shard = agree(group, check, Checked.facts)
+    hidden, weight, bias = call.tensors
+    scale, softcap, workspace, _ = call.keywords.values()
+    if not call.fused:
+        more = {"student_bias": bias, "teacher_bias": None, "student_scale": scale, "teacher_scale": 1.0}
+        return call.of_reference(
+            shard, reference.linear_kl, hidden, weight, teacher, None, student_softcap=softcap, **more
+        )
+    given, trailing, mass = call.for_op(shard)
+    sizes = numbers(scale, softcap or 0.0, WORKSPACE_MB[hidden.device.type] if workspace is None else workspace)
+    wanted = tuple(wants_gradient(x) for x in call.tensors)
+    function = TopKLinearKLPerToken if call.tokens.reduction == "none" else TopKLinearKL
+    loss, *_, rows = apply(function, flat(hidden), weight, bias, *given, sizes, wanted, *trailing)
+    return call.result(loss, rows, mass)

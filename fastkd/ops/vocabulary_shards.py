@@ -108,10 +108,8 @@ class VocabularyShard:
         """Columns of the student's largest shard, by which every rank cuts its tokens into chunks."""
         return max(self.student_columns)
 
-    def local_labels(self, labels: Tensor | None) -> Tensor | None:
-        """Labels of the whole vocabulary as this rank's kernels take them; those out of range become -1."""
-        if labels is None:
-            return None
+    def local_columns(self, labels: Tensor) -> Tensor:
+        """Labels, or ids, of the whole vocabulary as this rank's kernels take them; those out of range become -1."""
         start = sum(self.student_columns[: self.rank])
         stop = start + self.student_columns[self.rank]
         known = (labels >= 0) & (labels < sum(self.student_columns))
@@ -224,9 +222,10 @@ class Facts:
     student_hidden: Tensor | None  # [tokens, H]
     teacher_hidden: Tensor | None
     kept: Tensor  # [tokens] bool: what dropped tokens hold may differ
+    topk: Tensor | None = None  # [any], all that a TopK holds
 
     # In the order of the numbers below: what ranks hold to the bit, and what they hold but for rounding.
-    EXACT = ("labels", "weight", "normalizer")
+    EXACT = ("labels", "weight", "normalizer", "TopK")
     ROUNDED = ("student_hidden", "teacher_hidden")
 
     def constants(self) -> dict[str, object]:
@@ -238,7 +237,7 @@ class Facts:
         constants = zlib.crc32(repr(self.constants()).encode())
         teacher_columns = -1 if self.teacher_columns is None else self.teacher_columns
         given = [1, constants, self.kept.numel(), self.student_columns, teacher_columns]
-        exact = [_checksum(getattr(self.tokens, name), device) for name in self.EXACT]
+        exact = [_checksum(vars(self.tokens).get(name, self.topk), device) for name in self.EXACT]
         rounded = [_sum_and_norm(getattr(self, name), self.kept) for name in self.ROUNDED]
         return torch.cat([torch.tensor(given, device=device), *exact, *rounded])
 

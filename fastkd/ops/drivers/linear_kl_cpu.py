@@ -20,7 +20,7 @@ from .softcap import softcap
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["by_rows", "on_cpu"]
+__all__ = ["by_rows", "capped_", "on_cpu"]
 
 # Low-precision weights are widened to fp32 this many rows at a time where the GEMM cannot accumulate in fp32 itself.
 WIDENED_ROWS = 4096
@@ -87,27 +87,22 @@ class _Gradients:
         return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
-def _losses_(
-    call: Call,
+def capped_(
     student: Tensor,  # [n, columns]
     teacher: Tensor | None,  # [n, vocabulary]
-    coefficient: Tensor,  # [n]
-    labels: Tensor | None,  # [n]
-    loss: Tensor,  # [n]
-    metrics: Tensor | None,  # [n, 6]
-    *objective: Any,
+    caps: tuple[float | None, float | None],
+    wanted: bool,  # whether gradients are, written over the student's
+    at_once: bool,  # as what ranks tell each other they tell of all rows
+    losses_: Callable[[slice], None],
 ) -> None:
-    """Writes losses and metrics of rows of scores that are yet to be capped, and over them gradients if wanted."""
-    wanted, cap = any(call.gradients), call.student.softcap
-    teacher_cap = None if call.teacher is None else call.teacher.softcap
+    """Calls losses_(rows) of scores that are yet to be capped, some rows at a time, and carries gradients through."""
+    cap, teacher_cap = caps
     if cap is None and teacher_cap is None:
-        gradient = student if wanted else None
-        call.rows(student, teacher, coefficient, labels, loss, None, gradient, *objective, metrics=metrics)
+        losses_(slice(0, len(student)))
         return
-    # what ranks tell each other they tell of all rows at once
-    step = max(1, len(loss) if call.group is not None else CAPPED_ROWS * torch.get_num_threads())
+    step = max(1, len(student) if at_once else CAPPED_ROWS * torch.get_num_threads())
     slopes = torch.empty_like(student[:step]) if wanted and cap is not None else None
-    for start in range(0, len(loss), step):
+    for start in range(0, len(student), step):
         rows = slice(start, start + step)
         scores, target = student[rows], None if teacher is None else teacher[rows]
         slope = None if slopes is None else slopes[: len(scores)]
@@ -115,11 +110,7 @@ def _losses_(
             softcap(scores, scores, slope, cap)
         if target is not None and teacher_cap is not None:
             softcap(target, target, None, teacher_cap)
-        row_labels = None if labels is None else labels[rows]
-        gradient = scores if wanted else None
-        row_metrics = None if metrics is None else metrics[rows]
-        with_loss = scores, target, coefficient[rows], row_labels, loss[rows]
-        call.rows(*with_loss, None, gradient, *objective, metrics=row_metrics)
+        losses_(rows)
         if slope is not None:
             scores.mul_(slope)
 
@@ -158,16 +149,24 @@ def by_rows(
 
 
 def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
-    teacher = call.teacher
+    teacher, wanted = call.teacher, any(call.gradients)
 
     def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor) -> None:
-        target = None
+        scores, target = workspace[0], None
         if teacher is not None:
             target = workspace[1, :, : call.vocabulary]
             scores_(target, teacher.hidden[rows], teacher, call.vocabulary)
-        labels = None if call.labels is None else call.labels[rows]
+        coefficient, labels = call.coefficient[rows], None if call.labels is None else call.labels[rows]
         metrics = None if call.metrics is None else loss.new_empty(len(loss), METRICS)
-        _losses_(call, workspace[0], target, call.coefficient[rows], labels, loss, metrics, *objective)
+
+        def of_some(part: slice) -> None:
+            s, t = scores[part], None if target is None else target[part]
+            part_labels, told = (None if x is None else x[part] for x in (labels, metrics))
+            with_loss = s, t, coefficient[part], part_labels, loss[part]
+            call.rows(*with_loss, None, s if wanted else None, *objective, metrics=told)
+
+        caps = call.student.softcap, None if teacher is None else teacher.softcap
+        capped_(scores, target, caps, wanted, call.group is not None, of_some)
         if call.metrics is not None and metrics is not None:
             call.metrics[rows] = metrics
 

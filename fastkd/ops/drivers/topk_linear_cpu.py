@@ -1,51 +1,41 @@
 """linear_kl with a top-k teacher on a CPU: by rows, in a workspace that stays in cache.
 
-T tokens, V vocabulary, H hidden width, K ids.
+T tokens, V vocabulary, H hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 from torch import Tensor
 
+from .divergence_rows import METRICS
 from .linear_kl_call import Projection
-from .linear_kl_cpu import by_rows
-from .topk_rows import topk_rows
+from .linear_kl_cpu import by_rows, capped_
+from .topk_call import TopKCall
 
-__all__ = ["TopKTeacher", "on_cpu"]
-
-
-class TopKTeacher(NamedTuple):
-    """What the row primitive takes of a top-k teacher."""
-
-    ids: Tensor  # [T, K] int64
-    log_probs: Tensor  # [T, K] float64
-    tail_log_prob: Tensor | None  # [T] float64
-
-    def rows(self, rows: slice | Tensor) -> TopKTeacher:
-        return TopKTeacher(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+__all__ = ["on_cpu"]
 
 
 def on_cpu(
     student: Projection,
-    teacher: TopKTeacher,
-    coefficient: Tensor,  # [T] float64
-    labels: Tensor | None,  # [T] int64
+    call: TopKCall,
+    widest: int,  # columns of the largest shard
     workspace_bytes: int,
     gradients: list[bool],  # of hidden states, weight, bias
-    divergences: Sequence[float],  # [6]
-    conditional: bool,
-    *numbers: float,  # beta, temperature, kd_weight, ce_weight
+    metrics: Tensor | None,  # [T, 6], to be written, of kept tokens alone
 ) -> tuple[Tensor, ...]:
-    vocabulary = student.weight.shape[0]
+    """Losses [T] and the three gradients."""
 
     def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor) -> None:
-        scores = workspace[0]
-        topk_rows(
-            scores, *teacher.rows(rows), coefficient[rows], None if labels is None else labels[rows], loss, None,
-            scores if any(gradients) else None, divergences, conditional, *numbers,
-        )  # fmt: skip
+        scores, own, wanted = workspace[0], call.at(rows), any(gradients)
+        told = None if metrics is None else loss.new_empty(len(loss), METRICS)
 
-    return by_rows(student, vocabulary, vocabulary, coefficient, workspace_bytes, 1, gradients, None, losses_)
+        def of_some(part: slice) -> None:
+            gradient = scores[part] if wanted else None
+            own.at(part).rows(scores[part], loss[part], None, gradient, None if told is None else told[part])
+
+        capped_(scores, None, (student.softcap, None), wanted, call.group is not None, of_some)
+        if metrics is not None and told is not None:
+            metrics[rows] = told
+
+    columns = student.weight.shape[0]
+    return by_rows(student, columns, widest, call.coefficient, workspace_bytes, 1, gradients, call.group, losses_)

@@ -9,8 +9,6 @@ T tokens, V vocabulary, H hidden width, K ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,8 +16,8 @@ from ...divergence import divergence_code
 from ..dtypes import fp16_lift, score_dtype
 from .linear_kl_call import Projection
 from .linear_kl_gpu import GpuGradients, multiply_, parts_of, rows_at_once
-from .topk_linear_cpu import TopKTeacher
-from .topk_rows import topk_rows
+from .softcap import softcap
+from .topk_call import TopKCall
 
 __all__ = ["on_gpu"]
 
@@ -27,59 +25,61 @@ __all__ = ["on_gpu"]
 PADDED = 32
 
 
-def _lift(
-    student: Projection, coefficient: Tensor, gradients: list[bool], divergences: Sequence[float], *numbers: float
-) -> Tensor | None:
+def _lift(student: Projection, call: TopKCall, gradients: list[bool]) -> Tensor | None:
     """What fp16 gradients of scores are multiplied by to be in range."""
     if student.weight.dtype != torch.float16 or not any(gradients):
         return None
-    _, temperature, kd_weight, ce_weight = numbers
+    divergences, _, _, temperature, kd_weight, ce_weight = call.objective
     reverse = divergence_code("reverse_kl")
     of_divergences = abs(kd_weight * temperature) * sum(map(abs, divergences))
-    largest = coefficient.abs().amax() * (of_divergences + abs(ce_weight))
+    largest = call.coefficient.abs().amax() * (of_divergences + abs(ce_weight))
     return fp16_lift(largest, reverse if divergences[reverse] != 0 else divergence_code("forward_kl"), 0.5)
 
 
 def on_gpu(
     student: Projection,
-    teacher: TopKTeacher,
-    coefficient: Tensor,  # [T] float64
-    labels: Tensor | None,  # [T] int64
+    call: TopKCall,
+    widest: int,  # columns of the largest shard: chunks have to be the same on all ranks
     workspace_bytes: int,
     gradients: list[bool],  # of hidden states, weight, bias
-    divergences: Sequence[float],  # [6]
-    conditional: bool,
-    *numbers: float,  # beta, temperature, kd_weight, ce_weight
+    metrics: Tensor | None,  # [T, 6], to be written
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias, scale, _ = student
-    dtype, (vocabulary, width), tokens = score_dtype(hidden), weight.shape, coefficient.shape[0]
-    padded = -(-vocabulary // PADDED) * PADDED
+    """Losses [T] and the three gradients."""
+    hidden, weight, bias, scale, cap = student
+    dtype, (vocabulary, width), tokens = score_dtype(hidden), weight.shape, call.coefficient.shape[0]
+    weight_rows = vocabulary if call.group is None else widest
+    padded, widest = (-(-columns // PADDED) * PADDED for columns in (vocabulary, widest))
     wanted, in_place = any(gradients), weight.dtype == dtype
-    gradient_row = padded * weight.itemsize if wanted and not in_place else 0
-    instead = vocabulary * width * dtype.itemsize if gradients[1] and gradient_row else -1
-    score_rows, gradient_rows = rows_at_once(tokens, padded * dtype.itemsize, gradient_row, instead, workspace_bytes)
+    sloped = wanted and cap is not None
+    gradient_row = widest * weight.itemsize if wanted and not in_place else 0
+    instead = weight_rows * width * dtype.itemsize if gradients[1] and gradient_row else -1
+    score_row = (1 + sloped) * widest * dtype.itemsize
+    score_rows, gradient_rows = rows_at_once(tokens, score_row, gradient_row, instead, workspace_bytes)
     score_rows = min(score_rows, tokens)
     gradient_rows = min(gradient_rows, tokens) if gradient_row else score_rows
 
     scores = hidden.new_empty(score_rows, padded, dtype=dtype)[:, :vocabulary]
+    slopes = torch.empty_like(scores) if sloped else None
     narrow = hidden.new_empty(gradient_rows if gradient_row else 0, padded)[:, :vocabulary]
-    loss = torch.empty_like(coefficient)
-    lift = _lift(student, coefficient, gradients, divergences, *numbers)
-    lifted = coefficient if lift is None else coefficient * lift
-    total = GpuGradients(student, coefficient, vocabulary, lift, None, gradient_rows >= tokens, True, gradients)
+    loss, lift = torch.empty_like(call.coefficient), _lift(student, call, gradients)
+    lifted = call if lift is None else call._replace(coefficient=call.coefficient * lift)
+    total = GpuGradients(
+        student, call.coefficient, vocabulary, lift, call.group, gradient_rows >= tokens, True, gradients
+    )
     for block in parts_of(tokens, gradient_rows):
         for part in parts_of(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)
             s = scores[: part.stop - part.start]
+            slope = None if slopes is None else slopes[: part.stop - part.start]
             multiply_(s, hidden[rows], weight.t(), scale)
             if bias is not None:
                 s += bias
-            target = None if not wanted else s if in_place else narrow[part]
-            row_labels = None if labels is None else labels[rows]
-            topk_rows(
-                s, *teacher.rows(rows), lifted[rows], row_labels, loss[rows], None, target, divergences, conditional,
-                *numbers,
-            )  # fmt: skip
+            if cap is not None:
+                softcap(s, s, slope, cap)
+            target = None if not wanted else s if in_place or sloped else narrow[part]
+            lifted.at(rows).rows(s, loss[rows], None, target, None if metrics is None else metrics[rows])
+            if slope is not None:
+                torch.mul(s, slope, out=s if in_place else narrow[part])  # rounded once
         if wanted:
             total.add(block, slice(0, vocabulary), s if in_place else narrow[: block.stop - block.start])
     return loss if lift is None else loss.div_(lift), *total.results()

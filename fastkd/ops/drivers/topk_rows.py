@@ -19,16 +19,22 @@ one factor times q_j for all the tail's columns, whatever their number, and K co
  -  Without a category, or with all scores at -inf, D is 0, and so is its gradient.
  -  The masses need not sum to 1: the tail "ignore" gives some that do not.
 
-One operator writes what it is given of loss, statistics and gradient. Statistics are what the gradient needs of a row
-beside its K scores; without a loss they are given, of a pass before. The gradient may be written over the student.
-With `conditional` and a ce_weight of 0, K scores of a row are read, and no others.
+One operator writes what it is given of loss, statistics, gradient and metrics. Statistics are what the gradient needs
+of a row beside its K scores; without a loss they are given, of a pass before. The gradient may be written over the
+student. With `conditional` and a ce_weight of 0, K scores of a row are read, and no others.
+
+Metrics go with a loss, and say of a row (temperature^2 * D, cross-entropy, the student's entropy, the teacher's,
+agreement, the student's mass): the entropies are those of the categories, in nats; agreement is 1 where no score, with
+`conditional` none of an id, is higher than that of the teacher's likeliest id; the mass is what the ids have of q, with
+`conditional` 0. All are 0 where a term has no weight, a row is skipped or has no category.
 
 R rows, V columns, K ids. student [R, V] of any float dtype and stride; ids [R, K] int64, none twice in a row, and
 log_probs [R, K] float64, both contiguous; tail_log_prob [R] float64, None for a tail of no mass; coefficient [R]
 float64, 0 skips the row (it is not read; loss and gradient are 0); labels [R] int64, NaN where out of range; loss [R]
 float64; stats [R, 3] float64, private to each kernel: in the CPU's the maximum of the scores that are neither an id's
 nor the label's, and the sums of e^((s - maximum) / temperature) and of e^(s - maximum) over these; gradient [R, V] of
-any float dtype and stride; divergences: a weight for each, in the order of fastkd.divergence.DIVERGENCES.
+any float dtype and stride; divergences: a weight for each, in the order of fastkd.divergence.DIVERGENCES; metrics
+[R, 6] float64.
 """
 
 from __future__ import annotations
@@ -52,24 +58,24 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 _library.define(
     "topk_rows(Tensor student, Tensor ids, Tensor log_probs, Tensor? tail_log_prob, Tensor coefficient, "
     "Tensor? labels, Tensor(a!)? loss, Tensor(b!)? stats, Tensor(c!)? gradient, float[] divergences, "
-    "bool conditional, float beta, float temperature, float kd_weight, float ce_weight) -> ()"
+    "bool conditional, float beta, float temperature, float kd_weight, float ce_weight, Tensor(d!)? metrics=None) -> ()"
 )
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("fastkd::topk_rows", lib=_library)
-def _(*_: object) -> None:
+def _(*_: object, **__: object) -> None:
     """It writes into tensors it is given."""
 
 
 # ---- implementation: the extension registers its own for CPU tensors ------------------------------------------------
 
 
-def _in_triton(*arguments: object) -> None:
+def _in_triton(*arguments: object, metrics: Tensor | None = None) -> None:
     from ...kernels import topk_rows
 
-    topk_rows.topk_rows(*arguments)
+    topk_rows.topk_rows(*arguments, metrics=metrics)
 
 
 _library.impl("topk_rows", _in_triton, "CUDA")
@@ -97,10 +103,11 @@ def topk_rows(
     divergences: Sequence[float],  # [6]
     conditional: bool,
     *numbers: float,  # beta, temperature, kd_weight, ce_weight
+    metrics: Tensor | None = None,  # [R, 6]
 ) -> None:
-    """Writes each row's loss and statistics, and coefficient * d loss / d student: of these what is given."""
+    """Writes each row's loss, statistics and metrics, and coefficient * d loss / d student: of these what is given."""
     call = _in_triton if backend_for(student.device)[0] == "triton" else torch.ops.fastkd.topk_rows
     call(
         student, ids, log_probs, tail_log_prob, coefficient, labels, loss, stats, gradient, divergences, conditional,
-        *numbers,
+        *numbers, metrics=metrics,
     )  # fmt: skip
