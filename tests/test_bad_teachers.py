@@ -198,6 +198,19 @@ def test_malformed_teachers_are_refused(changes: dict[str, Any], error: type[Exc
             loss(TopK(**arguments(**changes)))
 
 
+def test_values_are_looked_at_once_and_again_where_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, look = [], TopK._check_values
+    monkeypatch.setattr(TopK, "_check_values", lambda teacher: (looks.append(1), look(teacher)))
+    teacher = TopK(**arguments(indices=IDS.clone()))
+    for loss in LOSSES * 2:
+        loss(teacher)
+    assert len(looks) == 1
+    teacher.indices[1, 0, 2] = 5
+    for loss in LOSSES:
+        with pytest.raises(ValueError, match=r"TopK.indices: expected no id twice in a row, got 5 twice"):
+            loss(teacher)
+
+
 # ---- what makes them ------------------------------------------------------------------------------------------------
 
 
