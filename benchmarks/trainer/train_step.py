@@ -11,7 +11,7 @@ Bx x Lx encoder tokens, B x Lz decoder tokens, V pieces.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,10 +46,19 @@ class Shape:
         return f"train step {self.method} {sizes} B {self.batch} Lx {self.source} Lz {self.target} V {self.vocabulary}"
 
     @property
+    def sizes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Of student and teacher."""
+        return (TINY, TINY) if self.tiny else (T5_SMALL, T5_BASE)
+
+    @property
+    def student_flops(self) -> float:
+        """Of its linear layers: three times, for its backward pass."""
+        return 6 * self.batch * self._multiplications(**self.sizes[0])
+
+    @property
     def flops(self) -> float:
-        """Of the linear layers of both models: the student's three times, for its backward pass."""
-        models = ((TINY, 3), (TINY, 1)) if self.tiny else ((T5_SMALL, 3), (T5_BASE, 1))
-        return sum(2 * passes * self.batch * self._multiplications(**sizes) for sizes, passes in models)
+        """Of the linear layers of both models."""
+        return self.student_flops + 2 * self.batch * self._multiplications(**self.sizes[1])
 
     def _multiplications(self, d_model: int, d_kv: int, d_ff: int, num_layers: int, num_heads: int) -> int:
         """For one sequence: four projections and a feed-forward a layer, and cross-attention's in the decoder."""
@@ -111,17 +120,17 @@ def plain_objective(method: Any, models: tuple[Any, Any], batch: dict[str, Tenso
     return loss
 
 
-def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
+def model_of(shape: Shape, sizes: dict[str, int], seed: int, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    def model(seed: int, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> Any:
-        torch.manual_seed(seed)
-        start: dict[str, Any] = {"decoder_start_token_id": 0}
-        config = T5Config(vocab_size=shape.vocabulary, dropout_rate=0.0, **sizes, **start)
-        return T5ForConditionalGeneration(config).to(device, dtype)
+    torch.manual_seed(seed)
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
+    config = T5Config(vocab_size=shape.vocabulary, dropout_rate=0.0, **sizes, **start)
+    return T5ForConditionalGeneration(config).to(dtype)
 
-    sizes = (TINY, TINY) if shape.tiny else (T5_SMALL, T5_BASE)
-    student, teacher = model(1, sizes[0]), model(2, sizes[1]).eval().requires_grad_(False)
+
+def batch_of(shape: Shape) -> dict[str, Tensor]:
+    """Half of the examples are shorter by a quarter."""
     generator = torch.Generator().manual_seed(0)
     batch = {
         "input_ids": torch.randint(3, shape.vocabulary, (shape.batch, shape.source), generator=generator),
@@ -130,24 +139,49 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][1::2, shape.source * 3 // 4 :] = 0
     batch["labels"][1::2, shape.target * 3 // 4 :] = -100
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch
 
-    def gradients(loss: Tensor, of: Any) -> tuple[Tensor, ...]:
-        parameters = [p for p in of.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return tuple(gradient for gradient in found if gradient is not None)
 
-    def trainer(student: Any, teacher: Any) -> Any:
-        from fastkd.train.flags.arguments import TransformersArguments
-        from fastkd.train.objectives.methods import METHODS
-        from fastkd.train.training.trainer import DistillTrainer
+def gradients(loss: Tensor, of: Any) -> tuple[Tensor, ...]:
+    """Those of a model's parameters that have one."""
+    parameters = [p for p in of.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return tuple(gradient for gradient in found if gradient is not None)
 
-        folder = tempfile.mkdtemp()
-        args = TransformersArguments(output_dir=folder, report_to="none", use_cpu=device.type == "cpu")
-        return DistillTrainer(model=student, args=args, method=METHODS[shape.method], teacher=teacher)
+
+def trainer_of(shape: Shape, student: Any, teacher: Any) -> Any:
+    from fastkd.train.flags.arguments import TransformersArguments
+    from fastkd.train.objectives.methods import METHODS
+    from fastkd.train.training.trainer import DistillTrainer
+
+    on_cpu = next(student.parameters()).device.type == "cpu"
+    args = TransformersArguments(output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=on_cpu)
+    return DistillTrainer(model=student, args=args, method=METHODS[shape.method], teacher=teacher)
+
+
+def models_alone(models: Sequence[Any], batch: dict[str, Tensor]) -> Run:
+    """The forward passes of models without their heads, and the backward pass of the last from a sum of its states."""
+    from fastkd.train.models.capture import without_head
+
+    def run() -> tuple[Tensor, ...]:
+        for model in models:
+            ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            with torch.set_grad_enabled(model is models[-1]), without_head(model):
+                hidden = model(**inputs, decoder_input_ids=ids, use_cache=False).logits
+        gradients(hidden.sum(), models[-1])
+        return ()
+
+    return run
+
+
+def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
+    student = model_of(shape, shape.sizes[0], 1).to(device)
+    teacher = model_of(shape, shape.sizes[1], 2).to(device).eval().requires_grad_(False)
+    batch = {name: tensor.to(device) for name, tensor in batch_of(shape).items()}
 
     def by_fastkd() -> Run:
-        made = trainer(student, teacher)
+        made = trainer_of(shape, student, teacher)
         return lambda: gradients(made.compute_loss(student, batch), student)
 
     def eager() -> Run:
@@ -156,29 +190,13 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         method = METHODS[shape.method]
         return lambda: gradients(plain_objective(method, (student, teacher), batch), student)
 
-    def models_alone() -> Run:
-        from fastkd.train.models.capture import without_head
-
-        def run() -> tuple[Tensor, ...]:
-            hidden = []
-            for model in (teacher, student):
-                ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                with torch.set_grad_enabled(model is student), without_head(model):
-                    hidden.append(model(**inputs, decoder_input_ids=ids, use_cache=False).logits)
-            gradients(hidden[1].sum(), student)
-            return ()
-
-        return run
-
     def oracle() -> tuple[Tensor, ...]:
         # By fastkd as well, for eager losses in fp64 take more memory than a desktop has; eager's own error shows
         # whether the two agree.
-        exact = model(1, sizes[0], torch.float64)
-        made = trainer(exact, model(2, sizes[1], torch.float64))
-        return gradients(made.compute_loss(exact, batch), exact)
+        exact, its = (model_of(shape, sizes, i, torch.float64).to(device) for i, sizes in enumerate(shape.sizes, 1))
+        return gradients(trainer_of(shape, exact, its).compute_loss(exact, batch), exact)
 
-    return {"fastkd": by_fastkd, "eager": eager, LIMIT: models_alone}, oracle
+    return {"fastkd": by_fastkd, "eager": eager, LIMIT: lambda: models_alone((teacher, student), batch)}, oracle
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:
