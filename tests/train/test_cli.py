@@ -256,6 +256,9 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--demo", "--method", "scratch"], ["--demo"]),
         (["--method", "miniend-f"], ["miniend-f", "did you mean 'miniend-"]),
         (["--divergence", "foward_kl"], ["foward_kl", "did you mean 'forward_kl'", "tvd"]),
+        (["--divergence", "foward_kl=1,jsd=1"], ["foward_kl", "did you mean 'forward_kl'", "tvd"]),
+        (["--divergence", "jsd=1,tvd=-1"], ["--divergence", "expected tvd=NUMBER"]),
+        (["--divergence", "jsd=0"], ["--divergence", "one of them above 0"]),
         (["--divergence_beta", "1"], ["--divergence_beta"]),
         (["--weights", "logit=1"], ["'logit'", "did you mean 'logit_kl'"]),
         (["--weights", "logit_kl=-1"], ["--weights", "logit_kl=-1"]),
@@ -412,6 +415,7 @@ IDLE = {  # what does nothing -> beside what
     "--temperature 3 --method mixkd": "with --method mixkd, none of whose terms it is for",
     "--divergence jsd --method scratch": "with --method scratch, none of whose terms",
     "--divergence_beta 0.3": "with --divergence forward_kl",
+    "--divergence_beta 0.3 --divergence tvd=1,reverse_kl=2": "with --divergence 1 tvd",
     "--relation_heads 8": "with --method mlmkd, none of whose terms it is for",
     "--match_first_position": "with --method mlmkd, none of whose terms it is for",
     "--mixup_alpha 1": "with --method mlmkd, none of whose terms it is for",
@@ -546,6 +550,12 @@ def test_yaml_says_weights_and_grids_as_yaml_does(tmp_path: Path) -> None:
     again, _ = parse(["--config", str(tmp_path / "again.yaml")])
     alike = {"config": again.config, "transformers_flags": again.transformers_flags}
     assert again == dataclasses.replace(found, **alike)
+    (tmp_path / "mix.yaml").write_text("method: kd\nteacher: t\ntrain_file: x\ndivergence: {tvd: 1, forward_kl: 0.5}\n")
+    found, args = parse(["--config", str(tmp_path / "mix.yaml")])
+    assert found.objective.divergence == {"tvd": 1, "forward_kl": 0.5}
+    (tmp_path / "again.yaml").write_text(found.config_text(args))
+    again, _ = parse(["--config", str(tmp_path / "again.yaml")])
+    assert again.divergence == found.divergence and again.objective.divergence_in_words == "1 tvd + 0.5 forward_kl"
 
 
 def test_evaluations_and_checkpoints_come_together_for_the_best_model() -> None:

@@ -207,6 +207,9 @@ def test_temperature_divergence_weights_and_layer_override_the_methods_own(
     for method in ("mlmkd", "minilm"):
         assert loss(method) == loss(method, divergence="forward_kl") != loss(method, divergence="jsd")
         assert loss(method, divergence="jsd") != loss(method, divergence="jsd", divergence_beta=0.1)
+        both = [loss(method, divergence=name) for name in ("forward_kl", "tvd")]
+        mix = loss(method, divergence={"forward_kl": 0.25, "tvd": 3.0})
+        assert mix == pytest.approx(0.25 * both[0] + 3 * both[1], rel=1e-5)
     assert loss("minilm", terms={"decoder_self": 3.0}) == pytest.approx(3 * loss("minilm"))
     first, last = (
         eager_terms("minilm", student, teacher, batch, teacher_layer=layer)["decoder"].item() for layer in (1, 2)

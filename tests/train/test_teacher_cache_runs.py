@@ -39,6 +39,7 @@ REFUSED = {
     "--teacher_cache topk:0": "got 'topk:0'",
     "--teacher_cache hidden:4": "got 'hidden:4'",
     "--teacher_cache sampled:4 --divergence reverse_kl": "expected forward_kl or skew_kl",
+    "--teacher_cache sampled:4 --divergence forward_kl=1,reverse_kl=1": "expected forward_kl or skew_kl",
     "--teacher_cache hidden --method miniend-e": "decoder_self, encoder_self compares states of its layers",
     "--teacher_cache hidden --method hsm-cka": "hidden_cka compares states",
     "--teacher_cache hidden --method mixkd": "every step mixes other examples",

@@ -114,6 +114,7 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
     task, terms, of_method = TASKS[flags.task], method.terms, f"with --method {flags.method}, "
     is_text, glue, no_term = flags.task == "span_corruption", is_glue(task), f"{of_method}none of whose terms it is for"
     diverges = "logit_kl" in terms or ("mixup_kd" in terms and method.mixup_distance == "divergence")
+    divergence, has_beta = method.divergence_in_words, set(WITH_BETA) & set(method.divergences)
     prunes, picks = method.prunes, "assistants truncation tradeoff_lambda sandwich_size"
     has_teacher, pruning = method.uses_teacher, [f.name for f in dataclasses.fields(PruningArguments)]
     reads = f"with --task {flags.task}"
@@ -148,7 +149,7 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
         ("assistant_layers assistant_d_model", not flags.interpolated, "without --interpolated"),
         ("temperature", not diverges, no_term),
         ("divergence divergence_beta", not diverges and not method.places, no_term),
-        ("divergence_beta", method.divergence not in WITH_BETA, f"with --divergence {method.divergence}"),
+        ("divergence_beta", not has_beta, f"with --divergence {divergence}"),
         ("relation_heads teacher_layer", not method.places, no_term),
         ("match_first_position", not method.hidden_terms, no_term),
         ("mse_states", "hidden_mse" not in terms, no_term),
@@ -214,9 +215,9 @@ def _check_cache(flags: FastkdArguments, method: Method) -> None:
         kind = Kind.parse(str(flags.teacher_cache))
     except ValueError as error:
         raise InputError(f"--teacher_cache: {error}") from error
-    if kind.name == "sampled" and method.divergence not in WITHOUT_TAIL:
-        ways = f"expected {' or '.join(WITHOUT_TAIL)}, or --teacher_cache topk:K"
-        raise InputError(f"{this} --divergence {method.divergence}, which asks for the whole distribution: {ways}")
+    if kind.name == "sampled" and not set(method.divergences) <= set(WITHOUT_TAIL):
+        given, ways = method.divergence_in_words, f"expected {' or '.join(WITHOUT_TAIL)}, or --teacher_cache topk:K"
+        raise InputError(f"{this} --divergence {given}, which asks for the whole distribution: {ways}")
     for name, why in _NOT_WITH_CACHE.items():
         if getattr(flags, name):
             raise InputError(f"{this} --{name}: {why}")

@@ -56,7 +56,8 @@ class ObjectiveArguments:
     compare: list[str] | None = _flag(None, "folders of runs, to put into one table and picture")  # noqa: RUF009
     interpolated: bool = _flag(False, "distil an assistant of medium size first, and the student from it")
     temperature: float | None = _flag(None, "of the logit term, in place of the method's own", above=0)
-    divergence: str | None = _flag(None, "of logit and relation terms, in place of the method's own", DIVERGENCES)
+    divergence: str | dict[str, float] | None = _flag(  # noqa: RUF009
+        None, "of logit and relation terms, in place of the method's own, or NAME=X,...", DIVERGENCES)
     divergence_beta: float | None = _flag(
         None, "of jsd, skew_kl and skew_reverse_kl, in place of the method's own", above=0, below=1)
     weights: dict[str, float] | None = _flag(None, "of some terms, in place of the method's own")  # noqa: RUF009
@@ -258,6 +259,16 @@ def parse_weights(text: str) -> dict[str, float]:
         if not 0 <= weights[term] < math.inf:
             raise ValueError(f"expected {term}=NUMBER, 0 or above, got {part!r}")
     return weights
+
+
+def parse_mix(text: str) -> str | dict[str, float]:
+    """Return a name, or the weights in "NAME=NUMBER,..."; raises ValueError if none is above 0."""
+    if "=" not in text and "," not in text:
+        return text
+    mix = parse_weights(text)
+    if not any(mix.values()):
+        raise ValueError(f"expected NAME=NUMBER, one of them above 0, got {text!r}")
+    return mix
 
 
 def parse_grid(text: str) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..common.errors import InputError, closest
 from . import config
-from .fields import GLUE, GROUPS, USUAL, parse_grid, parse_weights
+from .fields import GLUE, GROUPS, USUAL, parse_grid, parse_mix, parse_weights
 
 # Our defaults for transformers' flags; `--demo` has its own, configs/demo.yaml.
 DEFAULTS: dict[str, Any] = {
@@ -74,6 +74,7 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str, str | None]] = {
     "float": (float, "a number", "X"),
     "bool": (_boolean, "true or false", None),
     "dict[str, float]": (parse_weights, "TERM=NUMBER,...", "TERM=X,..."),
+    "str | dict[str, float]": (parse_mix, "NAME or NAME=NUMBER,...", "NAME"),
     "list[float]": (parse_grid, "NUMBER,...", "X,..."),
 }
 ABOUT = {
@@ -82,7 +83,7 @@ ABOUT = {
     "list_methods": "the methods with their terms and weights, and stop",
     "version": "the versions of fastkd, torch and transformers, and stop",
 }
-JOINED = ("dict[str, float]", "list[float]")  # written with commas
+JOINED = ("dict[str, float]", "str | dict[str, float]", "list[float]")  # written with commas
 
 
 def kind_of(field: dataclasses.Field[Any]) -> str:
@@ -104,9 +105,10 @@ def reader(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
         if field.name == "task" and value.removeprefix("glue/") in GLUE:
             value = value.removeprefix("glue/")
         choices = field.metadata["choices"]
-        if choices and value not in choices:
-            hint = _MEANT.get(value) or closest(value, choices)
-            raise argparse.ArgumentTypeError(f"unknown {value!r}{hint} (known: {', '.join(choices)})")
+        names = value if isinstance(value, dict) else [value]
+        if unknown := [name for name in names if choices and name not in choices]:
+            hint = _MEANT.get(unknown[0]) or closest(unknown[0], choices)
+            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}{hint} (known: {', '.join(choices)})")
         if kind in ("int", "float"):
             check_bounds(value, field.metadata)
         return value

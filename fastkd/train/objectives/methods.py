@@ -30,7 +30,8 @@ class Method:
     "decoder_self", "decoder_cross", "encoder_self"; one of the hidden-state terms (see `hidden_loss`), "hidden_cka",
     "hidden_linear", "hidden_mse" or "hidden_pkd"; and the terms on mixed examples (see `mixup_loss`), "mixup_ce" and
     "mixup_kd".
-    divergence, divergence_beta: of the logit term and the relation terms, a name of `fastkd.DIVERGENCES`.
+    divergence, divergence_beta: of the logit term and the relation terms, a name of `fastkd.DIVERGENCES`, or a mix:
+    weights by names.
     relation_heads: MiniLMv2's A_r, into which queries, keys and values are split whatever their own heads; 32 as in
     the code of MiniEnD's authors.
     teacher_layer: whose states the relation terms take, counted from 1; by default that of TEACHER_LAYERS, else the
@@ -50,7 +51,7 @@ class Method:
     summary: str
     terms: Mapping[str, float]
     temperature: float = 1.0
-    divergence: Divergence = "forward_kl"
+    divergence: Divergence | Mapping[Divergence, float] = "forward_kl"
     divergence_beta: float = 0.5
     relation_heads: int = 32
     teacher_layer: int | None = None
@@ -64,7 +65,18 @@ class Method:
     @property
     def formula(self) -> str:
         """The weighted sum in words."""
-        return " + ".join(f"{weight:.3g} {term}" for term, weight in self.terms.items())
+        return _sum_in_words(self.terms)
+
+    @property
+    def divergences(self) -> list[str]:
+        """The names of those that are in its divergence."""
+        mix = self.divergence
+        return [mix] if isinstance(mix, str) else [name for name, weight in mix.items() if weight != 0]
+
+    @property
+    def divergence_in_words(self) -> str:
+        """Its name, or the weighted sum of a mix."""
+        return self.divergence if isinstance(self.divergence, str) else _sum_in_words(self.divergence)
 
     @property
     def needs_teacher(self) -> bool:
@@ -158,6 +170,10 @@ class Method:
                 valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
                 expected = "a divisor of {} and {}, the widths of both models' queries ({})".format(*widths, valid)
                 raise ValueError(f"relation_heads: expected {expected}, got {self.relation_heads}")
+
+
+def _sum_in_words(weights: Mapping[Any, float]) -> str:
+    return " + ".join(f"{weight:.3g} {name}" for name, weight in weights.items())
 
 
 def _query_width(config: Any, place: str, layer: int) -> int:
