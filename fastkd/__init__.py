@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from .ops.linear_kl import linear_kl
     from .ops.logit_kl import logit_kl
     from .ops.relation_kl import relation_kl
+    from .quantized import QuantizedWeight
     from .relative_bias import RelativeBias
     from .teachers import TopK
 
@@ -31,6 +32,7 @@ __all__ = [
     "DIVERGENCES",
     "Divergence",
     "Head",
+    "QuantizedWeight",
     "RelativeBias",
     "TopK",
     "__version__",
@@ -50,6 +52,7 @@ _HOMES = {
     "DIVERGENCES": ".divergence",
     "Divergence": ".divergence",
     "Head": ".heads",
+    "QuantizedWeight": ".quantized",
     "RelativeBias": ".relative_bias",
     "TopK": ".teachers",
     "attention_kl": ".ops.attention_kl",
@@ -68,6 +71,7 @@ _MODULES = (
     "heads",
     "nn",
     "ops",
+    "quantized",
     "reference",
     "relative_bias",
     "teachers",

@@ -333,7 +333,7 @@ def check_constant(name: str, value: Tensor) -> None:
         )
 
 
-def check_same_device(name: str, value: Tensor, device: torch.device, of: str = "the student") -> None:
+def check_same_device(name: str, value: Any, device: torch.device, of: str = "the student") -> None:
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, that of {of}, got {value.device}")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import is_dtensor
+from .quantized import QuantizedWeight, comes_from, quantized
 
 __all__ = ["Head", "gathered", "head"]
 
@@ -24,22 +25,25 @@ class Head(NamedTuple):
     ``fastkd.linear_kl`` takes one in place of a weight.
 
     Args:
-        weight: [V, H], in the dtype of the hidden states.
+        weight: [V, H], in the dtype of the hidden states; or a ``fastkd.QuantizedWeight``.
         bias: [V], or None.
         scale: multiplies the hidden states.
         softcap: what the logits approach, or None where nothing caps them.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
 
 
-# What follows the head, by model_type: nothing, but for the last four.
+# What follows the head, by model_type: nothing, but for the last four. Models of images and text are the last row of
+# those with nothing: also where their text model alone would cap its logits.
 _NOTHING = frozenset((
     "gemma", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "mixtral", "mt5", "olmo", "olmo2", "phi", "phi3",
     "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_vl",
+    "qwen2_5_vl", "qwen3_vl", "smolvlm",
 ))  # fmt: skip
 _SCALED_IF_TIED = frozenset(("t5", "umt5"))
 _BIASED = frozenset((
@@ -92,24 +96,17 @@ def _whole(x: Any, sharding: str | None, by_fsdp: bool) -> Any:
 class _Projection(NamedTuple):
     """A head alone, without what follows it."""
 
-    weight: Tensor
+    weight: Any  # Tensor | QuantizedWeight
     bias: Tensor | None
-
-
-def _comes_from(x: object, package: str) -> bool:
-    return any(cls.__module__.split(".")[0] == package for cls in type(x).__mro__)
 
 
 def _projection(module: Any, sharding: str | None, by_fsdp: bool) -> _Projection:
     """A head's weight and bias, adapters included."""
-    if _comes_from(module, "peft"):
+    if comes_from(module, "peft"):
         return _adapted(module, sharding, by_fsdp)
-    for package in ("torchao", "bitsandbytes"):
-        if _comes_from(module, package) or _comes_from(getattr(module, "weight", None), package):
-            raise TypeError(
-                f"model: expected a head of floating numbers, got one that {package} has quantised; keep the head out "
-                "of the quantisation, or for a teacher make a Head of its dequantised weight"
-            )
+    weight = quantized(module)
+    if weight is not None:
+        return _Projection(weight, _whole(module.bias, sharding, by_fsdp))
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(
             f"model: expected a head that is a torch.nn.Linear, got {type(module).__name__}, whose forward may do "
@@ -128,7 +125,9 @@ def _adapted(module: Any, sharding: str | None, by_fsdp: bool) -> _Projection:
             raise ValueError(f"model: expected one active adapter that replaces the head, got {active}")
         inner = module.modules_to_save[active[0]] if active else module.original_module
         return _projection(inner, sharding, by_fsdp)
-    if not any(cls.__module__ == "peft.tuners.lora.layer" and cls.__name__ == "Linear" for cls in type(module).__mro__):
+    if not any(
+        cls.__module__.startswith("peft.tuners.lora.") and "Linear" in cls.__name__ for cls in type(module).__mro__
+    ):
         raise TypeError(
             f"model: expected LoRA or modules_to_save on the head, got {type(module).__module__}.{name}; merge the "
             "adapter"
@@ -141,12 +140,16 @@ def _adapted(module: Any, sharding: str | None, by_fsdp: bool) -> _Projection:
     if module.merged:
         return base
     weight, bias = base
-    for adapter in module.active_adapters:
-        if adapter not in module.lora_A:
-            continue
-        if adapter in module.lora_variant:
-            kind = type(module.lora_variant[adapter]).__name__
-            raise ValueError(f"model: expected plain LoRA on the head, got {kind} of the adapter {adapter!r}")
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if active and isinstance(weight, QuantizedWeight):
+        raise ValueError(f"model: expected a head without LoRA where it is quantised, got the adapters {active}")
+    for adapter in active:
+        variant = type(module.lora_variant.get(adapter)).__name__
+        if adapter in module.lora_variant and (variant != "DoraLinearVariant" or len(active) > 1):
+            raise ValueError(
+                f"model: expected plain LoRA on the head, or DoRA of a single adapter, got {variant} of the adapter "
+                f"{adapter!r} among {active}"
+            )
         dropout = module.lora_dropout[adapter]
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             raise ValueError(
@@ -158,7 +161,12 @@ def _adapted(module: Any, sharding: str | None, by_fsdp: bool) -> _Projection:
         if any(is_dtensor(x) for x in (weight, *parts)):
             raise ValueError("model: expected a head without LoRA where the vocabulary is spread over ranks, got one")
         product = parts[0] @ parts[1] * module.scaling[adapter]
-        weight = (weight + (product.t() if module.fan_in_fan_out else product)).to(weight.dtype)
+        whole = weight + (product.t() if module.fan_in_fan_out else product)
+        if adapter in module.lora_variant:
+            size = _whole(module.lora_magnitude_vector[adapter].weight, sharding, by_fsdp)
+            # what each row is divided by is a constant, as of its authors (section 4.3, arXiv 2402.09353)
+            whole = (size / whole.detach().norm(dim=1)).unsqueeze(1) * whole
+        weight = whole.to(weight.dtype)
         if up.bias is not None:
             more = _whole(up.bias, sharding, by_fsdp) * module.scaling[adapter]
             bias = more.to(weight.dtype) if bias is None else (bias + more).to(bias.dtype)
@@ -175,7 +183,7 @@ def _unwrapped(model: Any) -> Any:
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
-        elif _comes_from(model, "peft") and hasattr(model, "get_base_model"):
+        elif comes_from(model, "peft") and hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
             return model
@@ -218,9 +226,12 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
     Args:
         model: a ``torch.nn.Linear``; or a model of transformers whose family is known: T5, BART and others with
             ``final_logits_bias``, GPT-2, Llama, Mistral, Qwen, Gemma (whose second and third cap their logits), Cohere
-            and Granite (which scale theirs), and more that have a head and nothing after it. DDP, ``torch.compile`` and
+            and Granite (which scale theirs), models of images and text such as Qwen-VL, LLaVA and Gemma 3, and more
+            that have a head and nothing after it. DDP, ``torch.compile`` and
             PEFT may be around it. Of PEFT, LoRA on the head is part of the weight, ``weight + scaling * B @ A``,
-            through which A and B get their gradients, and a head among ``modules_to_save`` is the active one.
+            through which A and B get their gradients, DoRA likewise with its magnitudes, and a head among
+            ``modules_to_save`` is the active one. A head that torchao or bitsandbytes has quantised becomes a
+            ``fastkd.QuantizedWeight``: dequantised a block of rows at a time, and a constant.
         sharding: what the shards of a head that is a DTensor are for. "data": ranks have different data (FSDP); the
             head is gathered, by all ranks, and its gradient averaged over them. "vocabulary": ranks have the same data
             (tensor parallelism); the head stays as it is, for ``linear_kl`` to compute in shards. None: "data" where a
@@ -232,8 +243,8 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
 
     Raises:
         TypeError, ValueError: for what is not known, saying what it is: another family or a forward pass of its own, a
-            head that is no ``torch.nn.Linear`` or is quantised, adapters other than plain LoRA, lora_dropout while
-            training.
+            head that is no ``torch.nn.Linear``, adapters other than LoRA and DoRA, LoRA on a quantised head,
+            lora_dropout while training.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -241,7 +252,7 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
         raise ValueError(f'sharding: expected None, "data" or "vocabulary", got {sharding!r}')
     bare = _unwrapped(model)
     by_fsdp = _is_managed_by_fsdp(model)
-    if isinstance(bare, nn.Linear) or _comes_from(bare, "peft"):
+    if isinstance(bare, nn.Linear) or comes_from(bare, "peft"):
         return Head(*_projection(bare, sharding, by_fsdp))
     _check_known(bare)
     module = bare.get_output_embeddings()

@@ -10,7 +10,7 @@ T tokens (any leading shape), V vocabulary, H hidden; B batch, L length, A heads
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from .teachers import TopK
 
 if TYPE_CHECKING:
     from .ops.vocabulary_shards import VocabularyShard
+    from .quantized import QuantizedWeight
 
 __all__ = ["attention_kl", "cka_loss", "linear_kl", "logit_kl", "relation_kl"]
 
@@ -175,9 +176,9 @@ def logit_kl(
 
 def linear_kl(
     student_hidden: Tensor,  # [T..., Hs]
-    student_weight: Tensor,  # [Vs, Hs]
+    student_weight: Tensor | QuantizedWeight,  # [Vs, Hs]
     teacher_hidden: Tensor | TopK | None,  # [T..., Ht]
-    teacher_weight: Tensor | None,  # [Vt, Ht]
+    teacher_weight: Tensor | QuantizedWeight | None,  # [Vt, Ht]
     *,
     student_bias: Tensor | None,  # [Vs]
     teacher_bias: Tensor | None,  # [Vt]
@@ -190,8 +191,8 @@ def linear_kl(
 ) -> Tensor:
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
 
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-        z = F.linear(scale * hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    def logits(hidden: Tensor, weight: Any, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+        z = F.linear(scale * hidden.to(dtype), weight[:].to(dtype), None if bias is None else bias.to(dtype))
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     with torch.autocast(student_hidden.device.type, enabled=False):

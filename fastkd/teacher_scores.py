@@ -51,7 +51,7 @@ def head_scores(hidden: Tensor, head: Head) -> Iterator[Tensor]:
     step = max(1, min(_COLUMNS, _CHUNK // weight.shape[1]))  # 16-bit weights are widened by the block
     for start in range(0, weight.shape[0], step):
         columns = slice(start, start + step)
-        block = weight.detach()[columns].t()
+        block = weight[columns].detach().t()
         if hidden.is_cuda and hidden.itemsize == 2:  # tensor cores multiply 16-bit operands, and write float32
             scores = torch.mm(hidden, block, out_dtype=dtype)
         else:

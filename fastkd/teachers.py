@@ -23,6 +23,7 @@ from .checks import (
     values_are_at_hand,
 )
 from .heads import Head
+from .quantized import QuantizedWeight
 
 __all__ = ["TAILS", "WITHOUT_TAIL", "TopK"]
 
@@ -142,7 +143,11 @@ class TopK:
         """
         width = _check_rows("hidden", hidden)
         weight, bias, scale, softcap = head if isinstance(head, Head) else Head(head)
-        check_tensor("weight", weight, shape=[None, width], floating=True)
+        if isinstance(weight, QuantizedWeight):
+            weight.check("weight", width)
+            weight = weight.to(hidden.dtype)
+        else:
+            check_tensor("weight", weight, shape=[None, width], floating=True)
         if weight.dtype != hidden.dtype:
             raise TypeError(f"weight: expected {hidden.dtype}, the dtype of hidden, got {weight.dtype}")
         check_same_device("weight", weight, hidden.device, "hidden")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -202,6 +203,11 @@ def running_on(name: str) -> Iterator[tuple[str, torch.device]]:
         else:
             with backend.interpret_triton():
                 yield "fused", torch.device("cpu")
+
+
+def installed(package: str) -> Any:
+    """A package of the test extra, which on Linux has it: never skip silently."""
+    return importlib.import_module(package) if sys.platform == "linux" else pytest.importorskip(package)
 
 
 def to(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:

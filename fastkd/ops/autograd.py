@@ -24,6 +24,8 @@ __all__ = [
     "differentiable",
     "for_arguments",
     "in_dtypes_of",
+    "save",
+    "saved",
     "wants_gradient",
 ]
 
@@ -46,9 +48,9 @@ def constant(x: Any) -> Any:
     return differentiable(x).detach() if isinstance(x, Tensor) else x
 
 
-def wants_gradient(x: Tensor | None) -> bool:
+def wants_gradient(x: Any) -> bool:
     """Whether autograd records what becomes of x, at any level of torch.func's transforms."""
-    if x is None or not torch.is_grad_enabled():
+    if not isinstance(x, Tensor) or not torch.is_grad_enabled():
         return False
     if x.requires_grad or torch.compiler.is_compiling():
         return x.requires_grad
@@ -124,6 +126,16 @@ def for_arguments(ctx: Any, places: Sequence[int], gradients: Sequence[Tensor]) 
         if ctx.needs_input_grad[place]:
             results[place] = gradient
     return tuple(results)
+
+
+def save(ctx: Any, arguments: Sequence[Any]) -> None:
+    """Saves tensors, and beside them what is none, for `saved`."""
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments))
+    ctx.no_tensors = tuple(None if isinstance(x, Tensor) else x for x in arguments)
+
+
+def saved(ctx: Any) -> list[Any]:
+    return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.no_tensors, strict=True)]
 
 
 class Gradient(Function):

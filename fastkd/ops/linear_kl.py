@@ -26,8 +26,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, as_number, check_flag, is_finite, numbers
+from ..checks import Objective, TokenArguments, as_number, check_flag, check_tensor, is_finite, numbers
 from ..divergence import Divergence, for_rows
+from ..quantized import any_quantized
 from ..teachers import TopK
 from .autograd import apply, wants_gradient
 from .drivers.divergence_rows import METRICS
@@ -37,7 +38,7 @@ from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
 from .dtypes import gradient_dtype, score_dtype
 from .linear_kl_arguments import Inputs, as_head, as_softcap, as_workspace, check_inputs, facts, flat
-from .linear_kl_functions import LinearKL, LinearKLPerToken
+from .linear_kl_functions import BEHIND, LinearKL, LinearKLPerToken
 from .metrics import averaged
 from .topk_kl import topk_linear_kl
 from .vocabulary_shards import (
@@ -90,7 +91,7 @@ def _outputs(student_hidden, student_weight, student_bias, coefficient, gradient
     wanted = zip(gradients, (student_hidden, student_weight, student_bias), strict=True)
     dtype = gradient_dtype(student_weight)
     shapes = [x.shape if want and x is not None else (0,) for want, x in wanted]
-    made = (student_weight.new_empty(shape, dtype=dtype) for shape in shapes)
+    made = (student_hidden.new_empty(shape, dtype=dtype) for shape in shapes)
     return torch.empty_like(coefficient), *made, _metrics(coefficient, metrics)
 
 
@@ -107,10 +108,10 @@ def _(
 
 def _linear_kl(
     student_hidden: Tensor,  # [T, Hs]
-    student_weight: Tensor,  # [Vs, Hs]
+    student_weight: Any,  # [Vs, Hs], a tensor or a QuantizedWeight
     student_bias: Tensor | None,  # [Vs]
     teacher_hidden: Tensor | None,  # [T, Ht]
-    teacher_weight: Tensor | None,  # [Vt, Ht]
+    teacher_weight: Any,  # [Vt, Ht], likewise, or None
     teacher_bias: Tensor | None,  # [Vt]
     coefficient: Tensor,  # [T] float64
     labels: Tensor | None,  # [T] int64
@@ -124,12 +125,12 @@ def _linear_kl(
 ) -> tuple[Tensor, ...]:
     student_scale, teacher_scale, student_softcap, teacher_softcap, workspace_mb = sizes.tolist()
     workspace_bytes, objective = int(workspace_mb * 2**20), for_rows(divergence, numbers)
+    if any_quantized((student_weight, teacher_weight)):
+        workspace_bytes -= workspace_bytes // 9  # for a block of rows, and what it is made of, beside the scores
     *_, kd_weight, ce_weight = objective
     group = group_by_name(vocab_group)
-    student, teacher = (
-        Projection(student_hidden, student_weight, student_bias, student_scale, student_softcap or None),
-        None,
-    )
+    student = Projection(student_hidden, student_weight, student_bias, student_scale, student_softcap or None)
+    teacher = None
     columns = vocabulary = student_weight.shape[0]
     if teacher_weight is not None and kd_weight != 0:
         assert teacher_hidden is not None
@@ -154,6 +155,8 @@ def _linear_kl(
 
 
 _library.impl("linear_kl", _linear_kl, "CompositeExplicitAutograd")
+
+BEHIND["linear_kl"] = _linear_kl
 
 # ---- autograd.Function: linear_kl_functions.py -----------------------------------------------------------------------
 
@@ -216,8 +219,9 @@ def linear_kl(
         student_weight: [Vs, Hs], ``lm_head.weight``, in the dtype of ``student_hidden``. Receives a gradient.
         teacher_hidden, teacher_weight: [..., Ht] with the same leading shape, and [Vt, Ht]; constants. May be None with
             ``kd_weight=0``, which makes this a fused linear cross-entropy. A weight may be a ``fastkd.Head``; bias,
-            scale and softcap are its own then, and not given beside it. In place of both of the teacher's, a
-            ``fastkd.TopK`` is a teacher of which some log-probabilities [..., K] are known.
+            scale and softcap are its own then, and not given beside it. One that is a ``fastkd.QuantizedWeight`` is
+            never there as a whole, and a constant. In place of both of the teacher's, a ``fastkd.TopK`` is a teacher of
+            which some log-probabilities [..., K] are known; its student is not quantised.
         student_bias, teacher_bias: [Vs] and [Vt]. The student's receives a gradient.
         student_scale, teacher_scale: multiply the hidden states; T5 v1.0 has ``d_model ** -0.5``.
         student_softcap, teacher_softcap: make logits z ``softcap * tanh(z / softcap)``, as Gemma 2 does; None: not.
@@ -252,6 +256,7 @@ def linear_kl(
         if teacher_weight is not None or teacher_bias is not None:
             name = "teacher_bias" if teacher_weight is None else "teacher_weight"
             raise ValueError(f"{name}: expected None, as the teacher is a TopK, got a tensor")
+        check_tensor("student_weight", student.weight)  # and not quantised
         return topk_linear_kl(
             student_hidden,
             student,

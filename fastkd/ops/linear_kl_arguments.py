@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import Objective, TokenArguments, as_number, check_same_device, check_tensor, is_positive
 from ..heads import Head
+from ..quantized import QuantizedWeight, any_quantized
 from .autograd import constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
 from .vocabulary_shards import Facts
@@ -47,10 +48,10 @@ class Inputs(NamedTuple):
     """The public function's tensors, checked, in the dtypes that autocast gives them, and of this rank alone."""
 
     student_hidden: Tensor  # [..., Hs]
-    student_weight: Tensor  # [Vs, Hs]
+    student_weight: Any  # [Vs, Hs], a tensor or a QuantizedWeight
     student_bias: Tensor | None  # [Vs]
     teacher_hidden: Tensor | None  # [..., Ht]
-    teacher_weight: Tensor | None  # [Vt, Ht]
+    teacher_weight: Any  # [Vt, Ht], likewise, or None
     teacher_bias: Tensor | None  # [Vt]
 
 
@@ -62,7 +63,10 @@ def _check_head(
     width = hidden.shape[-1] if hidden.dim() else 0
     if width == 0:
         raise ValueError(f"{model}_hidden: expected shape [..., H] with H > 0, got {list(hidden.shape)}")
-    check_tensor(f"{model}_weight", weight, shape=[None, width], floating=True)
+    if isinstance(weight, QuantizedWeight):
+        weight.check(f"{model}_weight", width)
+    else:
+        check_tensor(f"{model}_weight", weight, shape=[None, width], floating=True)
     if weight.shape[0] == 0 and not sharded:
         raise ValueError(f"{model}_weight: expected shape [V, {width}] with V > 0, got {list(weight.shape)}")
     named = [(f"{model}_hidden", hidden), (f"{model}_weight", weight)]
@@ -75,11 +79,20 @@ def _check_head(
             raise TypeError(f"{name}: expected dtype {hidden.dtype}, that of {model}_hidden, got {tensor.dtype}")
 
 
+def _in_dtype_of(hidden: Any, weight: Any) -> Any:
+    """A quantised weight as one whose rows are multiplied with these hidden states; another as it is."""
+    return weight.to(hidden.dtype) if any_quantized([weight]) and isinstance(hidden, Tensor) else weight
+
+
 def check_inputs(inputs: Inputs, objective: Objective, tokens: TokenArguments, sharded: bool) -> Inputs:
     """Checks the tensors and the keywords that go with them, and applies autocast."""
     check_tensor("student_hidden", inputs.student_hidden, floating=True)
     inputs = Inputs(*autocast_like_linear(*inputs))
     inputs = Inputs(*map(differentiable, inputs[:3]), *map(constant, inputs[3:]))
+    inputs = inputs._replace(
+        student_weight=_in_dtype_of(inputs.student_hidden, inputs.student_weight),
+        teacher_weight=_in_dtype_of(inputs.teacher_hidden, inputs.teacher_weight),
+    )
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device
     _check_head("student", *inputs[:3], None, device, sharded)
     vocabulary = inputs.student_weight.shape[0]

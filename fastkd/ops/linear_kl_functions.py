@@ -7,18 +7,26 @@ whether metrics are. Both return losses [T], the three gradients, and metrics [T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .autograd import Gradient, GradientsAhead, Loss, apply, for_arguments, in_dtypes_of
+from ..quantized import any_quantized
+from .autograd import Gradient, GradientsAhead, Loss, apply, for_arguments, in_dtypes_of, save, saved
 
-__all__ = ["LinearKL", "LinearKLPerToken", "TopKLinearKL", "TopKLinearKLPerToken"]
+__all__ = ["BEHIND", "LinearKL", "LinearKLPerToken", "TopKLinearKL", "TopKLinearKLPerToken"]
 
 OF_STUDENT = (0, 1, 2)  # arguments that get a gradient: hidden states, weight and bias
 GRADIENTS, NUMBERS = 9, 11  # the places of which gradients are wanted, and of the objective's numbers
+
+# What is behind an op, by its name, where it takes quantised weights, which torch's dispatcher does not know.
+BEHIND: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+
+
+def _linear_kl(*arguments: Any) -> tuple[Tensor, ...]:
+    return (BEHIND["linear_kl"] if any_quantized(arguments) else torch.ops.fastkd.linear_kl)(*arguments)
 
 
 def _summed(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -40,7 +48,7 @@ class LinearKL(GradientsAhead):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _summed(torch.ops.fastkd.linear_kl(*arguments))
+        return _summed(_linear_kl(*arguments))
 
     @staticmethod
     def of_student(arguments: Sequence[Any]) -> Sequence[int]:
@@ -58,7 +66,7 @@ class TopKLinearKL(LinearKL):
 class _LinearKLGradient(Gradient):
     @staticmethod
     def forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
-        _, *gradients, _ = torch.ops.fastkd.linear_kl(*arguments)
+        _, *gradients, _ = _linear_kl(*arguments)
         return in_dtypes_of(OF_STUDENT, arguments, gradients)
 
 
@@ -79,17 +87,17 @@ class LinearKLPerToken(Loss):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, *_, metrics = torch.ops.fastkd.linear_kl(*_without_gradients(arguments))
+        loss, *_, metrics = _linear_kl(*_without_gradients(arguments))
         return loss, metrics
 
     @classmethod
     def keep(cls, ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
-        ctx.save_for_backward(*inputs[:GRADIENTS], inputs[NUMBERS])
+        save(ctx, (*inputs[:GRADIENTS], inputs[NUMBERS]))
         ctx.objective, ctx.shard = inputs[NUMBERS - 1], inputs[NUMBERS + 1 : NUMBERS + 3]
 
     @classmethod
     def gradients(cls, ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, coefficient, labels, sizes, numbers = ctx.saved_tensors
+        *tensors, coefficient, labels, sizes, numbers = saved(ctx)
         inputs = (*tensors, coefficient * grad_loss, labels, sizes)
         constants = (ctx.needs_input_grad[:3], ctx.objective, numbers, *ctx.shard)
         return for_arguments(ctx, OF_STUDENT, apply(cls.gradient, "linear_kl", *inputs, *constants))

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..checks import Objective, TokenArguments
+from ..quantized import QuantizedWeight
 from .autograd import differentiable
 from .drivers.divergence_rows import ELSEWHERE
 
@@ -185,7 +186,7 @@ def vocabulary_group(vocab_group: object, heads: Mapping[str, Any], dim: int) ->
         problem = _sharding_problem(x, dim) if name in sharded else None
         if problem is not None:
             raise ValueError(f"{name}: {problem}")
-        if name not in sharded and isinstance(x, Tensor):
+        if name not in sharded and isinstance(x, (Tensor, QuantizedWeight)):
             raise ValueError(
                 f"{name}: expected a DTensor of placements (Shard({dim}),), as {next(iter(sharded))} is one, got a "
                 "tensor; give vocab_group where it is this rank's shard"

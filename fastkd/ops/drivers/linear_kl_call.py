@@ -23,7 +23,7 @@ class Projection(NamedTuple):
     """One model's vocabulary projection and what goes into it."""
 
     hidden: Tensor  # [T, H]
-    weight: Tensor  # [V, H]
+    weight: Any  # [V, H], a tensor or a QuantizedWeight
     bias: Tensor | None  # [V]
     scale: float
     softcap: float | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...quantized import QuantizedWeight, row_blocks
 from ..dtypes import gradient_dtype, score_dtype
 from .chunks import token_chunks
 from .divergence_rows import METRICS
@@ -28,23 +29,24 @@ WIDENED_ROWS = 4096
 CAPPED_ROWS = 8
 
 
-def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight [V, H] as blocks of rows in the scores' dtype; one block, uncopied, where it is in that dtype."""
-    step = max(1, weight.shape[0]) if weight.dtype == dtype else WIDENED_ROWS
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
-        yield rows, weight[rows].to(dtype)
+def _widened(weight: Tensor | QuantizedWeight, scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The weight [V, H] as blocks of rows in the dtype of scores [n, columns], as far as these go.
+
+    One block, uncopied, where it is in that dtype and not quantised.
+    """
+    for rows, block in row_blocks(weight, scores, None if weight.dtype == scores.dtype else WIDENED_ROWS):
+        yield rows, block.to(scores.dtype)
 
 
-def scores_(out: Tensor, hidden: Tensor, head: Projection, vocabulary: int) -> None:
+def scores_(out: Tensor, hidden: Tensor, head: Projection) -> None:
     """out [n, V] = scale * hidden @ weight.T + bias, in out's dtype whatever that of the operands."""
     hidden = hidden.to(out.dtype)
-    for columns, block in _widened(head.weight[:vocabulary], out.dtype):
+    for columns, block in _widened(head.weight, out):
         target = out[:, columns]
         if head.bias is None:
             torch.addmm(target, hidden, block.t(), beta=0, alpha=head.scale, out=target)
         else:
-            bias = head.bias[:vocabulary][columns].to(out.dtype)
+            bias = head.bias[columns].to(out.dtype)
             torch.addmm(bias, hidden, block.t(), alpha=head.scale, out=target)
 
 
@@ -53,14 +55,14 @@ class _Gradients:
 
     def __init__(self, student: Projection, dtype: torch.dtype, group: ProcessGroup | None, wanted: list[bool]):
         hidden, weight, bias, self.scale, _ = student
-        self.weight, self.dtype, self.group = weight, dtype, group
+        self.hidden, self.weight, self.dtype, self.group = hidden, weight, dtype, group
         self.written = 0  # rows of weight_grad
         want_hidden, want_weight, want_bias = wanted
         # written once, and rounded then, but for what ranks add up
         hidden_dtype = gradient_dtype(weight) if group is None else dtype
         self.hidden_grad = hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want_hidden else None
         # fp32 even for 16-bit weights: chunks add up here
-        self.weight_grad = weight.new_empty(weight.shape, dtype=dtype) if want_weight else None
+        self.weight_grad = hidden.new_empty(weight.shape, dtype=dtype) if want_weight else None
         self.bias_grad = bias.new_zeros(bias.shape, dtype=dtype) if want_bias and bias is not None else None
 
     def add(self, rows: Tensor | slice, hidden: Tensor, scores_grad: Tensor) -> None:
@@ -69,7 +71,7 @@ class _Gradients:
             self.bias_grad[:vocabulary] += scores_grad.sum(0)
         if self.hidden_grad is not None:
             grad = scores_grad.new_zeros(hidden.shape)
-            for columns, block in _widened(self.weight[:vocabulary], self.dtype):
+            for columns, block in _widened(self.weight, scores_grad):
                 grad.addmm_(scores_grad[:, columns], block, alpha=self.scale)
             self.hidden_grad[rows] = grad.to(self.hidden_grad.dtype)
         if self.weight_grad is not None:
@@ -84,7 +86,7 @@ class _Gradients:
         sum_over(self.group, self.hidden_grad)
         gradients = (self.hidden_grad, self.weight_grad, self.bias_grad)
         dtype = gradient_dtype(self.weight)
-        return tuple(self.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
+        return tuple(self.hidden.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype) for grad in gradients)
 
 
 def capped_(
@@ -140,7 +142,7 @@ def by_rows(
     for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
         hidden = student.hidden[rows]
         own, row_loss = workspace[:, : len(hidden)], coefficient.new_empty(len(hidden))
-        scores_(own[0], hidden, student, columns)
+        scores_(own[0], hidden, student)
         losses_(rows, own, row_loss)
         if any(gradients):
             total.add(rows, hidden, own[0])
@@ -155,7 +157,7 @@ def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
         scores, target = workspace[0], None
         if teacher is not None:
             target = workspace[1, :, : call.vocabulary]
-            scores_(target, teacher.hidden[rows], teacher, call.vocabulary)
+            scores_(target, teacher.hidden[rows], teacher)
         coefficient, labels = call.coefficient[rows], None if call.labels is None else call.labels[rows]
         metrics = None if call.metrics is None else loss.new_empty(len(loss), METRICS)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...divergence import divergence_code
+from ...quantized import QuantizedWeight, any_quantized, row_blocks
 from ..dtypes import fp16_lift, gradient_dtype, score_dtype
 from .divergence_rows import STATS, gpu_row_kernels
 from .linear_kl_call import Call, Projection, sum_over
@@ -76,15 +77,14 @@ class GpuGradients:
         self.bias_grad: Tensor | None = None
         wide = score_dtype(student.hidden)
         if wanted[0]:
+            once = all_columns and group is None and not isinstance(student.weight, QuantizedWeight)
             self.hidden_grad = torch.empty_like(
                 student.hidden,
-                dtype=self.narrow if all_columns and group is None else wide,
+                dtype=self.narrow if once else wide,
                 memory_format=torch.contiguous_format,
             )
         if wanted[1]:
-            self.weight_grad = torch.empty_like(
-                student.weight, dtype=self.narrow if all_tokens else wide, memory_format=torch.contiguous_format
-            )
+            self.weight_grad = student.hidden.new_empty(student.weight.shape, dtype=self.narrow if all_tokens else wide)
             self.weight_grad[vocabulary:] = 0
             # what dropped tokens hold may not reach the weight's gradient, as 0 * NaN
             self.student = student._replace(hidden=student.hidden.masked_fill((coefficient == 0).unsqueeze(1), 0))
@@ -97,7 +97,10 @@ class GpuGradients:
         if self.bias_grad is not None:
             self.bias_grad[columns] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
         if self.hidden_grad is not None:
-            multiply_(self.hidden_grad[rows], scores_grad, weight[columns], scale, add=columns.start > 0)
+            rest = weight if isinstance(weight, QuantizedWeight) else weight[columns]  # a quantised one's are all
+            for part, block in row_blocks(rest, scores_grad):
+                add = columns.start + part.start > 0
+                multiply_(self.hidden_grad[rows], scores_grad[:, part], block, scale, add)
         if self.weight_grad is not None:
             multiply_(self.weight_grad[columns], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
 
@@ -106,7 +109,7 @@ class GpuGradients:
         sum_over(self.group, self.hidden_grad)
         for grad in (self.hidden_grad, self.weight_grad, self.bias_grad):
             if grad is None:
-                yield self.student.weight.new_empty(0, dtype=self.narrow)
+                yield self.student.hidden.new_empty(0, dtype=self.narrow)
             else:
                 yield (grad if self.lift is None else grad.div_(self.lift)).to(self.narrow)
 
@@ -149,7 +152,7 @@ def _rows(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...
     hidden, weight, columns, widest = student.hidden, student.weight, call.columns, call.widest
     tokens, dtype = coefficient.shape[0], score_dtype(hidden)
     buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
-    gradient_row = 0 if in_place or not wanted else widest * weight.itemsize
+    gradient_row = 0 if in_place or not wanted else widest * hidden.itemsize
     sloped = wanted and student.softcap is not None
     score_row = (buffers + sloped) * widest * dtype.itemsize
     weight_rows = weight.shape[0] if call.group is None else widest
@@ -174,7 +177,8 @@ def _rows(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...
             slope = slopes[: part.stop - part.start] if sloped else None
             for target, head in zip(both, (student, teacher), strict=False):
                 assert head is not None
-                multiply_(target, head.hidden[rows], head.weight[: target.shape[1]].t(), head.scale)
+                for vocabulary, weights in row_blocks(head.weight, target):
+                    multiply_(target[:, vocabulary], head.hidden[rows], weights.t(), head.scale)
                 if head.bias is not None:
                     target += head.bias[: target.shape[1]]
                 if head.softcap is not None:
@@ -302,7 +306,8 @@ def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
         largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
         lift = fp16_lift(largest, int(divergence), beta)
     capped = any(model is not None and model.softcap is not None for model in (call.student, call.teacher))
-    by_tiles = not (call.in_parts or capped or call.metrics is not None) and _by_tiles(
+    quantized = any_quantized(model.weight for model in (call.student, call.teacher) if model)
+    by_tiles = not (call.in_parts or capped or quantized or call.metrics is not None) and _by_tiles(
         call.student, call.teacher, any(call.gradients), int(divergence)
     )
     return (_tiles if by_tiles else _rows)(call, lift, *objective)
