@@ -30,6 +30,7 @@ from fastkd.train.stages import caching, prepare
 from fastkd.train.training import parallel, trainer
 
 PATIENCE = 60  # seconds
+DISTURBED = 8  # steps that are done before something happens, two after a checkpoint
 
 
 def free_port() -> int:
@@ -39,24 +40,24 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def kill_at_step_12() -> None:
+def kill_in_a_step() -> None:
     """Make process 1 end without a word, as one does that runs out of memory."""
     step = trainer.DistillTrainer.training_step
 
     def killing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 12 and self.args.process_index == 1:
+        if self.state.global_step == DISTURBED and self.args.process_index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, *args, **kwargs)
 
     trainer.DistillTrainer.training_step = killing  # type: ignore[method-assign]
 
 
-def signal_at_step_12() -> None:
+def signal_in_a_step() -> None:
     """Make process 1 receive SIGTERM, as all do from a scheduler, but not at one time."""
     step, sent = trainer.DistillTrainer.training_step, []
 
     def signalling(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 12 and self.args.process_index == 1 and not sent:
+        if self.state.global_step == DISTURBED and self.args.process_index == 1 and not sent:
             sent.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args, **kwargs)
@@ -77,7 +78,7 @@ def sleep_over_a_step() -> None:
     step = trainer.DistillTrainer.training_step
 
     def sleeping(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 12 and self.args.process_index == 0:
+        if self.state.global_step == DISTURBED and self.args.process_index == 0:
             time.sleep(SLEEP)
         return step(self, *args, **kwargs)
 
@@ -96,8 +97,8 @@ def small_shards() -> None:
 
 PATCHES = {
     "small shards": small_shards,
-    "kill": kill_at_step_12,
-    "signal": signal_at_step_12,
+    "kill": kill_in_a_step,
+    "signal": signal_in_a_step,
     "nothing stays": nothing_stays,
     "hang over data": sleep_over_data,
     "hang over a step": sleep_over_a_step,

@@ -28,7 +28,7 @@ from fastkd.train.models.tokenizer import padded_size
 from fastkd.train.training.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20
+STEPS = 12
 BATCH = 12  # of all processes together
 
 COMMON = [
@@ -41,7 +41,7 @@ COMMON = [
     "--sequence_length",
     "32",
     "--max_steps",
-    "20",
+    str(STEPS),
     "--logging_steps",
     "1",
     "--teacher_layers",
@@ -57,9 +57,9 @@ COMMON = [
     "--eval_strategy",
     "steps",
     "--eval_steps",
-    "10",
+    str(STEPS // 2),
     "--save_steps",
-    "10",
+    str(STEPS // 2),
     "--report_examples",
     "2",
     "--per_device_eval_batch_size",
@@ -225,7 +225,7 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line(runs: Runs) -> N
     assert first["code"] == 1
     (line,) = first["lines"]
     assert "another process of this run has ended or does not answer" in line
-    assert line.endswith("checkpoint-10 is whole, --resume_from_checkpoint last continues from it")
+    assert line.endswith("checkpoint-6 is whole, --resume_from_checkpoint last continues from it")
 
 
 @pytest.mark.long
@@ -234,7 +234,7 @@ def test_a_first_process_that_hangs_is_waited_for_as_long_as_the_flag_says(text_
     for patch in ("hang over data", "hang over a step"):
         runs.add(patch, 2, "scratch", "--ddp_timeout", "4", patch=patch)
     runs.run()
-    for patch, more in (("hang over data", ""), ("hang over a step", "checkpoint-10 is whole, ")):
+    for patch, more in (("hang over data", ""), ("hang over a step", "checkpoint-6 is whole, ")):
         first, other = runs.ends(patch)
         assert other["code"] == 1 and first["seconds"] > SLEEP > other["seconds"] + 5
         (line,) = other["lines"]
@@ -246,9 +246,9 @@ def test_a_first_process_that_hangs_is_waited_for_as_long_as_the_flag_says(text_
 def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(runs: Runs) -> None:
     for rank, end in enumerate(runs.ends("signalled")):
         assert end["code"] == 143, rank
-        assert re.search(r"interrupted at step (13|14), saved in \S+checkpoint-\1;", end["lines"][0]), end
+        assert re.search(r"interrupted at step (9|10), saved in \S+checkpoint-\1;", end["lines"][0]), end
     saved = {path.name for path in (runs.folder / "signalled").glob("checkpoint-*")}
-    assert saved in ({"checkpoint-10", "checkpoint-13"}, {"checkpoint-10", "checkpoint-14"})
+    assert saved in ({"checkpoint-6", "checkpoint-9"}, {"checkpoint-6", "checkpoint-10"})
 
 
 @pytest.mark.long
