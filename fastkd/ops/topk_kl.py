@@ -30,7 +30,7 @@ from .drivers.topk_call import TopKCall
 from .drivers.topk_linear_cpu import on_cpu
 from .drivers.topk_linear_gpu import on_gpu
 from .drivers.topk_rows import TOPK_STATS
-from .drivers.topk_shards import WHOLE_STATS, topk_whole_stats
+from .drivers.topk_shards import WHOLE_STATS, topk_call_rows, topk_whole_stats
 from .dtypes import gradient_dtype
 from .linear_kl_arguments import Inputs, as_softcap, as_workspace, check_inputs, flat
 from .linear_kl_functions import TopKLinearKL, TopKLinearKLPerToken
@@ -132,7 +132,7 @@ def _forward(
             stats = topk_whole_stats(blocks, call, loss, told if metrics else None)
         return loss, stats, told
     for rows, s in blocks:
-        call.at(rows).rows(s, loss[rows], stats[rows], None, told[rows] if metrics else None)
+        topk_call_rows(s, call.at(rows), loss[rows], stats[rows], None, told[rows] if metrics else None)
     return loss, stats, told
 
 
@@ -144,7 +144,7 @@ def _backward(
     call = TopKCall(ids, log_probs, tail_log_prob, coefficient, labels, group, objective)
     gradient = student_logits.new_empty(student_logits.shape)
     for rows, (s, g) in row_blocks(student_logits, gradient):
-        call.at(rows).rows(s, None, stats[rows], g)
+        topk_call_rows(s, call.at(rows), None, stats[rows], g)
     return gradient
 
 

@@ -11,6 +11,7 @@ from .divergence_rows import METRICS
 from .linear_kl_call import Projection
 from .linear_kl_cpu import by_rows, capped_
 from .topk_call import TopKCall
+from .topk_shards import topk_call_rows
 
 __all__ = ["on_cpu"]
 
@@ -31,7 +32,8 @@ def on_cpu(
 
         def of_some(part: slice) -> None:
             gradient = scores[part] if wanted else None
-            own.at(part).rows(scores[part], loss[part], None, gradient, None if told is None else told[part])
+            of_part = None if told is None else told[part]
+            topk_call_rows(scores[part], own.at(part), loss[part], None, gradient, of_part)
 
         capped_(scores, None, (student.softcap, None), wanted, call.group is not None, of_some)
         if metrics is not None and told is not None:

@@ -18,6 +18,7 @@ from .linear_kl_call import Projection
 from .linear_kl_gpu import GpuGradients, multiply_, parts_of, rows_at_once
 from .softcap import softcap
 from .topk_call import TopKCall
+from .topk_shards import topk_call_rows
 
 __all__ = ["on_gpu"]
 
@@ -77,7 +78,8 @@ def on_gpu(
             if cap is not None:
                 softcap(s, s, slope, cap)
             target = None if not wanted else s if in_place or sloped else narrow[part]
-            lifted.at(rows).rows(s, loss[rows], None, target, None if metrics is None else metrics[rows])
+            of_part = None if metrics is None else metrics[rows]
+            topk_call_rows(s, lifted.at(rows), loss[rows], None, target, of_part)
             if slope is not None:
                 torch.mul(s, slope, out=s if in_place else narrow[part])  # rounded once
         if wanted:

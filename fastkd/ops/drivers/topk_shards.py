@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,10 @@ from torch import Tensor
 from ... import distributed
 from ...backend import backend_for
 from ...divergence import DIVERGENCES
+from .topk_call import TopKCall
+from .topk_rows import topk_rows
 
-if TYPE_CHECKING:
-    from .topk_call import TopKCall
-
-__all__ = ["WHOLE_STATS", "topk_whole_gradient", "topk_whole_stats"]
+__all__ = ["WHOLE_STATS", "topk_call_rows", "topk_whole_stats"]
 
 WHOLE_STATS = 9
 NOTHING = -torch.inf  # the logarithm of no mass
@@ -304,7 +303,7 @@ def topk_whole_stats(
     return stats
 
 
-def topk_whole_gradient(student: Tensor, call: TopKCall, stats: Tensor, gradient: Tensor) -> None:
+def _whole_gradient(student: Tensor, call: TopKCall, stats: Tensor, gradient: Tensor) -> None:
     """Writes coefficient * d loss / d student [R, V], which may be the student, by the statistics of whole rows."""
     _, conditional, _, tau, kd_weight, ce_weight = _objective(call)
     row, shard, coefficient = _Row(*stats[:, 3:].unbind(1)), _Shard(call), call.coefficient
@@ -340,3 +339,22 @@ def topk_whole_gradient(student: Tensor, call: TopKCall, stats: Tensor, gradient
         gradient,
         tau,
     )
+
+
+def topk_call_rows(
+    student: Tensor,  # [R, V]
+    call: TopKCall,
+    loss: Tensor | None,  # [R]
+    stats: Tensor | None,  # [R, 3], of a shard [R, 9]; given where there is no loss
+    gradient: Tensor | None,  # [R, V], may be the student
+    metrics: Tensor | None = None,  # [R, 6]
+) -> None:
+    """Writes losses, statistics and metrics of rows, and their gradients: of these what is given."""
+    if call.group is None:
+        topk_rows(student, *call[:5], loss, stats, gradient, *call.objective, metrics=metrics)
+        return
+    if loss is not None:
+        stats = topk_whole_stats([(slice(0, len(loss)), student)], call, loss, metrics)
+    if gradient is not None:
+        assert stats is not None
+        _whole_gradient(student, call, stats, gradient)
