@@ -211,6 +211,39 @@ def test_values_are_looked_at_once_and_again_where_they_have_changed(monkeypatch
             loss(teacher)
 
 
+# ---- what goes with a teacher's hidden states alone -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({"teacher_weight": WEIGHT}, "None, .*, got Tensor"),
+        ({"teacher_weight": Head(WEIGHT)}, "None, .*, got Head"),
+        ({"teacher_bias": WEIGHT[:, 0]}, "None, .*, got Tensor"),
+        ({"teacher_scale": 0.5}, "1.0, .*, got 0.5"),
+        ({"teacher_scale": 0}, "1.0, .*, got 0"),
+        ({"teacher_scale": torch.tensor(1.0)}, "1.0, .*, got Tensor"),
+        ({"teacher_softcap": 30.0}, "None, .*, got 30.0"),
+    ],
+)
+def test_a_dense_teachers_head_is_not_left_out_in_silence(given: dict[str, Any], got: str) -> None:
+    (name,) = given
+    message = rf"^{name}: expected {got}; leave it out: where TopK.from_hidden"
+    for kd_weight in (1.0, 0.0):
+        with pytest.raises(ValueError, match=message), Untouched():
+            fastkd.linear_kl(HIDDEN, WEIGHT, TopK(**arguments()), kd_weight=kd_weight, **given)
+    if name in ("teacher_scale", "teacher_softcap") and given[name] != 1:
+        loss = fastkd.nn.LinearKLLoss(**given)  # it may be called with hidden states
+        with pytest.raises(ValueError, match=message):
+            loss(HIDDEN, WEIGHT, TopK(**arguments()))
+
+
+def test_a_head_that_changes_nothing_is_none() -> None:
+    teacher = TopK(**arguments())
+    loss = fastkd.linear_kl(HIDDEN, WEIGHT, teacher, None, teacher_bias=None, teacher_scale=1, teacher_softcap=None)
+    assert loss == fastkd.linear_kl(HIDDEN, WEIGHT, teacher)
+
+
 # ---- what makes them ------------------------------------------------------------------------------------------------
 
 

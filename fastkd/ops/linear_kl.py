@@ -37,7 +37,7 @@ from .drivers.linear_kl_cpu import on_cpu
 from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
 from .dtypes import gradient_dtype, score_dtype
-from .linear_kl_arguments import Inputs, as_head, as_softcap, as_workspace, check_inputs, facts, flat
+from .linear_kl_arguments import Inputs, as_head, as_softcap, as_workspace, check_alone, check_inputs, facts, flat
 from .linear_kl_functions import BEHIND, LinearKL, LinearKLPerToken
 from .metrics import averaged
 from .topk_kl import topk_linear_kl
@@ -221,7 +221,8 @@ def linear_kl(
             ``kd_weight=0``, which makes this a fused linear cross-entropy. A weight may be a ``fastkd.Head``; bias,
             scale and softcap are its own then, and not given beside it. One that is a ``fastkd.QuantizedWeight`` is
             never there as a whole, and a constant. In place of both of the teacher's, a ``fastkd.TopK`` is a teacher of
-            which some log-probabilities [..., K] are known; its student is not quantised.
+            which some log-probabilities [..., K] are known, and has no bias, scale or softcap; its student is not
+            quantised.
         student_bias, teacher_bias: [Vs] and [Vt]. The student's receives a gradient.
         student_scale, teacher_scale: multiply the hidden states; T5 v1.0 has ``d_model ** -0.5``.
         student_softcap, teacher_softcap: make logits z ``softcap * tanh(z / softcap)``, as Gemma 2 does; None: not.
@@ -253,9 +254,7 @@ def linear_kl(
     """
     student = as_head("student", student_weight, student_bias, student_scale, student_softcap)
     if isinstance(teacher_hidden, TopK):
-        if teacher_weight is not None or teacher_bias is not None:
-            name = "teacher_bias" if teacher_weight is None else "teacher_weight"
-            raise ValueError(f"{name}: expected None, as the teacher is a TopK, got a tensor")
+        check_alone(teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
         check_tensor("student_weight", student.weight)  # and not quantised
         return topk_linear_kl(
             student_hidden,

@@ -17,7 +17,11 @@ from .autograd import constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
 from .vocabulary_shards import Facts
 
-__all__ = ["Inputs", "as_head", "as_softcap", "as_workspace", "check_inputs", "facts", "flat"]
+__all__ = ["Inputs", "as_head", "as_softcap", "as_workspace", "check_alone", "check_inputs", "facts", "flat"]
+
+
+def _is_given(value: Any, default: Any) -> bool:
+    return value is not default and (isinstance(value, Tensor) or value != default)
 
 
 def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Head:
@@ -26,12 +30,25 @@ def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Hea
         return Head(weight, bias, scale, softcap)
     beside = {"bias": (bias, None), "scale": (scale, 1.0), "softcap": (softcap, None)}
     for name, (value, default) in beside.items():
-        if value is not default and (isinstance(value, Tensor) or value != default):
+        if _is_given(value, default):
             raise ValueError(
                 f"{model}_{name}: expected nothing, as {model}_weight is a Head with a {name} of its own, got "
                 f"{value!r}; head._replace({name}=...) makes another Head"
             )
     return weight
+
+
+def check_alone(weight: Any, bias: Any, scale: Any, softcap: Any) -> None:
+    """Raises where a teacher's head, or part of one, is given beside a TopK, which would be left out."""
+    beside = {"weight": (weight, None), "bias": (bias, None), "scale": (scale, 1.0), "softcap": (softcap, None)}
+    for name, (value, default) in beside.items():
+        if _is_given(value, default):
+            got = value if isinstance(value, int | float) else type(value).__name__
+            raise ValueError(
+                f"teacher_{name}: expected {default}, as the teacher is a TopK, whose log-probabilities are what its "
+                f"head has made of hidden states already, got {got}; "
+                f"leave it out: where TopK.from_hidden makes the TopK, it is part of the fastkd.Head given there"
+            )
 
 
 def as_workspace(megabytes: Any) -> float | None:
