@@ -1,5 +1,6 @@
 """The ``torch.autograd.Function`` of every op, for code that builds its own reductions or custom graphs on them."""
 
+from .ops import linear_kl as _linear_kl  # noqa: F401  # registers LinearKL's operator
 from .ops.attention_kl import AttentionKL, AttentionKLPerRow
 from .ops.cka_loss import CKA
 from .ops.linear_kl_functions import LinearKL, LinearKLPerToken, TopKLinearKL, TopKLinearKLPerToken

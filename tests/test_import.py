@@ -57,6 +57,12 @@ def test_works_without_and_pulls_in_nothing_heavy():
     python(heavy, *(without(name) + LOSS for name in ("triton", "transformers", "fastkd._C")))
 
 
+def test_functions_bring_their_operators_along():
+    names = ("logit_kl", "linear_kl", "topk_logit_kl", "topk_linear_kl", "attention_kl", "relation_kl", "cka_loss")
+    code = f"import torch, fastkd.functions\nfor name in {names}: getattr(torch.ops.fastkd, name)"
+    python(code, path=str(ROOT))
+
+
 def test_works_with_torch_alone():
     python(without("triton", "fastkd._C", "numpy") + LOSS)
 
