@@ -20,23 +20,26 @@ from fastkd.kernels import topk_rows
 from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
 
 PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
+SHARD_PASSES = ("shard stats", "shard gradient")  # where the vocabulary is spread; ids are K, and the label
 # With what: nothing, labels at temperatures of 1 and another, no tail, and then labels too, or metrics.
 OPTIONS = ("plain", "labels", "labels, temperature", "conditional", "conditional, labels", "labels, metrics")
+SHARD_OPTIONS = ("plain", "temperature")
 ENTRIES = (20, 64, 128, 511)
 
 VOCABULARY = 32128
 
 
-def source(target: str, which: str, dtype: str, entries: int, options: str) -> tuple[ASTSource, dict]:
-    """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
-    nvidia = target.startswith("sm_")
-    sizes, launch = topk_rows.sizes_and_options(VOCABULARY, entries, DTYPES[dtype], nvidia)
-    conditional = options.startswith("conditional")
-    types = {
+def _types(which: str, dtype: str, options: str) -> dict[str, str | None]:
+    """Of a kernel's arguments."""
+    if which in SHARD_PASSES:
+        sizes = dict.fromkeys(("columns", "entries", "student_row", "gradient_row"), "i32")
+        pointers = dict.fromkeys(("coefficient", "stats", "factors", "at_ids"), "*fp64")
+        return {"student": f"*{dtype}", "aside": "*i64", "gradient": f"*{dtype}", "tau": "fp64", **pointers, **sizes}
+    return {
         "student": f"*{dtype}",
         "ids": "*i64",
         "log_probs": "*fp64",
-        "tail_log_prob": None if conditional else "*fp64",
+        "tail_log_prob": None if options.startswith("conditional") else "*fp64",
         "coefficient": "*fp64",
         "labels": "*i64" if "labels" in options else None,
         "loss": "*fp64" if which != "gradient" else None,
@@ -46,17 +49,26 @@ def source(target: str, which: str, dtype: str, entries: int, options: str) -> t
         **dict.fromkeys(("columns", "entries", "student_row", "gradient_row"), "i32"),
         **dict.fromkeys((*DIVERGENCES, "beta", "tau", "kd_weight", "ce_weight"), "fp64"),
     }
+
+
+def source(target: str, which: str, dtype: str, entries: int, options: str) -> tuple[ASTSource, dict]:
+    """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
+    name = f"topk_{which.replace(' ', '_')}_kernel" if which in SHARD_PASSES else "topk_rows_kernel"
+    kernel, nvidia = getattr(topk_rows, name), target.startswith("sm_")
+    sizes, launch = topk_rows.sizes_and_options(VOCABULARY, entries, DTYPES[dtype], nvidia)
+    types = _types(which, dtype, options)
     constants = {name: None for name, kind in types.items() if kind is None}
     constants.update(sizes, student_column=1, gradient_column=1)
-    constants.update(CONDITIONAL=conditional, SEPARATE="temperature" in options)
-    names = topk_rows.topk_rows_kernel.arg_names
+    constants.update(CONDITIONAL=options.startswith("conditional"), SEPARATE="temperature" in options)
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if signature[name][0] in "*i" and name != "entries"
     }
-    return ASTSource(topk_rows.topk_rows_kernel, signature, constexprs=constants, attrs=aligned), launch
+    return ASTSource(kernel, signature, constexprs=constants, attrs=aligned), launch
 
 
 def measure(case: tuple) -> dict:
@@ -80,19 +92,23 @@ def chosen() -> list[tuple]:
     for target in ("sm_80", "sm_100", "gfx942"):
         cases += [(target, "fused", dtype, 64, "labels, temperature") for dtype in ("fp32", "bf16")]
         cases.append((target, "fused", "fp32", 511, "labels, temperature"))
+    for which in SHARD_PASSES:
+        cases += [(target, which, "fp32", 65, "temperature") for target in ("sm_80", "sm_90", "sm_100")]
+        cases += [("sm_90", which, dtype, ids, "temperature") for dtype, ids in (("bf16", 65), ("fp64", 511))]
     return cases
 
 
 def everything() -> list[tuple]:
-    return list(itertools.product(TARGETS, PASSES, DTYPES, ENTRIES, OPTIONS))
+    whole = itertools.product(TARGETS, PASSES, DTYPES, ENTRIES, OPTIONS)
+    return [*whole, *itertools.product(TARGETS, SHARD_PASSES, DTYPES, ENTRIES, SHARD_OPTIONS)]
 
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'target':8}{'pass':10}{'dtype':6}{'ids':>5}  {'options':21}{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}"
+        f"{'target':8}{'pass':15}{'dtype':6}{'ids':>5}  {'options':21}{'warps':>6}{'regs':>6}{'local':>7}{'shared':>8}"
     ]
     for r in results:
-        what = f"{r['target']:8}{r['pass']:10}{r['dtype']:6}{r['entries']:5}  {r['options']:21}"
+        what = f"{r['target']:8}{r['pass']:15}{r['dtype']:6}{r['entries']:5}  {r['options']:21}"
         lines.append(what + f"{r['warps']:6}{r['registers']:6}{r['local']:7}{r['shared']:8}")
     return "\n".join(lines)
 

@@ -64,6 +64,7 @@ from tests import compile_attention, compile_cka, compile_linear, compile_rows, 
 from tests.compile_common import SHARED_LIMIT, TARGETS
 cases = [(compile_rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in compile_rows.PASSES]
 cases += [(compile_topk, ("sm_90", "fused", "fp32", 64, "labels, temperature"))]
+cases += [(compile_topk, ("sm_90", which, "fp32", 65, "plain")) for which in compile_topk.SHARD_PASSES]
 cases += [(compile_linear, ("sm_90", "bf16", "forward_kl", "labels"))]
 cases += [(compile_cka, ("sm_90", "bf16", grams, 2)) for grams in (False, True)]
 cases += [(compile_attention, ("sm_90", op, "forward_kl", "bf16", 64, 64, False)) for op in ("relation", "diagonals")]
