@@ -6,10 +6,21 @@ import torch
 
 from benchmarks.harness.command import main
 from benchmarks.harness.problem import Problem
-from benchmarks.ops import attention_kl, cka_loss, linear_kl, linear_kl_topk, logit_kl, relation_kl
+from benchmarks.ops import attention_kl, cka_loss, linear_kl, linear_kl_topk, logit_kl, logit_kl_topk, relation_kl
 from benchmarks.trainer import cached_step, prune, train_step
 
-MODULES = (attention_kl, cached_step, cka_loss, linear_kl, linear_kl_topk, logit_kl, prune, relation_kl, train_step)
+MODULES = (
+    attention_kl,
+    cached_step,
+    cka_loss,
+    linear_kl,
+    linear_kl_topk,
+    logit_kl,
+    logit_kl_topk,
+    prune,
+    relation_kl,
+    train_step,
+)
 
 
 def problems(device: torch.device, quick: bool = False) -> list[Problem]:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import fastkd
 from fastkd.divergence import DIVERGENCES
 from fastkd.ops.drivers import linear_kl_gpu as linear_op
 from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
@@ -33,6 +35,13 @@ from .cases import (
     value_and_gradients,
 )
 
+
+def _top_hidden(teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, **options: Any) -> Tensor:
+    teacher = fastkd.TopK.from_hidden(teacher_hidden, fastkd.Head(teacher_weight, teacher_bias), 8)
+    return fastkd.linear_kl(teacher_hidden=teacher, **options)
+
+
+TOPK = Op("linear_kl of a TopK", _top_hidden, LINEAR_KL.make, LINEAR_KL.student)  # logit_kl has the same kernel
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONG_ROWS = (9000, 40000, 140000)  # for kernels that keep a row in one or several multiprocessors
 
@@ -54,7 +63,7 @@ def calls(
         for divergence in divergences:
             for op in DIVERGENCE_OPS:
                 yield op, dtype, {}, {"divergence": divergence}
-            for op in TOKEN_OPS:
+            for op in [*TOKEN_OPS, TOPK]:
                 tokens = 7
                 some = {"labels": torch.arange(tokens), "weight": torch.arange(tokens) % 3 / 2, "reduction": "none"}
                 weights = {"ce_weight": 0.5, "temperature": 2.0}

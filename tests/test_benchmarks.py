@@ -23,6 +23,7 @@ ROWS = {  # what each benchmark's tables list below fastkd, its limit last
     "ops.linear_kl": ("reference", "torch.compile", "Liger", "bare GEMMs"),
     "ops.linear_kl_topk": ("reference", "fastkd, dense", "eager", "chunks, checkpointed", "Liger, dense", "bare GEMMs"),
     "ops.logit_kl": ("reference", "torch.compile", "Liger", "copy"),
+    "ops.logit_kl_topk": ("reference", "eager", "copy"),
     "ops.relation_kl": ("reference", "torch.compile", "GEMMs"),
     "trainer.cached_step": ("uncached", "student alone"),
     "trainer.prune": ("eager", "copy"),

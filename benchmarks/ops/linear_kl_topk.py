@@ -34,6 +34,7 @@ from benchmarks.harness.problem import (
     of_another_objective,
 )
 from benchmarks.ops.linear_kl import best_chunk, liger
+from benchmarks.ops.logit_kl_topk import plain_loss as of_logits
 
 DENSE, CHECKPOINTED = "fastkd, dense", "chunks, checkpointed"
 IMPLEMENTATIONS = ("fastkd", "reference", DENSE, "eager", CHECKPOINTED, "Liger, dense")
@@ -55,18 +56,19 @@ class Shape:
         return f"linear_kl of a top-k teacher, {sizes} {name_of(self.dtype)}"
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor, reduction: str = "batchmean") -> Tensor:
-    """KL over the ids and one bucket for the others, as one writes it."""
-    log_q = F.log_softmax(F.linear(hidden, weight).float(), -1).gather(-1, ids)
-    log_q, log_p = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (log_q, log_probs))
-    return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
+def plain_loss(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> Tensor:
+    return of_logits(F.linear(hidden, weight), *teacher)
+
+
+def plain_sum(hidden: Tensor, weight: Tensor, *teacher: Tensor) -> Tensor:
+    return of_logits(F.linear(hidden, weight), *teacher, reduction="sum")
 
 
 def checkpointed(ready: Callable[[Callable[..., Tensor]], Run], tokens: int, device: torch.device) -> Run:
     def at(chunk: int) -> Run:
         def loss(hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
             parts = zip(*(x.split(chunk) for x in (hidden, ids, log_probs)), strict=True)
-            losses = [checkpoint(plain_loss, h, weight, i, p, "sum", use_reentrant=False) for h, i, p in parts]
+            losses = [checkpoint(plain_sum, h, weight, i, p, use_reentrant=False) for h, i, p in parts]
             return torch.stack(losses).sum() / tokens
 
         return ready(loss)
