@@ -293,16 +293,25 @@ class TopK:
 
     # ---- for the losses ---------------------------------------------------------------------------------------------
 
-    def check(self, leading: torch.Size, device: torch.device) -> None:
-        """Raises unless it goes with student tensors of shape [*leading, any], and holds distributions."""
+    def check(self, leading: torch.Size, device: torch.device, kept: Tensor) -> TopK:
+        """Itself, but for what is no distribution in tokens that are not kept; raises unless it fits the student."""
         check_tensor("TopK.indices", self.indices, shape=[*leading, None])
         check_same_device("TopK.indices", self.indices, device)
-        if values_are_at_hand(self.indices) and values_are_at_hand(self.log_probs):
-            given = [x for x in (self.indices, self.log_probs, self.tail_log_prob) if x is not None]
-            states = None if any(x.is_inference() for x in given) else [x._version for x in given]
-            if states is None or states != self._checked:  # once, unless somebody has written into them since
+        if not (values_are_at_hand(self.indices) and values_are_at_hand(self.log_probs)):
+            return self
+        given = [x for x in (self.indices, self.log_probs, self.tail_log_prob) if x is not None]
+        states = None if any(x.is_inference() for x in given) else [x._version for x in given]
+        if states is None or states != self._checked:  # once, unless somebody has written into them since
+            try:
                 self._check_values()
-                object.__setattr__(self, "_checked", states)
+            except ValueError:
+                if kept.all():
+                    raise
+                others = self._map(lambda x: x.masked_fill(~kept[..., None], -1), lambda x: x.masked_fill(~kept, 0))
+                others._check_values()
+                return others
+            object.__setattr__(self, "_checked", states)
+        return self
 
     def _check_values(self) -> None:
         indices = self.indices.long()

@@ -330,3 +330,18 @@ def test_bad_input():
         fastkd.logit_kl(student, teacher, ce_weight=0.5, labels=torch.tensor([0, 20, 1]))
     with pytest.raises(ValueError, match=r"^TopK.log_probs"):
         fastkd.logit_kl(student, TopK(teacher.indices, teacher.log_probs.fill_(NAN)))
+
+
+@over_impls
+def test_a_dropped_token_may_hold_anything(impl: str) -> None:
+    student, teacher = torch.randn(2, 4, 3, 20).unbind()
+    known, rest = top(teacher, 5), torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 0]])
+    expected = run(student, known, weight=rest, impl=impl)
+    log_probs, indices = known.log_probs.clone(), known.indices.clone()
+    log_probs[0, 1], log_probs[1, 0], indices[3, 2] = NAN, 0.0, -7
+    damaged = TopK(indices, log_probs)
+    for dropped in ({"weight": rest}, {"labels": torch.zeros(4, 3, dtype=torch.long).masked_fill(rest == 0, -100)}):
+        for its, right in zip(run(student, damaged, impl=impl, **dropped), expected, strict=True):
+            torch.testing.assert_close(its, right, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="log_probs"):
+        run(student, TopK(known.indices, log_probs), weight=torch.ones(4, 3), impl=impl)

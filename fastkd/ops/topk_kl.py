@@ -243,13 +243,13 @@ def topk_logit_kl(
         student = student_logits if group is None else shard_on(group, "student_logits", student_logits, -1)
         student = differentiable(student)
         check_logits(student, None, replace(objective, kd_weight=0.0), tokens, group is not None)
-        fused = check_teacher(teacher, student.shape[:-1], student.device, impl, group is not None)
+        its, fused = check_teacher(teacher, student.shape[:-1], student.device, tokens, impl, group is not None)
         keywords = {"return_metrics": return_metrics}
-        return Checked((student,), student.shape[-1], teacher, objective, tokens, keywords, fused)
+        return Checked((student,), student.shape[-1], its, objective, tokens, keywords, fused)
 
     call, shard = agree(group, check, Checked.facts)
     if not call.fused:
-        return call.of_reference(shard, reference.logit_kl, *call.tensors, teacher)
+        return call.of_reference(shard, reference.logit_kl, *call.tensors, call.teacher)
     given, trailing, mass = call.for_op(shard)
     loss, _, rows = apply(TopKLogitKL, *call.tensors, *given, *trailing)
     return call.result(loss, rows, mass)
@@ -289,8 +289,8 @@ def topk_linear_kl(
         local = local_tensor("student_hidden", student_hidden)
         inputs = Inputs(local, shards["student_weight"], shards["student_bias"], None, None, None)
         hidden, weight, bias, *_ = check_inputs(inputs, replace(objective, kd_weight=0.0), tokens, group is not None)
-        fused = check_teacher(teacher, hidden.shape[:-1], hidden.device, impl, group is not None)
-        return Checked((hidden, weight, bias), weight.shape[0], teacher, objective, tokens, keywords, fused)
+        its, fused = check_teacher(teacher, hidden.shape[:-1], hidden.device, tokens, impl, group is not None)
+        return Checked((hidden, weight, bias), weight.shape[0], its, objective, tokens, keywords, fused)
 
     call, shard = agree(group, check, Checked.facts)
     hidden, weight, bias = call.tensors
@@ -298,7 +298,7 @@ def topk_linear_kl(
     if not call.fused:
         more = {"student_bias": bias, "teacher_bias": None, "student_scale": scale, "teacher_scale": 1.0}
         return call.of_reference(
-            shard, reference.linear_kl, hidden, weight, teacher, None, student_softcap=softcap, **more
+            shard, reference.linear_kl, hidden, weight, call.teacher, None, student_softcap=softcap, **more
         )
     given, trailing, mass = call.for_op(shard)
     sizes = numbers(scale, softcap or 0.0, WORKSPACE_MB[hidden.device.type] if workspace is None else workspace)

@@ -119,7 +119,10 @@ def objective_for(teacher: TopK, *arguments: Any) -> Objective:
     return objective
 
 
-def check_teacher(teacher: TopK, leading: torch.Size, device: torch.device, impl: str, sharded: bool) -> bool:
-    """Raises unless the teacher goes with the student; and whether the call runs on kernels."""
-    teacher.check(leading, device)
-    return use_fused(impl, device, topk_rows_problem(device, teacher.indices.shape[-1] + sharded))
+def check_teacher(
+    teacher: TopK, leading: torch.Size, device: torch.device, tokens: TokenArguments, impl: str, sharded: bool
+) -> tuple[TopK, bool]:
+    """The teacher as the ops take it, if it goes with the student; and whether the call runs on kernels."""
+    kept = (tokens.weights(leading, device) != 0).reshape(leading)
+    its = teacher.check(leading, device, kept)
+    return its, use_fused(impl, device, topk_rows_problem(device, teacher.indices.shape[-1] + sharded))

@@ -342,6 +342,10 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ["--config", tmp_path / "truth.yaml", "--max_steps", "1"],
             ["truth.yaml: train_file: expected a word, got True"],
         ),
+        (
+            ["--divergence", "forward_kl=1,forward_kl=2"],
+            ["--divergence", "expected each name once, got forward_kl twice"],
+        ),
         (["--config", tmp_path / "weights.yaml"], ["weights.yaml: weights: expected logit_kl=NUMBER, 0 or above"]),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], ["use_reentrant is not supported"]),
         (["--train_sampling_strategy", "group_by_length"], ["no effect with span_corruption"]),

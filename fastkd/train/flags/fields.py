@@ -252,6 +252,8 @@ def parse_weights(text: str) -> dict[str, float]:
     weights = {}
     for part in text.split(","):
         term, _, number = part.partition("=")
+        if term in weights:
+            raise ValueError(f"expected each name once, got {term} twice")
         try:
             weights[term] = float(number)
         except ValueError:
