@@ -305,7 +305,7 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--num_train_epochs", "inf"], ["--num_train_epochs: must be at least 0, got inf"]),
         (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size: must be at least 1"]),
         (["--max_source_length", "1"], ["--max_source_length: must be at least 2"]),
-        (["--optim", "adamw_bnb_8bit"], ["--optim", "bitsandbytes"]),
+        (["--optim", "lomo"], ["--optim", "lomo_optim"]),
         (["--lr_scheduler_type", "warmup_stable_decay"], ["--lr_scheduler_type"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor is not supported"]),
         (["--eval_do_concat_batches", "false"], ["--eval_do_concat_batches is not supported"]),
