@@ -611,4 +611,6 @@ def test_python_m_and_a_traceback_free_exit(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "o")], capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no.txt" in done.stderr
+    # torchao and bitsandbytes, where they are installed, say more in being imported.
+    ours = [line for line in done.stderr.splitlines() if line.startswith("fastkd-train: ")]
+    assert done.returncode == 2 and len(ours) == 1 and "no.txt" in ours[0] and "Traceback" not in done.stderr
