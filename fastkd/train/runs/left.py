@@ -94,7 +94,8 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
     run = ready.run
     flags, args, data = run.flags, run.args, run.data
     facts: dict[str, Any] = {"method": name, "loss": method.formula}
-    facts |= _settings(method, "temperature", "divergence", "divergence_beta")
+    facts |= _settings(method, "temperature") | {"divergence": method.divergence_in_words}
+    facts |= _settings(method, "divergence_beta")
     if method.places:
         layers = method.teacher_layers(teacher.config).items()
         facts |= _settings(method, "relation_heads")
