@@ -7,6 +7,7 @@ of nothing, and for a log-probability that nobody knows.
 from __future__ import annotations
 
 import base64
+import math
 from array import array
 from collections.abc import Mapping
 from itertools import chain
@@ -142,20 +143,33 @@ def _vllm_log_prob(entry: Any) -> Any:
 
 def trl_response(response: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """What TRL's ``/get_sequence_logprobs/`` answers, in either of its formats, or its client makes of that."""
+    if not isinstance(response, Mapping):
+        raise TypeError(f"TopK.from_trl: expected the server's answer, a dict, got {type(response).__name__}")
     if response.get("logprobs_b64") is not None:
-        shape = list(response["shape"])
-        raw = [bytearray(base64.b64decode(response[key])) for key in ("token_ids_b64", "logprobs_b64")]
-        if not raw[0]:
-            return torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-        ids = torch.frombuffer(raw[0], dtype=torch.int32).view(shape).long()
-        log_probs = torch.frombuffer(raw[1], dtype=torch.float32).view(shape)
+        ids = _decoded(response, "token_ids_b64", torch.int32).long()
+        log_probs = _decoded(response, "logprobs_b64", torch.float32)
         return ids.masked_fill(log_probs == -torch.inf, -1), log_probs
     if response.get("logprob_token_ids") is None or response.get("logprobs") is None:
         raise ValueError(
             "TopK.from_trl: expected logprob_token_ids and logprobs, or token_ids_b64 and logprobs_b64, "
-            f"got {', '.join(map(str, response))}"
+            f"got {', '.join(map(str, response)) or 'an empty dict'}"
         )
     return ragged("TopK.from_trl", response["logprob_token_ids"], response["logprobs"])
+
+
+def _decoded(response: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    """What a field holds in base64, in the shape that the answer tells."""
+    shape = response.get("shape")
+    if not _is_list(shape) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"TopK.from_trl: shape: expected a list of sizes, got {shape!r}")
+    try:
+        raw = bytearray(base64.b64decode(response[key], validate=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"TopK.from_trl: {key}: expected base64, got {response.get(key)!r:.40}") from error
+    expected = 4 * math.prod(shape)
+    if len(raw) != expected:
+        raise ValueError(f"TopK.from_trl: {key}: expected {expected} bytes for shape {list(shape)}, got {len(raw)}")
+    return (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)).view(list(shape))
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------

@@ -247,6 +247,11 @@ def test_a_head_that_changes_nothing_is_none() -> None:
 # ---- what makes them ------------------------------------------------------------------------------------------------
 
 
+def binary(**changed: object) -> dict[str, object]:
+    """TRL's answer in base64, of one token with two entries, all of them id 0 at log-probability 0."""
+    return {"token_ids_b64": "AAAAAAAAAAA=", "logprobs_b64": "AAAAAAAAAAA=", "shape": [1, 1, 2], **changed}
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -283,6 +288,13 @@ def test_a_head_that_changes_nothing_is_none() -> None:
             r"TopK.from_vllm: expected ids of tokens, .* \(return_tokens_as_token_ids\), got 'the'",
         ),
         (lambda: TopK.from_trl({"logprobs": []}), ValueError, r"TopK.from_trl: expected logprob_token_ids .*, got log"),
+        (lambda: TopK.from_trl({}), ValueError, "got an empty dict"),
+        (lambda: TopK.from_trl([]), TypeError, "TopK.from_trl: expected the server's answer, a dict, got list"),
+        (lambda: TopK.from_trl(binary(shape="x")), ValueError, "shape: expected a list of sizes, got 'x'"),
+        (lambda: TopK.from_trl(binary(shape=[1, 3])), ValueError, "token_ids_b64: expected 12 bytes for .*, got 8"),
+        (lambda: TopK.from_trl(binary(logprobs_b64="AAAA")), ValueError, "logprobs_b64: expected 8 bytes .*, got 3"),
+        (lambda: TopK.from_trl(binary(logprobs_b64="!!!")), ValueError, "logprobs_b64: expected base64, got '!!!'"),
+        (lambda: TopK.from_trl(binary(token_ids_b64=None)), ValueError, "token_ids_b64: expected base64, got None"),
         (
             lambda: TopK.from_columns({"ids": [], "values": []}, "ids", "value"),
             ValueError,

@@ -21,6 +21,7 @@ from .. import reference
 from ..backend import backend_for
 from ..checks import as_number, check_flag, is_finite, numbers
 from ..heads import Head
+from ..quantized import QuantizedWeight
 from ..teachers import TopK
 from .autograd import Gradient, Loss, apply, differentiable, for_arguments, wants_gradient
 from .drivers.chunks import row_blocks
@@ -276,6 +277,10 @@ def topk_linear_kl(
     group = vocabulary_group(vocab_group, heads, 0)
 
     def check() -> Checked:
+        if isinstance(head.weight, QuantizedWeight):
+            raise TypeError(
+                "student_weight: a quantised one does not go with a TopK: dequantise it, or give logit_kl the logits"
+            )
         objective = objective_for(teacher, divergence, beta, temperature, kd_weight, ce_weight)
         tokens = local_tokens(**of_tokens)
         check_flag("return_metrics", return_metrics)

@@ -84,8 +84,13 @@ class Store:
                     "name for a new one"
                 ) from error
             return None
+        except NotADirectoryError as error:
+            raise InputError(f"--teacher_cache_dir {folder}: expected a folder, or a name for a new one") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--teacher_cache_dir {folder}: its {MANIFEST} is none that this version wrote") from error
+            raise InputError(
+                f"--teacher_cache_dir {folder}: its {MANIFEST} is none that this version wrote: remove the folder, or "
+                "give another"
+            ) from error
         has = [(name, manifest.fits.get(name), fits.get(name)) for name in sorted({*manifest.fits, *fits})]
         if differs := [f"{name}: it has {its}, the run {ours}" for name, its, ours in has if its != ours]:
             raise InputError(
