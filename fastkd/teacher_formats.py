@@ -159,7 +159,7 @@ def trl_response(response: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _decoded(response: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
     """What a field holds in base64, in the shape that the answer tells."""
-    shape = response.get("shape")
+    shape: Any = response.get("shape")
     if not _is_list(shape) or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"TopK.from_trl: shape: expected a list of sizes, got {shape!r}")
     try:

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="teacher_weight: expected device cpu, that of the student, got meta"):
         run({**inputs, "teacher_weight": elsewhere})
     top = fastkd.TopK.from_logits(torch.randn(24, VOCABULARY), 4)
-    with pytest.raises(TypeError, match="student_weight: expected a tensor, got QuantizedWeight"):
+    with pytest.raises(TypeError, match="student_weight: a quantised one does not go with a TopK"):
         fastkd.linear_kl(inputs["student_hidden"], Codes(width=WIDTH // 2).weight, top)
     with pytest.raises(TypeError, match="teacher_logits: expected a tensor, got QuantizedWeight"):
         fastkd.logit_kl(inputs["student_hidden"], codes.weight)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, as_number, check_flag, check_tensor, is_finite, numbers
+from ..checks import Objective, TokenArguments, as_number, check_flag, is_finite, numbers
 from ..divergence import Divergence, for_rows
 from ..quantized import any_quantized
 from ..teachers import TopK
@@ -255,7 +255,6 @@ def linear_kl(
     student = as_head("student", student_weight, student_bias, student_scale, student_softcap)
     if isinstance(teacher_hidden, TopK):
         check_alone(teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-        check_tensor("student_weight", student.weight)  # and not quantised
         return topk_linear_kl(
             student_hidden,
             student,

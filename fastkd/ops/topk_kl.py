@@ -273,14 +273,14 @@ def topk_linear_kl(
     **of_tokens: Any,
 ) -> Result:
     """``fastkd.linear_kl`` with a ``TopK``."""
+    if isinstance(head.weight, QuantizedWeight):
+        raise TypeError(
+            "student_weight: a quantised one does not go with a TopK: dequantise it, or give logit_kl the logits"
+        )
     heads: dict[str, Any] = {"student_weight": head.weight, "student_bias": head.bias}
     group = vocabulary_group(vocab_group, heads, 0)
 
     def check() -> Checked:
-        if isinstance(head.weight, QuantizedWeight):
-            raise TypeError(
-                "student_weight: a quantised one does not go with a TopK: dequantise it, or give logit_kl the logits"
-            )
         objective = objective_for(teacher, divergence, beta, temperature, kd_weight, ce_weight)
         tokens = local_tokens(**of_tokens)
         check_flag("return_metrics", return_metrics)
