@@ -1,5 +1,5 @@
 # make demo    set up, then distil a small T5 that reads dates (about three minutes on two cores)
-# make test    set up, then run the tests but for the long ones (a quarter of an hour on two cores)
+# make test    set up, then run the tests but for the long ones (ten minutes on two cores)
 # make test-all  the long rest (marked `long`), and the numeric tests again as on other processors (under twenty)
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
