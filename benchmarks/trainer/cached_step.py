@@ -45,7 +45,7 @@ def cached(shape: Shape, text: str, teacher: Any, batch: dict[str, Tensor]) -> t
         given = [states[keep] for states, keep in zip(hidden, batch["labels"] != -100, strict=True)]
         kept = kind.keep(given, head, temperature, [(0, i) for i in range(shape.batch)])
     lengths = [len(states) for states in given]
-    store = Store.begin(Path(tempfile.mkdtemp()), Manifest({}, {}, shape.batch, sum(lengths), shape.batch, 0))
+    store = Store(Path(tempfile.mkdtemp()), Manifest({}, {}, shape.batch, sum(lengths), shape.batch, 0))
     store.write(0, {name: torch.cat([columns[name] for columns in kept]) for name in kept[0]}, np.array(lengths))
     head = head.detach() if kind.name == "hidden" else None
     return CachedTeacher(store, teacher.config, kind, head, 1, temperature), {

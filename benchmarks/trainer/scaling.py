@@ -39,7 +39,7 @@ from fastkd.train.objectives.methods import METHODS
 from fastkd.train.training.trainer import DistillTrainer
 
 HIDDEN, TEACHER_HIDDEN = 256, 512
-A_CALL = 96  # bytes that linear_kl sends for a call; for a token, statistics and the gradient of its hidden state
+A_CALL = 104  # bytes that linear_kl sends for a call; for a token, statistics and the gradient of its hidden state
 A_TOKEN = {"forward_kl": 56 + 4 * HIDDEN, "jsd": 56 + 24 + 4 * HIDDEN}
 SCALARS = 64  # bytes of a training step that are no weights or norms: counts of tokens, whether to stop
 
