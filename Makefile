@@ -1,6 +1,6 @@
 # make demo    set up, then distil a small T5 that reads dates (about three minutes on two cores)
 # make test    set up, then run the tests but for the long ones (ten minutes on two cores)
-# make test-all  the long rest (marked `long`), and the numeric tests again as on other processors (under twenty)
+# make test-all  the long rest (marked `long`), and the numeric tests again as on other processors (a quarter of an hour)
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
 # make docs    the pages of docs/ with the reference, as a site in build/site
