@@ -293,7 +293,7 @@ class TopK:
 
     # ---- for the losses ---------------------------------------------------------------------------------------------
 
-    def check(self, leading: torch.Size, device: torch.device, kept: Tensor | None = None) -> TopK:
+    def check(self, leading: torch.Size, device: torch.device, kept: Callable[[], Tensor] | None = None) -> TopK:
         """Itself, but for what is no distribution in tokens that are not kept; raises unless it fits the student."""
         check_tensor("TopK.indices", self.indices, shape=[*leading, None])
         check_same_device("TopK.indices", self.indices, device)
@@ -305,9 +305,9 @@ class TopK:
             try:
                 self._check_values()
             except ValueError:
-                if kept is None or kept.all():
+                if kept is None or not (dropped := ~kept()).any():
                     raise
-                others = self._map(lambda x: x.masked_fill(~kept[..., None], -1), lambda x: x.masked_fill(~kept, 0))
+                others = self._map(lambda x: x.masked_fill(dropped[..., None], -1), lambda x: x.masked_fill(dropped, 0))
                 others._check_values()
                 return others
             object.__setattr__(self, "_checked", states)

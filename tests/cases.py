@@ -6,11 +6,12 @@ Beside them what a dtype's rounding is worth, and the parameters that tests go o
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastkd
@@ -32,6 +34,8 @@ ROUNDING = {torch.float64: 1.2e-16, torch.float32: 6e-8, torch.float16: 4.9e-4, 
 # Half the smallest subnormal: what rounding can take from an element however small it is.
 SMALLEST = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 3e-8, torch.bfloat16: 0.0}
 DTYPES = list(ROUNDING)
+RANKS = 3
+PAIR = [1, 2]  # so that ranks of the group are not those of the world
 
 
 @dataclass(frozen=True)
@@ -243,6 +247,36 @@ def end_process() -> NoReturn:
     """
     dist.barrier()
     os._exit(0)
+
+
+def in_groups(
+    folder: Path,
+    call: Callable[..., Any],
+    cases: Callable[[int], Sequence[Any]],
+    others: Mapping[str, Callable[..., Any]],
+) -> list[dict[str, Any]]:
+    """What each of three processes finds, as a group of three and the last two of them as one of two.
+
+    It is "results" of call(case, group), by the group's size and the case's name, and by their names what `others` find
+    of a rank. Functions of modules, as processes are given them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        mp.spawn(_rank, (str(folder), call, cases, others), nprocs=RANKS)
+    return [torch.load(folder / str(rank)) for rank in range(RANKS)]
+
+
+def _rank(rank: int, folder: str, call: Any, cases: Any, others: Mapping[str, Any]) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
+    pair = dist.new_group(PAIR, timeout=timeout)
+    results = {3: {case.name: call(case, dist.group.WORLD) for case in cases(3)}}
+    if rank in PAIR:
+        results[2] = {case.name: call(case, pair) for case in cases(2)}
+    found = {name: find(rank) for name, find in others.items()}
+    torch.save({"results": results, **found}, f"{folder}/{rank}")
+    end_process()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ found with one process that has the whole vocabulary.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import zlib
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.library import opcheck
 
@@ -24,13 +22,13 @@ import fastkd
 from fastkd import TopK
 from fastkd.ops.drivers.divergence_rows import ELSEWHERE
 
-from .cases import INF, UNRELATED, Regime, distance, end_process, group_of_one, running_on
+from .cases import INF, RANKS, UNRELATED, Regime, distance, group_of_one, in_groups, running_on
 from .test_topk import SERVED, hidden_states, run, run_linear, top
 
 if not dist.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
-RANKS, PAIR, COLUMNS = 3, [1, 2], 203
+COLUMNS = 203
 SPLITS = {2: [(120, 83), (0, 203)], 3: [(70, 1, 132), (100, 0, 103)]}
 NEAR, FAR = Regime("near", 5.0, 1e-3), Regime("far", 30.0, None)
 MIX = {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2, "tvd": 0.1}
@@ -178,25 +176,9 @@ def _errors(rank: int) -> dict[str, str]:
     return found
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
-    pair = dist.new_group(PAIR, timeout=timeout)
-    results = {3: {case.name: _in_group(case, dist.group.WORLD) for case in cases(3)}}
-    if rank in PAIR:
-        results[2] = {case.name: _in_group(case, pair) for case in cases(2)}
-    torch.save({"results": results, "errors": _errors(rank)}, f"{folder}/{rank}")
-    end_process()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / str(rank)) for rank in range(RANKS)]
+    return in_groups(tmp_path_factory.mktemp("ranks"), _in_group, cases, {"errors": _errors})
 
 
 def _check(case: Case, ranks: list[list[Tensor]]) -> None:

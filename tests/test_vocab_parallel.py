@@ -6,7 +6,6 @@ found with one process that has the whole vocabulary. A rank that waits for othe
 
 from __future__ import annotations
 
-import datetime
 import functools
 import itertools
 import re
@@ -19,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.library import opcheck
 
@@ -32,13 +30,14 @@ from fastkd.ops.vocabulary_shards import VocabularyShard, _checksum
 from .cases import (
     LINEAR_KL,
     LOGIT_KL,
+    RANKS,
     UNRELATED,
     Inputs,
     Op,
     Regime,
     distance,
-    end_process,
     group_of_one,
+    in_groups,
     oracle,
     over_fused,
     running_on,
@@ -49,8 +48,6 @@ from .cases import (
 if not dist.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
-RANKS = 3
-PAIR = [1, 2]  # so that ranks of the group are not those of the world
 SPLITS: dict[int, list[tuple[int, ...]]] = {2: [(120, 83), (0, 203)], 3: [(70, 1, 132), (100, 0, 103)]}
 NEAR, FAR = Regime("near", 5.0, 1e-6), Regime("far", 30.0, None)
 # One rounding to the dtype, as a relative Frobenius error; of results that were rounded twice, or differently, two.
@@ -354,7 +351,7 @@ def _dtensor_errors(x: Inputs, rank: int, linear: Callable[..., Tensor]) -> dict
     }
 
 
-def _traffic() -> dict[str, list[tuple[str, int]]]:
+def _traffic(_: int) -> dict[str, list[tuple[str, int]]]:
     """The collectives of a call and its backward pass, with the bytes that this rank gives to each."""
     found = {}
     for name, options in {
@@ -383,18 +380,6 @@ def _traffic() -> dict[str, list[tuple[str, int]]]:
     return found
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=30)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
-    pair = dist.new_group(PAIR, timeout=timeout)
-    results = {3: {case.name: _call(case, dist.group.WORLD) for case in cases(3)}}
-    if rank in PAIR:
-        results[2] = {case.name: _call(case, pair) for case in cases(2)}
-    torch.save({"results": results, "errors": _errors(rank), "traffic": _traffic()}, f"{folder}/{rank}")
-    end_process()
-
-
 # ---- in their parent ------------------------------------------------------------------------------------------------
 
 
@@ -402,10 +387,7 @@ def _rank(rank: int, folder: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / str(rank)) for rank in range(RANKS)]
+    return in_groups(folder, _call, cases, {"errors": _errors, "traffic": _traffic})
 
 
 def _together(case: Case, name: str, parts: list[Tensor]) -> Tensor:

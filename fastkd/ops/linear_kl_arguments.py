@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import Objective, TokenArguments, as_number, check_same_device, check_tensor, is_positive
 from ..heads import Head
-from ..quantized import QuantizedWeight, any_quantized
+from ..quantized import QuantizedWeight
 from .autograd import constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
 from .vocabulary_shards import Facts
@@ -98,7 +98,7 @@ def _check_head(
 
 def _in_dtype_of(hidden: Any, weight: Any) -> Any:
     """A quantised weight as one whose rows are multiplied with these hidden states; another as it is."""
-    return weight.to(hidden.dtype) if any_quantized([weight]) and isinstance(hidden, Tensor) else weight
+    return weight.to(hidden.dtype) if isinstance(weight, QuantizedWeight) and isinstance(hidden, Tensor) else weight
 
 
 def check_inputs(inputs: Inputs, objective: Objective, tokens: TokenArguments, sharded: bool) -> Inputs:

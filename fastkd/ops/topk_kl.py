@@ -251,9 +251,9 @@ def topk_logit_kl(
     call, shard = agree(group, check, Checked.facts)
     if not call.fused:
         return call.of_reference(shard, reference.logit_kl, *call.tensors, call.teacher)
-    given, trailing, mass = call.for_op(shard)
+    given, trailing, tail = call.for_op(shard)
     loss, _, rows = apply(TopKLogitKL, *call.tensors, *given, *trailing)
-    return call.result(loss, rows, mass)
+    return call.result(loss, rows, tail)
 
 
 def topk_linear_kl(
@@ -305,9 +305,9 @@ def topk_linear_kl(
         return call.of_reference(
             shard, reference.linear_kl, hidden, weight, call.teacher, None, student_softcap=softcap, **more
         )
-    given, trailing, mass = call.for_op(shard)
+    given, trailing, tail = call.for_op(shard)
     sizes = numbers(scale, softcap or 0.0, WORKSPACE_MB[hidden.device.type] if workspace is None else workspace)
     wanted = tuple(wants_gradient(x) for x in call.tensors)
     function = TopKLinearKLPerToken if call.tokens.reduction == "none" else TopKLinearKL
     loss, *_, rows = apply(function, flat(hidden), weight, bias, *given, sizes, wanted, *trailing)
-    return call.result(loss, rows, mass)
+    return call.result(loss, rows, tail)

@@ -72,12 +72,11 @@ class Checked(NamedTuple):
         return self.tokens.coefficients(self.leading, self.device)
 
     def for_op(self, shard: VocabularyShard | None) -> tuple[list[Any], list[Any], Tensor]:
-        """(teacher, coefficient and labels; the trailing arguments; [tokens] what mass the ids have in the teacher)"""
+        """(teacher, coefficient and labels; the trailing arguments; [tokens] the log-probability of its tail)"""
         objective, teacher, coefficient = self.objective, self.teacher, self.coefficient()
         ids, log_probs, tail = teacher.for_op(
             objective.temperature, self.columns if shard is None else shard.vocabulary
         )
-        mass = (-tail.expm1()).masked_fill(coefficient == 0, 0)
         labels = self.tokens.flat_labels() if objective.ce_weight != 0 else None
         if shard is not None:
             ids, labels = shard.local_columns(ids), None if labels is None else shard.local_columns(labels)
@@ -85,14 +84,15 @@ class Checked(NamedTuple):
         weights = (objective.kd_weight, objective.ce_weight, *objective.all_weights)
         trailing = [teacher.tail == "conditional", numbers(objective.beta, objective.temperature, *weights)]
         over = NO_SHARD if shard is None else (shard.group.group_name, shard.widest)
-        return [*of_teacher, coefficient, labels], [*trailing, *over, self.keywords["return_metrics"]], mass
+        return [*of_teacher, coefficient, labels], [*trailing, *over, self.keywords["return_metrics"]], tail
 
-    def result(self, loss: Tensor, rows: Tensor, mass: Tensor) -> Result:
+    def result(self, loss: Tensor, rows: Tensor, tail: Tensor) -> Result:
         """What is returned of a loss, [tokens] or its sum, with metrics if they are asked for."""
         loss = (loss.reshape(self.leading) if self.tokens.reduction == "none" else loss.sum()).to(self.dtype)
         if not self.keywords["return_metrics"]:
             return loss
         weight = self.tokens.weights(self.leading, self.device)
+        mass = (-tail.expm1()).masked_fill(self.coefficient() == 0, 0)  # what the ids have in the teacher
         mass_of_student = self.teacher.tail != "conditional"
         return loss, averaged_of_topk(rows, mass, weight, self.objective, self.dtype, mass_of_student)
 
@@ -123,6 +123,5 @@ def check_teacher(
     teacher: TopK, leading: torch.Size, device: torch.device, tokens: TokenArguments, impl: str, sharded: bool
 ) -> tuple[TopK, bool]:
     """The teacher as the ops take it, if it goes with the student; and whether the call runs on kernels."""
-    kept = (tokens.weights(leading, device) != 0).reshape(leading)
-    its = teacher.check(leading, device, kept)
+    its = teacher.check(leading, device, lambda: (tokens.weights(leading, device) != 0).reshape(leading))
     return its, use_fused(impl, device, topk_rows_problem(device, teacher.indices.shape[-1] + sharded))

@@ -126,12 +126,13 @@ def by_rows(
     buffers: int,  # in the workspace, [n, columns] each
     gradients: list[bool],  # of hidden states, weight, bias
     group: ProcessGroup | None,
-    losses_: Callable[[slice | Tensor, Tensor, Tensor], None],
+    metrics: Tensor | None,  # [T, 6], to be written, of kept tokens alone
+    losses_: Callable[[slice | Tensor, Tensor, Tensor, Tensor | None], None],
 ) -> tuple[Tensor, ...]:
     """Losses [T] and the three gradients, by way of the student's scores, of a chunk of tokens at a time.
 
-    losses_(rows, workspace, loss) is given the scores in the first buffer, and writes the losses of these rows and over
-    the scores, if gradients are wanted, theirs.
+    losses_(rows, workspace, loss, metrics) is given the scores in the first buffer, and writes losses and metrics of
+    these rows, and over the scores, if gradients are wanted, theirs.
     """
     dtype = score_dtype(student.hidden)
     rows_at_once = max(1, workspace_bytes // (buffers * widest * dtype.itemsize))
@@ -142,24 +143,26 @@ def by_rows(
     for rows in token_chunks(coefficient, coefficient.shape[0], rows_at_once):
         hidden = student.hidden[rows]
         own, row_loss = workspace[:, : len(hidden)], coefficient.new_empty(len(hidden))
+        told = None if metrics is None else coefficient.new_empty(len(hidden), METRICS)
         scores_(own[0], hidden, student)
-        losses_(rows, own, row_loss)
+        losses_(rows, own, row_loss, told)
         if any(gradients):
             total.add(rows, hidden, own[0])
         loss[rows] = row_loss
+        if metrics is not None and told is not None:
+            metrics[rows] = told
     return loss, *total.results()
 
 
 def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
     teacher, wanted = call.teacher, any(call.gradients)
 
-    def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor) -> None:
+    def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor, metrics: Tensor | None) -> None:
         scores, target = workspace[0], None
         if teacher is not None:
             target = workspace[1, :, : call.vocabulary]
             scores_(target, teacher.hidden[rows], teacher)
         coefficient, labels = call.coefficient[rows], None if call.labels is None else call.labels[rows]
-        metrics = None if call.metrics is None else loss.new_empty(len(loss), METRICS)
 
         def of_some(part: slice) -> None:
             s, t = scores[part], None if target is None else target[part]
@@ -169,10 +172,8 @@ def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
 
         caps = call.student.softcap, None if teacher is None else teacher.softcap
         capped_(scores, target, caps, wanted, call.group is not None, of_some)
-        if call.metrics is not None and metrics is not None:
-            call.metrics[rows] = metrics
 
     return by_rows(
         call.student, call.columns, call.widest, call.coefficient, call.workspace_bytes, 1 if teacher is None else 2,
-        call.gradients, call.group, losses_,
+        call.gradients, call.group, call.metrics, losses_,
     )  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .divergence_rows import METRICS
 from .linear_kl_call import Projection
 from .linear_kl_cpu import by_rows, capped_
 from .topk_call import TopKCall
@@ -26,9 +25,8 @@ def on_cpu(
 ) -> tuple[Tensor, ...]:
     """Losses [T] and the three gradients."""
 
-    def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor) -> None:
+    def losses_(rows: slice | Tensor, workspace: Tensor, loss: Tensor, told: Tensor | None) -> None:
         scores, own, wanted = workspace[0], call.at(rows), any(gradients)
-        told = None if metrics is None else loss.new_empty(len(loss), METRICS)
 
         def of_some(part: slice) -> None:
             gradient = scores[part] if wanted else None
@@ -36,8 +34,8 @@ def on_cpu(
             topk_call_rows(scores[part], own.at(part), loss[part], None, gradient, of_part)
 
         capped_(scores, None, (student.softcap, None), wanted, call.group is not None, of_some)
-        if metrics is not None and told is not None:
-            metrics[rows] = told
 
     columns = student.weight.shape[0]
-    return by_rows(student, columns, widest, call.coefficient, workspace_bytes, 1, gradients, call.group, losses_)
+    return by_rows(
+        student, columns, widest, call.coefficient, workspace_bytes, 1, gradients, call.group, metrics, losses_
+    )
