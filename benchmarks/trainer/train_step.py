@@ -161,15 +161,15 @@ def trainer_of(shape: Shape, student: Any, teacher: Any) -> Any:
 
 def models_alone(models: Sequence[Any], batch: dict[str, Tensor]) -> Run:
     """The forward passes of models without their heads, and the backward pass of the last from a sum of its states."""
-    from fastkd.train.models.capture import without_head
+    from fastkd.train.models.capture import capture_given
 
     def run() -> tuple[Tensor, ...]:
         for model in models:
             ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            with torch.set_grad_enabled(model is models[-1]), without_head(model):
-                hidden = model(**inputs, decoder_input_ids=ids, use_cache=False).logits
-        gradients(hidden.sum(), models[-1])
+            with torch.set_grad_enabled(model is models[-1]), capture_given(model) as given:
+                model(**inputs, decoder_input_ids=ids, use_cache=False)
+        gradients(given[0].sum(), models[-1])
         return ()
 
     return run

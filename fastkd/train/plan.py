@@ -37,6 +37,7 @@ from .judge.memory import GpuAutocast, LiveStep
 from .minidisc.candidates import CandidateTrainer
 from .minidisc.prune import sliced, widths_at
 from .minidisc.rounds import trials_of
+from .models.anatomy import every_layer
 from .models.architectures import parts
 from .models.loading import load_config
 from .models.student import new_model
@@ -253,7 +254,7 @@ def step(flags: FastkdArguments, args: TransformersArguments, device: str) -> di
 
 def _gathered(model: Any) -> int:
     """Return the numbers of a sharded model that are whole at a time: two blocks, and what is in none."""
-    modules = [*model.encoder.block, *model.decoder.block, model]
+    modules = [*every_layer(model), model]
     *blocks, everything = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
     return everything - sum(blocks) + 2 * blocks[-1]
 

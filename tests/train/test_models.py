@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, T5Config
 
 from fastkd.train.common.family import is_enct5
+from fastkd.train.models.anatomy import auto_class
 from fastkd.train.models.architectures import (
     EncT5Config,
     EncT5ForSequenceClassification,
     PrunedT5Config,
-    auto_class,
     enct5_config,
     enct5_from,
     parts,

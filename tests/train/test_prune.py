@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from fastkd.train.common.family import PLACES
+from fastkd.train.common.family import PLACES, family_of
 from fastkd.train.minidisc.prune import importance, masked, narrowed, normalised, order_of, sliced, widths_at
 from fastkd.train.models.architectures import (
     EncT5ForSequenceClassification,
@@ -550,7 +550,8 @@ def test_captures_see_the_narrowed_widths(make: Callable[..., Any]) -> None:
     with narrowed(nested, widths), capture_qkv(nested, layers) as found, capture_hidden(nested, states) as found_states:
         nested(**batch)
     for place, where in PLACES.items():
-        heads = widths[f"{where.stack}.block.0.layer.{where.sublayer}.{where.module}"]
+        module = family_of(model.config).attentions[place].outer.removesuffix(".o")
+        heads = widths[f"{where.stack}.block.0.{module}"]
         for ours, theirs in zip(found[place], expected[place], strict=True):
             assert ours.shape[-1] == 8 * heads
             torch.testing.assert_close(ours, theirs, **EXACT)

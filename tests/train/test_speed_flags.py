@@ -16,7 +16,7 @@ from transformers import T5ForConditionalGeneration, default_data_collator
 
 from fastkd.train.common.family import PLACES
 from fastkd.train.data.examples import SpanCorruption
-from fastkd.train.models.capture import attention_module
+from fastkd.train.models.anatomy import projections
 from fastkd.train.models.loading import load_model
 
 NEVER = ["--save_strategy", "no", "--eval_strategy", "no"]
@@ -151,9 +151,8 @@ def test_a_teacher_keeps_alive_what_the_terms_compare_and_nothing_else(
         for stack in ("encoder", "decoder"):
             getattr(teacher, stack).block[layer - 1].register_forward_hook(keep((stack, layer)))
         for place in PLACES:
-            attention = attention_module(teacher, place, layer)
-            for name in "qkv":
-                getattr(attention, name).register_forward_hook(keep((place, layer, name)))
+            for name, projection in zip("qkv", projections(teacher, place, layer), strict=True):
+                projection.register_forward_hook(keep((place, layer, name)))
     alive: set[Any] = set()
     terms = trainer._terms
 

@@ -19,6 +19,7 @@ from transformers import (
     default_data_collator,
 )
 
+import fastkd
 from fastkd.train.common.errors import InputError, RunError, out_of_memory
 from fastkd.train.data.examples import SpanCorruption
 from fastkd.train.judge.evaluate import token_scores
@@ -241,7 +242,7 @@ def test_token_scores_across_chunks_and_ignored_labels() -> None:
     hidden, weight = torch.randn(5, 500, 8), torch.randn(11, 8)
     labels = torch.randint(0, 11, (5, 500))
     labels[2, 100:] = -100
-    scores = token_scores(hidden, weight, labels)
+    scores = token_scores(hidden, fastkd.Head(weight), labels)
     logits = hidden @ weight.T
     nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(5, 500)
     torch.testing.assert_close(scores[..., 0], nats)

@@ -10,8 +10,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ...heads import Head
 from ..common.family import is_enct5
 from ..common.processes import is_first, of_all, own_part
+from ..models.anatomy import logits
 from ..models.sharding import is_sharded
 from ..models.tokenizer import texts_of
 
@@ -19,16 +21,16 @@ CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 
 
 @torch.no_grad()
-def token_scores(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_scores(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
     """Return [B, L, 2] (fp32): each target token's negative log-likelihood in nats, and 1 where the argmax is right.
 
-    hidden [B, L, H], weight [V, H], labels [B, L]; where a label is -100 both scores are 0.
+    hidden [B, L, H], what the head is given; labels [B, L]; where a label is -100 both scores are 0.
     """
     scores = []
     for h, y in zip(hidden.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True):
-        logits = torch.nn.functional.linear(h, weight).float()  # [CHUNK, V]
-        nats = torch.nn.functional.cross_entropy(logits, y, reduction="none", ignore_index=-100)
-        scores.append(torch.stack([nats, (logits.argmax(-1) == y).float()], -1))
+        scores_of_all = logits(h, head)  # [CHUNK, V]
+        nats = torch.nn.functional.cross_entropy(scores_of_all, y, reduction="none", ignore_index=-100)
+        scores.append(torch.stack([nats, (scores_of_all.argmax(-1) == y).float()], -1))
     return torch.cat(scores).view(*labels.shape, 2)
 
 

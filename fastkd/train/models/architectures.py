@@ -26,8 +26,6 @@ from transformers import (
 from transformers.modeling_outputs import Seq2SeqSequenceClassifierOutput
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
-from ..common.family import is_enct5
-
 
 class PrunedT5Config(T5Config):
     """T5's config and, as `widths`, the number of heads or neurons of each of the model's `parts`, by name."""
@@ -219,11 +217,6 @@ AutoModel.register(PrunedT5Config, PrunedT5ForConditionalGeneration)
 AutoModel.register(EncT5Config, EncT5ForSequenceClassification)
 AutoModelForSeq2SeqLM.register(PrunedT5Config, PrunedT5ForConditionalGeneration)
 AutoModelForSequenceClassification.register(EncT5Config, EncT5ForSequenceClassification)
-
-
-def auto_class(config: Any) -> Any:
-    """Return the Auto class that makes and loads models of a config."""
-    return AutoModelForSequenceClassification if is_enct5(config) else AutoModelForSeq2SeqLM
 
 
 def enct5_config(config: Any, classes: Sequence[str]) -> EncT5Config:

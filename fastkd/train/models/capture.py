@@ -1,25 +1,25 @@
-"""What a T5 computes on its way: queries, keys, values, hidden states, its head's input. No code is changed."""
+"""What a model computes on its way: queries, keys, values, hidden states, its head's input. No code is changed."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..common.family import PLACES
+from .anatomy import head_module, layers, projections, stack
 
 
 @contextlib.contextmanager
 def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, list[Any]]]:
     """Yield a dict in which a forward pass of `model` inside the context leaves [q, k, v] of each place.
 
-    model: a bare T5; a wrapper around it, such as DDP, may be what runs. layers: each place's layer, counted from 1.
-    q, k and v are the projections before they are split into heads, [B, L, heads * d_kv], as parts of the autograd
-    graph; those of the last forward pass stay. The hooks go when the context ends, however it ends.
+    model: a bare model; a wrapper around it, such as DDP, may be what runs. layers: each place's layer, counted from 1.
+    q, k and v are the projections before they are split into heads, and before rotary embeddings or norms of single
+    heads, [B, L, heads * width of a head], where keys and values may have fewer heads; as parts of the autograd graph;
+    those of the last forward pass stay. The hooks go when the context ends, however it ends.
     Raises ValueError for a layer that the model lacks, and RuntimeError if a projection did not run inside the context,
     or if gradients are on when the context is entered and off when it ran, which is what reentrant activation
     checkpointing does.
@@ -27,9 +27,10 @@ def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, lis
     captured: dict[str, list[Any]] = {place: [None, None, None] for place in layers}
     with contextlib.ExitStack() as hooks:
         for place, layer in layers.items():
-            attention = attention_module(model, place, layer)
-            for i, projection in enumerate((attention.q, attention.k, attention.v)):
-                keep = functools.partial(_keep, captured[place], i, torch.is_grad_enabled())
+            inner = projections(model, place, layer)
+            for i, projection in enumerate(inner):
+                where = slice(i, i + 1) if len(inner) > 1 else slice(None)  # one alone computes all three
+                keep = functools.partial(_keep, captured[place], where, torch.is_grad_enabled())
                 hooks.enter_context(projection.register_forward_hook(keep))
         yield captured
     for place, states in captured.items():
@@ -37,55 +38,59 @@ def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, lis
             raise RuntimeError(f"{place}: q, k and v of layer {layers[place]} did not all run inside the capture")
 
 
-def attention_module(model: Any, place: str, layer: int) -> Any:
-    """Return the attention of `place` in the given layer, counted from 1; raises ValueError if there is no such."""
-    where = PLACES[place]
-    blocks = getattr(model, where.stack).block
-    if not 1 <= layer <= len(blocks):
-        raise ValueError(f"layer: expected 1 to {len(blocks)} in this {where.stack}, got {layer}")
-    return getattr(blocks[layer - 1].layer[where.sublayer], where.module)
-
-
-def _keep(states: list[Any], i: int, needs_graph: bool, projection: Any, inputs: Any, output: torch.Tensor) -> None:
+def _keep(
+    states: list[Any], where: slice, needs_graph: bool, projection: Any, inputs: Any, output: torch.Tensor
+) -> None:
     if needs_graph and projection.weight.requires_grad and not output.requires_grad:
         raise RuntimeError("captured states have no gradient under reentrant checkpointing: set use_reentrant to False")
-    states[i] = output
+    parts = len(states[where])
+    states[where] = [output] if parts == 1 else output.chunk(parts, -1)
 
 
 @contextlib.contextmanager
-def capture_hidden(model: Any, layers: Mapping[str, Sequence[int]]) -> Iterator[list[Any]]:
+def capture_hidden(model: Any, wanted: Mapping[str, Sequence[int]]) -> Iterator[list[Any]]:
     """Yield a list in which a forward pass of `model` inside the context leaves hidden states [B, L, H].
 
-    layers: which of each stack, "encoder" and "decoder", numbered as transformers does: 0 is the embeddings, i the
-    output of layer i, and the last the output of the stack, after its final layer norm. The list has their order.
+    wanted: which of each stack, "encoder" and "decoder", numbered as transformers does: 0 is the embeddings, i the
+    output of layer i, and the last the output of the stack, after a final norm if it has one. The list has their order.
     Unlike `output_hidden_states=True` this keeps no state alive that was not asked for.
     """
-    wanted = [(stack, layer) for stack, numbers in layers.items() for layer in numbers]
-    captured: list[Any] = [None] * len(wanted)
+    captured: list[Any] = [None for numbers in wanted.values() for _ in numbers]
+
+    def keep(i: int, module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+        states = output[0] if output is not None else args[0] if args else kwargs["hidden_states"]
+        captured[i] = states
+
     with contextlib.ExitStack() as hooks:
-        for i, (stack_name, layer) in enumerate(wanted):
-            stack = getattr(model, stack_name)
-            keep = functools.partial(operator.setitem, captured, i)
-            if layer < len(stack.block):
-                hook = stack.block[layer].register_forward_pre_hook(lambda block, inputs, keep=keep: keep(inputs[0]))
+        every = [(name, number) for name, numbers in wanted.items() for number in numbers]
+        for i, (name, number) in enumerate(every):
+            blocks, own = layers(model, name), functools.partial(keep, i)
+            if number < len(blocks):
+                hook = blocks[number].register_forward_pre_hook(own, with_kwargs=True)
             else:
-                hook = stack.register_forward_hook(lambda stack, inputs, output, keep=keep: keep(output[0]))
+                hook = stack(model, name).register_forward_hook(own, with_kwargs=True)
             hooks.enter_context(hook)
         yield captured
 
 
 @contextlib.contextmanager
-def without_head(model: Any) -> Iterator[None]:
-    """Make `model(...)` return as its "logits" what the head would have been given: hidden states [B, L, H].
+def capture_given(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Yield a list in which a forward pass of `model` inside the context leaves what its head is given, [..., H].
 
-    The head becomes the identity while the context lasts. So every scaling of the decoder's output is applied, no
-    [B, L, V] tensor is made, no model code is edited, and it works inside DDP, whose wrapper runs as usual.
+    The head computes nothing while the context lasts, and what it returns is empty: so no [B, L, V] tensor is made, not
+    by what follows it either, no model code is edited, and it works inside DDP, whose wrapper runs as usual.
     """
-    head = model.get_output_embeddings()
+    head: Any = head_module(model)
+    given: list[torch.Tensor] = []
     before = vars(head).get("forward")  # accelerate's hooks, for one, set a forward on the instance
-    head.forward = lambda hidden: hidden
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        given[:] = [hidden]
+        return hidden.new_empty(0, *[1] * (hidden.dim() - 1))
+
+    head.forward = forward
     try:
-        yield
+        yield given
     finally:
         del head.forward
         if before is not None:

@@ -26,7 +26,7 @@ from ...heads import gathered
 from ..common.errors import InputError, one_line
 from ..common.hub import from_hub
 from ..common.processes import by_first
-from .architectures import auto_class  # and its kinds of T5, which transformers knows from now on
+from .anatomy import auto_class
 from .sharding import is_sharded, not_finite, shard
 from .student import is_tied
 from .tokenizer import special_tokens

@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from .anatomy import every_layer
+
 
 def is_asked_for(args: Any) -> bool:
     """Return whether transformers' arguments, or accelerate's launcher, ask for FSDP."""
@@ -36,7 +38,7 @@ def not_finite(model: Any) -> str | None:
 
 
 def shard(model: Any, device: torch.device, *, stay: Sequence[Any] = (), **policy: Any) -> Any:
-    """Spread the weights of a T5 over all processes, and return it: each layer is gathered when it computes.
+    """Spread the weights of a model over all processes, and return it: each layer is gathered when it computes.
 
     Every process must give the same model. What is in no layer, embedding and head above all, is one group, as T5 reads
     its embedding in four places. stay: layers, or the model itself for that group, which stay gathered between forward
@@ -45,7 +47,7 @@ def shard(model: Any, device: torch.device, *, stay: Sequence[Any] = (), **polic
     # T5's blocks return views, which nothing changes in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model.encoder.block, *model.decoder.block, model):
+    for module in (*every_layer(model), model):
         gathered = {"reshard_after_forward": False} if any(module is other for other in stay) else {}
         fully_shard(module, mesh=mesh, **{"reshard_after_forward": True} | policy | gathered)
     if hasattr(model, "generate"):  # which runs the encoder by itself

@@ -47,7 +47,7 @@ def new_model(config: Any, seed: int | None, tied: bool = True, dtype: torch.dty
     """
     from transformers import set_seed
 
-    from .architectures import auto_class
+    from .anatomy import auto_class
 
     if seed is not None:
         set_seed(seed)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..common.family import PLACES, is_enct5, matched_layer
+from ..common.family import PLACES, family_of, is_enct5, matched_layer
 
 if TYPE_CHECKING:
     from ...divergence import Divergence
@@ -115,7 +115,8 @@ class Method:
 
     def student_layers(self, config: Any) -> dict[str, int]:
         """Return the last layer at each place, which is the student's."""
-        return {place: _depth(config, PLACES[place].stack) for place in self.places}
+        depths = _shape(config).depths
+        return {place: depths[PLACES[place].stack] for place in self.places}
 
     def teacher_layers(self, config: Any) -> dict[str, int]:
         """Return the teacher's layer at each place; raises ValueError if teacher_layer is not one of its layers."""
@@ -128,17 +129,18 @@ class Method:
         return dict.fromkeys(depths, self.teacher_layer)
 
     def matched_states(self, student: Any, teacher: Any) -> dict[str, list[tuple[int, int]]]:
-        """Return (student's, teacher's) numbers of the hidden states that each stack compares, of two `T5Config`s.
+        """Return (student's, teacher's) numbers of the hidden states that each stack compares, by their configs.
 
         All of the student's, embeddings included, as HSM does; but for "hidden_mse" some that are evenly spaced, and
         for "hidden_pkd" the last. Of an EncT5 only those of the encoder. {} without a hidden-state term.
         """
         if not self.hidden_terms:
             return {}
-        stacks = ("encoder",) if is_enct5(student) else ("encoder", "decoder")
-        pairs = {}
-        for stack in stacks:
-            mine, its = _depth(student, stack), _depth(teacher, stack)
+        pairs, depths = {}, [_shape(config).depths for config in (student, teacher)]
+        for stack in depths[0]:
+            if is_enct5(student) and stack == "decoder":  # which reads no text
+                continue
+            mine, its = (of[stack] for of in depths)
             layers = list(range(mine + 1))
             if self.hidden_terms == ["hidden_pkd"]:
                 layers = layers[-1:]
@@ -148,44 +150,42 @@ class Method:
         return pairs
 
     def check_fits(self, student: Any, teacher: Any) -> None:
-        """Raise ValueError if the terms do not go together, or not between models of these two `T5Config`s."""
+        """Raise ValueError if the terms do not go together, or not between models of these two configs."""
         if len(self.hidden_terms) > 1:
             raise ValueError(f"terms: expected at most one of {', '.join(HIDDEN_TERMS)}, got {', '.join(self.terms)}")
         if self.mixup_terms and (self.places or self.hidden_terms):
             raise ValueError(f"terms: expected mixup beside vocabulary terms only, got {', '.join(self.terms)}")
         if self.mixup_terms and is_enct5(student):
             raise ValueError(f"terms: an EncT5 has no mixed examples, as its decoder reads no text, got {self.formula}")
-        shapes = [(config.d_model, config.num_layers, config.num_decoder_layers) for config in (student, teacher)]
+        lacks = [place for place in self.places if place not in family_of(student).attentions]
+        if lacks:
+            raise ValueError(f"terms: {family_of(student).name} has no attention for {', '.join(lacks)}")
+        shapes = [(of.width, *of.depths.values()) for of in (_shape(student), _shape(teacher))]
         same = [term for term in self.terms if term in SAME_SHAPE_TERMS]
         if same and shapes[0] != shapes[1]:
-            expected = "a student as wide and as deep as its teacher, got (width, encoder layers, decoder layers)"
+            expected = "a student as wide and as deep as its teacher, got (width, layers)"
             raise ValueError("terms: {} expects {} {} and {}".format(same[0], expected, *shapes))
         mine, its = self.student_layers(student), self.teacher_layers(teacher)
         for place in self.places:
-            widths = _query_width(student, place, mine[place]), _query_width(teacher, place, its[place])
-            if not all(widths):
+            widths = [_shape(config).widths[place][of[place] - 1] for config, of in ((student, mine), (teacher, its))]
+            if not all(map(all, widths)):
                 raise ValueError(f"terms: {place} compares queries in a layer that pruning left without heads")
-            common = math.gcd(*widths)
+            common = math.gcd(*widths[0], *widths[1])
             if self.relation_heads < 1 or common % self.relation_heads:
                 valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-                expected = "a divisor of {} and {}, the widths of both models' queries ({})".format(*widths, valid)
+                both = [widths[0][0], widths[1][0], *sorted({*widths[0], *widths[1]} - {widths[0][0], widths[1][0]})]
+                expected = f"a divisor of {' and '.join(map(str, both))}, the widths of both models' queries ({valid})"
                 raise ValueError(f"relation_heads: expected {expected}, got {self.relation_heads}")
+
+
+def _shape(config: Any) -> Any:
+    from ..models.anatomy import shape  # which needs torch
+
+    return shape(config)
 
 
 def _sum_in_words(weights: Mapping[Any, float]) -> str:
     return " + ".join(f"{weight:.3g} {name}" for name, weight in weights.items())
-
-
-def _query_width(config: Any, place: str, layer: int) -> int:
-    """Return the width of the queries at a place in a layer, counted from 1, which in a pruned model is its own."""
-    where = PLACES[place]
-    name = f"{where.stack}.block.{layer - 1}.layer.{where.sublayer}.{where.module}"
-    heads = (getattr(config, "widths", None) or {}).get(name, config.num_heads)
-    return int(heads) * int(config.d_kv)
-
-
-def _depth(config: Any, stack: str) -> int:
-    return config.num_layers if stack == "encoder" else config.num_decoder_layers
 
 
 _IMPLICIT = {"logit_kl": 1.0, "decoder_self": 1.0}

@@ -7,44 +7,55 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
-from ..common.family import PLACES
+from ..common.family import KINDS, PLACES
+from ..models.anatomy import logits
 from .methods import SAME_SHAPE_TERMS, Method
 from .mixup import Mixup
 
-Head = tuple[torch.Tensor, torch.Tensor]  # what a head is given, [B, L, H], and its weight [V, H]
+Given = tuple[torch.Tensor, fastkd.Head]  # what a head is given, [B, L, H], and the head
 
 
 @dataclass(frozen=True)
 class Batch:
     """What all terms of a batch share.
 
-    labels: [B, L], -100 where nothing is to be predicted. masks: of each side, see `valid_positions`. rows: what sums
-    over each side's positions are divided by. stacks: of each pair of hidden states. mixup: how its examples are mixed.
-    group: of processes over whose batches the CKA is computed at once, see `fastkd.cka_loss` for the gradients then.
-    workspace_mb: see `fastkd.linear_kl`.
+    labels: [B, L], of what each state is to predict, -100 for nothing. masks: see `valid_positions`. rows: what sums
+    over the positions of each are divided by. kind: the model's, of KINDS. stacks: of each pair of hidden states.
+    mixup: how its examples are mixed. group: of processes over whose batches the CKA is computed at once, see
+    `fastkd.cka_loss` for the gradients then. workspace_mb: see `fastkd.linear_kl`.
     """
 
     labels: torch.Tensor
     masks: Mapping[str, torch.Tensor]
     rows: Mapping[str, torch.Tensor]
+    kind: str
     stacks: Sequence[str]
     mixup: Mixup | None
     group: torch.distributed.ProcessGroup | None
     workspace_mb: float | None
 
 
-def valid_positions(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the masks of a batch, "encoder" [B, Lx] and "decoder" [B, L], nonzero where there is no padding."""
-    encoder = inputs.get("attention_mask")
-    return {
-        "encoder": torch.ones_like(inputs["input_ids"]) if encoder is None else encoder,
-        "decoder": inputs["labels"] != -100,
-    }
+def aligned_labels(kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return a batch's labels [B, L] where the states that predict them are; kind: the model's, of KINDS."""
+    labels = inputs["labels"]
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if KINDS[kind].shifts_labels else labels
+
+
+def valid_positions(kind: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the masks of a batch, nonzero where they hold; kind: the model's, of KINDS.
+
+    "encoder" [B, Lx] and "decoder" [B, L]: where there is no padding in what each reads, as far as the model has it.
+    "targets" [B, L]: which states are to predict something; beside an encoder these are the decoder's positions.
+    """
+    read, targets = inputs.get("attention_mask"), aligned_labels(kind, inputs) != -100
+    read = torch.ones_like(inputs["input_ids"]) if read is None else read
+    sides = {"decoder": read} if kind == "causal" else {"encoder": read, "decoder": targets}
+    return {**sides, "targets": targets}
 
 
 def losses(
@@ -73,8 +84,8 @@ def _vocabulary_loss(
     method: Method,
     terms: Mapping[str, float],
     batch: Batch,
-    student: Head,
-    teacher: Head | None,
+    student: Given,
+    teacher: Given | None,
     labels: torch.Tensor | None,
     **options: Any,
 ) -> torch.Tensor:
@@ -92,7 +103,7 @@ def _vocabulary_loss(
         beta=method.divergence_beta,
         temperature=method.temperature,
         workspace_mb=batch.workspace_mb,
-        **{"normalizer": batch.rows["decoder"], **options},
+        **{"normalizer": batch.rows["targets"], **options},
     )
 
 
@@ -125,17 +136,21 @@ def _relation_loss(
     return loss
 
 
-def hidden_masks(masks: Mapping[str, torch.Tensor], match_first_position: bool) -> dict[str, torch.Tensor]:
+def hidden_masks(
+    masks: Mapping[str, torch.Tensor], match_first_position: bool, kind: str = "seq2seq"
+) -> dict[str, torch.Tensor]:
     """Return which positions of each stack a hidden-state term compares, [B, L] booleans.
 
-    masks: see `valid_positions`. In the decoder, what counts is the input, which is the targets shifted by one, as in
-    HSM: a position that reads a text's last token is compared, and the first, which reads the start token, only if
-    `match_first_position` says so.
+    masks: see `valid_positions`. In a decoder beside an encoder what counts is the input,
+    which is the targets shifted by one, as in HSM: a position that reads a text's last token is compared, and the
+    first, which reads the start token, only if `match_first_position` says so.
     """
-    valid = masks["decoder"].bool()
-    decoder = valid.roll(1, -1)
-    decoder[:, 0] = valid[:, 0] & match_first_position
-    return {"encoder": masks["encoder"].bool(), "decoder": decoder}
+    found = {side: mask.bool() for side, mask in masks.items() if side != "targets"}
+    if kind != "causal":
+        valid = found["decoder"]
+        found["decoder"] = valid.roll(1, -1)
+        found["decoder"][:, 0] = valid[:, 0] & match_first_position
+    return found
 
 
 def _hidden_loss(
@@ -152,12 +167,13 @@ def _hidden_loss(
     their L2 norms (PKD, Sun et al., 2019, arXiv 1908.09355).
     student, teacher: [B, L, H], of widths of their own only for "hidden_cka".
     """
-    compared, tokens = hidden_masks(batch.masks, method.match_first_position), batch.masks["decoder"].sum().float()
+    compared = hidden_masks(batch.masks, method.match_first_position, batch.kind)
+    tokens = batch.masks["targets"].sum().float()
     masks = [compared[stack] for stack in batch.stacks]
     if batch.group is not None:  # the share of each is that of their mean
         torch.distributed.all_reduce(tokens, group=batch.group)
         tokens /= batch.group.size()
-    share = tokens / batch.rows["decoder"].clamp_min(1)
+    share = tokens / batch.rows["targets"].clamp_min(1)
     if term == "hidden_cka":
         return share * fastkd.cka_loss(list(student), list(teacher), mask=masks, group=batch.group)
     if term == "hidden_pkd":
@@ -170,14 +186,14 @@ def _hidden_loss(
     return share * (total / len(errors) if term in SAME_SHAPE_TERMS else total)
 
 
-def _mixup_loss(method: Method, batch: Batch, term: str, student: Head, teacher: Head | None) -> torch.Tensor:
+def _mixup_loss(method: Method, batch: Batch, term: str, student: Given, teacher: Given | None) -> torch.Tensor:
     """Return the loss of a term on mixed examples (MixKD, Liang et al., ICLR 2021, arXiv 2011.00593).
 
     "mixup_ce" (SM): lam * cross-entropy with the targets of one example of the pair + (1 - lam) * with the other's.
     "mixup_kd" (TMKD): the mean squared difference of all logits of teacher and student, or the method's divergence of
     their softmaxes, averaged over the positions that are valid in either example.
     """
-    mixup, labels, valid = batch.mixup, batch.labels, batch.masks["decoder"]
+    mixup, labels, valid = batch.mixup, batch.labels, batch.masks["targets"]
     assert mixup is not None
     if term == "mixup_ce":
         lam = mixup.lam.view(-1, 1).expand(labels.shape)
@@ -186,29 +202,29 @@ def _mixup_loss(method: Method, batch: Batch, term: str, student: Head, teacher:
             for targets, share in ((labels, lam), (labels[mixup.partner], 1 - lam))
         )
     union = mixup.union(valid)
-    rows = union.sum() * batch.rows["decoder"] / valid.sum().clamp_min(1)  # of all batches, of which this may be one
+    rows = union.sum() * batch.rows["targets"] / valid.sum().clamp_min(1)  # of all batches, of which this may be one
     if method.mixup_distance == "divergence":
         options = {"weight": union.float(), "normalizer": rows}
         return _vocabulary_loss(method, {"logit_kl": 1.0}, batch, student, teacher, None, **options)
     assert teacher is not None
-    (ours, our_weight), (theirs, their_weight) = student, teacher
-    errors = _logit_errors((ours[union], our_weight), (theirs[union], their_weight), batch.workspace_mb)
+    (ours, our_head), (theirs, their_head) = student, teacher
+    errors = _logit_errors((ours[union], our_head), (theirs[union], their_head), batch.workspace_mb)
     return errors.sum() / rows
 
 
-def _logit_errors(student: Head, teacher: Head, workspace_mb: float | None) -> torch.Tensor:
+def _logit_errors(student: Given, teacher: Given, workspace_mb: float | None) -> torch.Tensor:
     """Return each token's mean squared difference of logits [N], over the vocabulary that both models have.
 
     The heads are given [N, H]. Logits exist for a chunk of tokens at a time, in workspace_mb (128 without), and are
     computed again in the backward pass.
     """
-    (hidden, weight), (their_hidden, their_weight) = student, teacher
-    vocabulary = min(len(weight), len(their_weight))
+    (hidden, head), (their_hidden, their_head) = student, teacher
+    vocabulary = min(head.weight.shape[0], their_head.weight.shape[0])
     tokens = max(1, int((workspace_mb or 128) * 2**20 / (4 * 4 * vocabulary)))  # four fp32 buffers at the peak
 
     def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        logits, expected = linear(ours, weight[:vocabulary]), linear(theirs, their_weight[:vocabulary])
-        return (logits.float() - expected.float()).square().mean(-1)
+        found, expected = logits(ours, head, vocabulary), logits(theirs, their_head, vocabulary)
+        return (found - expected).square().mean(-1)
 
     pairs = zip(hidden.split(tokens), their_hidden.split(tokens), strict=True)
     return torch.cat([checkpoint(chunk, ours, theirs, use_reentrant=False) for ours, theirs in pairs])

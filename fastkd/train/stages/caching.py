@@ -15,14 +15,15 @@ from tqdm.auto import tqdm
 
 import fastkd
 
-from ...heads import gathered
 from ..common.cache import key
 from ..common.errors import InputError, writing
 from ..common.family import is_enct5
 from ..common.processes import by_first, count, is_first, of_all
 from ..data.examples import IGNORED, SpanCorruption
+from ..models.anatomy import head_of
 from ..models.sharding import is_sharded
 from ..objectives.methods import METHODS
+from ..objectives.terms import aligned_labels
 from ..teaching.cached import CachedTeacher, content, valid_lengths
 from ..teaching.kinds import Columns, Kind
 from ..teaching.store import SHARD_BYTES, Manifest, Store, locked
@@ -126,7 +127,7 @@ def _fill(run: Run, teacher: Teacher, store: Store, kind: Kind, missing: list[in
     trainer = make_trainer(run, teacher.model, "teacher", method=METHODS["scratch"])
     model: Any = trainer.model
     model.eval()
-    weight = gathered(model.get_output_embeddings().weight)
+    weight: Any = head_of(model).weight
     if is_first() and kind.name == "hidden" and store.head is None:
         store.write_head(weight.cpu())
     dtype, each = getattr(torch, store.manifest.fits["computed in"]), store.manifest.examples_per_shard
@@ -144,7 +145,7 @@ def _fill(run: Run, teacher: Teacher, store: Store, kind: Kind, missing: list[in
         for start in range(0, each if is_sharded(model) else len(numbers), batch):
             some = numbers[start : start + batch]
             inputs = data.collate([items[number] for number in islice(chain(some, cycle(numbers)), batch)])
-            valid = inputs["labels"] != IGNORED
+            valid = aligned_labels(trainer.kind, inputs) != IGNORED
             with trainer.accelerator.autocast():
                 states = forward(model, trainer._prepare_inputs(inputs), Needs())["hidden"][0]
             states = states.to(dtype) if kind.name == "hidden" else states

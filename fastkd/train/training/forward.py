@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ...heads import gathered
-from ..common.family import PLACES
-from ..models.capture import capture_hidden, capture_qkv, without_head
+from ..common.family import PLACES, is_enct5
+from ..models.anatomy import family, head_of, kind, layers, stack
+from ..models.capture import capture_given, capture_hidden, capture_qkv
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
 
@@ -46,7 +47,8 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
     """Run a model, which may be wrapped, on a batch, and return what is needed: [q, k, v] by the names of places.
 
     And "states", a list of hidden states, projected if the model has a `hidden_projection`; and "hidden" and "mixed":
-    what the head is given for the batch and for its mixed examples, [B, L, H], with its weight [V, H].
+    what the head is given for the batch and for its mixed examples, [B, L, H], with the `fastkd.Head`. L is 1 for
+    classes.
     """
     bare: Any = extract_model_from_parallel(model)
     names = ["hidden"] * needs.plain + ["mixed"] * needs.mixed
@@ -55,22 +57,22 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
     # DDP waits for the gradients of all parameters that the output depends on, so it must see what the loss is made of
     # and nothing else.
     def read(model: Any, inputs: Any, output: Any) -> dict[str, Any]:
-        given = output.logits if output.logits.dim() == 3 else output.logits[:, None]  # of EncT5's one step
+        hidden = given[0] if given[0].dim() == 3 else given[0][:, None]
         return {
             **captured,
             "states": [project(state) for state in states],  # here, for DDP to see that the projection is used
-            "given": dict(zip(names, given.chunk(max(len(names), 1)), strict=False)),
+            "given": dict(zip(names, hidden.chunk(max(len(names), 1)), strict=False)),
         }
 
     with (
-        without_head(bare),
+        capture_given(bare) as given,
         capture_qkv(bare, needs.layers) as captured,
         capture_hidden(bare, needs.states) as states,
         bare.register_forward_hook(read),
     ):
         found = model(**_arguments(bare, inputs, needs, mixup))
-    head, given = gathered(bare.get_output_embeddings().weight), found.pop("given")
-    return {**found, **{name: (hidden, head) for name, hidden in given.items()}}
+    head, given_to = head_of(bare), found.pop("given")
+    return {**found, **{name: (hidden, head) for name, hidden in given_to.items()}}
 
 
 def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | None) -> dict[str, Any]:
@@ -78,22 +80,31 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
 
     Labels stay out: the model would compute its own loss from them.
     """
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    decoder_ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    reads_text = kind(model) == "seq2seq" or is_enct5(model.config)
+    ids = {"": inputs["input_ids"]}
+    if reads_text:
+        ids["decoder_"] = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    beside = {name: inputs.get(name) for name in ("attention_mask", "token_type_ids") if name in inputs}
+    beside |= {"use_cache": False} if "decoder" in family(model).stacks else {}
     if mixup is None or not needs.mixed:
-        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids, "use_cache": False}
-    embedding = gathered(model.get_input_embeddings().weight)
+        return {**{f"{side}input_ids": tokens for side, tokens in ids.items()}, **beside}
+    embedding: Any = model.get_input_embeddings()
+    weight = gathered(embedding.weight)
 
     def rows(states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         return torch.cat([states, mixed]) if needs.plain else mixed
 
-    embedded, decoder_embedded = (torch.nn.functional.embedding(x, embedding) for x in (ids, decoder_ids))
-    return {
-        "inputs_embeds": rows(embedded, mixup.mix(embedded)),
-        "attention_mask": None if mask is None else rows(mask, mixup.union(mask != 0).to(mask.dtype)),
-        "decoder_inputs_embeds": rows(decoder_embedded, mixup.mix(decoder_embedded)),
-        "use_cache": False,
-    }
+    for side, tokens in ids.items():
+        # BART's embedding scales what it gives; Marian's encoder its tokens' alone, its decoder whatever it reads.
+        scales = embedding, None if side else stack(model, next(iter(family(model).stacks)))
+        scale = next((scale for x in scales if (scale := getattr(x, "embed_scale", None)) is not None), 1.0)
+        embedded = torch.nn.functional.embedding(tokens, weight) * scale
+        beside[f"{side}inputs_embeds"] = rows(embedded, mixup.mix(embedded))
+    if (mask := beside.get("attention_mask")) is not None:
+        beside["attention_mask"] = rows(mask, mixup.union(mask != 0).to(mask.dtype))
+    if (types := beside.get("token_type_ids")) is not None:
+        beside["token_type_ids"] = rows(types, types)  # as the first example of the pair has them
+    return beside
 
 
 @contextlib.contextmanager
@@ -107,8 +118,8 @@ def compiled_blocks(models: Sequence[tuple[Any, Needs]], args: Any) -> Iterator[
     with contextlib.ExitStack() as undo:
         for model, needs in models:
             captured = {(PLACES[place].stack, layer) for place, layer in needs.layers.items()}
-            for stack in ("encoder", "decoder") if model is not None else ():
-                for layer, block in enumerate(getattr(model, stack).block, start=1):
+            for stack in family(model).stacks if model is not None else ():
+                for layer, block in enumerate(layers(model, stack), start=1):
                     if (stack, layer) not in captured:
                         options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
                         block.forward = torch.compile(block.forward, **options)

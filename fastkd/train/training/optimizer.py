@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...heads import gathered
+from ..models.anatomy import family
 
 
 def set_own_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, learning_rate: float) -> None:
@@ -30,16 +31,18 @@ REST = "embedding (or what else is outside encoder and decoder)"
 
 
 def gradient_norms(model: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
-    """Return the L2 norms of the gradients of "encoder" and "decoder", without the embedding that both share, and REST.
+    """Return the L2 norms of the gradients of "encoder" and "decoder", without the embedding, and REST.
 
     scaler: the GradScaler that fp16 losses were scaled by. Nothing is waited for, and no gradient is changed.
     """
-    shared = model.get_input_embeddings().weight
+    shared, row = model.get_input_embeddings().weight, family(model)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    stacks = {name: f"{prefix}{module}".rstrip(".") + "." for name, (module, _) in row.stacks.items()}
     scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=shared.device))
-    parts: dict[str, list[torch.Tensor]] = {"encoder": [], "decoder": [], REST: []}
+    parts: dict[str, list[torch.Tensor]] = {**{name: [] for name in stacks}, REST: []}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            part = name.partition(".")[0]
-            parts[REST if parameter is shared or part not in parts else part].append(parameter.grad)
+            part = next((part for part, start in stacks.items() if name.startswith(start)), REST)
+            parts[REST if parameter is shared else part].append(parameter.grad)
     norms = {part: gathered(torch.nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
     return {part: norm.to(shared.device).float() / scale for part, norm in norms.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from ..common.family import PLACES
+from ..models.anatomy import layers
 from ..models.sharding import is_asked_for, shard
 from ..objectives.terms import valid_positions
 
@@ -46,19 +47,25 @@ def shard_student(student: Any, device: torch.device, plugin: Any, within: Mappi
     if plugin.mixed_precision_policy is not None:
         policy["mp_policy"] = plugin.mixed_precision_policy
     plugin.auto_wrap_policy = None  # there is nothing left to wrap
-    blocks = [getattr(student, PLACES[place].stack).block[layer - 1] for place, layer in within.items()]
+    blocks = [layers(student, PLACES[place].stack)[layer - 1] for place, layer in within.items()]
     shard(student, device, stay=[*blocks, student], **policy)
 
 
-def count_encoder_rows(
-    accelerator: Accelerator, batches: Sequence[dict[str, Any]], device: torch.device, of_all: bool
+def count_rows(
+    accelerator: Accelerator,
+    batches: Sequence[dict[str, Any]],
+    kind: str,
+    sides: Collection[str],
+    device: torch.device,
+    of_all: bool,
 ) -> None:
-    """Count encoder positions as transformers counts targets: over all accumulated batches, and `of_all` processes.
+    """Count the positions of sides as transformers counts targets: over all accumulated batches, `of_all` processes.
 
-    Every batch carries the count as "encoder_rows".
+    kind: the student's, of KINDS. Every batch carries the counts as "encoder_rows" and "decoder_rows".
     """
-    rows = torch.stack([valid_positions(batch)["encoder"].sum() for batch in batches]).sum().to(device)
-    if of_all:
-        rows = accelerator.gather(rows).sum()
-    for batch in batches:
-        batch["encoder_rows"] = rows
+    for side in sides:
+        rows = torch.stack([valid_positions(kind, batch)[side].sum() for batch in batches]).sum().to(device)
+        if of_all:
+            rows = accelerator.gather(rows).sum()
+        for batch in batches:
+            batch[f"{side}_rows"] = rows

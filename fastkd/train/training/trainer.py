@@ -14,15 +14,16 @@ from ..common.family import PLACES
 from ..common.processes import count
 from ..data.examples import EpochSampler, SpanCorruption
 from ..judge.evaluate import held_out_metrics, token_scores
+from ..models.anatomy import kind
 from ..models.sharding import is_sharded
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
-from ..objectives.terms import Batch, losses, valid_positions
+from ..objectives.terms import Batch, aligned_labels, losses, valid_positions
 from ..teaching.cached import CachedTeacher, Numbered
 from .callbacks import LossBar, LossLines, StepTimer
 from .forward import Needs, compiled_blocks, forward, needs
-from .optimizer import gradient_norms, set_own_rate
-from .parallel import count_encoder_rows, settle_fsdp, shard_student
+from .optimizer import REST, gradient_norms, set_own_rate
+from .parallel import count_rows, settle_fsdp, shard_student
 from .resumable import CheckpointingTrainer
 
 
@@ -67,6 +68,7 @@ class DistillTrainer(CheckpointingTrainer):
         student: Any = self.model
         self.method = method
         self.teacher = teacher if method.needs_teacher else None
+        self.kind = kind(student)
         configs = student.config, (self.teacher or student).config
         method.check_fits(*configs)
         self.of_student, self.of_teacher = needs(method, *configs)
@@ -87,7 +89,7 @@ class DistillTrainer(CheckpointingTrainer):
         unsaved = {name for name, _ in student.named_parameters(remove_duplicate=False)} - names
         self.projection: torch.nn.Linear | None = None
         if "hidden_linear" in method.terms:
-            mine, its = (config.d_model for config in configs)
+            mine, its = (config.hidden_size for config in configs)
             self.projection = torch.nn.Linear(mine, its, bias=False, device=self.args.device)
             student.hidden_projection = self.projection
             unsaved.add("hidden_projection.weight")
@@ -148,10 +150,13 @@ class DistillTrainer(CheckpointingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Count the encoder positions of all accumulated batches, too, where a term needs to know."""
+        """Count the positions of all accumulated batches, too, where a term needs to know and they are no targets."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and any("encoder" in PLACES[place].sides for place in self.method.places):
-            count_encoder_rows(self.accelerator, batches, device, self.args.average_tokens_across_devices)
+        sides = {side for place in self.method.places for side in PLACES[place].sides}
+        sides -= {"decoder"} if self.kind != "causal" else set()
+        if batches and sides:
+            of_all = self.args.average_tokens_across_devices
+            count_rows(self.accelerator, batches, self.kind, sides, device, of_all)
         return batches, targets
 
     def compute_loss(
@@ -181,12 +186,15 @@ class DistillTrainer(CheckpointingTrainer):
 
     def _terms(self, student: Any, teacher: Any, inputs: Any, targets: Any, mixup: Any) -> dict[str, torch.Tensor]:
         """Return the loss of each term of a batch; targets: how many there are in all that the losses are means of."""
-        masks = valid_positions(inputs)
-        rows = {side: mask.sum() for side, mask in masks.items()}
+        masks = valid_positions(self.kind, inputs)
+        rows = {side: inputs.get(f"{side}_rows", mask.sum()) for side, mask in masks.items()}
         if targets is not None:
-            rows = {"encoder": inputs.get("encoder_rows", rows["encoder"]), "decoder": torch.as_tensor(targets)}
+            rows["targets"] = torch.as_tensor(targets)
+        if self.kind != "causal":
+            rows["decoder"] = rows["targets"]
         stacks = [stack for stack, states in self.of_student.states.items() for _ in states]
-        batch = Batch(inputs["labels"], masks, rows, stacks, mixup, self.cka_group, self.workspace_mb)
+        labels = aligned_labels(self.kind, inputs)
+        batch = Batch(labels, masks, rows, self.kind, stacks, mixup, self.cka_group, self.workspace_mb)
         return losses(self.method, batch, student, teacher)
 
     def _backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
@@ -201,7 +209,7 @@ class DistillTrainer(CheckpointingTrainer):
             if self.accelerator.scaler is None:  # which skips steps whose gradients are not finite
                 watched = {f"the gradient of the {name}": norm for name, norm in norms.items()}
                 self._non_finite.watch(watched, self.state.global_step + 1)
-            norms = {f"grad_norm_{name}": norms[name] for name in ("encoder", "decoder")}
+            norms = {f"grad_norm_{name}": norm for name, norm in norms.items() if name != REST}
             self._window.add(norms)
             self._window.peak({f"{name}_max": norm for name, norm in norms.items()})
         return loss
@@ -256,8 +264,9 @@ class DistillTrainer(CheckpointingTrainer):
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
             hidden, head = forward(model, inputs, Needs())["hidden"]
-            scores = token_scores(hidden, head, inputs["labels"])
-        return None, scores, inputs["labels"]
+            labels = aligned_labels(self.kind, inputs)
+            scores = token_scores(hidden, head, labels)
+        return None, scores, labels
 
     @property
     def trained(self) -> dict[str, Any]:
