@@ -39,9 +39,8 @@ from .minidisc.prune import sliced, widths_at
 from .minidisc.rounds import trials_of
 from .models.anatomy import every_layer
 from .models.architectures import parts
-from .models.loading import load_config
 from .models.student import new_model
-from .stages.given import architecture
+from .stages.given import load_configs
 from .stages.planning import configs
 from .stages.prepare import EMBEDDED_LENGTH, MODEL_LENGTH
 from .teaching.cached import CachedTeacher
@@ -132,12 +131,9 @@ def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any
     Where a teacher is pruned the step is one of the first round, with equal shares of all layers, as only weights tell
     which of them matter. Raises ValueError for models that do not fit together.
     """
-    method, teacher, given = flags.objective, None, {}
-    for role in ("teacher", "student"):
-        if name := getattr(flags, role):
-            known = name in PUBLISHED and not Path(name).is_dir()
-            given[role] = copy.deepcopy(PUBLISHED[name]) if known else load_config(name, role)
-    config, its = configs(flags, method, given, architecture(flags, given), -(-flags.vocabulary_size // 128) * 128)
+    method, teacher = flags.objective, None
+    given, kind = load_configs(flags, {k: v for k, v in PUBLISHED.items() if not Path(k).is_dir()})
+    config, its = configs(flags, method, given, kind, -(-flags.vocabulary_size // 128) * 128)
     with fakes:
         if method.needs_teacher:
             auto = torch.float32 if method.prunes else its.dtype

@@ -307,7 +307,7 @@ def test_a_gpu_takes_powers_in_fp32_and_all_weights_at_once(tmp_path: Path) -> N
 
 
 def test_a_run_that_fits_needs_no_network(capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(plan, "load_config", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("fastkd.train.stages.given.load_config", lambda *_: pytest.fail("asked the hub"))
     flags = "--config miniend-e --teacher t5-small --fp16 --processes 64 --memory_gb 80"
     assert plan.main(flags.split()) == 0
     lines = capsys.readouterr().out.splitlines()

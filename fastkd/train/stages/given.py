@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import transformers
 
 from ..common.cache import cached
 from ..common.errors import InputError
-from ..common.family import is_enct5
+from ..common.family import KINDS, family_of, is_enct5, kind_of
 from ..common.processes import by_first, count, is_first
+from ..data.tasks import TASKS, is_glue
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..models.loading import files_fingerprint, load_config, load_tokenizer, load_weights
@@ -89,19 +91,19 @@ class Given:
     """The models that the user gave, and the tokenizer that they share; None for what is made here.
 
     configs: of the models by their roles. teacher: None too for a method that needs none, whatever was given.
-    architecture: what is trained, "t5" or "enct5".
+    kind: of KINDS, what is trained.
     """
 
     configs: dict[str, Any] = field(default_factory=dict)
     teacher: Teacher | None = None
     student: Any = None
     tokenizer: Any = None
-    architecture: str = "t5"
+    kind: str = "seq2seq"
 
     @property
     def classes(self) -> list[str]:
-        """The classes of an EncT5 that was given."""
-        labels: dict[int, str] = next((config.id2label for config in self.configs.values() if is_enct5(config)), {})
+        """The classes of a classifier that was given, none for those that have no head for any yet."""
+        labels: dict[int, str] = next(iter(_classes(self.configs)), {})
         return [labels[i] for i in range(len(labels))]
 
     @functools.cached_property
@@ -117,20 +119,19 @@ def load_given(flags: FastkdArguments, args: TransformersArguments, cache: Path 
     cache: where it is looked up what is known of a teacher whose answers are cached, which need not be loaded then.
     Raises InputError if one cannot be loaded, or if they do not go together.
     """
-    names = {role: getattr(flags, role) for role in ("teacher", "student") if getattr(flags, role)}
-    configs = {role: load_config(name, role) for role, name in names.items()}
+    names, (configs, kind) = names_of(flags), load_configs(flags)
     tokenizers = [load_tokenizer(name, role, configs[role]) for role, name in names.items()]
     if len({fingerprint(tokenizer) for tokenizer in tokenizers}) > 1:
         both = [f"{role} {names[role]} ({len(own)} pieces)" for role, own in zip(names, tokenizers, strict=True)]
         raise InputError(f"{' and '.join(both)} have different tokenizers: expected the same, token for token")
-    labels = [config.id2label for config in configs.values() if is_enct5(config)]
+    labels = _classes(configs)
     if len(labels) == 2 and labels[0] != labels[1]:
         its, mine = (", ".join(classes.values()) for classes in labels)
         raise InputError(
             f"teacher {flags.teacher} ({its}) and student {flags.student} ({mine}) have different classes: expected "
             "the same, in the same order"
         )
-    given = Given(configs, tokenizer=next(iter(tokenizers), None), architecture=architecture(flags, configs))
+    given = Given(configs, tokenizer=next(iter(tokenizers), None), kind=kind)
     method = flags.objective
     if flags.teacher and method.uses_teacher:
         given.teacher = teacher_on_demand(flags, args, flags.teacher, configs["teacher"], cache)
@@ -156,15 +157,74 @@ def teacher_on_demand(
     return teacher
 
 
-def architecture(flags: FastkdArguments, configs: dict[str, Any]) -> str:
-    """Return the flag's, or else that of the models; a student that is to become an EncT5 may be a T5."""
-    kinds = {role: "enct5" if is_enct5(config) else "t5" for role, config in configs.items()}
-    chosen = flags.architecture or next(iter(kinds.values()), "t5")
+def names_of(flags: FastkdArguments) -> dict[str, str]:
+    """Return the folders or names of the models that the user gave, by their roles."""
+    return {role: getattr(flags, role) for role in ("teacher", "student") if getattr(flags, role)}
+
+
+def load_configs(flags: FastkdArguments, known: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+    """Return the configs of the models that the user gave, by their roles, and the name of the run's kind in KINDS.
+
+    The configs say that kind themselves; a classifier's that has no head for classes yet says that there are none.
+    known: configs of names that need not be loaded.
+    """
+    configs = {
+        role: copy.deepcopy((known or {}).get(name)) or load_config(name, role)
+        for role, name in names_of(flags).items()
+    }
+    kind = _kind_of_run(flags, configs)
+    for role, config in configs.items():
+        if kind in family_of(config).kinds and kind != kind_of(config):
+            if (role, kind) == ("teacher", "classifier"):
+                way = f"fastkd-train --method scratch --student {flags.teacher} --task {flags.task}"
+                raise InputError(f"the teacher {flags.teacher} has no head for classes: expected one as {way} makes")
+            config.architectures = [type(config).__name__.removesuffix("Config") + KINDS[kind].auto[len("AutoModel") :]]
+            if kind == "classifier":
+                config.id2label, config.label2id = {}, {}
+    return configs, kind
+
+
+def _classes(configs: Mapping[str, Any]) -> list[dict[int, str]]:
+    """Return those of each classifier."""
+    return [config.id2label for config in configs.values() if kind_of(config) == "classifier" and config.id2label]
+
+
+_OF_TEXTS = {kind.corruption for kind in KINDS.values()} - {""}  # the tasks that learn from texts alone
+_ARCHITECTURES = {"seq2seq": "t5", "classifier": "enct5"}  # by the kind of the T5s that --architecture calls so
+
+
+def _kind_of_run(flags: FastkdArguments, configs: Mapping[str, Any]) -> str:
+    """Return the kind of `--architecture`, or else that of the models; a T5 that is the student may become an EncT5."""
+    kinds = {role: _learns(flags, role, config) for role, config in configs.items()}
+    if not kinds and flags.task in (KINDS["masked"].corruption, KINDS["causal"].corruption):
+        raise InputError(f"--task {flags.task}: a model made from nothing is a T5: expected --teacher or --student")
+    asked = next((kind for kind, name in _ARCHITECTURES.items() if name == flags.architecture), None)
+    chosen = asked or next(iter(kinds.values()), "seq2seq")
     for role, kind in kinds.items():
-        if kind != chosen and (role, kind) != ("student", "t5"):
-            name = getattr(flags, role)
+        family, name = family_of(configs[role]).name, getattr(flags, role)
+        if family not in ("T5", "EncT5") and (asked or kind != chosen):
+            expected = "T5s beside --architecture" if asked else "teacher and student of one kind"
+            raise InputError(f"the {role} {name} is a {family} and learns as {kind}, not {chosen}: expected {expected}")
+        if kind != chosen and (role, family, chosen) != ("student", "T5", "classifier"):
             hint = f"; fastkd-train --method scratch --architecture enct5 --student {name} makes one of it"
             raise InputError(
-                f"--architecture {chosen}: the {role} {name} is of another, {kind}" + (hint if kind == "t5" else "")
+                f"--architecture {_ARCHITECTURES.get(chosen, chosen)}: the {role} {name} is of another, "
+                f"{family.lower()}{hint if family == 'T5' else ''}"
             )
     return chosen
+
+
+def _learns(flags: FastkdArguments, role: str, config: Any) -> str:
+    """Return the kind in which a model's family learns the task."""
+    family, task = family_of(config), flags.task
+    if is_enct5(config):  # of whatever pairs that have few targets, which their own stage checks
+        return "classifier"
+    is_labelled = task == "classification" or (task in TASKS and is_glue(TASKS[task]))
+    for kind in family.kinds:
+        corruption, answers = KINDS[kind].corruption, KINDS[kind].answers
+        if task == corruption if task in _OF_TEXTS else answers or (kind == "classifier" and is_labelled):
+            return kind
+    learns = " and ".join(KINDS[kind].corruption or "classification and GLUE's tasks" for kind in family.kinds)
+    others = ", and pairs" if KINDS[family.kinds[0]].answers else ""
+    expected = f"expected {learns}{others}"
+    raise InputError(f"--task {task}: the {role} {getattr(flags, role)} is a {family.name}: {expected}")

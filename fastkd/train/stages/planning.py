@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, get_scheduler
 
 from ..common.errors import InputError
-from ..common.family import is_enct5
+from ..common.family import family_of, is_enct5
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..models.architectures import enct5_config
@@ -43,18 +43,18 @@ def trained_config(flags: FastkdArguments, rows: int, classes: Sequence[str] = (
 
 
 def configs(
-    flags: FastkdArguments, method: Method, given: Mapping[str, Any], architecture: str, rows: int = 2
+    flags: FastkdArguments, method: Method, given: Mapping[str, Any], kind: str, rows: int = 2
 ) -> tuple[Any, Any]:
     """Return the configs of (student, teacher): those that are given, by their roles, or of what the run makes.
 
     rows: of the embeddings where no teacher's tells. Raises ValueError as `planned_config` does.
     """
-    classes = ["?"] if architecture == "enct5" else []
+    classes = ["?"] if kind == "classifier" else []
     teacher, student = given.get("teacher") or trained_config(flags, rows, classes), given.get("student")
     if student is None:
         student = copy.copy(planned_config(method, teacher, flags.student_d_model, flags.student_layers))
         student.vocab_size = teacher.vocab_size if teacher else rows
-    return enct5_config(student, classes) if classes and not is_enct5(student) else student, teacher
+    return enct5_config(student, classes) if classes and family_of(student).name == "T5" else student, teacher
 
 
 def check_objective(flags: FastkdArguments, method: Method, given: Given) -> None:
@@ -64,7 +64,7 @@ def check_objective(flags: FastkdArguments, method: Method, given: Given) -> Non
     of no use.
     """
     try:
-        student, teacher = configs(flags, method, given.configs, given.architecture)
+        student, teacher = configs(flags, method, given.configs, given.kind)
         method.check_fits(student, teacher or student)
     except ValueError as error:
         raise InputError(f"--{error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from ..common.family import is_enct5
+from ..common.family import family_of
 from ..data.examples import Pairs, class_labels
 from ..models.architectures import enct5_config, enct5_from
 from ..models.student import is_tied, new_model, slice_teacher
@@ -43,7 +43,7 @@ def train_student(
         run = dataclasses.replace(run, data=_labelled(run, teacher if method.needs_teacher else None))
     data = run.data
     student = copy.deepcopy(run.given.student)  # another student of the same run starts from it too
-    if student is not None and data.classes and not is_enct5(student.config):
+    if student is not None and run.given.kind == "classifier" and family_of(student.config).name == "T5":
         student = enct5_from(student, data.classes)
     if student is None:
         student = new_student(run, teacher)
