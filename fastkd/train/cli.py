@@ -96,6 +96,7 @@ def _tells(words: Sequence[str]) -> bool:
 
         for name, method in methods.METHODS.items():
             print(f"{name:17} {method.formula:46} {method.summary}")
+        print(f"\nWhich families of models can have them:\n{methods.table()}")
         print("\n--interpolated makes two runs of any of them: teacher to assistant, assistant to student.")
         print(f"--config takes a file, or one of ours: {', '.join(config.shipped())}.")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 import fastkd
 from fastkd.train import cli
 from fastkd.train.common.errors import InputError
+from fastkd.train.common.family import FAMILIES
 from fastkd.train.data import tasks
 from fastkd.train.flags import arguments, config
 from fastkd.train.flags import fields as own
@@ -511,9 +513,16 @@ def test_help_is_short_and_its_defaults_are_those_that_apply(capsys: pytest.Capt
 
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--list-methods"]) == 0
-    table, more = capsys.readouterr().out.split("\n\n")
-    lines = table.splitlines()
+    listed, families, more = capsys.readouterr().out.split("\n\n")
+    lines = listed.splitlines()
     assert [line.split()[0] for line in lines] == list(METHODS)
+    columns, *rows = [line.split() for line in families.splitlines()[1:]]
+    cells = {row[0]: dict(zip(columns, row[1:], strict=False)) for row in rows}
+    assert columns == [family.name for family in FAMILIES] and cells.keys() >= METHODS.keys()
+    for method, row in itertools.islice(cells.items(), len(METHODS)):
+        for family in FAMILIES:
+            why = METHODS[method].lacks(family).partition(", for")[0]
+            assert row[family.name] == "yes" if not why else f"{row[family.name]} it has {why}" in families
     assert "--interpolated" in more and all(name in more for name in METHODS)  # a configuration for each of them
     assert "1 logit_kl + 1 decoder_self + 1 encoder_self" in next(x for x in lines if x.startswith("miniend-e "))
 

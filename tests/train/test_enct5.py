@@ -397,9 +397,9 @@ def test_what_an_enct5_cannot_do(
     new = ["--method", "scratch", *ENCT5]
     cases: list[tuple[list[Any], list[str]]] = [
         ([*new, "--train_file", text_file], ["--architecture enct5", "pairs", "span_corruption"]),
-        (["--method", "mixkd", *ENCT5, *data], ["an EncT5 has no mixed examples", "mixup_kd"]),
-        (["--method", "mixkd-sm", *ENCT5, *data], ["an EncT5 has no mixed examples", "mixup_ce"]),
-        (["--method", "mixkd", "--teacher", teacher, *data], ["an EncT5 has no mixed examples", "mixup_kd"]),
+        (["--method", "mixkd", *ENCT5, *data], ["EncT5 has no mixed examples", "mixup_kd"]),
+        (["--method", "mixkd-sm", *ENCT5, *data], ["EncT5 has no mixed examples", "mixup_ce"]),
+        (["--method", "mixkd", "--teacher", teacher, *data], ["EncT5 has no mixed examples", "mixup_kd"]),
         (
             ["--method", "kd", "--teacher", t5, *ENCT5, *data],
             ["--architecture enct5", f"teacher {t5}", f"--method scratch --architecture enct5 --student {t5}"],

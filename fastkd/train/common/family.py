@@ -86,7 +86,7 @@ class Family:
     their places. feed_forward: by stack.
     depths: the config's field for the number of layers of each stack. shrinks: those that shrink as the width does;
     heads: those of them that count heads. classifier: the head of a model that tells classes apart, "" for its output
-    embedding.
+    embedding. prunes: whether there are classes for what is left of its models when they are pruned.
     """
 
     name: str
@@ -99,6 +99,7 @@ class Family:
     shrinks: tuple[str, ...]
     heads: tuple[str, ...]
     classifier: str = ""
+    prunes: bool = False
 
 
 def _attention(module: str, inner: str, outer: str) -> Attention:
@@ -127,6 +128,7 @@ _T5 = Family(
     {"encoder": "num_layers", "decoder": "num_decoder_layers"},
     ("num_heads", "d_ff"),
     ("num_heads",),
+    prunes=True,
 )
 _BART_SELF = _attention("self_attn", "q_proj k_proj v_proj", "self_attn.out_proj")
 _BERT = Family(

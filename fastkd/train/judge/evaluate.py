@@ -24,8 +24,12 @@ CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 def token_scores(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
     """Return [B, L, 2] (fp32): each target token's negative log-likelihood in nats, and 1 where the argmax is right.
 
-    hidden [B, L, H], what the head is given; labels [B, L]; where a label is -100 both scores are 0.
+    hidden [B, L, H], what the head is given; labels [B, L]; where a label is -100 both scores are 0. Of a head with one
+    output, which is a number: the squared error, and 1 where it rounds to what the label rounds to.
     """
+    if head.weight.shape[0] == 1:
+        numbers = logits(hidden, head)[..., 0]
+        return torch.stack([(numbers - labels).square(), (numbers.round() == labels.round()).float()], -1)
     scores = []
     for h, y in zip(hidden.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True):
         scores_of_all = logits(h, head)  # [CHUNK, V]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..common.family import PLACES, family_of, is_enct5, matched_layer
+from ..common.family import FAMILIES, PLACES, Family, family_of, is_enct5, matched_layer
 
 if TYPE_CHECKING:
     from ...divergence import Divergence
@@ -113,10 +113,37 @@ class Method:
         """The terms on mixed examples."""
         return [term for term in self.terms if term in MIXUP_TERMS]
 
+    def lacks(self, family: Family) -> str:
+        """Return what a family's models have, or have not, so that they cannot have the method; "" if they can."""
+        has_decoder, places = "decoder" in family.stacks, [place for place in self.places if place != "decoder_self"]
+        if self.prunes and not family.prunes:
+            return "no class for layers that differ in width, as pruned ones do"
+        if self.mixup_terms and "fastkd_enct5" in family.model_types:
+            return f"no mixed examples, as its decoder reads no text, for {self.formula}"
+        if "decoder_cross" in places and "decoder_cross" not in family.attentions:
+            return "no cross-attention"
+        if places and not has_decoder and "decoder_self" in self.terms:
+            return "one stack alone, whose self-attention is compared by mlmkd+minilm and minilm"
+        if "encoder_self" in places and "encoder_self" not in family.attentions:
+            return "no encoder"
+        return ""
+
+    def on(self, config: Any) -> Method:
+        """Return the method as models of a config have it: of an encoder alone "decoder_self" is its self-attention.
+
+        Raises ValueError, saying why, if they cannot have it.
+        """
+        family = family_of(config)
+        if why := self.lacks(family):
+            raise ValueError(f"method: {family.name} has {why}")
+        if "decoder" in family.stacks:
+            return self
+        return replace(self, terms={term.replace("decoder_self", "encoder_self"): x for term, x in self.terms.items()})
+
     def student_layers(self, config: Any) -> dict[str, int]:
         """Return the last layer at each place, which is the student's."""
         depths = _shape(config).depths
-        return {place: depths[PLACES[place].stack] for place in self.places}
+        return {place: depths[PLACES[place].stack] for place in self.on(config).places}
 
     def teacher_layers(self, config: Any) -> dict[str, int]:
         """Return the teacher's layer at each place; raises ValueError if teacher_layer is not one of its layers."""
@@ -155,26 +182,25 @@ class Method:
             raise ValueError(f"terms: expected at most one of {', '.join(HIDDEN_TERMS)}, got {', '.join(self.terms)}")
         if self.mixup_terms and (self.places or self.hidden_terms):
             raise ValueError(f"terms: expected mixup beside vocabulary terms only, got {', '.join(self.terms)}")
-        if self.mixup_terms and is_enct5(student):
-            raise ValueError(f"terms: an EncT5 has no mixed examples, as its decoder reads no text, got {self.formula}")
-        lacks = [place for place in self.places if place not in family_of(student).attentions]
-        if lacks:
-            raise ValueError(f"terms: {family_of(student).name} has no attention for {', '.join(lacks)}")
+        if self.on(student).terms != self.on(teacher).terms:
+            both = " and ".join(family_of(config).name for config in (student, teacher))
+            raise ValueError(f"method: expected models whose attentions go together, got {both}")
         shapes = [(of.width, *of.depths.values()) for of in (_shape(student), _shape(teacher))]
         same = [term for term in self.terms if term in SAME_SHAPE_TERMS]
         if same and shapes[0] != shapes[1]:
             expected = "a student as wide and as deep as its teacher, got (width, layers)"
             raise ValueError("terms: {} expects {} {} and {}".format(same[0], expected, *shapes))
         mine, its = self.student_layers(student), self.teacher_layers(teacher)
-        for place in self.places:
+        for place in mine:
             widths = [_shape(config).widths[place][of[place] - 1] for config, of in ((student, mine), (teacher, its))]
             if not all(map(all, widths)):
                 raise ValueError(f"terms: {place} compares queries in a layer that pruning left without heads")
             common = math.gcd(*widths[0], *widths[1])
             if self.relation_heads < 1 or common % self.relation_heads:
                 valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-                both = [widths[0][0], widths[1][0], *sorted({*widths[0], *widths[1]} - {widths[0][0], widths[1][0]})]
-                expected = f"a divisor of {' and '.join(map(str, both))}, the widths of both models' queries ({valid})"
+                queries = widths[0][0], widths[1][0]
+                every = [*queries, *sorted({*widths[0], *widths[1]}.difference(queries))]  # keys may be narrower
+                expected = f"a divisor of {' and '.join(map(str, every))}, the widths of both models' queries ({valid})"
                 raise ValueError(f"relation_heads: expected {expected}, got {self.relation_heads}")
 
 
@@ -264,3 +290,20 @@ METHODS: dict[str, Method] = {
         student_init="prune",
     ),
 }
+
+
+def table() -> str:
+    """Return which family can have which method: "yes", or the number of the reason why not, which follow."""
+    reasons: list[str] = []
+
+    def cell(method: Method, family: Family) -> str:
+        if not (why := method.lacks(family).partition(", for")[0]):
+            return "yes"
+        reasons.extend([why] if why not in reasons else [])
+        return f"({reasons.index(why) + 1})"
+
+    rows = [["", *(family.name for family in FAMILIES)]]
+    rows += [[name, *(cell(method, family) for family in FAMILIES)] for name, method in METHODS.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *(f"({i}) it has {why}" for i, why in enumerate(reasons, start=1))])

@@ -91,8 +91,15 @@ def _vocabulary_loss(
 ) -> torch.Tensor:
     """Return the loss of vocabulary terms, with their weights, without materialising any [tokens, V] logits.
 
+    Of a head with one output, which is a number, they are the squared errors to the label and to the teacher's number.
     options: weight and normalizer of `fastkd.linear_kl`.
     """
+    if student[1].weight.shape[0] == 1:
+        number, share = logits(*student)[..., 0], options.get("weight", 1.0)
+        theirs = number if teacher is None else logits(*teacher)[..., 0]
+        errors = [(terms.get("ce", 0.0), number if labels is None else labels), (terms.get("logit_kl", 0.0), theirs)]
+        total = sum(weight * (share * (number - x).square()).sum() for weight, x in errors)
+        return torch.as_tensor(total / options.get("normalizer", batch.rows["targets"]))
     return fastkd.linear_kl(
         *student,
         *(teacher or (None, None)),

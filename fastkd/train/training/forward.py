@@ -98,7 +98,7 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
         # BART's embedding scales what it gives; Marian's encoder its tokens' alone, its decoder whatever it reads.
         scales = embedding, None if side else stack(model, next(iter(family(model).stacks)))
         scale = next((scale for x in scales if (scale := getattr(x, "embed_scale", None)) is not None), 1.0)
-        embedded = torch.nn.functional.embedding(tokens, weight) * scale
+        embedded = torch.nn.functional.embedding(tokens, weight, embedding.padding_idx) * scale
         beside[f"{side}inputs_embeds"] = rows(embedded, mixup.mix(embedded))
     if (mask := beside.get("attention_mask")) is not None:
         beside["attention_mask"] = rows(mask, mixup.union(mask != 0).to(mask.dtype))

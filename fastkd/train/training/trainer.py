@@ -66,7 +66,7 @@ class DistillTrainer(CheckpointingTrainer):
         if method.needs_teacher and teacher is None:
             raise ValueError(f"teacher: this method ({method.summary}) needs one, got None")
         student: Any = self.model
-        self.method = method
+        self.method = method = method.on(student.config)
         self.teacher = teacher if method.needs_teacher else None
         self.kind = kind(student)
         configs = student.config, (self.teacher or student).config
