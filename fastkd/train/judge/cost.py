@@ -1,4 +1,4 @@
-"""What a T5 costs: parameters, multiply-accumulates, and the time and memory of one forward pass."""
+"""What a model costs: parameters, multiply-accumulates, and the time and memory of one forward pass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
-from ..common.family import is_enct5
+from ..models.anatomy import family, head_module, kind
 from ..models.sharding import is_sharded
 from .memory import LiveTensors
 
-TOKENS = 128  # on both sides, as MiniEnD counts
+TOKENS = 128  # of which all that a model reads is made, as MiniEnD, MiniDisc and MiniLM count
 MIB = 2**20
 
 
@@ -38,25 +39,30 @@ def parameters(model: Any) -> int:
 
 
 def gflops(model: Any, tokens: int = TOKENS) -> float:
-    """Return the billions of multiply-accumulates in a model's linear layers for `tokens` tokens on both sides.
+    """Return the billions of multiply-accumulates in a model's linear layers for `tokens` tokens, on both sides if any.
 
-    Counted as in MiniEnD (Zhang et al., 2024), so 25.4 for T5-base: see `multiply_accumulates`. The head is left out.
-    The decoder of an EncT5 reads one token.
+    Counted as in MiniEnD (Zhang et al., 2024), so 25.4 for T5-base and 10.9 for BERT-base: see `multiply_accumulates`.
+    The head is left out. What tells classes apart reads one token: the decoder of an EncT5, and a BERT's pooler.
     """
-    return multiply_accumulates(model, tokens, 1 if is_enct5(model.config) else tokens) / 1e9
+    return multiply_accumulates(model, tokens, 1 if kind(model) == "classifier" else tokens) / 1e9
 
 
 def multiply_accumulates(model: Any, encoder_tokens: int, decoder_tokens: int, *, head: bool = False) -> int:
-    """Return the multiply-accumulates of a forward pass in a T5's linear layers, and in its head if asked.
+    """Return the multiply-accumulates of a forward pass in a model's linear layers, and in its head if asked.
 
     Every weight of an `nn.Linear` counts once per token that it is applied to; a layer that stands in several places
-    counts in each. Embeddings, attention scores and what is not saved with the model are left out. Nothing is computed:
-    the model may be on the meta device.
+    counts in each. The head is whatever stands behind the model's base. What is in no encoder, and does not read one's
+    states, is applied to `decoder_tokens`. Embeddings, attention scores and what is not saved with the model are left
+    out. Nothing is computed: the model may be on the meta device.
     """
-    output, unsaved, total = model.get_output_embeddings(), _unsaved(model), 0
+    row, unsaved, total = family(model), _unsaved(model), 0
+    counted = set(model.modules() if head else getattr(model, "base_model", model).modules())
+    counted -= set() if head else {head_module(model)}
+    encoder = f".{row.stacks['encoder'][0]}." if "encoder" in row.stacks else None
+    reads = row.attentions["decoder_cross"].inner[1:] if "decoder_cross" in row.attentions else ()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, torch.nn.Linear) and (head or module is not output) and f"{name}.weight" not in unsaved:
-            reads_encoder = name.startswith("encoder.") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        if isinstance(module, torch.nn.Linear | Conv1D) and module in counted and f"{name}.weight" not in unsaved:
+            reads_encoder = (encoder is not None and encoder in f".{name}") or name.endswith(reads)
             total += module.weight.numel() * (encoder_tokens if reads_encoder else decoder_tokens)
     return total
 
@@ -64,8 +70,9 @@ def multiply_accumulates(model: Any, encoder_tokens: int, decoder_tokens: int, *
 def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:
     """Return a model's `Cost`, its latency and memory measured on the device and in the precision that it is in.
 
-    One pass reads one sequence of `tokens` tokens on either side, without padding, and computes encoder, decoder and
-    the logits of all tokens at once, without gradients, dropout or a cache of keys; it generates nothing.
+    One pass reads one sequence of `tokens` tokens, on either side of a model with two, or of as many as it has
+    positions for, without padding, and computes all of it and the logits of all tokens at once, without gradients,
+    dropout or a cache of keys; it generates nothing.
     latency_ms: median of `passes` passes, after two to warm up. peak_memory_mb: the most that one more pass holds at a
     time beyond the weights and the token ids, its logits included; as the allocator counts on CUDA, whose peak
     statistics are reset, and as the sizes of all tensors alive on a CPU, without what a fused operator takes within
@@ -75,10 +82,14 @@ def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:
     """
     if is_sharded(model):
         return Cost(parameters(model), gflops(model, tokens))
-    ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size  # [1, tokens]
+    positions = getattr(model.config, "max_position_embeddings", None) or 2 + tokens
+    length = min(tokens, positions - 2)  # RoBERTa's first two are padding's
+    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size  # [1, tokens]
+    inputs = {"input_ids": ids} | ({"use_cache": False} if "decoder" in family(model).stacks else {})
+    inputs |= {"decoder_input_ids": ids} if "decoder_cross" in family(model).attentions else {}
 
     def run() -> Any:
-        return model(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+        return model(**inputs)
 
     training = [module for module in model.modules() if module.training]
     model.eval()

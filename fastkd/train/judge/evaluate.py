@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ...heads import Head
-from ..common.family import is_enct5
+from ..common.family import KINDS
 from ..common.processes import is_first, of_all, own_part
-from ..models.anatomy import logits
+from ..models.anatomy import kind, logits
 from ..models.sharding import is_sharded
-from ..models.tokenizer import texts_of
+from ..models.tokenizer import frame, texts_of
 
 CHUNK = 1024  # tokens: 16 MB of fp32 logits at 4,096 pieces
 
@@ -58,47 +58,76 @@ def generate(
     max_new_tokens: int,
     num_beams: int = 1,
     kept: Collection[int] = (),
+    token_types: Sequence[Sequence[int]] | None = None,
     title: str | None = None,
 ) -> list[str]:
     """Return what a model writes for each source, token ids without padding: its most likely words, or by beams.
 
     Whatever else its own generation_config says, such as least lengths or banned words, is not done, so that models
-    are compared by one decoding. Sources of like length share a batch. kept: ids of special tokens that are part of
-    what is written; others are left out. title: of the progress bar, which is not shown without one.
-    An EncT5 gives a class, which is all that it says. Processes share the sources, unless they share the model's
-    weights, which takes all of them for every batch.
+    are compared by one decoding; what stands before every target, as a language's code, is given. Sources of like
+    length share a batch. kept: ids of special tokens that are part of what is written; others are left out.
+    token_types: of each source, for models that read them. title: of the progress bar, which is not shown without one.
+    A classifier gives a class, which is all that it says, or its number if it has one output. A model that continues
+    texts is given them padded on the left. Processes share the sources, unless they share the model's weights, which
+    takes all of them for every batch.
     """
     device, mode, shares = next(model.parameters()).device, model.training, not is_sharded(model)
     order: Sequence[int] = sorted(range(len(sources)), key=lambda i: len(sources[i]), reverse=True)
     order = own_part(order) if shares else order
     answers: dict[int, str] = {}
-    own = getattr(model, "generation_config", None)  # an EncT5 has none
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        decoder_start_token_id=model.config.decoder_start_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    of_kind, own = kind(model), getattr(model, "generation_config", None)  # a classifier has none
+    positions = getattr(model.config, "max_position_embeddings", None) or max_new_tokens + 1
+    if KINDS[of_kind].answers:
+        model.generation_config = _decoding(model, tokenizer, max_new_tokens, num_beams)
     model.eval()
     bar = tqdm(total=len(order), desc=title, unit="text", disable=title is None or not is_first())
     try:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            padded = tokenizer.pad({"input_ids": [list(sources[i]) for i in batch]}, return_tensors="pt").to(device)
-            inputs = {name: padded[name] for name in ("input_ids", "attention_mask")}
-            if is_enct5(model.config):
-                texts = [model.config.id2label[i] for i in model(**inputs).logits.argmax(-1).tolist()]
+            items: dict[str, Any] = {"input_ids": [list(sources[i]) for i in batch]}
+            items |= {"token_type_ids": [list(token_types[i]) for i in batch]} if token_types else {}
+            side = "left" if of_kind == "causal" else "right"
+            inputs = dict(tokenizer.pad(items, return_tensors="pt", padding_side=side).to(device))
+            if of_kind == "classifier":
+                texts = _classes(model, model(**inputs).logits)
             else:  # processes that share a model's weights gather them together as long as one of them writes
-                written = model.generate(**inputs, synced_gpus=not shares)[:, 1:].tolist()
+                read = inputs["input_ids"].shape[1] if of_kind == "causal" else 1
+                model.generation_config.max_new_tokens = max(1, min(max_new_tokens, positions - read))
+                written = model.generate(**inputs, synced_gpus=not shares)[:, read:].tolist()
                 texts = texts_of(tokenizer, written, kept)
             answers.update(zip(batch, texts, strict=True))
             bar.update(len(batch))
     finally:
         bar.close()
         model.train(mode)
-        model.generation_config = own
+        if own is not None:
+            model.generation_config = own
     for others in of_all(answers) if shares else ():
         answers |= others
     return [answers[i] for i in range(len(sources))]
+
+
+def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -> GenerationConfig:
+    """Return how a model writes; one with a decoder of its own begins as the targets that it has learnt from do."""
+    begins: dict[str, Any] = {}
+    if kind(model) == "seq2seq":
+        around = frame(tokenizer) or [tokenizer.eos_token_id]
+        shifted = model.prepare_decoder_input_ids_from_labels(torch.tensor([around], device=model.device))
+        begins["decoder_start_token_id"] = int(shifted[0, 0])  # of mBART a language's code, if it ends its targets
+        if around[0] != tokenizer.eos_token_id:
+            begins["forced_bos_token_id"] = around[0]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **begins,
+    )
+
+
+def _classes(model: Any, found: torch.Tensor) -> list[str]:
+    """Return the name of each likeliest class of logits [B, classes]; of a single output the number."""
+    if found.shape[1] == 1:
+        return [f"{number:.6g}" for number in found[:, 0].tolist()]
+    return [model.config.id2label[i] for i in found.argmax(-1).tolist()]

@@ -94,13 +94,20 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
+def frame(tokenizer: Any) -> list[int]:
+    """Return the ids that a tokenizer writes around every target: T5's </s>, BART's <s> </s>, and a language's code."""
+    ids: list[int] = tokenizer(text_target="", verbose=False)["input_ids"]
+    return ids
+
+
 def texts_of(tokenizer: Any, ids: Sequence[Sequence[int]], kept: Collection[int]) -> list[str]:
     """Return the texts that ids stand for, without special tokens but those of the ids `kept`.
 
-    Spaces stand around one of these, as in "a <sep> b", where the tokenizer drops them.
+    Those of its `frame` are dropped all the same. Spaces stand around one that is kept, as in "a <sep> b", where the
+    tokenizer drops them.
     """
     special = set(special_tokens(tokenizer).values())
-    dropped = special - set(kept) | {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    dropped = special - set(kept) | {tokenizer.pad_token_id, tokenizer.eos_token_id, *frame(tokenizer)}
     ids = [[i for i in row if i not in dropped] for row in ids]
     # Row by row: in some versions of transformers batch_decode makes a text of no rows.
     texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in ids]

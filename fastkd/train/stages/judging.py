@@ -6,9 +6,12 @@ from itertools import chain
 from typing import Any
 
 from ..common import endings
+from ..common.family import KINDS
+from ..data.examples import IGNORED
 from ..judge import cost
 from ..judge.evaluate import generate
 from ..judge.metrics import score_rows
+from ..models.anatomy import kind
 from ..models.loading import unsharded
 from ..models.tokenizer import special_tokens
 from ..report.outcome import Outcome
@@ -25,18 +28,36 @@ def decoding(run: Run) -> dict[str, Any]:
 def score(run: Run, model: Any, title: str | None) -> tuple[dict[str, float], list[str]]:
     """Return (the task's figures, outputs) of what a model writes for all held-out examples; no figures for texts."""
     rows = run.data.held_out_rows
-    outputs = written(run, model, rows["input_ids"], title)
-    is_text = run.data.task.name == "span_corruption"
-    return {} if is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
+    outputs = written(run, model, rows, title)
+    return {} if _is_text(run) or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
 
 
-def written(run: Run, model: Any, sources: Any, title: str | None) -> list[str]:
-    """Return what a model writes for sources, token ids."""
-    data = run.data
-    special, is_text = set(special_tokens(data.tokenizer).values()), data.task.name == "span_corruption"
-    kept = special if is_text else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
-    batch = run.args.per_device_eval_batch_size
-    return generate(model, data.tokenizer, sources, batch_size=batch, kept=kept, title=title, **decoding(run))
+def written(run: Run, model: Any, rows: Any, title: str | None) -> list[str]:
+    """Return what a model writes for the sources of rows, token ids; nothing if it only fills masks in."""
+    data, of_kind = run.data, kind(model)
+    if of_kind == "masked":
+        return []
+    sources = rows["input_ids"]
+    if of_kind == "causal" and "labels" in rows.column_names:  # where the targets are, behind the prompts
+        known = [next((i for i, y in enumerate(row) if y != IGNORED), len(row)) for row in rows["labels"]]
+        sources = [ids[:prompt] for ids, prompt in zip(sources, known, strict=True)]
+    special = set(special_tokens(data.tokenizer).values())
+    kept = special if _is_text(run) else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
+    return generate(
+        model,
+        data.tokenizer,
+        sources,
+        batch_size=run.args.per_device_eval_batch_size,
+        kept=kept,
+        token_types=rows["token_type_ids"] if "token_type_ids" in rows.column_names else None,
+        title=title,
+        **decoding(run),
+    )
+
+
+def _is_text(run: Run) -> bool:
+    """Return whether a run learns from texts alone."""
+    return run.data.task.name in {of.corruption for of in KINDS.values()}
 
 
 def judge(run: Run, trainer: DistillTrainer, name: str) -> Outcome:

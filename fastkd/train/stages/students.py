@@ -76,7 +76,7 @@ def _labelled(run: Run, teacher: Teacher | None) -> Data:
         others = rows.skip(len(known))
         if args.max_steps > 0:
             others = others.take(min(args.max_steps * examples_per_step(args), len(others)))
-        texts = written(run, teacher.model, others["input_ids"], "the teacher's answers")
+        texts = written(run, teacher.model, others, "the teacher's answers")
         labels = class_labels(texts, data.classes) if data.classes else data.tokenizer(text_target=texts)["input_ids"]
         answers = datasets.Dataset.from_dict({**others.to_dict(), "target": texts, "labels": labels}, rows.features)
         known = datasets.concatenate_datasets([known, answers])
