@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data.corpus import embedded_corpus
-    from .data.examples import SpanCorruption
+    from .data.examples import Chunks
     from .minidisc.prune import importance, sliced
     from .models import EncT5ForSequenceClassification, PrunedT5ForConditionalGeneration
     from .models.capture import capture_qkv
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 LAUNCHERS = Path(__file__).parent / "launchers"  # an accelerate configuration for FSDP2, a Slurm script for two nodes
 
 _HOMES = {
+    "Chunks": "data.examples",
     "DistillTrainer": "training.trainer",
     "EncT5ForSequenceClassification": "models",
     "METHODS": "objectives.methods",
     "Method": "objectives.methods",
     "PrunedT5ForConditionalGeneration": "models",
-    "SpanCorruption": "data.examples",
     "capture_qkv": "models.capture",
     "embedded_corpus": "data.corpus",
     "importance": "minidisc.prune",
@@ -44,11 +44,11 @@ _HOMES = {
 __all__ = [
     "LAUNCHERS",
     "METHODS",
+    "Chunks",
     "DistillTrainer",
     "EncT5ForSequenceClassification",
     "Method",
     "PrunedT5ForConditionalGeneration",
-    "SpanCorruption",
     "capture_qkv",
     "embedded_corpus",
     "importance",

@@ -30,7 +30,7 @@ from fastkd.ops.linear_kl import WORKSPACE_MB
 
 from .common.errors import InputError
 from .common.family import is_enct5
-from .data.examples import span_counts
+from .data.corruption import span_counts
 from .flags.arguments import TransformersArguments, parse
 from .flags.fields import FastkdArguments
 from .judge.memory import GpuAutocast, LiveStep

@@ -15,7 +15,7 @@ from train_flags import RECIPE, SIZES, TEACHER, with_inputs
 from transformers import default_data_collator
 
 from fastkd.train import cli
-from fastkd.train.data.examples import SpanCorruption
+from fastkd.train.data.examples import Chunks
 from fastkd.train.flags.arguments import TransformersArguments, parse
 from fastkd.train.minidisc import pages
 from fastkd.train.models.student import new_model, t5_config
@@ -87,12 +87,12 @@ def packed(tokenizer: Any) -> Callable[[Sequence[str], int], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def dataset(tokenizer: Any, texts: list[str], packed: Callable[..., np.ndarray]) -> SpanCorruption:
-    return SpanCorruption(packed(texts, LENGTH)[:64], tokenizer, seed=3)
+def dataset(tokenizer: Any, texts: list[str], packed: Callable[..., np.ndarray]) -> Chunks:
+    return Chunks(packed(texts, LENGTH)[:64], tokenizer, seed=3)
 
 
 @pytest.fixture
-def make_batch(dataset: SpanCorruption) -> Callable[..., dict[str, torch.Tensor]]:
+def make_batch(dataset: Chunks) -> Callable[..., dict[str, torch.Tensor]]:
     """make_batch(size): a batch with some padding on both sides."""
 
     def make(size: int = 6) -> dict[str, torch.Tensor]:
@@ -132,7 +132,7 @@ def arguments(tmp_path: Path) -> Callable[..., TransformersArguments]:
 
 @pytest.fixture
 def make_trainer(
-    dataset: SpanCorruption, tokenizer: Any, arguments: Callable[..., TransformersArguments]
+    dataset: Chunks, tokenizer: Any, arguments: Callable[..., TransformersArguments]
 ) -> Callable[..., DistillTrainer]:
     """make_trainer(model, method, flags, teacher=..., ...): a DistillTrainer on the tiny dataset.
 

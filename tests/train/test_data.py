@@ -21,20 +21,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, T5TokenizerFast
 from fastkd.train.common.errors import InputError
 from fastkd.train.data import examples as data
 from fastkd.train.data import sources
-from fastkd.train.data.examples import (
-    Counts,
-    EpochSampler,
-    Pairs,
-    SpanCorruption,
-    StreamedPairs,
-    StreamedSpans,
-    _random_segmentation,
-    noise_mask,
-    pack_to_arrow,
-    pad,
-    span_counts,
-    tokenize_pairs,
-)
+from fastkd.train.data.corruption import _random_segmentation, noise_mask, span_counts
+from fastkd.train.data.examples import Chunks, EpochSampler, StreamedChunks, StreamedPairs, pack_to_arrow
+from fastkd.train.data.pairs import Counts, Pairs, pad, tokenize_pairs
 from fastkd.train.models.tokenizer import SENTINELS, padded_size, train_tokenizer
 
 
@@ -97,7 +86,7 @@ def test_segmentations_are_uniform() -> None:
 @given(length=st.integers(8, 200), seed=st.integers(0, 2**32 - 1), index=st.integers(0, 9))
 def test_inputs_and_labels_reassemble_to_the_chunk(tokenizer: Any, length: int, seed: int, index: int) -> None:
     chunks = np.random.default_rng(seed).integers(3, 300, (2, length))
-    corrupted = SpanCorruption(chunks, tokenizer, seed)
+    corrupted = Chunks(chunks, tokenizer, seed)
     inputs, labels = (corrupted[index][name].tolist() for name in ("input_ids", "labels"))
     noise, spans = span_counts(length)
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(spans)])
@@ -115,14 +104,14 @@ def test_inputs_and_labels_reassemble_to_the_chunk(tokenizer: Any, length: int, 
     assert whole == chunks[index % 2].tolist()
 
 
-def test_examples_depend_on_seed_epoch_and_index_alone(dataset: SpanCorruption, tokenizer: Any) -> None:
+def test_examples_depend_on_seed_epoch_and_index_alone(dataset: Chunks, tokenizer: Any) -> None:
     size = len(dataset)
     first = dataset[5]["input_ids"]
     torch.manual_seed(1)
     np.random.seed(1)
     assert torch.equal(dataset[5]["input_ids"], first)
     assert not torch.equal(dataset[5 + size]["input_ids"], first)  # another epoch
-    other = SpanCorruption(dataset.chunks, tokenizer, dataset.seed + 1)
+    other = Chunks(dataset.chunks, tokenizer, dataset.seed + 1)
     assert not torch.equal(other[5]["input_ids"], first)
 
 
@@ -148,13 +137,13 @@ def test_too_little_text_and_too_few_sentinels(tokenizer: Any, texts: list[str],
     with pytest.raises(InputError, match="too little held-out text"):
         pack_to_arrow(tokenizer, [], 16, tmp_path / "none", what="held-out text")
     with pytest.raises(InputError, match="need 250 sentinels"):
-        SpanCorruption(np.zeros((1, 5000), dtype=np.int64), tokenizer, 0)
+        Chunks(np.zeros((1, 5000), dtype=np.int64), tokenizer, 0)
 
 
 def test_sentinels_may_count_up() -> None:
     tokenizer = ByT5Tokenizer()
     chunks = np.arange(3, 103).reshape(1, 100)
-    item = SpanCorruption(chunks, tokenizer, seed=0)[0]
+    item = Chunks(chunks, tokenizer, seed=0)[0]
     spans = span_counts(100)[1]
     expected = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(spans)])
     assert expected == list(range(expected[0], expected[0] + spans))
@@ -175,7 +164,7 @@ def test_packing_into_a_file_gives_the_same_chunks(
         assert made.features == {"input_ids": datasets.List(datasets.Value("int32"), 32)}
         assert made.cache_files[0]["filename"] == str(tmp_path / name)  # mapped, not loaded
     for index in (0, len(expected) - 1, len(expected) + 2):
-        ours, arrays = (SpanCorruption(chunks, tokenizer, 5)[index] for chunks in (made, expected))
+        ours, arrays = (Chunks(chunks, tokenizer, 5)[index] for chunks in (made, expected))
         assert all(torch.equal(ours[key], arrays[key]) and ours[key].dtype == torch.int64 for key in arrays)
 
 
@@ -262,9 +251,9 @@ def same(ours: Any, others: Any) -> bool:
 def test_an_unshuffled_stream_is_span_corruption_epoch_after_epoch(
     tokenizer: Any, texts: list[str], packed: Any
 ) -> None:
-    stored = SpanCorruption(packed(texts[:60], 32), tokenizer, seed=4)
+    stored = Chunks(packed(texts[:60], 32), tokenizer, seed=4)
     rows = stream_of([{"text": text} for text in texts[:60]])
-    streamed = StreamedSpans(rows, tokenizer, 32, seed=4, shuffle_buffer=0)
+    streamed = StreamedChunks(rows, tokenizer, 32, seed=4, shuffle_buffer=0)
     items = list(islice(streamed, 3 * len(stored)))
     assert same(items, [stored[i] for i in range(3 * len(stored))])
     assert same(list(islice(streamed, 5)), items[:5])  # every iteration starts at the beginning
@@ -272,12 +261,12 @@ def test_an_unshuffled_stream_is_span_corruption_epoch_after_epoch(
 
 def test_shuffled_streams(tokenizer: Any, texts: list[str]) -> None:
     rows = stream_of([{"text": text} for text in texts[:60]])
-    first, again = (list(islice(StreamedSpans(rows, tokenizer, 32, 4, 20), 200)) for _ in range(2))
+    first, again = (list(islice(StreamedChunks(rows, tokenizer, 32, 4, 20), 200)) for _ in range(2))
     torch.manual_seed(1)
     np.random.seed(1)
     assert same(first, again)
-    assert not same(first[:20], list(islice(StreamedSpans(rows, tokenizer, 32, 5, 20), 20)))
-    assert not same(first[:20], list(islice(StreamedSpans(rows, tokenizer, 32, 4, 0), 20)))
+    assert not same(first[:20], list(islice(StreamedChunks(rows, tokenizer, 32, 5, 20), 20)))
+    assert not same(first[:20], list(islice(StreamedChunks(rows, tokenizer, 32, 4, 0), 20)))
 
 
 def test_streamed_pairs(tokenizer: Any) -> None:
@@ -305,6 +294,6 @@ def test_one_worker_reads_a_stream_and_two_do_not(tokenizer: Any, monkeypatch: p
 
 def test_streams_with_too_little(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="too little data"):
-        next(iter(StreamedSpans(stream_of([{"text": "ta"}], 1), tokenizer, 32, 0)))
+        next(iter(StreamedChunks(stream_of([{"text": "ta"}], 1), tokenizer, 32, 0)))
     with pytest.raises(InputError, match="need 250 sentinels"):
-        StreamedSpans(stream_of([{"text": "ta"}], 1), tokenizer, 5000, 0)
+        StreamedChunks(stream_of([{"text": "ta"}], 1), tokenizer, 5000, 0)

@@ -19,9 +19,9 @@ from train_flags import SIZES, effective
 from transformers import ByT5Tokenizer
 
 from fastkd.train.common.errors import InputError
-from fastkd.train.data import examples as data_module
+from fastkd.train.data import encoding as data_module
 from fastkd.train.data import formats, sources
-from fastkd.train.data.examples import tokenize
+from fastkd.train.data.encoding import tokenize
 from fastkd.train.data.sources import read_rows
 from fastkd.train.flags.arguments import parse
 from fastkd.train.models.tokenizer import texts_of, train_tokenizer

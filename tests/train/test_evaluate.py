@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fastkd.train.data.examples import tokenize
+from fastkd.train.data.encoding import tokenize
 from fastkd.train.judge.evaluate import generate
 from fastkd.train.models.tokenizer import texts_of, train_tokenizer
 

@@ -47,12 +47,12 @@ def test_models_that_do_not_go_together() -> None:
     bert, bart, gpt2, t5 = map(families.config, ("bert", "bart", "gpt2", "t5"))
     with pytest.raises(InputError, match="the student the-student is a GPT-2 and learns as causal, not seq2seq: "):
         kinds("text2text", teacher=bart, student=gpt2)
-    with pytest.raises(InputError, match="the teacher the-teacher has no head for classes: .*--student the-teacher"):
+    with pytest.raises(InputError, match=r"the teacher the-teacher has no head for classes: .*--student the-teacher"):
         kinds("sst2", teacher=bert, student=bert)
     for task in ("masked_lm", "causal_lm"):
         with pytest.raises(InputError, match=f"--task {task}: a model made from nothing is a T5: expected --teacher"):
             kinds(task)
-    with pytest.raises(InputError, match="the student the-student is a BERT.*expected T5s beside --architecture"):
+    with pytest.raises(InputError, match=r"the student the-student is a BERT.*expected T5s beside --architecture"):
         flags = FastkdArguments(task="sst2", student="the-student", architecture="enct5")
         load_configs(flags, {"the-student": bert})
     assert kinds("text2text", teacher=bart, student=t5)[1] == "seq2seq"

@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fastkd.train.data.examples import Corruption
+from fastkd.train.data.corruption import Spans
 from fastkd.train.models.loading import load_model
 from fastkd.train.models.student import is_tied, new_model, slice_teacher, smaller_config, t5_config
 from fastkd.train.training.trainer import DistillTrainer
@@ -155,7 +155,7 @@ def test_runs_leave_ordinary_folders_of_the_teachers_class(
 def test_sentinels_of_byt5_count_up(folders: Callable[[str], Path]) -> None:
     _, tokenizer = load_model(folders("byt5"), "teacher")
     text = torch.tensor(tokenizer("bytes " * 10, add_special_tokens=False)["input_ids"][:50]).numpy()
-    item = Corruption(tokenizer, 50)(text, (0, 0, 0))
+    item = Spans(tokenizer, 50)(text, (0, 0, 0))
     sentinels = [int(token) for token in item["labels"] if token >= 259]
     assert sentinels == list(range(259, 259 + len(sentinels))) and len(sentinels) > 1
     assert [int(token) for token in item["input_ids"] if token >= 259] == sentinels

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config
 
 from fastkd.train.common.errors import InputError
-from fastkd.train.data.examples import pad
+from fastkd.train.data.pairs import pad
 from fastkd.train.minidisc.prune import sliced
 from fastkd.train.models.architectures import enct5_from, parts
 from fastkd.train.models.loading import load_config, load_model

@@ -19,7 +19,7 @@ from fastkd.train.training import resumable, trainer
 PRIVATE = {
     "Trainer._get_train_sampler": (
         ("train_dataset",),
-        "no argument takes a sampler, and SpanCorruption's tells an example's epoch, also to data workers",
+        "no argument takes a sampler, and Chunks's tells an example's epoch, also to data workers",
     ),
     "Trainer._save_checkpoint": (
         ("model", "trial"),

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import T5ForConditionalGeneration, default_data_collator
 
 from fastkd.train.common.family import PLACES
-from fastkd.train.data.examples import SpanCorruption
+from fastkd.train.data.examples import Chunks
 from fastkd.train.models.anatomy import projections
 from fastkd.train.models.loading import load_model
 
@@ -23,7 +23,7 @@ NEVER = ["--save_strategy", "no", "--eval_strategy", "no"]
 
 
 @pytest.fixture
-def uneven(dataset: SpanCorruption) -> Callable[..., dict[str, torch.Tensor]]:
+def uneven(dataset: Chunks) -> Callable[..., dict[str, torch.Tensor]]:
     """uneven(examples): their batch, with another number of targets and of source tokens in every example."""
 
     def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

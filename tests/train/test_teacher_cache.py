@@ -21,7 +21,8 @@ from transformers import default_data_collator
 
 import fastkd
 from fastkd.train.common.errors import InputError
-from fastkd.train.data.examples import Pairs, SpanCorruption, pad
+from fastkd.train.data.examples import Chunks
+from fastkd.train.data.pairs import Pairs, pad
 from fastkd.train.data.tasks import TASKS
 from fastkd.train.flags.arguments import parse
 from fastkd.train.objectives.methods import METHODS
@@ -44,7 +45,7 @@ CACHE = ["--teacher_cache", "hidden"]
 
 
 @pytest.fixture
-def examples(dataset: SpanCorruption, tokenizer: Any) -> dict[str, Any]:
+def examples(dataset: Chunks, tokenizer: Any) -> dict[str, Any]:
     """Training data by its kind, with its collator: chunks, and pairs of different lengths."""
     rows = [{"input_ids": [3 + i] * (9 + 3 * i), "labels": [4 + i] * (2 + i)} for i in range(8)]
     return {
@@ -115,7 +116,7 @@ def test_other_batches_read_the_same(make_run: Any, tiny: Any) -> None:
     assert losses == pytest.approx(others, rel=1e-6)
 
 
-def test_corruption_begins_again_after_the_last_epoch_that_is_kept(make_run: Any, dataset: SpanCorruption) -> None:
+def test_corruption_begins_again_after_the_last_epoch_that_is_kept(make_run: Any, dataset: Chunks) -> None:
     twice = Numbered(dataset, 2)
     size = len(dataset)
     assert len(twice) == size
@@ -271,11 +272,11 @@ def test_folders_that_do_not_fit(make_run: Any, tiny: Any, tmp_path: Path) -> No
         Store.find(tmp_path / "kept", {})
 
 
-def test_content_is_that_of_tokens_however_they_are_stored(dataset: SpanCorruption, tokenizer: Any) -> None:
+def test_content_is_that_of_tokens_however_they_are_stored(dataset: Chunks, tokenizer: Any) -> None:
     ids = datasets.List(datasets.Value("int32"), dataset.chunks.shape[1])
     rows = datasets.Dataset.from_dict({"input_ids": dataset.chunks}, datasets.Features({"input_ids": ids}))
-    found = [content(SpanCorruption(chunks, tokenizer, 1)) for chunks in (rows, rows.select(range(64)))]
-    assert len(set(found)) == 1 and content(SpanCorruption(rows.select(range(63)), tokenizer, 1)) != found[0]
+    found = [content(Chunks(chunks, tokenizer, 1)) for chunks in (rows, rows.select(range(64)))]
+    assert len(set(found)) == 1 and content(Chunks(rows.select(range(63)), tokenizer, 1)) != found[0]
     rows = [{"input_ids": [3, 4], "labels": [5]}, {"input_ids": [3], "labels": [4, 5]}]
     assert len({content(Pairs(datasets.Dataset.from_list(some))) for some in (rows, rows[::-1], rows[:1])}) == 3
 

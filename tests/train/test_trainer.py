@@ -21,7 +21,7 @@ from transformers import (
 
 import fastkd
 from fastkd.train.common.errors import InputError, RunError, out_of_memory
-from fastkd.train.data.examples import SpanCorruption
+from fastkd.train.data.examples import Chunks
 from fastkd.train.judge.evaluate import token_scores
 from fastkd.train.objectives.methods import METHODS
 from fastkd.train.training.guards import check_arguments
@@ -41,7 +41,7 @@ def assert_equal_weights(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("method", ["kd", "miniend-e-nologit"])
 def test_accumulated_batches_update_as_one_large_batch(
-    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: SpanCorruption
+    method: str, tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: Chunks
 ) -> None:
     def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         batch = default_data_collator(examples)
@@ -217,7 +217,7 @@ def test_the_teacher_stays_as_it_was(tiny: Callable[..., Any], make_trainer: Cal
 
 
 def test_training_lowers_the_held_out_loss_and_evaluation_is_exact(
-    tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: SpanCorruption
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], dataset: Chunks
 ) -> None:
     student = tiny(32, 1)
     trainer = make_trainer(
@@ -251,7 +251,7 @@ def test_token_scores_across_chunks_and_ignored_labels() -> None:
 
 
 def test_a_saved_student_is_an_ordinary_t5_folder(
-    tiny: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path, dataset: SpanCorruption
+    tiny: Callable[..., Any], make_trainer: Callable[..., Any], tmp_path: Path, dataset: Chunks
 ) -> None:
     student = tiny(32, 1)
     trainer = make_trainer(student, "kd", teacher=tiny(64, 2))

@@ -19,7 +19,8 @@ from ..common.cache import key
 from ..common.errors import InputError, writing
 from ..common.family import is_enct5
 from ..common.processes import by_first, count, is_first, of_all
-from ..data.examples import IGNORED, SpanCorruption
+from ..data.corruption import IGNORED
+from ..data.examples import Chunks
 from ..models.anatomy import head_of
 from ..models.sharding import is_sharded
 from ..objectives.methods import METHODS
@@ -47,7 +48,7 @@ def cached_teacher(run: Run, teacher: Teacher) -> CachedTeacher:
     flags = run.flags
     heading(f"Teacher cache: {flags.teacher_cache}")
     kind, method = Kind.parse(str(flags.teacher_cache)), flags.objective
-    is_text = isinstance(run.data.train, SpanCorruption)
+    is_text = isinstance(run.data.train, Chunks)
     epochs = flags.teacher_cache_epochs if is_text else 1
     fits = {
         "what": str(kind),

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..common import endings
 from ..common.family import KINDS
-from ..data.examples import IGNORED
 from ..judge import cost
 from ..judge.evaluate import generate
 from ..judge.metrics import score_rows
@@ -34,19 +33,15 @@ def score(run: Run, model: Any, title: str | None) -> tuple[dict[str, float], li
 
 def written(run: Run, model: Any, rows: Any, title: str | None) -> list[str]:
     """Return what a model writes for the sources of rows, token ids; nothing if it only fills masks in."""
-    data, of_kind = run.data, kind(model)
-    if of_kind == "masked":
+    data = run.data
+    if kind(model) == "masked":
         return []
-    sources = rows["input_ids"]
-    if of_kind == "causal" and "labels" in rows.column_names:  # where the targets are, behind the prompts
-        known = [next((i for i, y in enumerate(row) if y != IGNORED), len(row)) for row in rows["labels"]]
-        sources = [ids[:prompt] for ids, prompt in zip(sources, known, strict=True)]
     special = set(special_tokens(data.tokenizer).values())
     kept = special if _is_text(run) else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
     return generate(
         model,
         data.tokenizer,
-        sources,
+        rows["input_ids"],
         batch_size=run.args.per_device_eval_batch_size,
         kept=kept,
         token_types=rows["token_type_ids"] if "token_type_ids" in rows.column_names else None,

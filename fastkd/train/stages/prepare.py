@@ -23,16 +23,8 @@ from ..common.cache import cached, key
 from ..common.errors import InputError
 from ..common.processes import by_first
 from ..data import corpus, dates
-from ..data.examples import (
-    Pairs,
-    SpanCorruption,
-    StreamedPairs,
-    StreamedSpans,
-    class_labels,
-    pack_to_arrow,
-    pad,
-    tokenize_pairs,
-)
+from ..data.examples import Chunks, StreamedChunks, StreamedPairs, pack_to_arrow
+from ..data.pairs import Pairs, class_labels, pad, tokenize_pairs
 from ..data.rows import sample, store, stream
 from ..data.sources import blocks, content_digest, data_files, hub_revision, is_saved, read_hub, read_rows
 from ..data.tasks import TASKS, Columns, Part, Task, glue_parts, has_splits, is_glue
@@ -74,9 +66,9 @@ class Data:
 
     def with_seed(self, seed: int) -> Data:
         """Return the same data with other corruptions."""
-        if not isinstance(self.train, SpanCorruption):
+        if not isinstance(self.train, Chunks):
             return self
-        return dataclasses.replace(self, train=SpanCorruption(self.train.chunks, self.tokenizer, seed))
+        return dataclasses.replace(self, train=self.train.with_seed(seed))
 
 
 def heading(text: str) -> None:
@@ -122,14 +114,14 @@ def get_data(
     parts |= {"tokenizer": fingerprint(tokenizer), "preparation of data": VERSION}
     digest = key([*(side.settings for side in sides.values()), *(folder.name for folder in made)])
     given, asked = (datasets.Dataset.from_file(str(made[i] / "rows.arrow")) for i in (0, -1))
-    train: Any = SpanCorruption(given, tokenizer, seed) if is_text else Pairs(given)
+    train: Any = Chunks(given, tokenizer, seed) if is_text else Pairs(given)
     if flags.streaming:
-        streamed: Any = StreamedSpans if is_text else StreamedPairs
+        streamed: Any = StreamedChunks if is_text else StreamedPairs
         train = streamed(rows(TRAINING), tokenizer, *lengths, seed, flags.shuffle_buffer)
     if not is_text:
         longest = max(map(len, asked["labels"]))
         return Data(task, tokenizer, train, Pairs(asked), asked, longest, pad(tokenizer), digest, facts, parts)
-    spans = SpanCorruption(asked, tokenizer, HELD_OUT_SEED)
+    spans = Chunks(asked, tokenizer, HELD_OUT_SEED)
     shown, longest = _decoded(spans, tokenizer, flags.report_examples), len(spans[0]["labels"])
     return Data(task, tokenizer, train, spans, shown, longest, default_data_collator, digest, facts, parts)
 
@@ -359,7 +351,7 @@ def _tokenise(
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _decoded(spans: SpanCorruption, tokenizer: Any, most: int) -> datasets.Dataset:
+def _decoded(spans: Chunks, tokenizer: Any, most: int) -> datasets.Dataset:
     """Return the first corrupted chunks as rows of pairs, with text that shows their sentinels."""
     items = [spans[i] for i in range(min(most, len(spans)))]
     columns = {

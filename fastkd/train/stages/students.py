@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from ..common.family import family_of
-from ..data.examples import Pairs, class_labels
+from ..data.pairs import Pairs, class_labels
 from ..models.architectures import enct5_config, enct5_from
 from ..models.student import is_tied, new_model, slice_teacher
 from ..models.tokenizer import padded_size

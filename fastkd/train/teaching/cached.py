@@ -13,7 +13,9 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from ..data.examples import IGNORED, Item, Pairs, SpanCorruption
+from ..data.corruption import IGNORED, Item
+from ..data.examples import Chunks
+from ..data.pairs import Pairs
 from .kinds import Kind
 from .store import Store
 
@@ -61,7 +63,7 @@ class Numbered(Dataset):
     and under NUMBERS the number.
     """
 
-    def __init__(self, examples: SpanCorruption | Pairs, epochs: int):
+    def __init__(self, examples: Chunks | Pairs, epochs: int):
         self.examples, self.kept = examples, len(examples) * epochs
 
     def __len__(self) -> int:
@@ -82,9 +84,9 @@ def collated(collate: Callable[..., Item]) -> Callable[[Sequence[dict[str, Any]]
     return with_numbers
 
 
-def valid_lengths(examples: SpanCorruption | Pairs, epochs: int) -> np.ndarray:
+def valid_lengths(examples: Chunks | Pairs, epochs: int) -> np.ndarray:
     """Return how many positions of each example, in the order of their numbers, have a label."""
-    if isinstance(examples, SpanCorruption):
+    if isinstance(examples, Chunks):
         return np.full(len(examples) * epochs, len(examples[0]["labels"]))
     lengths = []
     for block in examples.ids.with_format("arrow").iter(10_000):
@@ -94,9 +96,9 @@ def valid_lengths(examples: SpanCorruption | Pairs, epochs: int) -> np.ndarray:
     return np.concatenate(lengths)
 
 
-def content(examples: SpanCorruption | Pairs) -> str:
+def content(examples: Chunks | Pairs) -> str:
     """Return a fingerprint of the tokens and labels of training examples as they are before any corruption."""
-    found, tokens = hashlib.sha256(), examples.chunks if isinstance(examples, SpanCorruption) else examples.ids
+    found, tokens = hashlib.sha256(), examples.chunks if isinstance(examples, Chunks) else examples.ids
     if isinstance(tokens, np.ndarray):
         found.update(np.ascontiguousarray(tokens).data)
     else:

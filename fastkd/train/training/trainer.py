@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from ..common.family import PLACES
 from ..common.processes import count
-from ..data.examples import EpochSampler, SpanCorruption
+from ..data.examples import Chunks, EpochSampler
 from ..judge.evaluate import held_out_metrics, token_scores
 from ..models.anatomy import kind
 from ..models.sharding import is_sharded
@@ -114,7 +114,7 @@ class DistillTrainer(CheckpointingTrainer):
         # Private to transformers; those that are overridden, and why, are a table in tests/train/test_private.py.
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         examples = dataset.examples if isinstance(dataset, Numbered) else dataset
-        if not isinstance(examples, SpanCorruption):
+        if not isinstance(examples, Chunks):
             return super()._get_train_sampler(dataset)
         return EpochSampler(len(dataset), self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
