@@ -16,7 +16,8 @@ from .checks import REDUCTIONS, Objective, TokenArguments, as_int, as_number, ch
 from .distributed import check_group
 from .divergence import Divergence
 from .heads import Head
-from .ops.attention_kl import as_scale, attention_kl, check_heads
+from .ops.attention_kl import attention_kl
+from .ops.attention_kl_arguments import as_scale, check_heads, check_kv_heads
 from .ops.cka_loss import check_constants, cka_loss
 from .ops.linear_kl import linear_kl
 from .ops.linear_kl_arguments import as_softcap, as_workspace
@@ -244,6 +245,8 @@ class AttentionKLLoss(_Loss):
         self,
         *,
         num_heads: int,
+        num_kv_heads: int | None = None,
+        teacher_num_kv_heads: int | None = None,
         student_scale: float | None = None,
         teacher_scale: float | None = None,
         causal: bool = False,
@@ -256,8 +259,12 @@ class AttentionKLLoss(_Loss):
         as_scale("teacher_scale", teacher_scale)
         Objective(divergence, beta, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
         _check_attention_constants(num_heads, reduction, impl)
+        check_kv_heads("num_kv_heads", num_kv_heads, as_int("num_heads", num_heads))
+        check_kv_heads("teacher_num_kv_heads", teacher_num_kv_heads, as_int("num_heads", num_heads))
         super().__init__(
             num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            teacher_num_kv_heads=teacher_num_kv_heads,
             student_scale=student_scale,
             teacher_scale=teacher_scale,
             causal=causal,
@@ -270,7 +277,7 @@ class AttentionKLLoss(_Loss):
     def forward(
         self,
         student_q: Tensor,  # [B, Lq, Hs]
-        student_k: Tensor,  # [B, Lk, Hs]
+        student_k: Tensor,  # [B, Lk, Hs], or narrower, see num_kv_heads
         teacher_q: Tensor,  # [B, Lq, Ht]
         teacher_k: Tensor,  # [B, Lk, Ht]
         *,

@@ -213,11 +213,13 @@ def linear_kl(
 
 def _attention_scores(
     q: Tensor,  # [B, Lq, H]
-    k: Tensor,  # [B, Lk, H]
+    k: Tensor,  # [B, Lk, H], or narrower: with fewer heads, each for as many neighbouring heads of queries
     num_heads: int,
     scale: float,
     bias: Tensor | RelativeBias | None,  # broadcasts to [B, A, Lq, Lk]
 ) -> Tensor:  # [B, A, Lq, Lk]
+    group = max(1, q.shape[-1] // max(1, k.shape[-1]))
+    k = k.unflatten(-1, (num_heads // group, 1, -1)).expand(-1, -1, -1, group, -1).flatten(2, 4)  # [B, Lk, H]
     q, k = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k))  # [B, A, L, d]
     scores = scale * q @ k.transpose(-1, -2)
     if isinstance(bias, RelativeBias):
@@ -227,7 +229,7 @@ def _attention_scores(
 
 def attention_kl(
     student_q: Tensor,  # [B, Lq, Hs]
-    student_k: Tensor,  # [B, Lk, Hs]
+    student_k: Tensor,  # [B, Lk, Hs], or narrower, see _attention_scores
     teacher_q: Tensor,  # [B, Lq, Ht]
     teacher_k: Tensor,  # [B, Lk, Ht]
     *,

@@ -16,7 +16,9 @@ The mathematics is that of csrc/divergence.h. Unlike there, scores are no inputs
 rounding outweighs what compensated sums would save. What remains of the care is that q - p is computed from
 log(p / q), and that log(p / q) gets back what rounding took from the logarithms of the sums.
 
-B batch, A heads, Lq queries, Lk keys, H = A d hidden. What varies from batch to batch is a run-time argument.
+B batch, A heads, Lq queries, Lk keys, H = A d hidden. What varies from batch to batch is a run-time argument. Keys may
+have fewer heads, each for a GROUP of neighbouring heads of queries: programs go by the queries' heads, and what each
+gives to the gradient of a key waits in a buffer to be summed up.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.dtypes import fp16_lift, gradient_dtype
+from ..ops.dtypes import fp16_lift, gradient_dtype, score_dtype
 from .common import (
     FORWARD_KL,
     JSD,
@@ -389,6 +391,8 @@ def forward_kernel(
     WIDTH_T: tl.constexpr,
     PADDED_S: tl.constexpr,
     PADDED_T: tl.constexpr,
+    GROUP_S: tl.constexpr,
+    GROUP_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
@@ -410,10 +414,10 @@ def forward_kernel(
         key_mask = _choose(entry, key_masks) + b * keys
 
     q = _load(_choose_head(entry, student_q, b, a, WIDTH_S), start, exists, WIDTH_S, PADDED_S, BLOCK_M)
-    k = _choose_head(entry, student_k, b, a, WIDTH_S)
+    k = _choose_head(entry, student_k, b, a // GROUP_S, WIDTH_S)
     student = q, k, _log2_scale(student_scale, F), _bias_of(student_bias, b, a)
     q = _load(_choose_head(entry, teacher_q, b, a, WIDTH_T), start, exists, WIDTH_T, PADDED_T, BLOCK_M)
-    k = _choose_head(entry, teacher_k, b, a, WIDTH_T)
+    k = _choose_head(entry, teacher_k, b, a // GROUP_T, WIDTH_T)
     teacher = q, k, _log2_scale(teacher_scale, F), _bias_of(teacher_bias, b, a)
 
     # a mix's reverse KL comes of the first look
@@ -528,7 +532,7 @@ def gradient_kernel(
     stats,  # [B, A, STATS, Lq]
     key_masks,  # [B, Lk], or no tuple but None
     lifts,  # 0-d, or no tuple but None
-    gradients,  # [B, L, H]
+    gradients,  # [B, L, H], as wide as queries also for keys
     lengths_own,
     lengths_other,
     student_bias,
@@ -547,11 +551,16 @@ def gradient_kernel(
     WIDTH_T: tl.constexpr,
     PADDED_S: tl.constexpr,
     PADDED_T: tl.constexpr,
+    GROUP_S: tl.constexpr,
+    GROUP_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
 ):
-    """The gradient of a block of one head's queries (AS_QUERY), keys (AS_KEY), or what is both."""
+    """The gradient of a block of one head's queries (AS_QUERY), keys (AS_KEY), or what is both.
+
+    Of keys that heads share it is the part that one head of queries gives.
+    """
     entry, program = tl.program_id(1), tl.program_id(0)
     start, head = program % blocks * BLOCK_M, program // blocks
     b, a = (head // heads).to(tl.int64), head % heads
@@ -574,11 +583,13 @@ def gradient_kernel(
     if AS_KEY:
         valid = _load_valid(key_mask, position, keys)
         read = read | valid if AS_QUERY else valid
-    x = _load(_choose_head(entry, student_own, b, a, WIDTH_S), start, read, WIDTH_S, PADDED_S, BLOCK_M)
-    y = _load(_choose_head(entry, teacher_own, b, a, WIDTH_T), start, read, WIDTH_T, PADDED_T, BLOCK_M)
+    own_s, other_s = (a, a // GROUP_S) if AS_QUERY else (a // GROUP_S, a)
+    own_t, other_t = (a, a // GROUP_T) if AS_QUERY else (a // GROUP_T, a)
+    x = _load(_choose_head(entry, student_own, b, own_s, WIDTH_S), start, read, WIDTH_S, PADDED_S, BLOCK_M)
+    y = _load(_choose_head(entry, teacher_own, b, own_t, WIDTH_T), start, read, WIDTH_T, PADDED_T, BLOCK_M)
     own = x, y, start, valid, row
-    x = _choose_head(entry, student_other, b, a, WIDTH_S)
-    y = _choose_head(entry, teacher_other, b, a, WIDTH_T)
+    x = _choose_head(entry, student_other, b, other_s, WIDTH_S)
+    y = _choose_head(entry, teacher_other, b, other_t, WIDTH_T)
     other = x, y, head_stats, other_count
     scales = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
     biases = _bias_of(student_bias, b, a), _bias_of(teacher_bias, b, a)
@@ -618,9 +629,22 @@ def gradient_kernel(
 
 
 @triton.jit
-def _model(q, k, b, a, start, exists, scale, bias, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def _model(
+    q,
+    k,
+    b,
+    a,
+    start,
+    exists,
+    scale,
+    bias,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     tile = _load(_head(q, b, a, WIDTH), start, exists, WIDTH, PADDED, BLOCK)
-    return tile, _head(k, b, a, WIDTH), scale, _bias_of(bias, b, a)
+    return tile, _head(k, b, a // GROUP, WIDTH), scale, _bias_of(bias, b, a)
 
 
 @triton.jit
@@ -653,6 +677,8 @@ def bias_kernel(
     WIDTH_T: tl.constexpr,
     PADDED_S: tl.constexpr,
     PADDED_T: tl.constexpr,
+    GROUP_S: tl.constexpr,
+    GROUP_T: tl.constexpr,
     SUM_QUERIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -678,9 +704,11 @@ def bias_kernel(
         query = start + tl.arange(0, BLOCK_M)
         row = _load_stats(stats + (b * heads + a) * STATS * queries, query, queries)
         alive = row[0] != 0
-        student = _model(student_q, student_k, b, a, start, alive, scale, student_bias, WIDTH_S, PADDED_S, BLOCK_M)
+        student = _model(
+            student_q, student_k, b, a, start, alive, scale, student_bias, GROUP_S, WIDTH_S, PADDED_S, BLOCK_M
+        )
         teacher = _model(
-            teacher_q, teacher_k, b, a, start, alive, teacher_scale, teacher_bias, WIDTH_T, PADDED_T, BLOCK_M
+            teacher_q, teacher_k, b, a, start, alive, teacher_scale, teacher_bias, GROUP_T, WIDTH_T, PADDED_T, BLOCK_M
         )
         mask = None
         if key_mask is not None:
@@ -734,6 +762,8 @@ def diagonals_kernel(
     WIDTH_T: tl.constexpr,
     PADDED_S: tl.constexpr,
     PADDED_T: tl.constexpr,
+    GROUP_S: tl.constexpr,
+    GROUP_T: tl.constexpr,
     BLOCK: tl.constexpr,
     F: tl.constexpr,
 ):
@@ -754,8 +784,10 @@ def diagonals_kernel(
     row = _load_stats(stats + head.to(tl.int64) * STATS * queries, query, queries)
     alive = row[0] != 0
     scale, teacher_scale = _log2_scale(student_scale, F), _log2_scale(teacher_scale, F)
-    student = _model(student_q, student_k, b, a, start, alive, scale, student_bias, WIDTH_S, PADDED_S, BLOCK)
-    teacher = _model(teacher_q, teacher_k, b, a, start, alive, teacher_scale, teacher_bias, WIDTH_T, PADDED_T, BLOCK)
+    student = _model(student_q, student_k, b, a, start, alive, scale, student_bias, GROUP_S, WIDTH_S, PADDED_S, BLOCK)
+    teacher = _model(
+        teacher_q, teacher_k, b, a, start, alive, teacher_scale, teacher_bias, GROUP_T, WIDTH_T, PADDED_T, BLOCK
+    )
     b_constants = _beta_constants(beta, weights, F)
 
     turned = i[:, None] + j[None, :]
@@ -792,6 +824,8 @@ class _Setting:
     num_heads: int
     width_s: int  # of a head
     width_t: int
+    group_s: int  # heads of queries that share one of keys
+    group_t: int
     student_scale: float
     teacher_scale: float
     causal: bool
@@ -815,8 +849,15 @@ class _Setting:
             "WIDTH_T": self.width_t,
             "PADDED_S": max(16, triton.next_power_of_2(self.width_s)),
             "PADDED_T": max(16, triton.next_power_of_2(self.width_t)),
+            "GROUP_S": self.group_s,
+            "GROUP_T": self.group_t,
             "F": tl.float64 if self.student_dtype == torch.float64 else tl.float32,
         }
+
+
+def _group(q: Tensor, k: Tensor) -> int:
+    """How many heads of queries share one of keys."""
+    return max(1, q.shape[2] // max(1, k.shape[2]))
 
 
 def _hashable(beta: float | Sequence[float]) -> float | tuple[float, ...]:
@@ -921,6 +962,11 @@ def _gradient(
     gradients = [_empty_gradient(x) for x in student[own]]
     lengths, other_lengths = (tuple(x.shape[1] for x in student[side]) for side in (own, other))
     batch = student[own][0].shape[0]
+    shared = not as_query and setting.group_s > 1
+    if shared:
+        gradients = [
+            x.new_empty(*x.shape[:2], setting.group_s * x.shape[2], dtype=score_dtype(x)) for x in student[own]
+        ]
     key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
 
     def run(options: dict) -> None:
@@ -951,6 +997,9 @@ def _gradient(
     kernel = "mix_gradient" if setting.divergence >= MIX.value else kernel
     biases = _kind(student_bias), _kind(teacher_bias)
     setting.launch(kernel, (batch, lengths, other_lengths, key_masks is None, as_query, as_key, *biases), run)
+    if shared:
+        parts = [g.unflatten(2, (-1, setting.group_s, setting.width_s)) for g in gradients]
+        gradients = [g.sum(3).flatten(2).to(gradient_dtype(x)) for g, x in zip(parts, student[own], strict=True)]
     return gradients
 
 
@@ -1030,7 +1079,7 @@ def _no_gradient(x: Tensor) -> Tensor:
 
 def attention_kl(
     student_q: Tensor,  # [B, Lq, Hs]
-    student_k: Tensor,  # [B, Lk, Hs]
+    student_k: Tensor,  # [B, Lk, Hs], or narrower
     teacher_q: Tensor,  # [B, Lq, Ht]
     teacher_k: Tensor,  # [B, Lk, Ht]
     student_bias: Tensor | None,  # [B, A, Lq, Lk], any of them 1, or diagonals [A, 2 reach + 1]
@@ -1051,6 +1100,8 @@ def attention_kl(
         num_heads,
         student_q.shape[2] // num_heads,
         teacher_q.shape[2] // num_heads,
+        _group(student_q, student_k),
+        _group(teacher_q, teacher_k),
         float(student_scale),
         float(teacher_scale),
         causal,
@@ -1097,7 +1148,7 @@ def relation_kl(
         width_s, width_t = student[n].shape[2] // num_heads, teacher[n].shape[2] // num_heads
         scales = width_s**-0.5, width_t**-0.5
         dtypes = student[n].dtype, teacher[n].dtype
-        setting = _Setting(num_heads, width_s, width_t, *scales, is_causal, divergence, _hashable(beta), *dtypes)
+        setting = _Setting(num_heads, width_s, width_t, 1, 1, *scales, is_causal, divergence, _hashable(beta), *dtypes)
         # what a launch must have in common
         key = setting, len(coefficient[n]), entry.key_mask is None, entry.stats is None
         together.setdefault(key, []).append(n)

@@ -29,7 +29,10 @@ MIX = {"forward_kl": 0.5, "reverse_kl": 0.5}
 
 
 def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: int, causal: bool) -> None:
-    """relation_kl, or attention_kl without a bias, with a dense one or with diagonals: with all gradients."""
+    """relation_kl, or attention_kl without a bias, with a dense one, with diagonals or grouped: with all gradients.
+
+    Grouped are four heads of queries on two of the student's keys and one of the teacher's.
+    """
     x, y = (torch.empty(BATCH, LENGTH, HEADS * width, dtype=dtype) for width in (width_s, width_t))
     coefficient = torch.empty(BATCH, HEADS, LENGTH, dtype=torch.float64)
     mask = torch.empty(BATCH, LENGTH, dtype=torch.bool)
@@ -46,7 +49,10 @@ def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: in
     elif op == "diagonals":
         bias = torch.empty(HEADS, 257)
     wanted = [True, True, bias is not None]
-    kernels.attention_kl(x, x, y, y, bias, bias, coefficient, mask, causal, HEADS, 1.0, 1.0, wanted, code, beta)
+    keys = (x[..., : 2 * width_s], y[..., :width_t]) if op == "grouped" else (x, y)
+    kernels.attention_kl(
+        x, keys[0], y, keys[1], bias, bias, coefficient, mask, causal, HEADS, 1.0, 1.0, wanted, code, beta
+    )
 
 
 def measure(case: tuple) -> list[dict]:
@@ -82,6 +88,7 @@ def chosen() -> list[tuple]:
             cases.append((target, "diagonals", "forward_kl", "bf16", 64, 64, False))
         cases.append((target, "relation", "forward_kl", "fp32", 64, 32, False))
         cases.append((target, "attention", "forward_kl", "fp32", 128, 128, False))
+        cases.append((target, "grouped", "forward_kl", "bf16", 128, 128, True))
     cases += [(target, "relation", "reverse_kl", "bf16", 128, 128, True) for target in ("sm_80", "sm_100")]
     cases += [
         ("sm_90", "relation", divergence, "bf16", 64, 64, False) for divergence in (*tuple(DIVERGENCES)[2:], "mix")
@@ -91,7 +98,7 @@ def chosen() -> list[tuple]:
 
 
 def everything() -> list[tuple]:
-    ops = ("relation", "attention", "dense", "diagonals")
+    ops = ("relation", "attention", "grouped", "dense", "diagonals")
     widths = [(12, 12), (12, 24), (24, 24), (64, 32), (64, 64), (128, 128)]
     cases = itertools.product(TARGETS, ops, DIVERGENCES, ("bf16", "fp32"), widths, (False, True))
     return [(*case, *pair, causal) for *case, pair, causal in cases]

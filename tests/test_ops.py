@@ -90,6 +90,8 @@ def test_attention_kl_opcheck(gradients: list[bool], dense: bool):
     mask = torch.rand(2, 5) < 0.7
     constants = (False, HEADS, gradients, CODE, numbers(0.3, 0.3, 0.4))
     opcheck(torch.ops.fastkd.attention_kl.default, (*tensors, bias, bias, coefficient, mask, *constants))
+    tensors = [x[..., : x.shape[2] // HEADS] if i % 2 else x for i, x in enumerate(tensors)]  # of one head of keys
+    opcheck(torch.ops.fastkd.attention_kl.default, (*tensors, bias, bias, coefficient, mask, *constants))
 
 
 def test_relation_kl_opcheck():

@@ -3,7 +3,8 @@
 // A head's queries are taken in chunks, few enough that the scores of both models stay in the second-level cache: two
 // GEMMs make them, the row primitive (row_kernel.h) turns the student's into their gradient in place, two GEMMs carry
 // that on to queries and keys. Padding at either end is cut off, and so are the keys that causality hides from a whole
-// chunk. The GEMMs are torch's own, each in the thread that calls it.
+// chunk. The GEMMs are torch's own, each in the thread that calls it. Heads of queries that share one of keys follow each
+// other in a thread, and add to the gradient of its keys.
 //
 // B batch, A heads, Lq queries, Lk keys, d head width.
 #include "../stable.h"
@@ -122,8 +123,10 @@ class Worker {
     row_ = take(a.keys());
   }
 
+  // Of heads that share one of keys, first to last.
   void run(int64_t b, int64_t h) {
     b_ = b, h_ = h;
+    const int64_t group = a_.student.group();
     const int64_t first = (b * a_.heads() + h) * a_.queries();
     weights_ = static_cast<const double*>(a_.coefficient.data_ptr()) + first;
     losses_ = static_cast<double*>(a_.loss.data_ptr()) + first;
@@ -131,6 +134,7 @@ class Worker {
     std::fill(losses_, losses_ + a_.queries(), 0);
     rows_ = span_of(a_.queries(), [&](int64_t i) { return has_row(i); });
     keys_ = span_of(a_.keys(), [&](int64_t j) { return has_key(j) || (a_.relation && has_row(j)); });
+    if (wants_grad_k() && h % group == 0) std::fill(grad_k_, grad_k_ + keys_.size() * width_[0], F(0));
     if (rows_.size() > 0 && keys_.size() > 0) {
       pack();
       for (int64_t row = rows_.begin; row < rows_.end; row += a_.rows_at_once) {
@@ -139,9 +143,9 @@ class Worker {
         if (keys.size() > 0) chunk(rows, keys);
       }
     } else {
-      rows_ = keys_ = {};
+      rows_ = {};
     }
-    write();
+    write(h % group == group - 1);
   }
 
  private:
@@ -157,16 +161,16 @@ class Worker {
     has_holes_ = false;
     for (int64_t j = keys_.begin; j < keys_.end; ++j) has_holes_ |= !has_key(j);
     for (int m = 0; m < 2; ++m) {
-      if (!a_.relation) pack(model(m).q, m, rows_, [&](int64_t i) { return has_row(i); }, q_[m]);
-      pack(model(m).k, m, keys_, [&](int64_t j) { return has_key(j) || (a_.relation && has_row(j)); }, k_[m]);
+      if (!a_.relation) pack(model(m).q, h_, m, rows_, [&](int64_t i) { return has_row(i); }, q_[m]);
+      const auto keep = [&](int64_t j) { return has_key(j) || (a_.relation && has_row(j)); };
+      pack(model(m).k, h_ / model(m).group(), m, keys_, keep, k_[m]);
     }
     if (a_.gradients.q) std::fill(grad_q_, grad_q_ + rows_.size() * width_[0], F(0));
-    if (wants_grad_k()) std::fill(grad_k_, grad_k_ + keys_.size() * width_[0], F(0));
   }
 
   template <class Keep>
-  void pack(const Tensor& x, int m, const Span& span, const Keep& keep, F* out) {
-    const Matrix<F> head = head_of<F>(x, b_, h_, width_[m]);
+  void pack(const Tensor& x, int64_t h, int m, const Span& span, const Keep& keep, F* out) {
+    const Matrix<F> head = head_of<F>(x, b_, h, width_[m]);
     for (int64_t i = span.begin; i < span.end; ++i, out += width_[m]) {
       if (!keep(i)) {
         std::fill(out, out + width_[m], F(0));
@@ -243,23 +247,23 @@ class Worker {
     }
   }
 
-  void write() {
+  void write(bool keys_are_done) {
     if (a_.gradients.q) {
-      write(*a_.gradients.q, [&](int64_t i, F* row) {
+      write(*a_.gradients.q, h_, [&](int64_t i, F* row) {
         if (i >= rows_.begin && i < rows_.end) add(grad_q_ + (i - rows_.begin) * width_[0], 1, row);
         if (a_.relation && i >= keys_.begin && i < keys_.end) add(grad_k_ + i - keys_.begin, keys_.size(), row);
       });
     }
-    if (a_.gradients.k) {
-      write(*a_.gradients.k, [&](int64_t j, F* row) {
+    if (a_.gradients.k && keys_are_done) {
+      write(*a_.gradients.k, h_ / a_.student.group(), [&](int64_t j, F* row) {
         if (j >= keys_.begin && j < keys_.end) add(grad_k_ + j - keys_.begin, keys_.size(), row);
       });
     }
   }
 
   template <class Add>
-  void write(const Tensor& gradient, const Add& add_to) {
-    const Matrix<F> head = head_of<F>(gradient, b_, h_, width_[0]);
+  void write(const Tensor& gradient, int64_t h, const Add& add_to) {
+    const Matrix<F> head = head_of<F>(gradient, b_, h, width_[0]);
     for (int64_t i = 0; i < gradient.size(1); ++i) {
       F* row = head.target(i, 0, row_of_gradient_.data());
       std::fill(row, row + width_[0], F(0));
@@ -292,13 +296,15 @@ class Worker {
 
 // ---- the op ---------------------------------------------------------------------------------------------------------
 
-// Heads that add to the same elements of a dense bias's gradient are one group, and go to one thread in a fixed order.
+// Heads that add to the same elements of a gradient, of keys or a dense bias, are one group, and go to one thread in a
+// fixed order.
 struct Groups {
   int64_t batch, heads;                // of a group
   int64_t across_batch, across_heads;  // how many groups there are
 
   explicit Groups(const Arguments& a)
-      : batch(shared(a, 0) ? a.batch() : 1), heads(shared(a, 1) ? a.heads() : 1),
+      : batch(shared(a, 0) ? a.batch() : 1),
+        heads(shared(a, 1) ? a.heads() : a.gradients.k ? a.student.group() : 1),
         across_batch(a.batch() / std::max<int64_t>(1, batch)), across_heads(a.heads() / heads) {}
 
   static bool shared(const Arguments& a, int64_t dimension) {

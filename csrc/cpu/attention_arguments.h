@@ -15,11 +15,12 @@ namespace fastkd {
 namespace {
 
 struct Model {
-  const Tensor &q, &k;                // [B, Lq, H], [B, Lk, H]
+  const Tensor &q, &k;                // [B, Lq, H], [B, Lk, H / group]
   const std::optional<Tensor>& bias;  // dense, [B, A, Lq, Lk] with any stride, or by its diagonals, [A, 2 * reach + 1]
   double scale;
 
   bool has_dense_bias() const { return bias && bias->dim() == 4; }
+  int64_t group() const { return k.size(2) > 0 ? q.size(2) / k.size(2) : 1; }  // heads of queries for one of keys
 };
 
 struct Gradients {
@@ -64,9 +65,12 @@ bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
 
 void Arguments::check_sides(const Model& model) const {
   const int64_t H = model.q.dim() == 3 ? model.q.size(2) : -1;
-  STD_TORCH_CHECK(has_sizes(model.q, {batch(), queries(), H}) && has_sizes(model.k, {batch(), keys(), H}) &&
+  const int64_t K = model.k.dim() == 3 ? model.k.size(2) : -1;
+  STD_TORCH_CHECK(has_sizes(model.q, {batch(), queries(), H}) && has_sizes(model.k, {batch(), keys(), K}) &&
                       heads() > 0 && H % heads() == 0,
                   "fastkd: queries and keys must be [B, L, H] with heads of one width");
+  STD_TORCH_CHECK(H == K || (K > 0 && H % K == 0 && heads() % (H / K) == 0 && !relation),
+                  "fastkd: a head of keys must be for as many heads of queries as any other");
   STD_TORCH_CHECK(is_float(model.q.scalar_type()) && is_float(model.k.scalar_type()),
                   "fastkd: queries and keys must be of a floating dtype");
   if (!model.bias) return;

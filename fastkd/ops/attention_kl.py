@@ -5,50 +5,36 @@ On a CPU scores stay in the second-level cache (drivers/attention_kl_cpu.py), on
 
 As in linear_kl, a scalar loss has its gradients made in the forward pass, and losses per row run the op again.
 
-B batch, Lq queries, Lk keys, A heads, Hs and Ht widths, d = H / A head width.
+B batch, Lq queries, Lk keys, A heads, Hs and Ht widths, d = H / A head width. Keys may have fewer heads than queries
+(grouped queries), and are narrower then: how many follows from their width, and no kernel repeats them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for, use_fused
-from ..checks import (
-    REDUCTIONS,
-    Objective,
-    as_int,
-    as_normalizer,
-    as_number,
-    average,
-    check_choice,
-    check_flag,
-    check_mask,
-    check_same_device,
-    check_tensor,
-    is_finite,
-    numbers,
-)
+from ..checks import REDUCTIONS, Objective, as_int, as_normalizer, check_choice, numbers
 from ..divergence import Divergence, beta_of
 from ..relative_bias import RelativeBias
+from .attention_kl_arguments import Inputs, as_scale, row_coefficients
 from .autograd import (
     Function,
     Gradient,
     GradientsAhead,
     apply,
     constant,
-    differentiable,
     for_arguments,
     in_dtypes_of,
     wants_gradient,
 )
 from .drivers.attention_kl_cpu import Model, attend_on_cpu
-from .dtypes import autocast_like_linear, gradient_dtype, score_dtype
+from .dtypes import gradient_dtype, score_dtype
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]
 
@@ -184,125 +170,6 @@ class _AttentionKLGradient(Gradient):
 # ---- public function ------------------------------------------------------------------------------------------------
 
 
-def check_heads(num_heads: int, widths: dict[str, int]) -> None:
-    """Raises unless heads of equal width fit every named width."""
-    if num_heads < 1 and not widths:
-        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
-    if num_heads < 1 or any(width % num_heads for width in widths.values()):
-        common = math.gcd(*widths.values())
-        valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        named = " and ".join(f"{width} ({name})" for name, width in widths.items())
-        raise ValueError(f"num_heads: expected a divisor of {named}: {valid}; got {num_heads}")
-
-
-def row_coefficients(
-    shape: tuple[int, int, int],  # B, Lq, Lk
-    num_heads: int,
-    key_mask: Tensor | None,  # [B, Lk] bool
-    query_mask: Tensor | None,  # [B, Lq] bool
-    causal: bool,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """What each row's loss is multiplied with, [B, A, Lq] fp64: 0 where it is masked or has no key to attend to."""
-    batch, queries, keys = shape
-    valid = torch.full((batch, queries), keys > 0, device=device)
-    if key_mask is not None:
-        valid = valid & ((key_mask.cumsum(1) > 0) if causal else key_mask.any(1, keepdim=True))
-    if query_mask is not None:
-        valid = valid & query_mask
-    weight = average(valid.double(), reduction, normalizer)
-    if reduction == "mean":
-        weight = weight / num_heads
-    return weight.unsqueeze(1).expand(batch, num_heads, queries).contiguous()
-
-
-def as_scale(name: str, value: Any) -> float | None:
-    """A scale of scores as a float, or None for the default."""
-    return None if value is None else as_number(name, value, "that is finite", is_finite)
-
-
-def _check_bias(name: str, bias: object, shape: tuple[int, ...], device: torch.device) -> None:
-    if isinstance(bias, RelativeBias):
-        check_tensor(f"{name}.table", bias.table, shape=[None, shape[1]])
-        bias, name = bias.table, f"{name}.table"
-    else:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"{name}: expected a tensor or fastkd.RelativeBias, got {type(bias).__name__}")
-        check_tensor(name, bias, floating=True)
-        sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-        if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
-            raise ValueError(
-                f"{name}: expected a shape that broadcasts to [B, A, Lq, Lk] = {list(shape)}, got {list(bias.shape)}"
-            )
-    assert isinstance(bias, Tensor)
-    check_same_device(name, bias, device)
-
-
-class _Inputs(NamedTuple):
-    """The public function's arguments that make scores and say which count."""
-
-    student_q: Tensor  # [B, Lq, Hs]
-    student_k: Tensor  # [B, Lk, Hs]
-    teacher_q: Tensor  # [B, Lq, Ht]
-    teacher_k: Tensor  # [B, Lk, Ht]
-    num_heads: int
-    student_scale: Any  # a float; None before `completed`
-    teacher_scale: Any
-    student_bias: Any  # [B, A, Lq, Lk] or what broadcasts to it, or a RelativeBias
-    teacher_bias: Any
-    key_mask: Tensor | None  # [B, Lk]
-    query_mask: Tensor | None  # [B, Lq]
-    causal: bool
-
-    def check(self) -> None:
-        """Raises unless they fit each other."""
-        check_tensor("student_q", self.student_q, shape=[None] * 3, floating=True)
-        batch, queries, width = self.student_q.shape
-        check_tensor("student_k", self.student_k, shape=[batch, None, width], floating=True)
-        keys, device = self.student_k.shape[1], self.student_q.device
-        check_tensor("teacher_q", self.teacher_q, shape=[batch, queries, None], floating=True)
-        teacher_width = self.teacher_q.shape[2]
-        check_tensor("teacher_k", self.teacher_k, shape=[batch, keys, teacher_width], floating=True)
-        check_heads(self.num_heads, {"student_q": width, "teacher_q": teacher_width})
-        for model in ("student", "teacher"):
-            q, k = getattr(self, f"{model}_q"), getattr(self, f"{model}_k")
-            if k.dtype != q.dtype:
-                raise TypeError(f"{model}_k: expected dtype {q.dtype}, that of {model}_q, got {k.dtype}")
-            for name, x in ((f"{model}_q", q), (f"{model}_k", k)):
-                check_same_device(name, x, device)
-            bias = getattr(self, f"{model}_bias")
-            if bias is not None:
-                _check_bias(f"{model}_bias", bias, (batch, self.num_heads, queries, keys), device)
-        check_flag("causal", self.causal)
-        if self.causal and queries != keys:
-            raise ValueError(f"causal: expected as many queries as keys, got {queries} and {keys}")
-        for name, mask, length in (("key_mask", self.key_mask, keys), ("query_mask", self.query_mask, queries)):
-            if mask is not None:
-                check_mask(name, mask, [batch, length], device)
-
-    def completed(self) -> _Inputs:
-        """With default scales, masks of bool, in the dtypes that autocast gives them; the teacher's are constants."""
-        scales = {}
-        for model, q in (("student", self.student_q), ("teacher", self.teacher_q)):
-            scale = getattr(self, f"{model}_scale")
-            scales[f"{model}_scale"] = (q.shape[2] // self.num_heads) ** -0.5 if scale is None else scale
-        cast = autocast_like_linear(*self[:4])
-        masks = [None if mask is None else differentiable(mask.bool()) for mask in (self.key_mask, self.query_mask)]
-        return self._replace(
-            **scales,
-            student_q=differentiable(cast[0]),
-            student_k=differentiable(cast[1]),
-            teacher_q=constant(cast[2]),
-            teacher_k=constant(cast[3]),
-            student_bias=differentiable(self.student_bias),
-            teacher_bias=constant(self.teacher_bias),
-            key_mask=masks[0],
-            query_mask=masks[1],
-        )
-
-
 def _for_kernel(bias: Any, dtype: torch.dtype) -> Any:
     """[B, A, Lq, Lk] with any of them 1, or [A, 2 * reach + 1] in the scores' dtype."""
     if isinstance(bias, RelativeBias):
@@ -317,6 +184,8 @@ def attention_kl(
     teacher_k: Tensor,
     *,
     num_heads: int,
+    num_kv_heads: int | None = None,
+    teacher_num_kv_heads: int | None = None,
     student_scale: float | None = None,
     teacher_scale: float | None = None,
     student_bias: Tensor | RelativeBias | None = None,
@@ -341,6 +210,11 @@ def attention_kl(
             make them; heads lie side by side in the last dimension, each Hs / num_heads wide. Receive gradients.
         teacher_q, teacher_k: [B, Lq, Ht] and [B, Lk, Ht]; constants. Ht may differ from Hs.
         num_heads: of both models; a divisor of Hs and of Ht.
+        num_kv_heads: how many heads the keys of both models have, with grouped queries: a divisor of num_heads, which
+            is the default. Each is for num_heads / num_kv_heads neighbouring heads of queries; keys are
+            [B, Lk, num_kv_heads * d], d wide as a head of their queries is, and only ``impl="reference"`` repeats
+            them. On a GPU their gradient is summed from one of the queries' heads each, [B, Lk, Hs] in float32.
+        teacher_num_kv_heads: the teacher's, where it has another number of them than the student.
         student_scale, teacher_scale: of the scores; by default 1 / sqrt(head width). T5 has 1.
         student_bias, teacher_bias: a tensor that broadcasts to [B, A, Lq, Lk], or ``fastkd.RelativeBias``, T5's,
             which is never spread out. The student's receives a gradient, in its table if it is a RelativeBias.
@@ -365,11 +239,11 @@ def attention_kl(
     check_choice("reduction", reduction, REDUCTIONS)
     normalizer, num_heads = as_normalizer(normalizer, reduction), as_int("num_heads", num_heads)
     scales = as_scale("student_scale", student_scale), as_scale("teacher_scale", teacher_scale)
-    given = _Inputs(
+    given = Inputs(
         student_q, student_k, teacher_q, teacher_k, num_heads, *scales, student_bias, teacher_bias,
         key_mask, query_mask, causal,
     )  # fmt: skip
-    given.check()
+    given.check(num_kv_heads, teacher_num_kv_heads)
     inputs = given.completed()
     device = inputs.student_q.device
     if not use_fused(impl, device):

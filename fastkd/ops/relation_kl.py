@@ -29,7 +29,8 @@ from ..checks import (
     numbers,
 )
 from ..divergence import Divergence, beta_of
-from .attention_kl import check_heads, empty_gradient, row_coefficients
+from .attention_kl import empty_gradient
+from .attention_kl_arguments import check_heads, row_coefficients
 from .autograd import (
     Function,
     Gradient,
