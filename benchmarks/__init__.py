@@ -8,7 +8,7 @@ trainer/              train_step, cached_step, prune; scaling: what processes se
 studies/              whole trainings over seeds: means and deviations, a figure, a verdict in words
 gpu/                  `make gpu`; roofline and table make a picture and a table of its results
 harness/              how it is measured and told; limits: what a machine does at best
-results/              every sample that README's and docs/performance.md's figures come from
+results/              every sample that README's and docs/performance.md's figures come from, or what a run printed
 """
 
 from __future__ import annotations
