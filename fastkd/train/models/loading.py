@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -24,6 +26,7 @@ from transformers.utils import cached_file
 
 from ...heads import gathered
 from ..common.errors import InputError, one_line
+from ..common.family import KINDS, family_of, kind_of
 from ..common.hub import from_hub
 from ..common.processes import by_first
 from .anatomy import auto_class
@@ -31,30 +34,34 @@ from .sharding import is_sharded, not_finite, shard
 from .student import is_tied
 from .tokenizer import special_tokens
 
-# T5 v1.0, v1.1, Flan-T5 and ByT5 are all "t5"; the others are of architectures.py.
-FAMILY = ("t5", "mt5", "fastkd_pruned_t5", "fastkd_enct5")
 SHOWN = 4  # names of weights in a message
-SMALL = {"vocab_size": 4, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
 
 
 def load_config(name: str | Path, role: str) -> Any:
-    """Return the `T5Config` of a `save_pretrained` folder, or of a model on the hub; see `load_model`.
+    """Return the config of a `save_pretrained` folder, or of a model on the hub; see `load_model`.
 
-    A decoder whose start token it does not name starts from padding, as T5's.
+    A decoder beside an encoder whose start token it does not name starts from padding, as T5's.
     """
     with _loading(name, role) as options:
         config = AutoConfig.from_pretrained(name, **options)
-    if config.model_type not in FAMILY:
-        raise InputError(f"{role} {name} is a {config.model_type!r} model: expected one of {', '.join(FAMILY)}")
+    try:
+        row = family_of(config)
+    except ValueError as error:
+        raise InputError(f"{role} {name}: {error}") from error
     if getattr(config, "quantization_config", None):
         raise InputError(f"{role} {name} is quantised: expected plain weights, as before its quantisation")
     _check_numbers(config, role, name)
-    if getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = config.pad_token_id
-    if config.decoder_start_token_id is None:
-        neither = "its config.json has neither decoder_start_token_id nor pad_token_id"
-        raise InputError(f"{role} {name}: {neither}: add what its decoder was trained to start from (0 for T5)")
-    for kind in ("pad_token_id", "decoder_start_token_id"):
+    tokens = ["pad_token_id"]
+    if len(row.stacks) == 2:
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.pad_token_id
+        if config.decoder_start_token_id is None:
+            neither = "its config.json has neither decoder_start_token_id nor pad_token_id"
+            raise InputError(f"{role} {name}: {neither}: add what its decoder was trained to start from (0 for T5)")
+        tokens.append("decoder_start_token_id")
+    elif config.pad_token_id is None:  # see `load_tokenizer`
+        tokens = []
+    for kind in tokens:
         its = getattr(config, kind)
         if not isinstance(its, int) or not 0 <= its < config.vocab_size:
             expected = f"expected that of one of its {config.vocab_size} pieces"
@@ -63,35 +70,46 @@ def load_config(name: str | Path, role: str) -> Any:
 
 
 def _check_numbers(config: Any, role: str, name: str | Path) -> None:
-    """Raise InputError for a config of whose numbers no T5 can be made, or only one that fails at its first batch.
+    """Raise InputError for a config of whose numbers no model can be made, or only one that fails at its first batch.
 
-    It names the fields for which T5's default, in place of what the config says, mends that.
+    It names the fields for which its family's default, in place of what the config says, mends that.
     """
     error = _fault(config)
     if error is None:
-        return
-    defaults, faults = type(config)(), []
+        try:
+            with torch.device("meta"):  # the whole one, whose sizes may not go together
+                auto_class(config).from_config(config)
+            return
+        except Exception as sizes:  # as in `_fault`; it says which
+            raise InputError(
+                f"{role} {name}: its config makes no {family_of(config).name}: {one_line(sizes)}"
+            ) from sizes
+    defaults, faults, family = type(config)(), [], family_of(config).name
     for key in sorted(vars(defaults).keys() & config.to_diff_dict().keys()):
         if _fault(config, **{key: getattr(defaults, key)}) is None:
-            faults.append(f"{key} is {getattr(config, key)!r} (T5's own: {getattr(defaults, key)!r})")
+            faults.append(f"{key} is {getattr(config, key)!r} ({family}'s own: {getattr(defaults, key)!r})")
     said = f"config's {' or '.join(faults)}, which" if faults else "config"
-    raise InputError(f"{role} {name}: its {said} makes no T5 that works: {one_line(error)}")
+    raise InputError(f"{role} {name}: its {said} makes no {family} that works: {one_line(error)}")
 
 
 @torch.no_grad()
 def _fault(config: Any, **others: Any) -> Exception | None:
     """Return what goes wrong in a small model with the config's numbers, but for its size and `others`, or None."""
-    small = copy.deepcopy(config)
+    small, row = copy.deepcopy(config), family_of(config)
+    most = dict.fromkeys(row.shrinks, 4) | dict.fromkeys((*row.heads, *row.depths.values()), 1) | {"hidden_size": 8}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         torch.manual_seed(0)
         try:
             small.update(others)
-            small.update({size: min(getattr(small, size), most) for size, most in SMALL.items()} | {"widths": None})
+            most |= {"head_dim": 4, "vocab_size": 4 + (small.pad_token_id or 0)}  # padding has a place in embeddings
+            known = {size: getattr(small, size, None) for size in most}
+            small.update({x: min(its, most[x]) for x, its in known.items() if its is not None} | {"widths": None})
             model = auto_class(small).from_config(small, dtype=torch.float32).eval()
             # As many tokens as let every bucket of relative positions be used.
-            ids = torch.arange(small.relative_attention_num_buckets + 2)[None] % small.vocab_size
-            logits = model(input_ids=ids, decoder_input_ids=ids).logits
+            ids = torch.arange(getattr(small, "relative_attention_num_buckets", 0) + 2)[None] % small.vocab_size
+            sides = ("input_ids", "decoder_input_ids")[: len(row.stacks)]
+            logits = model(**dict.fromkeys(sides, ids)).logits
             return None if logits.isfinite().all() else ValueError("what it computes is not finite")
         except Exception as error:  # whatever such a number leads to
             return error
@@ -102,25 +120,32 @@ def load_tokenizer(name: str | Path, role: str, config: Any) -> Any:
     with _loading(name, role) as options:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
+    has_decoder = "decoder" in family_of(config).stacks
+    if tokenizer.pad_token_id is None and kind_of(config) == "causal":
+        # EOS's pads then, as labels are -100 there anyway. But not in the config: an embedding learns nothing of what
+        # that calls padding, and EOS stands between texts.
+        its = tokenizer.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(its)
     pieces = tokenizer.get_vocab()
     if not any(piece.strip("▁").isalnum() for piece in pieces.keys() - special_tokens(tokenizer).keys()):
         raise InputError(f"{role} {name} has no tokenizer: expected tokenizer.json or spiece.model beside the weights")
     rows = max(pieces.values()) + 1
     if rows > config.vocab_size:
         raise InputError(f"{role} {name}: its tokenizer has {rows} pieces, its embedding only {config.vocab_size}")
-    for kind in ("pad_token_id", "eos_token_id"):
-        its, expected = getattr(tokenizer, kind), getattr(config, kind)
-        if its is None or (isinstance(expected, int) and its != expected):
+    for kind in ("pad_token_id", "eos_token_id" if has_decoder else "sep_token_id"):
+        its, expected = getattr(tokenizer, kind), getattr(config, kind, None)
+        several = expected if isinstance(expected, list) else [expected]
+        if its is None or (expected is not None and its not in several):
             both = f"its tokenizer's {kind} is {its}, its config's {expected}"
             raise InputError(f"{role} {name}: {both}: expected the tokenizer that the model was trained with")
     return tokenizer
 
 
 def load_model(name: str | Path, role: str, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub: a T5 or one of its variants.
+    """Return (model, tokenizer) of a `save_pretrained` folder, or of a model on the hub.
 
     role: "teacher" or "student", for messages. No code of the repository is run. dtype: see `load_weights`.
-    Raises InputError if there is no such folder or model, it holds no T5, or it lacks a part.
+    Raises InputError if there is no such folder or model, it holds none of a known family, or it lacks a part.
     """
     config = load_config(name, role)
     tokenizer = load_tokenizer(name, role, config)
@@ -133,8 +158,12 @@ def load_weights(
     config: Any,
     dtype: torch.dtype | str = torch.float32,
     shard_on: torch.device | None = None,
+    seed: int = 0,
 ) -> Any:
     """Return the model of a folder or a name, whose config that is, with every weight as it was saved.
+
+    But for a classifier of which the config says no classes, whose head may be missing: what is below it, but was not
+    saved, is random by the seed; see `student.with_classes`.
 
     dtype: "auto" is that of the checkpoint if it is float32 or bfloat16, else float32: in float16 T5s overflow, and
     transformers clamps them without a word. shard_on: a device of each process over which the weights are to be
@@ -144,12 +173,14 @@ def load_weights(
     def load() -> Any:
         with _loading(name, role) as options:
             settings = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, found = auto_class(config).from_pretrained(name, **settings, **options)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model, found = auto_class(config).from_pretrained(name, **settings, **options)
             saved, _ = PreTrainedConfig.get_config_dict(name, **options)
             found["no_floats"] = _no_floats(Path(str(cached_file(name, "config.json", local_files_only=True))).parent)
         if saved.get("tie_word_embeddings") is False and is_tied(model):  # transformers ties a head that is not there
             found["missing_keys"] = {*found["missing_keys"], "lm_head.weight"}
-        _check_whole(model, found, name, role)
+        _check_whole(model, found | _without_other_heads(config, found), name, role)
         if dtype == "auto" and model.dtype not in (torch.float32, torch.bfloat16):
             print(f"{role} {name}: saved in {str(model.dtype).removeprefix('torch.')}, it runs in float32")
             model.float().config.dtype = torch.float32
@@ -209,6 +240,26 @@ def _check_whole(model: Any, found: Mapping[str, Any], name: str | Path, role: s
         raise InputError(f"the checkpoint of {role} {name} {', and '.join(faults)}: expected the weights of its config")
 
 
+def _without_other_heads(config: Any, found: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Return the keys that are missing and unexpected, but for those that are of a head: another's, or one to be made.
+
+    A checkpoint of an encoder may hold the heads of its pre-training beside that which is asked for.
+    """
+    keys, row = {name: set(found[name]) for name in ("missing_keys", "unexpected_keys")}, family_of(config)
+    if len(row.kinds) == 1 or not any(keys.values()):
+        return keys
+    names: dict[str, set[str]] = {}
+    for auto in ("AutoModel", "AutoModelForPreTraining", *(KINDS[kind].auto for kind in row.kinds)):
+        with torch.device("meta"), contextlib.suppress(ValueError):  # of a class of ours, which has not all of them
+            made = getattr(transformers, auto).from_config(config)
+            prefix = f"{made.base_model_prefix}." if made.base_model is made else ""
+            names[auto] = {before + key for before in ("", prefix) for key in made.state_dict()}
+    keys["unexpected_keys"] -= set().union(*names.values())
+    if kind_of(config) == "classifier" and config.num_labels == 0:
+        keys["missing_keys"] &= names[KINDS["masked"].auto]
+    return keys
+
+
 def _no_floats(folder: Path) -> list[str]:
     """Return the tensors of a checkpoint, each with its type, of which transformers makes floats without a word."""
     found = []
@@ -235,9 +286,12 @@ def _empty(config: Any, dtype: torch.dtype, tied: bool) -> Any:
 
     tied: whether the head is the embedding, which the config need not tell.
     """
-    with torch.device("meta"):
+    with init_empty_weights():
         model = auto_class(config).from_config(config, dtype=dtype)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # as they are computed
     model.to_empty(device="cpu").tie_weights()
+    for name, buffer in buffers.items():
+        model.get_buffer(name).copy_(buffer)
     if not tied and is_tied(model):
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     return model.eval()
@@ -252,6 +306,8 @@ def unsharded(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         if not name.startswith("hidden_projection."):  # of the training, no part of the model
             plain.get_parameter(name).copy_(gathered(parameter))
+    for name, buffer in model.named_buffers():
+        plain.get_buffer(name).copy_(buffer)
     return plain
 
 
@@ -271,7 +327,9 @@ def _loading(name: str | Path, role: str) -> Iterator[dict[str, Any]]:
     if not (folder / "config.json").is_file():
         inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; its folders {', '.join(inner)} have" if inner else ""
-        raise InputError(f"{role} folder {folder} has no config.json: expected a save_pretrained folder of a T5{hint}")
+        raise InputError(
+            f"{role} folder {folder} has no config.json: expected a save_pretrained folder of a model{hint}"
+        )
     try:
         yield options
     except Exception as error:  # a file that somebody else made can make its reader raise anything

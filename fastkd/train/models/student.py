@@ -1,15 +1,17 @@
-"""T5 models of a given size, and students sliced from their teacher."""
+"""Models of a given size, a T5 or as a teacher is, and students sliced from their teacher."""
 
 from __future__ import annotations
 
 import copy
-import re
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...heads import gathered
-from ..common.family import is_enct5, matched_layer
+from ..common.family import KINDS, family_of, kind_of, matched_layer
+from .anatomy import auto_class, compared_stacks, family, layers
 
 HEAD_WIDTH = 32
 
@@ -41,48 +43,63 @@ def t5_config(vocabulary_size: int, d_model: int, layers: int, pad: int = 0, eos
 
 
 def new_model(config: Any, seed: int | None, tied: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model of the T5 family with random weights that depend on (config, seed, tied, dtype) alone.
+    """Return a model with random weights that depend on (config, seed, tied, dtype) alone.
 
-    seed: None goes on with torch's generators. tied: whether the head is the embedding.
+    seed: None goes on with torch's generators. tied: whether a T5's head is its embedding; other configs tell.
     """
     from transformers import set_seed
-
-    from .anatomy import auto_class
 
     if seed is not None:
         set_seed(seed)
     model = auto_class(config).from_config(config, dtype=dtype)
-    if is_enct5(config):
-        return model  # nothing to tie, and nothing to generate
-    if not tied:  # some versions of transformers tie every T5 made from a config, others start the head far too large
+    if not tied and family_of(config).name == "T5":
+        # Some versions of transformers tie every T5 made from a config, others start the head far too large.
         head = torch.randn_like(model.shared.weight) * config.d_model**-0.5
         model.lm_head.weight = torch.nn.Parameter(head)
-    model.generation_config.max_new_tokens = 64
+    if KINDS[kind_of(config)].answers:
+        model.generation_config.max_new_tokens = 64
     return model
 
 
+@torch.no_grad()
+def with_classes(model: Any, classes: Sequence[str], seed: int) -> Any:
+    """Return a classifier whose config says no classes yet with a head for these, of random weights."""
+    config = copy.deepcopy(model.config)
+    config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
+    made, sources = new_model(config, seed, dtype=model.dtype), dict(model.named_parameters())
+    for name, parameter in made.named_parameters():
+        if sources[name].shape == parameter.shape:
+            parameter.copy_(sources[name])
+    return made
+
+
 def is_tied(model: Any) -> bool:
-    """Return whether a T5's head is its embedding; in some versions of transformers its config does not tell."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    """Return whether a model's head is its embedding; in some versions of transformers a T5's config does not tell."""
+    return getattr(model.get_output_embeddings(), "weight", None) is model.get_input_embeddings().weight
 
 
 def student_config(teacher: Any, d_model: int | None, layers: int | None) -> Any:
-    """Return the `T5Config` of a new student, but for its vocabulary; see `t5_config`.
+    """Return the config of a new student, but for its vocabulary: a T5's, see `t5_config`, or as its teacher's.
 
     d_model: without it the teacher's, with heads and feed-forward layers as the teacher has them. layers: without it
     half of the teacher's in each stack.
     """
+    if teacher is not None and not family_of(teacher).name.endswith("T5"):
+        made = _resized(teacher, d_model, layers)
+        made.widths = None  # of a pruned one
+        return made
     config = t5_config(2, d_model or teacher.d_model, layers or 1)
     if d_model is None:
         for name in ("d_kv", "num_heads", "d_ff", "feed_forward_proj", "is_gated_act", "dense_act_fn"):
             setattr(config, name, getattr(teacher, name))
     if layers is None:
-        config.num_layers, config.num_decoder_layers = _half_as_deep(teacher)
+        config.num_layers, config.num_decoder_layers = (max(n // 2, 1) for n in depths_of(teacher).values())
     return config
 
 
-def _half_as_deep(config: Any) -> tuple[int, int]:
-    return max(config.num_layers // 2, 1), max(config.num_decoder_layers // 2, 1)
+def depths_of(config: Any) -> dict[str, int]:
+    """Return the layers of each stack that a config says."""
+    return {stack: getattr(config, field) for stack, field in family_of(config).depths.items()}
 
 
 def smaller_config(config: Any, d_model: int | None, layers: int | None) -> Any:
@@ -95,20 +112,43 @@ def smaller_config(config: Any, d_model: int | None, layers: int | None) -> Any:
     """
     if getattr(config, "widths", None) is not None:
         raise ValueError("student_init: a pruned teacher, whose layers differ in width, cannot be sliced, give random")
-    depth = config.num_layers if is_enct5(config) else min(config.num_layers, config.num_decoder_layers)
-    encoder_layers, decoder_layers = (layers, layers) if layers else _half_as_deep(config)
-    d_model, layers = d_model or config.d_model, layers or 1
-    for name, given, largest in (("d_model", d_model, config.d_model), ("layers", layers, depth)):
-        if given > largest:
+    depth = min(depths_of(config)[stack] for stack in compared_stacks(config))
+    sizes = (("d_model", d_model, config.hidden_size), ("layers", layers, depth))
+    for name, given, largest in sizes:
+        if given is not None and given > largest:
             expected = f"at most {largest}, the teacher's, to be sliced from it"
             raise ValueError(f"student_{name}: expected {expected}, got {given} (--student_init random allows any)")
-    smaller = copy.deepcopy(config)
-    smaller.num_heads = max(config.num_heads * d_model // config.d_model, 1)
-    smaller.d_ff = max(config.d_ff * d_model // config.d_model, 1)
-    smaller.d_model, smaller.num_layers = d_model, encoder_layers
-    smaller.num_decoder_layers = config.num_decoder_layers if is_enct5(config) else decoder_layers
-    smaller.dropout_rate = 0.0
-    return smaller
+    return _resized(config, d_model, layers)
+
+
+def _resized(config: Any, d_model: int | None, layers: int | None) -> Any:
+    """Return a config with other sizes, see `smaller_config`; raises ValueError if heads would not be as wide."""
+    made, row, width = copy.deepcopy(config), family_of(config), config.hidden_size
+    if d_model is not None:
+        for name in row.shrinks:
+            if (its := getattr(config, name)) is not None:
+                setattr(made, name, max(its * d_model // width, 1))
+        heads = {name: (getattr(made, name), getattr(config, name)) for name in row.heads}
+        made.hidden_size, keys = d_model, heads.pop("num_key_value_heads", None)
+        if keys is not None or getattr(config, "head_dim", None) is None:  # heads and width go together
+            step = max(width // math.gcd(width, its) for _, its in heads.values())
+            if d_model % step:
+                expected = f"a multiple of {step}, as heads stay as wide as the teacher's"
+                raise ValueError(f"student_d_model: expected {expected}, got {d_model}")
+        queries = next(iter(heads.values()))
+        if keys is not None and (queries[0] % keys[0] or queries[0] // keys[0] > queries[1] // keys[1]):
+            groups = f"{queries[1] // keys[1]} heads of queries for one of keys, as the teacher's"
+            expected = f"a width at which there are at most {groups}"
+            raise ValueError(f"student_d_model: expected {expected}, got {d_model}: {queries[0]} for {keys[0]}")
+    for stack in compared_stacks(config):
+        its = depths_of(config)[stack]
+        setattr(made, row.depths[stack], mine := layers or max(its // 2, 1))
+        if kinds := getattr(config, "layer_types", None):  # sliding or full attention
+            made.layer_types = [kinds[min(matched_layer(i, mine, its), its - 1)] for i in range(mine)]
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(made, name, 0.0)
+    return made
 
 
 @torch.no_grad()
@@ -118,7 +158,9 @@ def slice_teacher(student: Any, teacher: Any) -> None:
     Layer i of the student, from 0, comes from layer round(i * L_T / L_S) of the teacher, so the first, which holds the
     relative-position bias of its stack, from the first. Vectors, as those of layer norms, keep their first entries.
     Where both models' heads are equally wide, the top-left part of a projection is the teacher's first heads; where
-    not, it cuts through them. A student of the teacher's own shape becomes its copy.
+    not, it cuts through them. Of a projection to queries, keys and values at once it is that of each, and of queries
+    that share a head of keys the first of each such group. What is not learnt, as sinusoids, stays the student's.
+    A student of the teacher's own shape becomes its copy.
     Raises ValueError if the student is larger somewhere, or another variant of T5: another feed-forward layer, a head
     tied in one model only, another vocabulary or other buckets of relative positions.
     """
@@ -130,22 +172,52 @@ def slice_teacher(student: Any, teacher: Any) -> None:
         expected, given = (getattr(model.config, name, None) for model in (teacher, student))
         if given != expected:
             raise ValueError(f"student: expected the teacher's {name}, {expected!r}, to slice it, got {given!r}")
-    sources = dict(teacher.named_parameters(remove_duplicate=False))
-    for name, parameter in student.named_parameters():
-        source = sources[_teacher_name(name, student, teacher)]
-        if any(mine > its for mine, its in zip(parameter.shape, source.shape, strict=True)):
-            most, got = tuple(source.shape), tuple(parameter.shape)
+    sources = dict([*teacher.named_parameters(remove_duplicate=False), *teacher.named_buffers()])
+    saved = student.state_dict().keys()
+    for name, mine in (*student.named_parameters(), *student.named_buffers()):
+        if name not in saved or (isinstance(mine, torch.nn.Parameter) and not mine.requires_grad):
+            continue
+        source = sources.get(_teacher_name(name, student, teacher))
+        if source is None:
+            raise ValueError(f"student: expected a model of the teacher's kind, to slice it, got one with {name}")
+        if any(size > most for size, most in zip(mine.shape, source.shape, strict=True)):
+            most, got = tuple(source.shape), tuple(mine.shape)
             raise ValueError(f"student: expected {name} of at most {most}, the teacher's shape, to slice it, got {got}")
-        parameter.copy_(gathered(source)[tuple(map(slice, parameter.shape))])
+        whole, blocks = gathered(source), _blocks(name, student, teacher)
+        for dim, size in enumerate(mine.shape):
+            few, many = blocks.get(dim - mine.dim(), (1, 1))
+            whole = whole.unflatten(dim, (many, -1))[(slice(None),) * dim + (slice(few), slice(size // few))]
+            whole = whole.flatten(dim, dim + 1)
+        mine.copy_(whole)
+
+
+def _blocks(name: str, student: Any, teacher: Any) -> dict[int, tuple[int, int]]:
+    """Return of a parameter's dimensions, counted from the last, as how many blocks they lie side by side, if not one.
+
+    The student's and the teacher's blocks: the first of these, each cut.
+    """
+    mine, its = (getattr(model.config, "num_key_value_heads", 1) for model in (student, teacher))
+    for attention in family(student).attentions.values():
+        module, _, kind = name.rpartition(".")
+        if module.endswith(attention.inner) and len(attention.inner) == 1:
+            return {-1: (3, 3)}
+        if module.endswith(attention.inner[0]):
+            return {-2 if kind == "weight" else -1: (mine, its)}
+        if module.endswith(attention.outer) and kind == "weight":
+            return {-1: (mine, its)}
+    return {}
 
 
 def _teacher_name(name: str, student: Any, teacher: Any) -> str:
     """Return the name of the teacher's parameter that one of the student's is sliced from."""
-    match = re.match(r"(encoder|decoder)\.block\.(\d+)\.(.*)", name)
-    if match is None:
-        return name
-    stack, layer, rest = match.groups()
-    depths = [len(getattr(model, stack).block) for model in (student, teacher)]
-    if depths[0] > depths[1]:
-        raise ValueError(f"student: expected at most {depths[1]} {stack} layers, the teacher's, got {depths[0]}")
-    return f"{stack}.block.{matched_layer(int(layer), *depths)}.{rest}"
+    for stack, path in family(student).stacks.items():
+        base = "" if student.base_model is student else student.base_model_prefix
+        before = "".join(f"{part}." for part in (base, *path) if part)
+        if not name.startswith(before):
+            continue
+        layer, _, rest = name[len(before) :].partition(".")
+        depths = [len(layers(model, stack)) for model in (student, teacher)]
+        if depths[0] > depths[1]:
+            raise ValueError(f"student: expected at most {depths[1]} {stack} layers, the teacher's, got {depths[0]}")
+        return f"{before}{matched_layer(int(layer), *depths)}.{rest}"
+    return name

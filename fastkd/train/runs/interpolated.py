@@ -8,9 +8,9 @@ from typing import Any
 from ..common.errors import InputError
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
-from ..models.loading import load_config
+from ..models.student import depths_of
 from ..stages.folders import are_used, check_outside, places
-from ..stages.given import load_given
+from ..stages.given import load_configs, load_given
 from ..stages.identity import check_same_run, identity
 from ..stages.planning import planned_config
 from ..stages.prepare import heading
@@ -28,18 +28,19 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     interrupted goes on with `--resume_from_checkpoint last` in whichever of the two it was.
     """
     (out, cache), resuming = places(flags, args), args.resume_from_checkpoint is not None
-    method, teacher = flags.objective, load_config(str(flags.teacher), "teacher")
+    method, teacher = flags.objective, load_configs(flags)[0]["teacher"]
     width, layers = flags.assistant_d_model, flags.assistant_layers
     try:  # of both runs, before the first of them
         student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
-        layers = layers or round((teacher.num_layers + student.num_layers) / 2)
+        depths = [next(iter(depths_of(config).values())) for config in (teacher, student)]
+        layers = layers or round(sum(depths) / 2)
         if width is None and flags.student_d_model is not None:  # or it stays as wide as the teacher, too
-            width = max(64, round((teacher.d_model + student.d_model) / 128) * 64)
+            width = max(64, round((teacher.hidden_size + student.hidden_size) / 128) * 64)
         assistant = planned_config(method, teacher, width, layers)
         method.check_fits(assistant, teacher)
-        method.check_fits(planned_config(method, assistant, flags.student_d_model, student.num_layers), assistant)
+        method.check_fits(planned_config(method, assistant, flags.student_d_model, depths[1]), assistant)
     except ValueError as error:
-        who = f"{width or teacher.d_model} wide of {layers} layers a side"
+        who = f"{width or teacher.hidden_size} wide of {layers} layers a side"
         raise InputError(f"--{error} (with an assistant {who})") from error
     alone: dict[str, Any] = {"interpolated": False, "assistant_layers": None, "assistant_d_model": None}
     overwriting = flags.overwrite_output_dir or resuming
@@ -47,9 +48,7 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     flags = replace(flags, cache_dir=str(cache), overwrite_output_dir=overwriting, **alone)
     parts = {
         "assistant": replace(flags, student_layers=layers, student_d_model=width),
-        "student": replace(
-            flags, student_layers=student.num_layers, teacher=str(out / "assistant"), teacher_dtype="float32"
-        ),
+        "student": replace(flags, student_layers=depths[1], teacher=str(out / "assistant"), teacher_dtype="float32"),
     }
     for name, part in parts.items():
         folder = out / name

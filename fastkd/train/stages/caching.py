@@ -17,7 +17,7 @@ import fastkd
 
 from ..common.cache import key
 from ..common.errors import InputError, writing
-from ..common.family import is_enct5
+from ..common.family import kind_of
 from ..common.processes import by_first, count, is_first, of_all
 from ..data.corruption import IGNORED
 from ..data.examples import Chunks
@@ -85,18 +85,18 @@ def cached_teacher(run: Run, teacher: Teacher) -> CachedTeacher:
 
 def _vocabulary(config: Any) -> int:
     """Return for how many tokens, or classes, a model's head has a score."""
-    return len(config.id2label) if is_enct5(config) else config.vocab_size
+    return len(config.id2label) if kind_of(config) == "classifier" else config.vocab_size
 
 
 def _begun(run: Run, teacher: Teacher, folder: Path, kind: Kind, fits: dict[str, Any]) -> tuple[Manifest, list[int]]:
     """Return what a folder is to hold, and which shards are missing, all where it was empty; say what it will take."""
     store, config = Store.find(folder, fits), teacher.config
     lengths = valid_lengths(run.data.train, fits["epochs"])
-    size = kind.bytes(config.d_model, _vocabulary(config), getattr(torch, fits["computed in"]))
+    size = kind.bytes(config.hidden_size, _vocabulary(config), getattr(torch, fits["computed in"]))
     if store is None:
         positions = int(lengths.sum())
         shard = max(1, SHARD_BYTES * len(lengths) // max(1, positions * size))
-        of = {"teacher": run.flags.teacher or "trained on the same data", "width": config.d_model}
+        of = {"teacher": run.flags.teacher or "trained on the same data", "width": config.hidden_size}
         of |= {"bytes of a position": size, "fastkd": fastkd.__version__, "torch": torch.__version__}
         store = Store(folder, Manifest(fits, of, len(lengths), positions, shard, positions * size))
     manifest, missing = store.manifest, store.missing()

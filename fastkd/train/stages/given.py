@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,7 @@ def load_given(flags: FastkdArguments, args: TransformersArguments, cache: Path 
     if flags.teacher and method.uses_teacher:
         given.teacher = teacher_on_demand(flags, args, flags.teacher, configs["teacher"], cache)
     if flags.student:
-        given.student = load_weights(flags.student, "student", configs["student"])
+        given.student = load_weights(flags.student, "student", configs["student"], seed=args.seed)
     return given
 
 
@@ -180,6 +181,7 @@ def load_configs(flags: FastkdArguments, known: Mapping[str, Any] | None = None)
                 raise InputError(f"the teacher {flags.teacher} has no head for classes: expected one as {way} makes")
             config.architectures = [type(config).__name__.removesuffix("Config") + KINDS[kind].auto[len("AutoModel") :]]
             if kind == "classifier":
+                warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of the head to come
                 config.id2label, config.label2id = {}, {}
     return configs, kind
 

@@ -21,7 +21,7 @@ from .given import Given
 
 
 def planned_config(method: Method, teacher: Any, d_model: int | None, layers: int | None) -> Any:
-    """Return the `T5Config` that a new student will have, but for its vocabulary; teacher: that of its teacher, if any.
+    """Return the config that a new student will have, but for its vocabulary; teacher: that of its teacher, if any.
 
     Raises ValueError if it cannot be sliced from the teacher.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import datasets
 from ..common.family import family_of
 from ..data.pairs import Pairs, class_labels
 from ..models.architectures import enct5_config, enct5_from
-from ..models.student import is_tied, new_model, slice_teacher
+from ..models.student import is_tied, new_model, slice_teacher, with_classes
 from ..models.tokenizer import padded_size
 from ..objectives.methods import Method
 from ..report.outcome import Outcome
@@ -43,8 +44,8 @@ def train_student(
         run = dataclasses.replace(run, data=_labelled(run, teacher if method.needs_teacher else None))
     data = run.data
     student = copy.deepcopy(run.given.student)  # another student of the same run starts from it too
-    if student is not None and run.given.kind == "classifier" and family_of(student.config).name == "T5":
-        student = enct5_from(student, data.classes)
+    if student is not None and run.given.kind == "classifier":
+        student = _with_head(student, data.classes, run)
     if student is None:
         student = new_student(run, teacher)
         if teacher and method.student_init == "slice":
@@ -61,6 +62,17 @@ def train_student(
     outcome = judge(run, trainer, name)
     end_reports(trainer)
     return trainer, outcome
+
+
+def _with_head(student: Any, classes: Sequence[str], run: Run) -> Any:
+    """Return a student that was given as a classifier: itself, or with a new head if it has none."""
+    if family_of(student.config).name == "T5":
+        return enct5_from(student, classes)
+    if student.config.num_labels:
+        return student
+    head = f"classes {', '.join(classes[:9])}" if classes else "numbers"
+    print(f"student {run.flags.student} has no head for {head}: it starts with a random one")
+    return with_classes(student, classes or ["score"], run.args.seed)
 
 
 def _labelled(run: Run, teacher: Teacher | None) -> Data:
@@ -90,7 +102,9 @@ def new_student(run: Run, teacher: Teacher | None) -> Any:
     config = planned_config(flags.objective, its, flags.student_d_model, flags.student_layers)
     if teacher and flags.objective.student_init == "slice":
         return new_model(config, seed, tied=is_tied(teacher.model))
-    config.vocab_size = its.vocab_size if its is not None else padded_size(data.tokenizer)
-    config.pad_token_id = config.decoder_start_token_id = data.tokenizer.pad_token_id
-    config.eos_token_id = data.tokenizer.eos_token_id
-    return new_model(enct5_config(config, data.classes) if data.classes else config, seed)
+    if family_of(config).name.endswith("T5"):
+        config.vocab_size = its.vocab_size if its is not None else padded_size(data.tokenizer)
+        config.pad_token_id = config.decoder_start_token_id = data.tokenizer.pad_token_id
+        config.eos_token_id = data.tokenizer.eos_token_id
+        config = enct5_config(config, data.classes) if data.classes else config
+    return new_model(config, seed)
