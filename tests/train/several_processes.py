@@ -70,7 +70,7 @@ SLEEP = 25  # seconds, well beyond the patience of those who wait
 
 def sleep_over_data() -> None:
     """Make process 0 hang while it alone prepares data for all."""
-    prepare._sides = lambda *_: time.sleep(SLEEP)  # type: ignore[assignment, return-value]
+    prepare.sides_of = lambda *_: time.sleep(SLEEP)  # type: ignore[assignment, return-value]
 
 
 def sleep_over_a_step() -> None:

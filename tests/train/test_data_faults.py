@@ -25,7 +25,7 @@ from fastkd.train.data.encoding import tokenize
 from fastkd.train.data.sources import read_rows
 from fastkd.train.flags.arguments import parse
 from fastkd.train.models.tokenizer import texts_of, train_tokenizer
-from fastkd.train.stages import prepare
+from fastkd.train.stages import prepare, sides
 from fastkd.train.stages.prepare import Data, get_data
 
 SYLLABLES = ["ta", "re", "mon", "sil", "ver", "ka", "lo", "phi", "der", "ing", "ous", "un"]
@@ -242,7 +242,7 @@ def test_a_file_is_hashed_and_parsed_once(
 ) -> None:
     path = lines(tmp_path / "t.jsonl", classified(2100))
     flags = ["--task", "classification", "--train_file", path]
-    hashed, parsed = counting(monkeypatch, prepare, "content_digest"), counting(monkeypatch, formats.json, "loads")
+    hashed, parsed = counting(monkeypatch, sides, "content_digest"), counting(monkeypatch, formats.json, "loads")
     tokenised = counting(monkeypatch, data_module, "tokenize")
     first = get(*flags)
     assert hashed == [str(path)]

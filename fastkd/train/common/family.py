@@ -87,6 +87,7 @@ class Family:
     depths: the config's field for the number of layers of each stack. shrinks: those that shrink as the width does;
     heads: those of them that count heads. classifier: the head of a model that tells classes apart, "" for its output
     embedding. prunes: whether there are classes for what is left of its models when they are pruned.
+    pads_positions: whether the first ones are those of padding.
     """
 
     name: str
@@ -100,6 +101,12 @@ class Family:
     heads: tuple[str, ...]
     classifier: str = ""
     prunes: bool = False
+    pads_positions: bool = False
+
+    def positions(self, config: Any) -> int | None:
+        """Return how many tokens a model has positions for, None if it needs none."""
+        known: int | None = getattr(config, "max_position_embeddings", None)
+        return known - config.pad_token_id - 1 if known and self.pads_positions else known
 
 
 def _attention(module: str, inner: str, outer: str) -> Attention:
@@ -163,7 +170,7 @@ FAMILIES: tuple[Family, ...] = (
         ("encoder_attention_heads", "decoder_attention_heads"),
     ),
     _BERT,
-    replace(_BERT, name="RoBERTa", model_types=("roberta",), classifier="classifier.out_proj"),
+    replace(_BERT, name="RoBERTa", model_types=("roberta",), classifier="classifier.out_proj", pads_positions=True),
     Family(
         "DistilBERT",
         ("distilbert",),
@@ -220,6 +227,11 @@ def kind_of(config: Any) -> str:
     told = {"ForSequenceClassification": "classifier", "ForMaskedLM": "masked"}
     found = next((kind for ending, kind in told.items() if names[0].endswith(ending)), family.kinds[0])
     return found if found in family.kinds else family.kinds[0]
+
+
+def has_types(config: Any) -> bool:
+    """Return whether a model reads to which of two texts a token belongs."""
+    return getattr(config, "type_vocab_size", 0) > 1
 
 
 def is_enct5(config: Any) -> bool:

@@ -57,13 +57,17 @@ class Spans:
     Raises InputError if chunks of `length` tokens need more sentinels than the tokenizer has.
     """
 
+    is_even = True  # whether each chunk gives as many labels
+
     def __init__(self, tokenizer: Any, length: int, whole_words: bool = False):
         self.length = length
         self.eos: int = tokenizer.eos_token_id
         spans = span_counts(length)[1]
         ids = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(spans)])
         if None in ids or tokenizer.unk_token_id in ids:
-            raise InputError(f"chunks of {length} tokens need {spans} sentinels; the tokenizer has fewer")
+            raise InputError(
+                f"chunks of {length} tokens need {spans} sentinels; the tokenizer has fewer, or, if no T5's, none"
+            )
         self.sentinels = np.array(ids, dtype=np.int64)
 
     def __call__(self, tokens: np.ndarray, seed: Sequence[int]) -> Item:
@@ -81,6 +85,8 @@ class Masks:
     Of those 80 % become the mask, and 10 % any other token. whole_words: choose words instead, as long as they do not
     exceed the 15 %. The frame of a text stands around a chunk, beyond its `length`.
     """
+
+    is_even = False
 
     def __init__(self, tokenizer: Any, length: int, whole_words: bool = False):
         self.length, self.frame, self.mask = length, frame_of(tokenizer), tokenizer.mask_token_id
@@ -127,6 +133,8 @@ def _begin_words(pieces: Sequence[str]) -> np.ndarray:
 
 class Nothing:
     """No corruption: every token of a chunk is a label, in its own place, but the first, which nothing foretells."""
+
+    is_even = True
 
     def __init__(self, tokenizer: Any, length: int, whole_words: bool = False):
         self.length = length

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from ..common.errors import InputError, one_line
 from ..models.tokenizer import special_tokens
+from .columns import LANGUAGES
 
 PROBE = "a"  # a text by which a tokenizer shows what it puts around texts
 Ids = list[int]
@@ -51,6 +52,21 @@ def frame_of(tokenizer: Any, *, is_target: bool = False, of_pairs: bool = False)
         raise InputError(f"the tokenizer makes {whole} of {PROBE!r}, and {inner} without special tokens: expected both")
     first, last = starts[0], starts[-1]
     return Frame(tuple(whole[:first]), tuple(whole[first + size : last]), tuple(whole[last + size :]))
+
+
+def set_languages(tokenizer: Any, *languages: str | None) -> None:
+    """Let a tokenizer frame sources and targets by the codes of these languages, as mBART's: its codes, or LANGUAGES.
+
+    Raises InputError, naming the flags, for a language of which it has no code, or several.
+    """
+    codes = sorted(name for name in special_tokens(tokenizer) if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}", name))
+    for side, flag, language in zip(("src_lang", "tgt_lang"), ("source_lang", "target_lang"), languages, strict=True):
+        short = next((code for code, word in LANGUAGES.items() if language == word), language)
+        fits = [code for code in codes if code == short] or [code for code in codes if code.split("_")[0] == short]
+        if len(fits) != 1:
+            some = ", ".join(fits or codes[:6])
+            raise InputError(f"--{flag}: expected a language of the tokenizer, such as {some}, got {language!r}")
+        setattr(tokenizer, side, fits[0])
 
 
 def tokenize(tokenizer: Any, texts: list[str], *, is_target: bool = False) -> list[Ids]:

@@ -113,6 +113,12 @@ class Pairs(Dataset):
     def __getitem__(self, index: int) -> Item:
         return pair_item(self.is_causal, **self.ids[index])
 
+    def answers(self, tokenizer: Any, texts: list[str]) -> list[list[int]]:
+        """Return the "labels" of other targets, whole: texts that a model wrote."""
+        end = [tokenizer.eos_token_id] * self.is_causal
+        made = tokenizer(text_target=texts, add_special_tokens=not self.is_causal)["input_ids"]
+        return [[*ids, *end] for ids in made]
+
     def select(self, indices: Sequence[int]) -> Pairs:
         """Return the examples with these numbers."""
         return Pairs(self.rows.select(indices), self.is_causal)

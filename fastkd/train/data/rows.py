@@ -9,9 +9,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from ..common.errors import InputError
+from .columns import Bound, Columns, Texts
 from .formats import Row
 from .sources import Files, Rows, arrow_file, blocks, streamed
-from .tasks import Bound, Columns, Part, Task
+from .tasks import Part, Task
 
 SAMPLE_SEED = 20  # fixed, whatever --seed is, so that runs compare
 FEW_CLASSES = 100  # different targets of a task; more are texts
@@ -46,15 +47,23 @@ def _learnt(part: Part, columns: Columns) -> Iterator[Row | None]:
     rows, (used, texts) = _bound(task, rows, columns)
     is_empty = True
     for row in rows.select_columns(used):
-        made = texts(row)
-        is_empty &= not all(made)
-        yield dict(zip(task.features, (*made, title), strict=False)) if all(made) else None
+        made = _columns(task, title, texts(row), columns)
+        is_empty &= made is None
+        yield made
     if is_empty:
         raise _nothing(task, title)
 
 
+def _columns(task: Task, title: str, texts: Texts, columns: Columns) -> Row | None:
+    """Return what a model learns from the texts of a row, None if one is missing; a second source may be."""
+    if not all(texts[:2]):
+        return None
+    values = texts if task.is_text else (*texts[:2], title, *texts[2:], "")
+    return dict(zip(task.features(columns), values, strict=False))
+
+
 def _nothing(task: Task, title: str) -> InputError:
-    return InputError(f"{title}: no row has " + ("a text" if len(task.features) == 1 else "both a source and a target"))
+    return InputError(f"{title}: no row has " + ("a text" if task.is_text else "both a source and a target"))
 
 
 def store(parts: Sequence[Part], path: Path, *, columns: Columns) -> tuple[Dataset, int]:
@@ -74,7 +83,7 @@ def store(parts: Sequence[Part], path: Path, *, columns: Columns) -> tuple[Datas
                 else:
                     yield row
 
-    with arrow_file(path, parts[0][0].features) as write:
+    with arrow_file(path, parts[0][0].features(columns)) as write:
         for block in blocks(kept()):
             write({name: [row[name] for row in block] for name in block[0]})
     return Dataset.from_file(str(path)), dropped
@@ -85,11 +94,12 @@ def stream(task: Task, rows: Rows, *, columns: Columns) -> IterableDataset:
     rows, (used, texts) = _bound(task, rows, columns, streaming=True)
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
-        made = [texts(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
-        kept = [(*row, task.name) for row in made if all(row)]
-        return {name: [row[i] for row in kept] for i, name in enumerate(task.features)}
+        every = (texts(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
+        made = [row for row in (_columns(task, task.name, each, columns) for each in every) if row is not None]
+        return {name: [row[name] for row in made] for name in task.features(columns)}
 
-    made = streamed(rows, used).map(convert, batched=True, remove_columns=used, features=task.features)
+    features = task.features(columns)
+    made = streamed(rows, used).map(convert, batched=True, remove_columns=used, features=features)
     if next(iter(made), None) is None:
         raise _nothing(task, task.name)
     return made

@@ -1,61 +1,34 @@
-"""What a row of data teaches: TASKS turns rows into pairs of source and target text, all in T5's text-to-text format.
-
-GLUE follows Raffel et al. (2020, arXiv 1910.10683), appendix D: the task's name and the names of its fields before
-their texts, and labels as words.
-"""
+"""What a row of data teaches: TASKS, and where the rows of GLUE's are."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import datasets
-from datasets import ClassLabel, Features, Value
+from datasets import Features, Value
 
 from ..common.errors import InputError
-from .formats import Row
+from .columns import (
+    DOCUMENTS,
+    GLUE_FIELDS,
+    LABEL_WORDS,
+    SOURCES,
+    SUMMARIES,
+    TARGETS,
+    Bind,
+    Columns,
+    chat,
+    classification,
+    glue,
+    label_words,
+    plain_text,
+    similarity,
+    translation,
+    two_columns,
+)
 from .sources import Rows, is_saved, read_hub, read_rows
-
-TEXT_FEATURES = Features({"text": Value("string")})
-PAIR_FEATURES = Features({name: Value("string") for name in ("source", "target", "task")})
-
-LANGUAGES = {
-    "ar": "Arabic", "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fi": "Finnish", "fr": "French",
-    "hi": "Hindi", "it": "Italian", "ja": "Japanese", "ko": "Korean", "nl": "Dutch", "pl": "Polish",
-    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "tr": "Turkish", "zh": "Chinese",
-}  # fmt: skip
-
-# The columns taken where the user names none, the first that there is.
-TEXTS = ("text", "sentence", "document", "content", "review")
-SOURCES = ("source", "input", "inputs", "question", "prompt", "instruction", "text")
-TARGETS = ("target", "output", "outputs", "targets", "answer", "response", "completion")
-DOCUMENTS = ("document", "article", "text", "dialogue", "body", "source", "input")
-SUMMARIES = ("summary", "highlights", "abstract", "title", "target", "output")
-LABELS = ("label", "labels", "class", "category", "target")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the user says about the data's columns; None leaves it to the guesses above.
-
-    source_prefix: put before every source, in place of the task's own. source_lang, target_lang: codes ("en") or words.
-    """
-
-    text_column: str | None = None
-    source_column: str | None = None
-    target_column: str | None = None
-    label_column: str | None = None
-    source_prefix: str | None = None
-    source_lang: str | None = None
-    target_lang: str | None = None
-
-
-Texts = tuple[str, ...]  # (source, target) or (text,); "" where the row has none
-Bound = tuple[list[str], Callable[[Row], Texts]]  # the columns that are read, and the function of a row of them
-Bind = Callable[[dict[str, Any], Columns], Bound]  # from what each column holds, and the user's Columns
 
 
 @dataclass(frozen=True)
@@ -75,184 +48,16 @@ class Task:
     parts: tuple[str, ...] = ()
 
     @property
-    def features(self) -> Features:
-        """The columns that a model learns from."""
-        return TEXT_FEATURES if self.name == "span_corruption" else PAIR_FEATURES
+    def is_text(self) -> bool:
+        """Whether texts alone are learnt from."""
+        return self.bind is plain_text
+
+    def features(self, columns: Columns) -> Features:
+        """Return the columns that a model learns from."""
+        names = ["text"] if self.is_text else ["source", "target", "task", *["pair"] * columns.format.has_pairs]
+        return Features(dict.fromkeys(names, Value("string")))
 
 
-# From rows to pairs ----------------------------------------------------------------------------------------------
-
-
-def _chosen(names: Collection[str], given: str | None, guesses: Sequence[str], flag: str) -> str:
-    """Return the column that the user gave, or the first guess that exists; flag: how the user would name another."""
-    if given is not None and given not in names:
-        raise InputError(f"--{flag}: no column {given!r} (columns: {', '.join(names)})")
-    found = [name for name in ([given] if given is not None else guesses) if name in names]
-    if not found:
-        raise InputError(
-            f"no column for --{flag}: expected {' or '.join(guesses)}, got the columns {', '.join(names)}; name one"
-        )
-    return found[0]
-
-
-def _text(row: Row, column: str) -> str:
-    """Return a value as text without white space around it, "" for a missing one."""
-    value = row.get(column)
-    if value is None or value != value:  # NaN, of floats or decimals
-        return ""
-    if isinstance(value, list | dict | bytes):
-        raise InputError(f"column {column!r} holds a {type(value).__name__}, expected text: {str(value)[:60]!r}")
-    return str(value).strip()
-
-
-def _prefixed(prefix: str, text: str) -> str:
-    return prefix + text if text else ""
-
-
-def _plain_text(features: dict[str, Any], columns: Columns) -> Bound:
-    """Bind the user's column, "text", or the only one of strings."""
-    strings = [name for name, held in features.items() if held in (Value("string"), Value("large_string"))]
-    guesses = ["text"] if "text" in features or len(strings) != 1 else strings
-    column = _chosen(features, columns.text_column, guesses, "text_column")
-    if column not in strings:
-        raise InputError(f"column {column!r} holds no text (columns of text: {', '.join(strings) or 'none'})")
-    return [column], lambda row: (_text(row, column),)
-
-
-def _two_columns(sources: Sequence[str], targets: Sequence[str], prefix: str = "") -> Bind:
-    def bind(features: dict[str, Any], columns: Columns) -> Bound:
-        source = _chosen(features, columns.source_column or columns.text_column, sources, "source_column")
-        target = _chosen(features, columns.target_column, [t for t in targets if t != source], "target_column")
-        before = prefix if columns.source_prefix is None else columns.source_prefix
-        return [source, target], lambda row: (_prefixed(before, _text(row, source)), _text(row, target))
-
-    return bind
-
-
-def _language(keys: Iterable[str], language: str) -> str | None:
-    """Return the key that is a language's code, or its name."""
-    return next((key for key in keys if language in (key, LANGUAGES.get(key))), None)
-
-
-def _translation(features: dict[str, Any], columns: Columns) -> Bound:
-    """Bind rows of {"translation": {code: text}}, of one column per language code, or of sources and targets."""
-    nested = columns.source_column is None and "translation" in features
-    keys = _languages_of(features["translation"]) if nested else [name for name in features if name in LANGUAGES]
-    given = columns.source_lang, columns.target_lang
-    guessed = tuple(keys) if len(keys) == 2 and given == (None, None) else given
-    if None in guessed and (columns.source_prefix is None or nested):
-        found = f" (found {', '.join(sorted(keys))})" if keys else ""
-        raise InputError(f"translation: expected --source_lang and --target_lang{found}")
-    source, target = (_language(keys if nested else features, str(lang)) for lang in guessed)
-    if nested and (source is None or target is None):
-        raise InputError(
-            f"translation: no {guessed[0]} to {guessed[1]} in the data (languages: {', '.join(sorted(keys))})"
-        )
-    if not nested:
-        source = _chosen(features, columns.source_column or source, SOURCES, "source_column")
-        target = _chosen(features, columns.target_column or target, TARGETS, "target_column")
-    words = [LANGUAGES.get(str(lang), str(lang)) for lang in guessed]
-    prefix = f"translate {words[0]} to {words[1]}: " if columns.source_prefix is None else columns.source_prefix
-
-    def pair(row: Row) -> Texts:
-        texts = (row["translation"] or dict.fromkeys(keys)) if nested else row
-        return _prefixed(prefix, _text(texts, str(source))), _text(texts, str(target))
-
-    return ["translation"] if nested else [str(source), str(target)], pair
-
-
-def _languages_of(feature: Any) -> list[str]:
-    """Return the keys of a "translation" column, in order."""
-    if isinstance(feature, datasets.Translation):
-        return list(feature.languages)
-    if not isinstance(feature, dict):
-        raise InputError("column 'translation' holds no texts by language: expected {'en': ..., 'es': ...}")
-    return list(feature)
-
-
-def _classification(features: dict[str, Any], columns: Columns) -> Bound:
-    """Bind texts and labels; the numbers of a ClassLabel become its names, and -1, which means no label, ""."""
-    source = _chosen(features, columns.text_column or columns.source_column, TEXTS, "text_column")
-    label = _chosen(features, columns.label_column or columns.target_column, LABELS, "label_column")
-    feature = features[label]
-    prefix = columns.source_prefix or ""
-
-    def pair(row: Row) -> Texts:
-        target = _text(row, label)
-        if isinstance(feature, ClassLabel) and target:
-            target = feature.int2str(int(target)) if int(target) >= 0 else ""
-        return _prefixed(prefix, _text(row, source)), target
-
-    return [source, label], pair
-
-
-def _glue(name: str, fields: dict[str, Sequence[str]], label: Sequence[str], words: Callable[[Any], str]) -> Bind:
-    """Return the Bind of a GLUE task. fields: T5's name of each text -> the columns it may be in; words: see labels."""
-
-    def bind(features: dict[str, Any], columns: Columns) -> Bound:
-        texts = {field: _chosen(features, None, guesses, field) for field, guesses in fields.items()}
-        target = _chosen(features, columns.label_column, label, "label_column")
-
-        def pair(row: Row) -> Texts:
-            parts = {field: _text(row, column) for field, column in texts.items()}
-            source = " ".join([name, *(f"{field}: {text}" for field, text in parts.items())])
-            return source if all(parts.values()) else "", words(_text(row, target))
-
-        return [*texts.values(), target], pair
-
-    return bind
-
-
-def _label_words(name: str, *labels: str) -> Callable[[str], str]:
-    """Return the function from a label, as its number or itself, to its word; "" for none ("", "-1" or "-")."""
-
-    def word(label: str) -> str:
-        if label in labels or label == "":
-            return label
-        if label in ("-", "-1"):
-            return ""
-        number = label.removesuffix(".0")  # tables with missing values often hold floats
-        if not number.isascii() or not number.isdigit() or int(number) >= len(labels):
-            raise InputError(
-                f"{name}: unknown label {label!r} (labels: {', '.join(labels)}, or 0 to {len(labels) - 1})"
-            )
-        return labels[int(number)]
-
-    return word
-
-
-def _similarity(score: str) -> str:
-    """Return a score of STS-B rounded to the nearest 0.2, "3.8", as T5 does; "" for none ("" or -1, of test sets)."""
-    try:
-        value = float(score or "-1")
-    except ValueError:
-        value = math.nan
-    if value == -1:
-        return ""
-    if not 0 <= value <= 5:
-        raise InputError(f"stsb: expected a score from 0 to 5, got {score!r}")
-    return f"{round(value * 5) / 5:.1f}"
-
-
-# The order of two fields is T5's, alphabetical. The columns: those of the hub, then those of GLUE's own files.
-_SENTENCES = {"sentence1": ("sentence1", "#1 String"), "sentence2": ("sentence2", "#2 String")}
-LABEL_WORDS = {
-    "sst2": ("negative", "positive"),
-    "mrpc": ("not_equivalent", "equivalent"),
-    "qqp": ("not_duplicate", "duplicate"),
-    "mnli": ("entailment", "neutral", "contradiction"),
-    "qnli": ("entailment", "not_entailment"),
-    "rte": ("entailment", "not_entailment"),
-}
-_GLUE_FIELDS: dict[str, tuple[dict[str, Sequence[str]], tuple[str, ...]]] = {
-    "sst2": ({"sentence": ("sentence",)}, ("label",)),
-    "mrpc": ({**_SENTENCES}, ("label", "Quality")),
-    "stsb": ({**_SENTENCES}, ("label", "score")),
-    "qqp": ({"question1": ("question1",), "question2": ("question2",)}, ("label", "is_duplicate")),
-    "mnli": ({"hypothesis": ("hypothesis", "sentence2"), "premise": ("premise", "sentence1")}, ("label", "gold_label")),
-    "qnli": ({"question": ("question",), "sentence": ("sentence",)}, ("label",)),
-    "rte": ({**_SENTENCES}, ("label",)),
-}
 _GLUE_FOLDERS = {
     "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI", "qnli": "QNLI", "rte": "RTE"
 }  # fmt: skip
@@ -260,12 +65,12 @@ _GLUE_METRICS = {"mrpc": ("f1", "accuracy"), "qqp": ("f1", "accuracy"), "stsb": 
 
 
 def _glue_task(name: str) -> Task:
-    words = _label_words(name, *LABEL_WORDS[name]) if name in LABEL_WORDS else _similarity
+    words = label_words(name, *LABEL_WORDS[name]) if name in LABEL_WORDS else similarity
     return Task(
         name,
-        f"GLUE's {_GLUE_FOLDERS[name]} in T5's format",
+        f"GLUE's {_GLUE_FOLDERS[name]}, of T5 and causal models in T5's format",
         _GLUE_METRICS.get(name, ("accuracy",)),
-        _glue(name, *_GLUE_FIELDS[name], words),
+        glue(name, *GLUE_FIELDS[name], words),
         ("mnli_matched", "mnli_mismatched") if name == "mnli" else (name,),
     )
 
@@ -274,17 +79,45 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in [
-        Task("span_corruption", "T5's pre-training task on plain texts", (), _plain_text),
+        Task("span_corruption", "T5's pre-training task on plain texts", (), plain_text),
+        Task("masked_lm", "BERT's pre-training task on plain texts", (), plain_text),
+        Task("causal_lm", "plain texts, each token from those before it", (), plain_text),
         Task(
-            "text2text", "any source text to any target text", ("exact_match", "rougeL"), _two_columns(SOURCES, TARGETS)
+            "text2text", "any source text to any target text", ("exact_match", "rougeL"), two_columns(SOURCES, TARGETS)
         ),
-        Task("summarization", "documents to summaries", _ROUGE, _two_columns(DOCUMENTS, SUMMARIES, "summarize: ")),
-        Task("translation", "one language to another", ("bleu", "chrf"), _translation),
-        Task("classification", "texts to the words of their labels", ("accuracy", "f1"), _classification),
-        *map(_glue_task, _GLUE_FIELDS),
-        Task("glue", "all seven tasks of GLUE above", ("glue_mean",), parts=tuple(_GLUE_FIELDS)),
+        Task("summarization", "documents to summaries", _ROUGE, two_columns(DOCUMENTS, SUMMARIES, "summarize: ")),
+        Task("chat", "conversations, the assistant's last turn to be written", ("exact_match", "rougeL"), chat),
+        Task("translation", "one language to another", ("bleu", "chrf"), translation),
+        Task("classification", "texts to the words of their labels", ("accuracy", "f1"), classification),
+        *map(_glue_task, GLUE_FIELDS),
+        Task("glue", "all seven tasks of GLUE above", ("glue_mean",), parts=tuple(GLUE_FIELDS)),
     ]
 }
+
+
+def matched(theirs: Sequence[str], found: Collection[str], task: str) -> list[str]:
+    """Return the classes of a model, in its order, by the names that the data has for them.
+
+    theirs: the model's names, which are those of the data in any case, or mere numbers ("LABEL_0"), which are GLUE's
+    (LABEL_WORDS) or those that the data itself gives. Raises InputError for a class of the data that is none of them.
+    """
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\W_]+", "_", name.casefold())
+
+    usual = LABEL_WORDS.get(task, [str(i) for i in range(len(theirs))])
+    names = {plain(name): name for name in found}
+    classes = [names.get(plain(name), name) for name in theirs]
+    if [re.sub(r"(?i)^label_?", "", name) for name in theirs] == [str(i) for i in range(len(usual))]:
+        classes = classes if {*found} <= {*classes} else list(usual)
+        print(f"the model's classes {', '.join(theirs)} are taken for {', '.join(classes)}, in this order")
+    if not {*found} <= {*classes} or len({*classes}) < len(classes):
+        own, given = (", ".join(sorted(some)[:9]) for some in (theirs, found))
+        raise InputError(
+            f"the model has no head for {task}: its classes are {own}, the data's {given}: expected the same names, in "
+            "the id2label of its config.json"
+        )
+    return classes
 
 
 def figure_names(task: Task, present: Collection[str] | None = None) -> list[str]:

@@ -26,7 +26,8 @@ _EITHER = (
 )  # fmt: skip
 _OF_PAIRS = "source_column target_column source_prefix source_lang target_lang"
 _NOT_READ = {
-    "span_corruption": "max_source_length max_target_length",
+    **dict.fromkeys(("span_corruption", "masked_lm", "causal_lm"), "max_source_length max_target_length"),
+    "chat": "text_column target_column label_column source_prefix source_lang target_lang",
     "text2text": "label_column source_lang target_lang",
     "summarization": "label_column source_lang target_lang",
     "translation": "text_column label_column",
@@ -70,8 +71,8 @@ def check(
         raise InputError(f"--interpolated: {flags.method} has no teacher, so nothing comes between")
     if flags.interpolated and not flags.teacher:
         raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
-    if flags.labelled_examples and (flags.streaming or flags.task == "span_corruption" or method.prunes):
-        raise InputError("--labelled_examples needs pairs in memory: no --streaming, span_corruption or pruning")
+    if flags.labelled_examples and (flags.streaming or TASKS[flags.task].is_text or method.prunes):
+        raise InputError(f"--labelled_examples needs pairs in memory: no --streaming, {flags.task} or pruning")
     if flags.streaming and flags.embedded_data:
         raise InputError("--streaming needs --train_file or --dataset_name: embedded data fits into memory")
     if flags.streaming and args.dataloader_num_workers > 1:
@@ -92,8 +93,8 @@ def _check_transformers(flags: FastkdArguments, args: Seq2SeqTrainingArguments) 
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if (getattr(args, name, None) or {}).get("use_reentrant"):
             raise InputError(f"--{name}: use_reentrant is not supported, states are captured on the way")
-    if flags.task == "span_corruption" and args.train_sampling_strategy != "random":
-        raise InputError("--train_sampling_strategy has no effect with span_corruption: chunks are equally long")
+    if TASKS[flags.task].is_text and args.train_sampling_strategy != "random":
+        raise InputError(f"--train_sampling_strategy has no effect with {flags.task}: chunks are equally long")
     figures = figure_names(TASKS[flags.task])
     if flags.selection_metric not in (None, "token_accuracy", *figures):
         names = ", ".join(["token_accuracy", *figures])
@@ -112,7 +113,7 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
     Files of flags may serve many runs; but the layout of data and the ways of pruning are of one, wherever it was said.
     """
     task, terms, of_method = TASKS[flags.task], method.terms, f"with --method {flags.method}, "
-    is_text, glue, no_term = flags.task == "span_corruption", is_glue(task), f"{of_method}none of whose terms it is for"
+    is_text, glue, no_term = task.is_text, is_glue(task), f"{of_method}none of whose terms it is for"
     diverges = "logit_kl" in terms or ("mixup_kd" in terms and method.mixup_distance == "divergence")
     divergence, has_beta = method.divergence_in_words, set(WITH_BETA) & set(method.divergences)
     prunes, picks = method.prunes, "assistants truncation tradeoff_lambda sandwich_size"
@@ -143,6 +144,7 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
         (of_teacher, not flags.train_teacher, "without --train_teacher"),
         ("teacher_dtype teacher_sharding", not has_teacher, f"{of_method}which has no teacher"),
         ("teacher_cache_dir teacher_cache_epochs", not flags.teacher_cache, "without --teacher_cache"),
+        ("whole_word_masking", flags.task != "masked_lm", reads),
         ("teacher_cache_epochs", not is_text, f"{reads}: pairs are the same in every epoch"),
         ("student_layers student_d_model student_init", flags.student, "beside --student, which is the student"),
         ("student_layers student_d_model", prunes, "with a student that is its teacher pruned: give --target_sparsity"),

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  # fastkd's, known without torch
 WITH_BETA = ("jsd", "skew_kl", "skew_reverse_kl")
 EMBEDDED_DATA = {  # the tasks it suits
-    "docs": ("span_corruption", "text2text", "summarization", "classification"),
+    "docs": ("span_corruption", "masked_lm", "causal_lm", "text2text", "summarization", "classification"),
     "dates": ("text2text",),
 }
 GLUE = ("sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # of sparsities; 0 is the teacher itself
-TASKS = ("span_corruption", "text2text", "summarization", "translation", "classification", *GLUE, "glue")
+TASKS = ("span_corruption", "masked_lm", "causal_lm", "text2text", "summarization", "chat", "translation",
+         "classification", *GLUE, "glue")  # fmt: skip
 
 
 def _flag(default: Any, help: str, choices: Sequence[str] = (), **bounds: float) -> Any:
@@ -178,6 +179,7 @@ class DataArguments:
     target_lang: str | None = _flag(None, "language to translate to, such as es")
     source_prefix: str | None = _flag(None, "what every source begins with; without it, the task's own as in T5")
     sequence_length: int = _flag(128, "tokens per chunk of text, before span corruption", least=8)
+    whole_word_masking: bool = _flag(False, "mask all of a word or nothing, in masked_lm")
     max_source_length: int | None = _flag(
         None, "tokens of a source, what is more is cut; without it, the model's, but 128 of embedded data", least=2)
     max_target_length: int | None = _flag(

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ...heads import Head
-from ..common.family import KINDS
+from ..common.family import KINDS, has_types
 from ..common.processes import is_first, of_all, own_part
 from ..models.anatomy import kind, logits
 from ..models.sharding import is_sharded
@@ -85,7 +85,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             items: dict[str, Any] = {"input_ids": [list(sources[i]) for i in batch]}
-            items |= {"token_type_ids": [list(token_types[i]) for i in batch]} if token_types else {}
+            if token_types and has_types(model.config):
+                items["token_type_ids"] = [list(token_types[i]) for i in batch]
             side = "left" if of_kind == "causal" else "right"
             inputs = dict(tokenizer.pad(items, return_tensors="pt", padding_side=side).to(device))
             if of_kind == "classifier":

@@ -163,7 +163,7 @@ def _text2text(outputs: Texts, targets: Texts) -> Figures:
 
 
 _FIGURES: dict[str, Callable[[Texts, Texts], Figures]] = {
-    "text2text": _text2text,
+    **dict.fromkeys(("text2text", "chat"), _text2text),
     "summarization": _rouge("rouge1", "rouge2", "rougeL", "rougeLsum"),
     "translation": _translation,
     "classification": _classification,

@@ -120,7 +120,7 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
         "dataset_config": flags.dataset_config,
         **data.facts,
         "held_out_data": held_out_digest(data),
-        "tokens_per_chunk": flags.sequence_length if flags.task == "span_corruption" else None,
+        "tokens_per_chunk": flags.sequence_length if data.task.is_text else None,
         "source_prefix": _source_prefix(run) or None,
         **signatures([data.task.name], data.held_out_rows["target"]),
         "decoding": f"{args.generation_num_beams} beams" if (args.generation_num_beams or 1) > 1 else "greedy",

@@ -55,7 +55,7 @@ def digest(model: Any) -> str:
 def held_out_digest(data: Any) -> str:
     """Return a fingerprint of what held-out figures are of: a run's targets, or for texts its chunks of tokens."""
     rows, column = data.held_out_rows, "target"
-    if data.task.name == "span_corruption":
+    if data.task.is_text:
         rows, column = data.held_out.chunks, "input_ids"
     found = hashlib.sha256()
     for block in rows.select_columns([column]).iter(1000):

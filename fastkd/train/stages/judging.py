@@ -6,7 +6,6 @@ from itertools import chain
 from typing import Any
 
 from ..common import endings
-from ..common.family import KINDS
 from ..judge import cost
 from ..judge.evaluate import generate
 from ..judge.metrics import score_rows
@@ -28,7 +27,7 @@ def score(run: Run, model: Any, title: str | None) -> tuple[dict[str, float], li
     """Return (the task's figures, outputs) of what a model writes for all held-out examples; no figures for texts."""
     rows = run.data.held_out_rows
     outputs = written(run, model, rows, title)
-    return {} if _is_text(run) or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
+    return {} if run.data.task.is_text or not outputs else score_rows(rows["task"], outputs, rows["target"]), outputs
 
 
 def written(run: Run, model: Any, rows: Any, title: str | None) -> list[str]:
@@ -37,8 +36,8 @@ def written(run: Run, model: Any, rows: Any, title: str | None) -> list[str]:
     if kind(model) == "masked":
         return []
     special = set(special_tokens(data.tokenizer).values())
-    kept = special if _is_text(run) else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
-    return generate(
+    kept = special if run.data.task.is_text else special.intersection(chain.from_iterable(data.held_out_rows["labels"]))
+    texts = generate(
         model,
         data.tokenizer,
         rows["input_ids"],
@@ -48,11 +47,9 @@ def written(run: Run, model: Any, rows: Any, title: str | None) -> list[str]:
         title=title,
         **decoding(run),
     )
-
-
-def _is_text(run: Run) -> bool:
-    """Return whether a run learns from texts alone."""
-    return run.data.task.name in {of.corruption for of in KINDS.values()}
+    # A model may call its classes otherwise than the data.
+    names = dict(zip(model.config.id2label.values(), data.classes, strict=False)) if data.classes else {}
+    return [names.get(text, text) for text in texts]
 
 
 def judge(run: Run, trainer: DistillTrainer, name: str) -> Outcome:

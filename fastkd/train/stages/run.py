@@ -35,5 +35,5 @@ def data_seed(args: TransformersArguments) -> int:
 def with_data(flags: FastkdArguments, args: TransformersArguments, cache: Path, given: Given) -> Run:
     """Return a run with the data that its flags ask for, with classes for a classifier."""
     classifies = given.kind == "classifier"
-    data = get_data(flags, cache, data_seed(args), given.tokenizer, targets_are_written=not classifies)
+    data = get_data(flags, cache, data_seed(args), given.tokenizer, given.kind, [*given.configs.values()])
     return Run(flags, args, cache, given, with_classes(data, given.classes) if classifies else data)

@@ -89,10 +89,10 @@ def _labelled(run: Run, teacher: Teacher | None) -> Data:
         if args.max_steps > 0:
             others = others.take(min(args.max_steps * examples_per_step(args), len(others)))
         texts = written(run, teacher.model, others, "the teacher's answers")
-        labels = class_labels(texts, data.classes) if data.classes else data.tokenizer(text_target=texts)["input_ids"]
+        labels = class_labels(texts, data.classes) if data.classes else data.train.answers(data.tokenizer, texts)
         answers = datasets.Dataset.from_dict({**others.to_dict(), "target": texts, "labels": labels}, rows.features)
         known = datasets.concatenate_datasets([known, answers])
-    return dataclasses.replace(data, train=Pairs(known))
+    return dataclasses.replace(data, train=Pairs(known, data.train.is_causal))
 
 
 def new_student(run: Run, teacher: Teacher | None) -> Any:

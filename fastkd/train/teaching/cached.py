@@ -87,7 +87,9 @@ def collated(collate: Callable[..., Item]) -> Callable[[Sequence[dict[str, Any]]
 def valid_lengths(examples: Chunks | Pairs, epochs: int) -> np.ndarray:
     """Return how many positions of each example, in the order of their numbers, have a label."""
     if isinstance(examples, Chunks):
-        return np.full(len(examples) * epochs, len(examples[0]["labels"]))
+        known = 1 if examples.corrupt.is_even else len(examples) * epochs
+        counts = [int((examples[i]["labels"] != IGNORED).sum()) for i in range(known)]
+        return np.resize(counts, len(examples) * epochs)
     lengths = []
     for block in examples.ids.with_format("arrow").iter(10_000):
         labels = block["labels"].combine_chunks()

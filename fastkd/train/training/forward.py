@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ...heads import gathered
-from ..common.family import PLACES, is_enct5
+from ..common.family import PLACES, has_types, is_enct5
 from ..models.anatomy import family, head_of, kind, layers, stack
 from ..models.capture import capture_given, capture_hidden, capture_qkv
 from ..objectives.methods import Method
@@ -84,7 +84,8 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
     ids = {"": inputs["input_ids"]}
     if reads_text:
         ids["decoder_"] = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-    beside = {name: inputs.get(name) for name in ("attention_mask", "token_type_ids") if name in inputs}
+    names = ["attention_mask", *["token_type_ids"] * has_types(model.config)]  # a tokenizer may serve others too
+    beside = {name: inputs.get(name) for name in names if name in inputs}
     beside |= {"use_cache": False} if "decoder" in family(model).stacks else {}
     if mixup is None or not needs.mixed:
         return {**{f"{side}input_ids": tokens for side, tokens in ids.items()}, **beside}
