@@ -102,7 +102,7 @@ def test_losses_are_equal_to_the_bit(make_run: Any, tiny: Any, kind: str, precis
     assert len(losses) == 6 and losses == again
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
     dtype = torch.bfloat16 if precision else torch.float32
-    assert cached.store.read(0)["hidden"].dtype == dtype and cached.head.dtype == torch.float32
+    assert cached.store.read(0)["hidden"].dtype == dtype and cached.head.weight.dtype == torch.float32
 
 
 @pytest.mark.long

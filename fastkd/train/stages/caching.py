@@ -62,6 +62,8 @@ def cached_teacher(run: Run, teacher: Teacher) -> CachedTeacher:
         "temperature": method.temperature if kind.entries else None,
     }
     known = _vocabulary(teacher.config)
+    if kind.entries and known == 1:
+        raise InputError(f"--teacher_cache {kind}: the teacher's one output is a number: expected hidden")
     if kind.name == "topk" and kind.entries > known:
         raise InputError(f"--teacher_cache {kind}: the teacher has a vocabulary of {known}: expected at most {known}")
     folder = Path(flags.teacher_cache_dir) if flags.teacher_cache_dir else run.cache / f"teacher_cache-{key(fits)}"
@@ -128,9 +130,9 @@ def _fill(run: Run, teacher: Teacher, store: Store, kind: Kind, missing: list[in
     trainer = make_trainer(run, teacher.model, "teacher", method=METHODS["scratch"])
     model: Any = trainer.model
     model.eval()
-    weight: Any = head_of(model).weight
+    head = head_of(model)
     if is_first() and kind.name == "hidden" and store.head is None:
-        store.write_head(weight.cpu())
+        store.write_head(head)
     dtype, each = getattr(torch, store.manifest.fits["computed in"]), store.manifest.examples_per_shard
     rank = dist.get_rank() if count() > 1 else 0
     mine, turns = missing[rank :: count()], -(-len(missing) // count())
@@ -152,7 +154,7 @@ def _fill(run: Run, teacher: Teacher, store: Store, kind: Kind, missing: list[in
             states = states.to(dtype) if kind.name == "hidden" else states
             given = [row[mask.to(row.device)] for row, mask in zip(states, valid, strict=True)][: len(some)]
             seeds = [(run.seed, number) for number in some]
-            found |= zip(some, kind.keep(given, weight, run.flags.objective.temperature, seeds), strict=True)
+            found |= zip(some, kind.keep(given, head, run.flags.objective.temperature, seeds), strict=True)
             bar.update(len(some) if turn < len(mine) else 0)
         if turn < len(mine):
             kept = [found[number] for number in items]

@@ -13,9 +13,13 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
+import fastkd
+
+from ..common.family import kind_of
 from ..data.corruption import IGNORED, Item
 from ..data.examples import Chunks
 from ..data.pairs import Pairs
+from ..objectives.terms import aligned_labels
 from .kinds import Kind
 from .store import Store
 
@@ -26,14 +30,14 @@ NUMBERS = "examples"  # in a batch: which of the training data it holds
 class CachedTeacher:
     """What a trainer reads of a teacher that is not there.
 
-    config: the teacher's. head: its weight [V, H] where states are kept. epochs: of span corruption, kept. temperature:
+    config: the teacher's. head: its own where states are kept. epochs: of corruptions, kept. temperature:
     of what was kept.
     """
 
     store: Store
     config: Any
     kind: Kind
-    head: torch.Tensor | None
+    head: fastkd.Head | None
     epochs: int
     temperature: float = 1.0
 
@@ -44,22 +48,25 @@ class CachedTeacher:
 
     def to(self, device: torch.device) -> CachedTeacher:
         """Return the same with its head on a device."""
-        return self if self.head is None else dataclasses.replace(self, head=self.head.to(device))
+        if self.head is None:
+            return self
+        moved = (part.to(device) if isinstance(part, torch.Tensor) else part for part in self.head)
+        return dataclasses.replace(self, head=fastkd.Head(*moved))
 
     def read(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return what the loss reads of a batch from `Numbered`: what the head is given, [B, L, H], and its weight.
+        """Return what the loss reads of a batch from `Numbered`: what the head is given, [B, L, H], and the head.
 
         Or a `fastkd.TopK` [B, L, K], and None.
         """
-        labels = inputs["labels"]
+        valid = aligned_labels(kind_of(self.config), inputs) != IGNORED
         kept = [self.store.read(number) for number in inputs[NUMBERS]]
-        return {"hidden": (self.kind.read(kept, labels.shape[1], labels.device, self.temperature), self.head)}
+        return {"hidden": (self.kind.read(kept, valid, self.temperature), self.head)}
 
 
 class Numbered(Dataset):
     """Training examples that say their numbers, of which there is one for each that is kept.
 
-    epochs: after how many span corruption begins again with what it drew in the first. Items are those of `examples`,
+    epochs: after how many corruption begins again with what it drew in the first. Items are those of `examples`,
     and under NUMBERS the number.
     """
 
@@ -85,7 +92,7 @@ def collated(collate: Callable[..., Item]) -> Callable[[Sequence[dict[str, Any]]
 
 
 def valid_lengths(examples: Chunks | Pairs, epochs: int) -> np.ndarray:
-    """Return how many positions of each example, in the order of their numbers, have a label."""
+    """Return how many positions of each example, in the order of their numbers, have a label; of chunks the first's."""
     if isinstance(examples, Chunks):
         known = 1 if examples.corrupt.is_even else len(examples) * epochs
         counts = [int((examples[i]["labels"] != IGNORED).sum()) for i in range(known)]

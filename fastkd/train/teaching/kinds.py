@@ -10,6 +10,8 @@ import torch
 
 import fastkd
 
+from ..models.anatomy import logits
+
 KINDS = ("hidden", "topk", "sampled")
 Columns = dict[str, torch.Tensor]
 
@@ -44,47 +46,47 @@ class Kind:
         return self.entries * (_ids(vocabulary).itemsize + 2) + (4 if self.name == "topk" else 0)
 
     def keep(
-        self, states: Sequence[torch.Tensor], head: torch.Tensor, temperature: float, seeds: Sequence[Sequence[int]]
+        self, states: Sequence[torch.Tensor], head: fastkd.Head, temperature: float, seeds: Sequence[Sequence[int]]
     ) -> list[Columns]:
-        """Return what is kept of examples, of which the head [V, H] is given states [positions, H], on the CPU.
+        """Return what is kept of examples, of which the head is given states [positions, H], on the CPU.
 
         seeds: of what is drawn, of each example, so that it is the same in any batch.
         """
         if self.name == "hidden":
             return [{"hidden": state.cpu()} for state in states]
+        vocabulary, dtype = len(head.weight), head.weight.dtype
         if self.name == "topk":
-            joined = torch.cat(list(states)).to(head.dtype)
-            top = _columns(fastkd.TopK.from_hidden(joined, head, self.entries, temperature=temperature), len(head))
+            joined = torch.cat(list(states)).to(dtype)
+            top = _columns(fastkd.TopK.from_hidden(joined, head, self.entries, temperature=temperature), vocabulary)
             parts = {name: column.split([len(state) for state in states]) for name, column in top.items()}
             return [{name: part[i] for name, part in parts.items()} for i in range(len(states))]
         found = []
         for state, seed in zip(states, seeds, strict=True):
             number = int.from_bytes(hashlib.sha256(repr(tuple(seed)).encode()).digest()[:7], "big")
             generator = torch.Generator(state.device).manual_seed(number)
-            logits = torch.nn.functional.linear(state.to(head.dtype), head)
-            drawn = fastkd.TopK.sampled(logits, self.entries, temperature=temperature, generator=generator)
-            found.append(_columns(drawn, len(head)))
+            scores = logits(state.to(dtype), head)
+            drawn = fastkd.TopK.sampled(scores, self.entries, temperature=temperature, generator=generator)
+            found.append(_columns(drawn, vocabulary))
         return found
 
-    def read(
-        self, kept: Sequence[Columns], length: int, device: torch.device, temperature: float
-    ) -> torch.Tensor | fastkd.TopK:
-        """Return what was kept of the examples of a batch, padded to `length` [B, L, ...]: by 0, or by no entries.
+    def read(self, kept: Sequence[Columns], valid: torch.Tensor, temperature: float) -> torch.Tensor | fastkd.TopK:
+        """Return what was kept of a batch's examples, [B, L, ...], where it is valid [B, L]; elsewhere 0, or no entries.
 
-        On the CPU until it is whole, as no device is to wait for lengths.
+        It goes to the device as it lies and is put in its places there, so that nothing waits for where these are.
         """
         fillers = {"indices": -1, "log_probs": -torch.inf}
-        padded = {}
-        for name, first in kept[0].items():
-            whole = first.new_full((len(kept), length, *first.shape[1:]), fillers.get(name, 0))
-            for row, columns in zip(whole, kept, strict=True):
-                row[: len(columns[name])] = columns[name]
-            padded[name] = whole.to(device, non_blocking=True)
+        places = valid.flatten().cumsum(0).sub(1).clamp_min(0)  # of each position, in all that was kept
+        found = {}
+        for name in kept[0]:
+            joined = torch.cat([columns[name] for columns in kept]).to(valid.device, non_blocking=True)
+            whole = joined[places].unflatten(0, valid.shape)
+            dropped = ~valid.view(*valid.shape, *[1] * (whole.dim() - 2))
+            found[name] = whole.masked_fill(dropped, fillers.get(name, 0))
         if self.name == "hidden":
-            return padded["hidden"]
+            return found["hidden"]
         tail = "bucket" if self.name == "topk" else "ignore"
-        ids = padded["indices"].int()
-        return fastkd.TopK(ids, padded["log_probs"].float(), tail, padded.get("tail_log_prob"), temperature)
+        ids = found["indices"].int()
+        return fastkd.TopK(ids, found["log_probs"].float(), tail, found.get("tail_log_prob"), temperature)
 
 
 def _columns(top: fastkd.TopK, vocabulary: int) -> Columns:

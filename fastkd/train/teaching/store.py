@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ...heads import Head
 from ..common.cache import lock_folder, write_whole
 from ..common.errors import InputError
 from ..common.processes import by_first, is_first
@@ -104,13 +105,20 @@ class Store:
         return [shard for shard in range(self.manifest.shards) if not _is_whole(self._path(shard))]
 
     @property
-    def head(self) -> torch.Tensor | None:
-        """The weight of the teacher's head, mapped; None where it is not there."""
-        return _tensors(self.folder / HEAD)["weight"] if _is_whole(self.folder / HEAD) else None
+    def head(self) -> Head | None:
+        """The teacher's head, mapped; None where it is not there. Those of older versions are a weight and no more."""
+        if not _is_whole(self.folder / HEAD):
+            return None
+        kept = _tensors(self.folder / HEAD)
+        cap = kept.get("softcap")
+        return Head(kept["weight"], kept.get("bias"), softcap=None if cap is None else float(cap))
 
-    def write_head(self, weight: torch.Tensor) -> None:
-        """Keep the weight of the teacher's head."""
-        write_whole(self.folder / HEAD, save({"weight": weight.contiguous()}))
+    def write_head(self, head: Head) -> None:
+        """Keep the teacher's head, with what follows it."""
+        kept = {"weight": head.weight, "bias": head.bias}
+        kept |= {} if head.softcap is None else {"softcap": torch.tensor(head.softcap, dtype=torch.float64)}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.items() if tensor is not None}
+        write_whole(self.folder / HEAD, save(tensors))
 
     def write(self, shard: int, columns: Mapping[str, torch.Tensor], lengths: np.ndarray) -> None:
         """Keep what was said of the positions of a shard's examples, [positions, ...] in order; lengths: of each."""
