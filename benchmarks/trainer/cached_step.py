@@ -47,7 +47,7 @@ def cached(shape: Shape, text: str, teacher: Any, batch: dict[str, Tensor]) -> t
     lengths = [len(states) for states in given]
     store = Store(Path(tempfile.mkdtemp()), Manifest({}, {}, shape.batch, sum(lengths), shape.batch, 0))
     store.write(0, {name: torch.cat([columns[name] for columns in kept]) for name in kept[0]}, np.array(lengths))
-    head = head.detach() if kind.name == "hidden" else None
+    head = head._replace(weight=head.weight.detach()) if kind.name == "hidden" else None
     return CachedTeacher(store, teacher.config, kind, head, 1, temperature), {
         **batch,
         NUMBERS: list(range(shape.batch)),

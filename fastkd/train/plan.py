@@ -37,7 +37,7 @@ from .judge.memory import GpuAutocast, LiveStep
 from .minidisc.candidates import CandidateTrainer
 from .minidisc.prune import sliced, widths_at
 from .minidisc.rounds import trials_of
-from .models.anatomy import every_layer
+from .models.anatomy import every_layer, head_of
 from .models.architectures import parts
 from .models.student import new_model
 from .stages.given import load_configs
@@ -113,7 +113,7 @@ class _Kept(CachedTeacher):
     def read(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return states without numbers."""
         assert self.head is not None
-        shape = *inputs["labels"].shape, self.head.shape[-1]
+        shape = *inputs["labels"].shape, self.head.weight.shape[-1]
         return {"hidden": (torch.zeros(shape, dtype=self.dtype), self.head)}
 
 
@@ -190,9 +190,10 @@ def _trainer(flags: FastkdArguments, args: TransformersArguments, folder: str, f
             kept = Kind.parse(flags.teacher_cache)
             if kept.entries:
                 raise InputError(f"--teacher_cache {kept}: only hidden can be planned, which holds more")
-            head = teacher.get_output_embeddings().weight
+            head = head_of(teacher)
             shards: Any = None
-            teacher = _Kept(shards, teacher.config, kept, head, 1, 1.0, torch.bfloat16 if args.bf16 else head.dtype)
+            dtype: Any = torch.bfloat16 if args.bf16 else head.weight.dtype
+            teacher = _Kept(shards, teacher.config, kept, head, 1, 1.0, dtype)
         with fakes:
             trainer = kind(**options, model=student, teacher=teacher)
     except ValueError as error:  # of models that do not fit together
@@ -229,7 +230,7 @@ def step(flags: FastkdArguments, args: TransformersArguments, device: str) -> di
         for tensor in [x for state in update.state.values() for x in state.values() if isinstance(x, torch.Tensor)]:
             alive.count(tensor, "optimiser")
         is_kept = isinstance(teacher, CachedTeacher)
-        for parameter in () if teacher is None else [teacher.head] if is_kept else teacher.parameters():
+        for parameter in () if teacher is None else [teacher.head.weight] if is_kept else teacher.parameters():
             alive.count(parameter, "teacher's weights")
         forward = alive.at("loss", "student's activations", trainer.training_step)
         trainer._teachers = alive.at("teacher", "teacher's activations", trainer._teachers)

@@ -76,7 +76,6 @@ def generate(
     order = own_part(order) if shares else order
     answers: dict[int, str] = {}
     of_kind, own = kind(model), getattr(model, "generation_config", None)  # a classifier has none
-    filler = _filler(tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None) or max_new_tokens + 1
     if KINDS[of_kind].answers:
         model.generation_config = _decoding(model, tokenizer, max_new_tokens, num_beams)
@@ -109,19 +108,6 @@ def generate(
     return [answers[i] for i in range(len(sources))]
 
 
-def _filler(tokenizer: Any) -> int:
-    """Return the id of padding: GPT-2 has none of its own."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
-def _padded(rows: Sequence[Sequence[int]], filler: int, on_the_left: bool) -> torch.Tensor:
-    """Return rows as a tensor [N, L], filled up to the longest."""
-    most = max(map(len, rows))
-    fill = [[filler] * (most - len(row)) for row in rows]
-    pairs = zip(rows, fill, strict=True)
-    return torch.tensor([[*more, *row] if on_the_left else [*row, *more] for row, more in pairs])
-
-
 def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -> GenerationConfig:
     """Return how a model writes; one with a decoder of its own begins as the targets that it has learnt from do."""
     begins: dict[str, Any] = {}
@@ -135,7 +121,7 @@ def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
-        pad_token_id=_filler(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **begins,
     )

@@ -50,7 +50,7 @@ class CachedTeacher:
         """Return the same with its head on a device."""
         if self.head is None:
             return self
-        moved = (part.to(device) if isinstance(part, torch.Tensor) else part for part in self.head)
+        moved: Any = [part.to(device) if isinstance(part, torch.Tensor) else part for part in self.head]
         return dataclasses.replace(self, head=fastkd.Head(*moved))
 
     def read(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def collated(collate: Callable[..., Item]) -> Callable[[Sequence[dict[str, Any]]
 
 
 def valid_lengths(examples: Chunks | Pairs, epochs: int) -> np.ndarray:
-    """Return how many positions of each example, in the order of their numbers, have a label; of chunks the first's."""
+    """Return how many positions of each example, in the order of their numbers, have a label."""
     if isinstance(examples, Chunks):
         known = 1 if examples.corrupt.is_even else len(examples) * epochs
         counts = [int((examples[i]["labels"] != IGNORED).sum()) for i in range(known)]

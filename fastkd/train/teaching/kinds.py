@@ -54,7 +54,7 @@ class Kind:
         """
         if self.name == "hidden":
             return [{"hidden": state.cpu()} for state in states]
-        vocabulary, dtype = len(head.weight), head.weight.dtype
+        vocabulary, dtype = head.weight.shape[0], head.weight.dtype
         if self.name == "topk":
             joined = torch.cat(list(states)).to(dtype)
             top = _columns(fastkd.TopK.from_hidden(joined, head, self.entries, temperature=temperature), vocabulary)
@@ -70,7 +70,7 @@ class Kind:
         return found
 
     def read(self, kept: Sequence[Columns], valid: torch.Tensor, temperature: float) -> torch.Tensor | fastkd.TopK:
-        """Return what was kept of a batch's examples, [B, L, ...], where it is valid [B, L]; elsewhere 0, or no entries.
+        """Return what was kept of a batch's examples, [B, L, ...], where valid [B, L]; elsewhere 0, or no entries.
 
         It goes to the device as it lies and is put in its places there, so that nothing waits for where these are.
         """

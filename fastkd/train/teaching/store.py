@@ -115,8 +115,8 @@ class Store:
 
     def write_head(self, head: Head) -> None:
         """Keep the teacher's head, with what follows it."""
-        kept = {"weight": head.weight, "bias": head.bias}
-        kept |= {} if head.softcap is None else {"softcap": torch.tensor(head.softcap, dtype=torch.float64)}
+        cap = None if head.softcap is None else torch.tensor(head.softcap, dtype=torch.float64)
+        kept: dict[str, Any] = {"weight": head.weight, "bias": head.bias, "softcap": cap}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.items() if tensor is not None}
         write_whole(self.folder / HEAD, save(tensors))
 
