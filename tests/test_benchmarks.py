@@ -26,6 +26,7 @@ ROWS = {  # what each benchmark's tables list below fastkd, its limit last
     "ops.logit_kl_topk": ("reference", "eager", "copy"),
     "ops.relation_kl": ("reference", "torch.compile", "GEMMs"),
     "trainer.cached_step": ("uncached", "student alone"),
+    "trainer.causal_step": ("eager", "loss alone", "both models"),
     "trainer.prune": ("eager", "copy"),
     "trainer.train_step": ("eager", "both models"),
 }

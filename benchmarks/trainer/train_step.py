@@ -149,7 +149,7 @@ def gradients(loss: Tensor, of: Any) -> tuple[Tensor, ...]:
     return tuple(gradient for gradient in found if gradient is not None)
 
 
-def trainer_of(shape: Shape, student: Any, teacher: Any) -> Any:
+def trainer_of(shape: Any, student: Any, teacher: Any) -> Any:
     from fastkd.train.flags.arguments import TransformersArguments
     from fastkd.train.objectives.methods import METHODS
     from fastkd.train.training.trainer import DistillTrainer
@@ -161,15 +161,13 @@ def trainer_of(shape: Shape, student: Any, teacher: Any) -> Any:
 
 def models_alone(models: Sequence[Any], batch: dict[str, Tensor]) -> Run:
     """The forward passes of models without their heads, and the backward pass of the last from a sum of its states."""
-    from fastkd.train.models.capture import capture_given
+    from fastkd.train.training.forward import Needs, forward
 
     def run() -> tuple[Tensor, ...]:
         for model in models:
-            ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            with torch.set_grad_enabled(model is models[-1]), capture_given(model) as given:
-                model(**inputs, decoder_input_ids=ids, use_cache=False)
-        gradients(given[0].sum(), models[-1])
+            with torch.set_grad_enabled(model is models[-1]):
+                states, _ = forward(model, batch, Needs())["hidden"]
+        gradients(states.sum(), models[-1])
         return ()
 
     return run
