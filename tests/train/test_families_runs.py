@@ -1,0 +1,68 @@
+"""Whole runs of fastkd-train on every family: a student is distilled, loaded by plain transformers, and trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from families import TEXTS, folder
+
+from fastkd.train import cli
+from fastkd.train.common.family import KINDS
+
+ROWS = [
+    {"text": text, "source": text, "target": "the cat" if i % 2 else "a dog", "label": ("odd", "even")[i % 2],
+     "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "the cat"}]}
+    for i, text in enumerate(f"{number} {text}" for number in range(30) for text in TEXTS)
+]  # fmt: skip
+LANGUAGES = ["--source_lang", "en", "--target_lang", "ro", "--source_column", "source", "--target_column", "target"]
+# (model type, kind, flags of task and method)
+RUNS = {
+    "bart summarises by HSM": ("bart", "seq2seq", ["--task", "summarization", "--method", "hsm-cka"]),
+    "mbart translates": ("mbart", "seq2seq", ["--task", "translation", *LANGUAGES, "--method", "mlmkd"]),
+    "marian translates": ("marian", "seq2seq", ["--task", "translation", *LANGUAGES, "--method", "miniend-d"]),
+    "pegasus summarises": ("pegasus", "seq2seq", ["--task", "summarization", "--method", "miniend-e"]),
+    "bert fills masks by MiniLM": ("bert", "masked", ["--task", "masked_lm", "--method", "minilm"]),
+    "bert classifies by MixKD": ("bert", "classifier", ["--task", "classification", "--method", "mixkd"]),
+    "roberta fills masks by HSM": ("roberta", "masked", ["--task", "masked_lm", "--method", "hsm-linear"]),
+    "distilbert classifies": ("distilbert", "classifier", ["--task", "classification", "--method", "kd"]),
+    "gpt2 goes on by HSM": ("gpt2", "causal", ["--task", "causal_lm", "--method", "hsm-kd"]),
+    "qwen3 answers": ("qwen3", "causal", ["--task", "text2text", "--method", "mlmkd+minilm", "--relation_heads", "2"]),
+    "qwen2 chats": ("qwen2", "causal", ["--task", "chat", "--method", "kd"]),
+    "gemma2 goes on": ("gemma2", "causal", ["--task", "causal_lm", "--method", "mlmkd"]),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
+def test_a_student_is_distilled_loaded_and_trained_on(name: str, tmp_path: Path) -> None:
+    model_type, kind, flags = RUNS[name]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    auto, texts = getattr(transformers, KINDS[kind].auto), "--task" in flags and flags[1].endswith("_lm")
+    common = ["--train_file", rows, "--use_cpu", "--disable_tqdm", "true", "--cache_dir", tmp_path / "cache"]
+    common += ["--max_eval_examples", "8", "--eval_strategy", "no", "--save_strategy", "no"]
+    common += ["--sequence_length", "24"] if texts else []
+
+    def run(where: str, *words: object) -> dict[str, object]:
+        out = tmp_path / where
+        assert cli.main([str(word) for word in [*common, *words, "--output_dir", out]]) == 0, where
+        metrics: dict[str, object] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        made, found = auto.from_pretrained(out, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+        assert all(x.isfinite().all() for x in made.parameters())
+        transformers.AutoTokenizer.from_pretrained(out)
+        return metrics
+
+    task = flags[: flags.index("--method")]
+    first = folder(model_type, tmp_path / "first", kind if kind != "classifier" else None)
+    learn = ["--method", "scratch", "--learning_rate", "5e-3", "--max_steps", "40"]
+    run("teacher", *task, *learn, "--student", first)
+    metrics = run("student", *flags, "--teacher", tmp_path / "teacher", "--student_layers", "1", "--max_steps", "4")
+    assert "NaN" not in json.dumps(metrics)
+    run("again", *task, "--method", "scratch", "--student", tmp_path / "student", "--max_steps", "2")
+    loaded = [auto.from_pretrained(tmp_path / where) for where in ("student", "again")]
+    moved = [bool((a != b).any()) for a, b in zip(*(x.parameters() for x in loaded), strict=True)]
+    assert any(moved)
