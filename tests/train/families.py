@@ -230,8 +230,13 @@ def _tokenizer(model_type: str) -> Any:
 
 
 def tokenizer(model_type: str) -> Any:
-    """The tokenizer of a type, trained on TEXTS; whoever changes it (its languages, say) loads one from a folder."""
+    """The tokenizer of a type, trained on TEXTS, shared by all; whoever changes it makes a `new_tokenizer`."""
     return _tokenizer(_SAME.get(model_type, model_type))
+
+
+def new_tokenizer(model_type: str) -> Any:
+    """Another one just like it."""
+    return _TOKENIZERS[_SAME.get(model_type, model_type)]()
 
 
 def fitting(model_type: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def effective(*flags: Any) -> list[str]:
         *(TEACHER[::2] if not trains else []),
         *(SIZES[::2] if "student" in said or prunes else []),
         *(["--vocabulary_size"] if {"teacher", "student"} & said.keys() else []),
-        *(["--sequence_length"] if said.get("task", "span_corruption") != "span_corruption" else []),
+        *([] if said.get("task", "span_corruption").endswith(("_lm", "span_corruption")) else ["--sequence_length"]),
     }
     return [word for i, word in enumerate(words) if word not in idle and (not i or words[i - 1] not in idle)]
 

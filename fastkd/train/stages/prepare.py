@@ -255,14 +255,15 @@ def _tokenise(
     path, given, fact = folder / "rows.arrow", rows(), side.replace("-", "_")
     facts: dict[str, Any] = {f"{fact}_examples": len(given)}
     shown = next(blocks(given))
-    for column in sorted({"text", "source", "target"} & shown[0].keys()):
+    classifies = reading.get("kind") == "classifier"  # its targets are never written
+    for column in sorted({"text", "source", "pair", *["target"] * (not classifies)} & shown[0].keys()):
         check_known(tokenizer, [row[column] for row in shown], f"{side} data", f"{column}s")
     if TASKS[flags.task].is_text:
         length, frame = text_length(flags.task, tokenizer, lengths[0]), ends(flags.task, tokenizer)
         chunks = pack_to_arrow(tokenizer, given, length, path, f"{side} text", frame)
         facts[f"{fact}_chunks"] = len(chunks)
     else:
-        settings = {"cut_targets": flags.max_target_length is not None, "what": f"{side} data", **reading}
+        settings = {"cut_targets": classifies or flags.max_target_length is not None, "what": f"{side} data", **reading}
         _, counts = tokenize_pairs(given, tokenizer, lengths[0], lengths[1], path, **settings)
         facts |= {f"{fact}_sources_cut": counts.cut_sources, f"{fact}_targets_cut": counts.cut_targets}
         if counts.example:
