@@ -29,7 +29,7 @@ from transformers import T5Config
 from fastkd.ops.linear_kl import WORKSPACE_MB
 
 from .common.errors import InputError
-from .common.family import is_enct5
+from .common.family import KINDS
 from .data.corruption import span_counts
 from .flags.arguments import TransformersArguments, parse
 from .flags.fields import FastkdArguments
@@ -37,7 +37,7 @@ from .judge.memory import GpuAutocast, LiveStep
 from .minidisc.candidates import CandidateTrainer
 from .minidisc.prune import sliced, widths_at
 from .minidisc.rounds import trials_of
-from .models.anatomy import every_layer, head_of
+from .models.anatomy import every_layer, head_module, head_of, kind
 from .models.architectures import parts
 from .models.student import new_model
 from .stages.given import load_configs
@@ -132,8 +132,8 @@ def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any
     which of them matter. Raises ValueError for models that do not fit together.
     """
     method, teacher = flags.objective, None
-    given, kind = load_configs(flags, {k: v for k, v in PUBLISHED.items() if not Path(k).is_dir()})
-    config, its = configs(flags, method, given, kind, -(-flags.vocabulary_size // 128) * 128)
+    given, of_kind = load_configs(flags, {k: v for k, v in PUBLISHED.items() if not Path(k).is_dir()})
+    config, its = configs(flags, method, given, of_kind, -(-flags.vocabulary_size // 128) * 128)
     with fakes:
         if method.needs_teacher:
             auto = torch.float32 if method.prunes else its.dtype
@@ -154,20 +154,24 @@ def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any
         return sliced(student, candidates[min(candidates)]), teacher, candidates
 
 
-def batch(flags: FastkdArguments, args: TransformersArguments, one_label: bool) -> dict[str, torch.Tensor]:
-    """Return a batch of zeros, of pairs as long as the flags allow, which `data.pad` rounds up.
+def batch(flags: FastkdArguments, args: TransformersArguments, kind: str, most: int) -> dict[str, torch.Tensor]:
+    """Return a batch of zeros for models of a kind, of pairs as long as the flags allow, which `data.pad` rounds up.
 
-    one_label: as examples of an EncT5 have.
+    most: positions that the models have.
     """
     if flags.task == "span_corruption":
         noise, spans = span_counts(flags.sequence_length)
         lengths = {"input_ids": flags.sequence_length - noise + spans + 1, "labels": noise + spans + 1}
+    elif flags.task in {kind.corruption for kind in KINDS.values()}:
+        lengths = dict.fromkeys(("input_ids", "attention_mask", "labels"), flags.sequence_length)
     else:
         source = flags.max_source_length or (EMBEDDED_LENGTH if flags.embedded_data else MODEL_LENGTH)
         source, target = (-(-length // 8) * 8 for length in (source, flags.max_target_length or MODEL_LENGTH))
-        lengths = {"input_ids": source, "attention_mask": source, "labels": 1 if one_label else target}
+        lengths = {"input_ids": source, "attention_mask": source, "labels": 1 if kind == "classifier" else target}
+        if kind == "causal":  # whose answer stands behind the question
+            lengths = dict.fromkeys(lengths, source + target)
     examples = args.per_device_train_batch_size
-    return {name: torch.zeros(examples, length, dtype=torch.long) for name, length in lengths.items()}
+    return {name: torch.zeros(examples, min(n, most), dtype=torch.long) for name, n in lengths.items()}
 
 
 def _trainer(flags: FastkdArguments, args: TransformersArguments, folder: str, fakes: FakeTensorMode) -> Any:
@@ -222,9 +226,11 @@ def step(flags: FastkdArguments, args: TransformersArguments, device: str) -> di
             if "foreach" in group:  # as it is on a GPU without asking, which takes more
                 group["foreach"] = not on_cpu and not group.get("fused")
         for parameter in student.parameters():
+            alive.count(parameter, "student's weights")
+            if not parameter.requires_grad:  # sinusoids
+                continue
             parameter.grad = torch.empty_like(parameter)
             parameter.register_post_accumulate_grad_hook(lambda x: alive.count(x.grad, "gradients"))
-            alive.count(parameter, "student's weights")
         update.step()  # makes its state
         update.zero_grad()
         for tensor in [x for state in update.state.values() for x in state.values() if isinstance(x, torch.Tensor)]:
@@ -236,14 +242,15 @@ def step(flags: FastkdArguments, args: TransformersArguments, device: str) -> di
         trainer._teachers = alive.at("teacher", "teacher's activations", trainer._teachers)
         trainer._terms = alive.at("loss", "loss", trainer._terms)
         trainer.accelerator.backward = alive.at("backward", "student's activations", trainer.accelerator.backward)
-        examples, model = batch(flags, args, is_enct5(student.config)), trainer.accelerator.prepare_model(student)
+        positions = getattr(student.config, "max_position_embeddings", None) or sys.maxsize
+        examples, model = batch(flags, args, kind(student), positions), trainer.accelerator.prepare_model(student)
         with alive, contextlib.nullcontext() if on_cpu else GpuAutocast():
             for _ in range(min(args.gradient_accumulation_steps, 2)):  # the second beside the first one's gradients
                 forward(model, examples, torch.ones((), dtype=torch.long))
             alive.at("update", "optimiser", update.step)()
     if teacher is not None and not is_kept:
         alive.moments["teacher"]["its gathered"] = teacher.dtype.itemsize * _gathered(teacher)
-        alive.moments["loss"]["its gathered"] = teacher.get_output_embeddings().weight.nbytes
+        alive.moments["loss"]["its gathered"] = head_module(teacher).weight.nbytes
     gathered = 2 * (2 if args.bf16 or args.fp16 else 4) * _gathered(student)  # weights, and their gradients
     order = [moment for moment in ("teacher", "loss", "backward", "update") if moment in alive.moments]
     return {moment: {**alive.moments[moment], "gathered": gathered} for moment in order}

@@ -54,6 +54,9 @@ def test_a_checkpoint_that_tells_its_classes_is_asked_for_them() -> None:
     configs, kind = kinds("sst2", teacher=told, student=families.config("roberta"))
     assert kind == "classifier" and Given(configs, kind=kind).classes == ["no", "yes"]
     assert configs["student"].architectures == ["RobertaForSequenceClassification"]
+    assert list(configs["student"].id2label.values()) == ["", ""]
+    configs, kind = kinds("stsb", student=families.config("roberta"))  # a score has one output
+    assert configs["student"].num_labels == 1 and Given(configs, kind=kind).classes == [""]
     configs, kind = kinds("masked_lm", teacher=told)
     assert kind == kind_of(configs["teacher"]) == "masked" and not Given(configs, kind=kind).classes
 

@@ -135,7 +135,7 @@ def planned_trainer(
         objective["model"] = new_model(configs["student"], 0)
     trainer = (CandidateTrainer if candidates else DistillTrainer)(
         args=args,
-        train_dataset=Ids(plan.batch(ours, args, one_label="enct5" in flags), rows),
+        train_dataset=Ids(plan.batch(ours, args, "classifier" if "enct5" in flags else "seq2seq", 10**6), rows),
         data_collator=default_data_collator,
         **objective,
     )
@@ -296,7 +296,7 @@ def test_a_gpu_takes_powers_in_fp32_and_all_weights_at_once(tmp_path: Path) -> N
     flags += " --optim adamw_torch"
     by = {device: plan.plan(*parse(flags.split(), needs_data=False), device=device) for device in ("cpu", "cuda")}
     powers = [by[device].moments["teacher"]["teacher's activations"] for device in by]
-    tokens = plan.batch(*parse(flags.split(), needs_data=False), one_label=False)["input_ids"].numel()
+    tokens = plan.batch(*parse(flags.split(), needs_data=False), "seq2seq", 10**6)["input_ids"].numel()
     assert powers[1] - powers[0] == 2 * tokens * config.d_ff
     update = by["cuda"].moments["update"]
     rest = update["student's weights"] - 4 * 512 * 64  # the embedding, of another learning rate, is taken by itself

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ... import heads
 from ..common.family import KINDS, PLACES, Family, family_of, is_enct5, kind_of
@@ -102,7 +103,7 @@ def shape(config: Any) -> Shape:
 def _shape(settings: str) -> Shape:
     known = json.loads(settings)
     config = transformers.AutoConfig.for_model(known.pop("model_type"), **known)
-    with torch.device("meta"):
+    with unset_fake_temporarily(), torch.device("meta"):  # there may be fake tensors around, see plan.py
         return shape_of(auto_class(config).from_config(config))
 
 

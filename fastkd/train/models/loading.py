@@ -162,8 +162,8 @@ def load_weights(
 ) -> Any:
     """Return the model of a folder or a name, whose config that is, with every weight as it was saved.
 
-    But for a classifier of which the config says no classes, whose head may be missing: what is below it, but was not
-    saved, is random by the seed; see `student.with_classes`.
+    But for a classifier whose config names no class, whose head may be missing, see `student.with_classes`: what is
+    below it, but was not saved, is random by the seed.
 
     dtype: "auto" is that of the checkpoint if it is float32 or bfloat16, else float32: in float16 T5s overflow, and
     transformers clamps them without a word. shard_on: a device of each process over which the weights are to be
@@ -255,7 +255,7 @@ def _without_other_heads(config: Any, found: Mapping[str, Any]) -> dict[str, set
             prefix = f"{made.base_model_prefix}." if made.base_model is made else ""
             names[auto] = {before + key for before in ("", prefix) for key in made.state_dict()}
     keys["unexpected_keys"] -= set().union(*names.values())
-    if kind_of(config) == "classifier" and config.num_labels == 0:
+    if kind_of(config) == "classifier" and not any(config.id2label.values()):
         keys["missing_keys"] &= names[KINDS["masked"].auto]
     return keys
 

@@ -63,7 +63,7 @@ def new_model(config: Any, seed: int | None, tied: bool = True, dtype: torch.dty
 
 @torch.no_grad()
 def with_classes(model: Any, classes: Sequence[str], seed: int) -> Any:
-    """Return a classifier whose config says no classes yet with a head for these, of random weights."""
+    """Return a classifier whose config names no class yet with a head for these, of random weights."""
     config = copy.deepcopy(model.config)
     config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
     made, sources = new_model(config, seed, dtype=model.dtype), dict(model.named_parameters())

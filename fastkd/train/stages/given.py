@@ -103,8 +103,8 @@ class Given:
 
     @property
     def classes(self) -> list[str]:
-        """The classes of a classifier that was given, none for those that have no head for any yet."""
-        labels: dict[int, str] = next(iter(_classes(self.configs)), {})
+        """The classes of a classifier that was given; none where a head is to come, or a nameless one for scores."""
+        labels: dict[int, str] = max(_classes(self.configs), key=lambda names: any(names.values()), default={})
         return [labels[i] for i in range(len(labels))]
 
     @functools.cached_property
@@ -120,12 +120,13 @@ def load_given(flags: FastkdArguments, args: TransformersArguments, cache: Path 
     cache: where it is looked up what is known of a teacher whose answers are cached, which need not be loaded then.
     Raises InputError if one cannot be loaded, or if they do not go together.
     """
-    names, (configs, kind) = names_of(flags), load_configs(flags)
+    configs, kind = load_configs(flags)
+    names = {role: getattr(flags, role) for role in configs}
     tokenizers = [load_tokenizer(name, role, configs[role]) for role, name in names.items()]
     if len({fingerprint(tokenizer) for tokenizer in tokenizers}) > 1:
         both = [f"{role} {names[role]} ({len(own)} pieces)" for role, own in zip(names, tokenizers, strict=True)]
         raise InputError(f"{' and '.join(both)} have different tokenizers: expected the same, token for token")
-    labels = _classes(configs)
+    labels = [names for names in _classes(configs) if any(names.values())]
     if len(labels) == 2 and labels[0] != labels[1]:
         its, mine = (", ".join(classes.values()) for classes in labels)
         raise InputError(
@@ -158,21 +159,15 @@ def teacher_on_demand(
     return teacher
 
 
-def names_of(flags: FastkdArguments) -> dict[str, str]:
-    """Return the folders or names of the models that the user gave, by their roles."""
-    return {role: getattr(flags, role) for role in ("teacher", "student") if getattr(flags, role)}
-
-
 def load_configs(flags: FastkdArguments, known: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], str]:
     """Return the configs of the models that the user gave, by their roles, and the name of the run's kind in KINDS.
 
-    The configs say that kind themselves; a classifier's that has no head for classes yet says that there are none.
+    The configs say that kind themselves; the classes of a head that is to come are its teacher's, one for scores, or
+    none, and nameless.
     known: configs of names that need not be loaded.
     """
-    configs = {
-        role: copy.deepcopy((known or {}).get(name)) or load_config(name, role)
-        for role, name in names_of(flags).items()
-    }
+    names = {role: getattr(flags, role) for role in ("teacher", "student") if getattr(flags, role)}
+    configs = {role: copy.deepcopy((known or {}).get(name)) or load_config(name, role) for role, name in names.items()}
     kind = _kind_of_run(flags, configs)
     for role, config in configs.items():
         if kind in family_of(config).kinds and kind != kind_of(config):
@@ -182,13 +177,14 @@ def load_configs(flags: FastkdArguments, known: Mapping[str, Any] | None = None)
             config.architectures = [type(config).__name__.removesuffix("Config") + KINDS[kind].auto[len("AutoModel") :]]
             if kind == "classifier":
                 warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of the head to come
-                config.id2label, config.label2id = {}, {}
+                its = configs["teacher"].id2label if "teacher" in configs else [0] if flags.task == "stsb" else []
+                config.id2label, config.label2id = dict.fromkeys(its, ""), {}
     return configs, kind
 
 
 def _classes(configs: Mapping[str, Any]) -> list[dict[int, str]]:
     """Return those of each classifier."""
-    return [config.id2label for config in configs.values() if kind_of(config) == "classifier" and config.id2label]
+    return [config.id2label for config in configs.values() if kind_of(config) == "classifier"]
 
 
 _OF_TEXTS = {kind.corruption for kind in KINDS.values()} - {""}  # the tasks that learn from texts alone

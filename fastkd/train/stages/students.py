@@ -68,11 +68,11 @@ def _with_head(student: Any, classes: Sequence[str], run: Run) -> Any:
     """Return a student that was given as a classifier: itself, or with a new head if it has none."""
     if family_of(student.config).name == "T5":
         return enct5_from(student, classes)
-    if student.config.num_labels:
+    if any(student.config.id2label.values()):
         return student
-    head = f"classes {', '.join(classes[:9])}" if classes else "numbers"
-    print(f"student {run.flags.student} has no head for {head}: it starts with a random one")
-    return with_classes(student, classes or ["score"], run.args.seed)
+    names = list(classes) if any(classes) else ["score"]
+    print(f"student {run.flags.student} has no head for {', '.join(names[:9])}: it starts with a random one")
+    return with_classes(student, names, run.args.seed)
 
 
 def _labelled(run: Run, teacher: Teacher | None) -> Data:
