@@ -65,9 +65,8 @@ class Spans:
         spans = span_counts(length)[1]
         ids = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(spans)])
         if None in ids or tokenizer.unk_token_id in ids:
-            raise InputError(
-                f"chunks of {length} tokens need {spans} sentinels; the tokenizer has fewer, or, if no T5's, none"
-            )
+            others = "has fewer, or none as all but T5's: give --task text2text, or another of pairs"
+            raise InputError(f"chunks of {length} tokens need {spans} sentinels; the tokenizer {others}")
         self.sentinels = np.array(ids, dtype=np.int64)
 
     def __call__(self, tokens: np.ndarray, seed: Sequence[int]) -> Item:

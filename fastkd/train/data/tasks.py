@@ -110,7 +110,8 @@ def matched(theirs: Sequence[str], found: Collection[str], task: str) -> list[st
     classes = [names.get(plain(name), name) for name in theirs]
     if [re.sub(r"(?i)^label_?", "", name) for name in theirs] == [str(i) for i in range(len(usual))]:
         classes = classes if {*found} <= {*classes} else list(usual)
-        print(f"the model's classes {', '.join(theirs)} are taken for {', '.join(classes)}, in this order")
+        if classes != [*theirs]:
+            print(f"the model's classes {', '.join(theirs)} are taken for {', '.join(classes)}, in this order")
     if not {*found} <= {*classes} or len({*classes}) < len(classes):
         own, given = (", ".join(sorted(some)[:9]) for some in (theirs, found))
         raise InputError(

@@ -22,7 +22,7 @@ from ..common.errors import InputError
 from ..common.family import family_of, has_types, kind_of
 from ..common.processes import by_first
 from ..data.columns import Columns, Format
-from ..data.corruption import ends, text_length
+from ..data.corruption import CORRUPTIONS, ends, text_length
 from ..data.encoding import PROBE, Encoding, set_languages
 from ..data.examples import Chunks, StreamedChunks, StreamedPairs, pack_to_arrow
 from ..data.pairs import Pairs, class_labels, pad, tokenize_pairs
@@ -98,7 +98,10 @@ def get_data(
     lengths = _lengths(flags, tokenizer, kind, configs)
     reading: dict[str, Any] = {"task": task.name, "whole_words": flags.whole_word_masking}
     frames: list[Any] = [ends(task.name, tokenizer)]
-    if not is_text:
+    if is_text:
+        lengths = [text_length(task.name, tokenizer, lengths[0])]
+        CORRUPTIONS[task.name](tokenizer, *lengths, flags.whole_word_masking)  # if the tokenizer can have it
+    else:
         has_pairs = columns.format.has_pairs
         reads_types = has_pairs and any(map(has_types, configs))
         reading = {"kind": kind, "has_pairs": has_pairs}
@@ -259,8 +262,7 @@ def _tokenise(
     for column in sorted({"text", "source", "pair", *["target"] * (not classifies)} & shown[0].keys()):
         check_known(tokenizer, [row[column] for row in shown], f"{side} data", f"{column}s")
     if TASKS[flags.task].is_text:
-        length, frame = text_length(flags.task, tokenizer, lengths[0]), ends(flags.task, tokenizer)
-        chunks = pack_to_arrow(tokenizer, given, length, path, f"{side} text", frame)
+        chunks = pack_to_arrow(tokenizer, given, lengths[0], path, f"{side} text", ends(flags.task, tokenizer))
         facts[f"{fact}_chunks"] = len(chunks)
     else:
         settings = {"cut_targets": classifies or flags.max_target_length is not None, "what": f"{side} data", **reading}
