@@ -120,11 +120,13 @@ def _run(words: Sequence[str]) -> None:
         return
     flags, args = arguments.parse(words)
     from .report.comparison import compare
-    from .runs import interpolated, pruned, train  # what they import takes seconds: no mistake in a flag should
+    from .runs import encoder, interpolated, pruned, train  # seconds, which no mistake in a flag should take
 
     if flags.compare:
         out = Path(str(args.output_dir))
         print(f"{compare([Path(folder) for folder in flags.compare], out)}\n\ncomparison.html and .md in {out}")
+    elif flags.demo == "encoder":
+        encoder.encoder(flags, args)
     elif flags.interpolated:
         interpolated.interpolated(flags, args)
     elif flags.objective.prunes:

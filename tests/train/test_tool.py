@@ -366,7 +366,7 @@ def test_flags_files_and_nulls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_configuration_ships_for_every_method(name: str) -> None:
-    assert config.shipped().keys() == {*METHODS, "demo"}
+    assert config.shipped().keys() == {*METHODS, "demo", "demo-encoder"}
     flags, args = parse(["--config", name, "--teacher", "x", "--train_file", "y"])
     prunes = METHODS[name].student_init == "prune"  # the teacher's layers and width
     sizes = (flags.student_layers, flags.student_d_model)

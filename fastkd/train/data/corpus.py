@@ -8,12 +8,14 @@ runs. It serves three tasks: texts alone, (body, summary) pairs, and (text, pack
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 HELD_OUT_PERCENT = 5
@@ -51,6 +53,24 @@ def documentation_strings(path: Path) -> Iterator[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Dict):
                 yield from (str(v.value) for v in node.values if isinstance(v, ast.Constant))
+
+
+def documented(files: Iterable[Path], root: Path = LIBRARY) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, documentation string) of every module below `root`, and of its classes and functions."""
+    for path in files:
+        with contextlib.suppress(SyntaxError, ValueError):  # as documentation_strings
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            nodes: list[tuple[str, Any]] = [(name, ast.parse(path.read_bytes()))]
+            for name, node in nodes:
+                if text := ast.get_docstring(node):
+                    yield name, text
+                kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+                nodes += [(f"{name}.{inner.name}", inner) for inner in node.body if isinstance(inner, kinds)]
+
+
+def summary(text: str) -> str:
+    """Return the first sentence of a documentation string, white space collapsed."""
+    return " ".join(re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0].split())
 
 
 def embedded_corpus(files: Iterable[Path]) -> list[str]:

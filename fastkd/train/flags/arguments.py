@@ -56,7 +56,8 @@ def _parser() -> HfArgumentParser:
             action.type = bounded(action.type, least=_LEAST.get(action.dest, 0))
     nargs: dict[str, dict[str, Any]] = {"bool": {"nargs": "?", "const": True}, "list[str]": {"nargs": "+"}}
     for name, field in fields_by_name().items():
-        parser.add_argument(f"--{name}", type=reader(field), default=field.default, **nargs.get(kind_of(field), {}))
+        alone = {"nargs": "?", "const": "dates"} if name == "demo" else nargs.get(kind_of(field), {})
+        parser.add_argument(f"--{name}", type=reader(field), default=field.default, **alone)
     return parser
 
 
@@ -92,6 +93,7 @@ def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments
     mine = {name: theirs.pop(name) for name in fields_by_name()}
     _make_intervals_agree(theirs, given)
     checks.check_supported(theirs, parser)
+    checks.check_demo(mine, line)
     processes.be_patient(theirs["ddp_timeout"], theirs["use_cpu"], theirs["ddp_backend"])
     try:
         args = TransformersArguments(**theirs)
@@ -115,8 +117,8 @@ def _given(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def _with_files(line: dict[str, Any]) -> dict[str, Any]:
     """Return what the command line gives, over what `--config`'s file gives, over what the demo's does."""
     layers = [config.load(line["config"])] if line.get("config") else []
-    if line.get("demo", layers and layers[0][1].get("demo")):
-        layers.insert(0, config.load("demo"))
+    if demo := line.get("demo", layers and layers[0][1].get("demo")):
+        layers.insert(0, config.load("demo-encoder" if demo == "encoder" else "demo"))
     given = line
     for path, settings in reversed(layers):
         said = {name for name, value in given.items() if value is not None and value is not False}
@@ -135,6 +137,8 @@ def _read(path: str, settings: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{path}: unknown key {key!r}{_suggestion(key, list(actions)).replace('--', '')}")
         if value is False and "no" in (actions[key].choices or ()):
             value = "no"  # as in `save_strategy: no`, which is a boolean to YAML
+        if key == "demo" and isinstance(value, bool):  # as it was written when there was one
+            value = "dates" if value else None
         kind = kind_of(fields[key]) if key in fields else ""
         try:
             if kind == "str" and isinstance(value, bool | dict | list):
@@ -182,4 +186,5 @@ def _settle(ours: FastkdArguments, args: TransformersArguments, given: Collectio
     if ours.embedding_learning_rate is None and starts_random:
         ours.embedding_learning_rate = EMBEDDING_FACTOR * args.learning_rate
     if args.output_dir == "trainer_output":  # transformers' default
-        args.output_dir = str(Path("runs") / ("demo" if ours.demo else "comparison" if ours.compare else ours.method))
+        demo = "demo" if ours.demo == "dates" else ours.demo
+        args.output_dir = str(Path("runs") / (demo or ("comparison" if ours.compare else ours.method)))

@@ -24,6 +24,11 @@ _EITHER = (
     ("train_file", "dataset_name"), ("train_file", "embedded_data"), ("dataset_name", "embedded_data"),
     ("teacher", "train_teacher"), ("student", "interpolated"), ("demo", "interpolated"),
 )  # fmt: skip
+_OF_ENCODER = (
+    "demo", "config", "teacher", "student_layers", "sequence_length", "max_eval_examples", "cache_dir",
+    "overwrite_output_dir",
+)  # fmt: skip
+_NOT_OF_ENCODER = ("eval_strategy", "save_strategy", "load_best_model_at_end", "resume_from_checkpoint")
 _OF_PAIRS = "source_column target_column source_prefix source_lang target_lang"
 _NOT_READ = {
     **dict.fromkeys(("span_corruption", "masked_lm", "causal_lm"), "max_source_length max_target_length"),
@@ -44,6 +49,13 @@ def check_supported(values: dict[str, Any], parser: HfArgumentParser) -> None:
             raise InputError(f"--{name} is not supported: {why}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError(f"accelerate's DeepSpeed is not supported: {_NO_DEEPSPEED}")
+
+
+def check_demo(mine: dict[str, Any], line: Collection[str]) -> None:
+    """Raise InputError for a flag of the command line that the demo of encoders does not read; mine: fastkd's own."""
+    others = [name for name in line if name in _NOT_OF_ENCODER or (name in mine and name not in _OF_ENCODER)]
+    if mine["demo"] == "encoder" and others:
+        raise InputError(f"--{others[0]} has no effect with --demo encoder, whose methods and data are its own")
 
 
 def check(

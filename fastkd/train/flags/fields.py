@@ -53,7 +53,7 @@ class ObjectiveArguments:
 
     method: str = _flag("mlmkd", "one of --list_methods, such as kd or hsm-cka", tuple(METHODS))
     config: str | None = _flag(None, "YAML file of flags without dashes, or the name of one of ours")
-    demo: bool = _flag(False, "distil a small student, from nothing, by configs/demo.yaml")
+    demo: str | None = _flag(None, "distil a small student, with all that it takes", ("dates", "encoder"))
     compare: list[str] | None = _flag(None, "folders of runs, to put into one table and picture")  # noqa: RUF009
     interpolated: bool = _flag(False, "distil an assistant of medium size first, and the student from it")
     temperature: float | None = _flag(None, "of the logit term, in place of the method's own", above=0)

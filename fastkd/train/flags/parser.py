@@ -147,7 +147,7 @@ def help_text(everything: bool = False) -> str:
     """Return the help of the flags that people use, or of all of fastkd-train's own."""
     parser = argparse.ArgumentParser(
         prog="fastkd-train",
-        usage="fastkd-train (--demo | --method METHOD | --config FILE) [flags]",
+        usage="fastkd-train (--demo [NAME] | --method METHOD | --config FILE) [flags]",
         description="Distil a T5 teacher into a smaller T5 student, without ever materialising vocabulary logits.",
         epilog=(config.TEXTS / "examples.txt").read_text(encoding="utf-8"),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),

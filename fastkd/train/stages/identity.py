@@ -25,7 +25,7 @@ RECIPE = (
 )  # fmt: skip
 # Flags that a resumed run may change: what it shows, and where things are, which count by what they hold.
 _MAY_CHANGE = {
-    "config", "transformers_flags", "overwrite_output_dir", "cache_dir", "workspace_mb", "report_examples",
+    "config", "demo", "transformers_flags", "overwrite_output_dir", "cache_dir", "workspace_mb", "report_examples",
     "train_file", "eval_file", "teacher", "student", "teacher_sharding", "teacher_cache_dir",
 }  # fmt: skip
 
