@@ -18,7 +18,7 @@ from fastkd.train.common.errors import InputError
 from fastkd.train.common.family import FAMILIES, KINDS, family_of, kind_of
 from fastkd.train.flags.fields import FastkdArguments
 from fastkd.train.models import anatomy
-from fastkd.train.models.loading import load_model, load_weights
+from fastkd.train.models.loading import _empty, load_model, load_weights
 from fastkd.train.models.student import is_tied, new_model, slice_teacher, smaller_config, student_config, with_classes
 from fastkd.train.stages.given import Given, load_configs
 
@@ -116,6 +116,8 @@ def test_what_was_saved_is_what_is_loaded(model_type: str, kind: str, folders: C
     before, folder = torch.get_rng_state(), folders(model_type, kind)
     torch.set_rng_state(before)
     model, tokenizer = load_model(folder, "teacher")
+    unsaved = _empty(model.config, model.dtype, is_tied(model))  # whose weights other processes send
+    assert all(torch.equal(unsaved.get_buffer(k), x) for k, x in model.named_buffers() if k not in model.state_dict())
     assert anatomy.kind(model) == kind and torch.equal(torch.get_rng_state(), before)
     plain = getattr(transformers, KINDS[kind].auto).from_pretrained(folder).state_dict()
     assert plain.keys() == model.state_dict().keys()
@@ -300,6 +302,9 @@ def test_queries_keep_their_head_of_keys() -> None:
     slice_teacher(student, teacher)
     for name, found in student.state_dict().items():
         assert torch.equal(found, part(name, teacher.state_dict()[name], student, teacher)), name
+    config.num_attention_heads, config.num_key_value_heads = 8, 1
+    with pytest.raises(ValueError, match=r"expected model.layers.0.self_attn.q_proj.weight of at most \(64, 64\), the"):
+        slice_teacher(new_model(config, 1), teacher)
     rows = student.state_dict()["model.layers.0.self_attn.q_proj.weight"].view(4, 8, 64)
     source = teacher.state_dict()["model.layers.0.self_attn.q_proj.weight"].view(8, 8, 64)
     assert torch.equal(rows, source[[0, 1, 4, 5]])

@@ -51,19 +51,15 @@ def load_config(name: str | Path, role: str) -> Any:
     if getattr(config, "quantization_config", None):
         raise InputError(f"{role} {name} is quantised: expected plain weights, as before its quantisation")
     _check_numbers(config, role, name)
-    tokens = ["pad_token_id"]
-    if len(row.stacks) == 2:
-        if getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = config.pad_token_id
+    starts = len(row.stacks) == 2
+    if starts and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
         if config.decoder_start_token_id is None:
             neither = "its config.json has neither decoder_start_token_id nor pad_token_id"
             raise InputError(f"{role} {name}: {neither}: add what its decoder was trained to start from (0 for T5)")
-        tokens.append("decoder_start_token_id")
-    elif config.pad_token_id is None:  # see `load_tokenizer`
-        tokens = []
-    for kind in tokens:
+    for kind in ("pad_token_id", "decoder_start_token_id")[: len(row.stacks)]:
         its = getattr(config, kind)
-        if not isinstance(its, int) or not 0 <= its < config.vocab_size:
+        if (starts or its is not None) and not (isinstance(its, int) and 0 <= its < config.vocab_size):
             expected = f"expected that of one of its {config.vocab_size} pieces"
             raise InputError(f"{role} {name}: its config's {kind} is {its!r}: {expected}")
     return config
@@ -76,14 +72,7 @@ def _check_numbers(config: Any, role: str, name: str | Path) -> None:
     """
     error = _fault(config)
     if error is None:
-        try:
-            with torch.device("meta"):  # the whole one, whose sizes may not go together
-                auto_class(config).from_config(config)
-            return
-        except Exception as sizes:  # as in `_fault`; it says which
-            raise InputError(
-                f"{role} {name}: its config makes no {family_of(config).name}: {one_line(sizes)}"
-            ) from sizes
+        return
     defaults, faults, family = type(config)(), [], family_of(config).name
     for key in sorted(vars(defaults).keys() & config.to_diff_dict().keys()):
         if _fault(config, **{key: getattr(defaults, key)}) is None:
@@ -94,14 +83,18 @@ def _check_numbers(config: Any, role: str, name: str | Path) -> None:
 
 @torch.no_grad()
 def _fault(config: Any, **others: Any) -> Exception | None:
-    """Return what goes wrong in a small model with the config's numbers, but for its size and `others`, or None."""
-    small, row = copy.deepcopy(config), family_of(config)
+    """Return what goes wrong in models with the config's numbers, but for `others`, or None.
+
+    A small one computes, and the whole one is made without weights, as its sizes may not go together.
+    """
+    whole, row = copy.deepcopy(config), family_of(config)
     most = dict.fromkeys(row.shrinks, 4) | dict.fromkeys((*row.heads, *row.depths.values()), 1) | {"hidden_size": 8}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         torch.manual_seed(0)
         try:
-            small.update(others)
+            whole.update(others)
+            small = copy.deepcopy(whole)
             most |= {"head_dim": 4, "vocab_size": 4 + (small.pad_token_id or 0)}  # padding has a place in embeddings
             known = {size: getattr(small, size, None) for size in most}
             small.update({x: min(its, most[x]) for x, its in known.items() if its is not None} | {"widths": None})
@@ -110,7 +103,11 @@ def _fault(config: Any, **others: Any) -> Exception | None:
             ids = torch.arange(getattr(small, "relative_attention_num_buckets", 0) + 2)[None] % small.vocab_size
             sides = ("input_ids", "decoder_input_ids")[: len(row.stacks)]
             logits = model(**dict.fromkeys(sides, ids)).logits
-            return None if logits.isfinite().all() else ValueError("what it computes is not finite")
+            if not logits.isfinite().all():
+                return ValueError("what it computes is not finite")
+            with torch.device("meta"):
+                auto_class(whole).from_config(whole)
+            return None
         except Exception as error:  # whatever such a number leads to
             return error
 

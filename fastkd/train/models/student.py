@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,8 @@ def student_config(teacher: Any, d_model: int | None, layers: int | None) -> Any
     """
     if teacher is not None and not family_of(teacher).name.endswith("T5"):
         made = _resized(teacher, d_model, layers)
-        made.widths = None  # of a pruned one
+        if getattr(made, "widths", None) is not None:  # of a pruned one
+            made.widths = None
         return made
     config = t5_config(2, d_model or teacher.d_model, layers or 1)
     if d_model is None:
@@ -113,8 +115,7 @@ def smaller_config(config: Any, d_model: int | None, layers: int | None) -> Any:
     if getattr(config, "widths", None) is not None:
         raise ValueError("student_init: a pruned teacher, whose layers differ in width, cannot be sliced, give random")
     depth = min(depths_of(config)[stack] for stack in compared_stacks(config))
-    sizes = (("d_model", d_model, config.hidden_size), ("layers", layers, depth))
-    for name, given, largest in sizes:
+    for name, given, largest in (("d_model", d_model, config.hidden_size), ("layers", layers, depth)):
         if given is not None and given > largest:
             expected = f"at most {largest}, the teacher's, to be sliced from it"
             raise ValueError(f"student_{name}: expected {expected}, got {given} (--student_init random allows any)")
@@ -180,14 +181,14 @@ def slice_teacher(student: Any, teacher: Any) -> None:
         source = sources.get(_teacher_name(name, student, teacher))
         if source is None:
             raise ValueError(f"student: expected a model of the teacher's kind, to slice it, got one with {name}")
-        if any(size > most for size, most in zip(mine.shape, source.shape, strict=True)):
-            most, got = tuple(source.shape), tuple(mine.shape)
-            raise ValueError(f"student: expected {name} of at most {most}, the teacher's shape, to slice it, got {got}")
         whole, blocks = gathered(source), _blocks(name, student, teacher)
         for dim, size in enumerate(mine.shape):
             few, many = blocks.get(dim - mine.dim(), (1, 1))
             whole = whole.unflatten(dim, (many, -1))[(slice(None),) * dim + (slice(few), slice(size // few))]
             whole = whole.flatten(dim, dim + 1)
+        if whole.shape != mine.shape:
+            most, got = tuple(source.shape), tuple(mine.shape)
+            raise ValueError(f"student: expected {name} of at most {most}, the teacher's shape, to slice it, got {got}")
         mine.copy_(whole)
 
 
@@ -210,14 +211,13 @@ def _blocks(name: str, student: Any, teacher: Any) -> dict[int, tuple[int, int]]
 
 def _teacher_name(name: str, student: Any, teacher: Any) -> str:
     """Return the name of the teacher's parameter that one of the student's is sliced from."""
-    for stack, path in family(student).stacks.items():
-        base = "" if student.base_model is student else student.base_model_prefix
-        before = "".join(f"{part}." for part in (base, *path) if part)
-        if not name.startswith(before):
-            continue
-        layer, _, rest = name[len(before) :].partition(".")
-        depths = [len(layers(model, stack)) for model in (student, teacher)]
-        if depths[0] > depths[1]:
-            raise ValueError(f"student: expected at most {depths[1]} {stack} layers, the teacher's, got {depths[0]}")
-        return f"{before}{matched_layer(int(layer), *depths)}.{rest}"
-    return name
+    match = re.match(r"(.*?)\.(\d+)\.(.*)", name)  # in all families that is the layer
+    if match is None:
+        return name
+    before, layer, rest = match.groups()
+    stacks = list(family(student).stacks)
+    stack = next(name for name in stacks if name in before or len(stacks) == 1)
+    depths = [len(layers(model, stack)) for model in (student, teacher)]
+    if depths[0] > depths[1]:
+        raise ValueError(f"student: expected at most {depths[1]} {stack} layers, the teacher's, got {depths[0]}")
+    return f"{before}.{matched_layer(int(layer), *depths)}.{rest}"

@@ -194,7 +194,7 @@ _ARCHITECTURES = {"seq2seq": "t5", "classifier": "enct5"}  # by the kind of the 
 def _kind_of_run(flags: FastkdArguments, configs: Mapping[str, Any]) -> str:
     """Return the kind of `--architecture`, or else that of the models; a T5 that is the student may become an EncT5."""
     kinds = {role: _learns(flags, role, config) for role, config in configs.items()}
-    if not kinds and flags.task in (KINDS["masked"].corruption, KINDS["causal"].corruption):
+    if not kinds and flags.task in _OF_TEXTS - {KINDS["seq2seq"].corruption}:
         raise InputError(f"--task {flags.task}: a model made from nothing is a T5: expected --teacher or --student")
     asked = next((kind for kind, name in _ARCHITECTURES.items() if name == flags.architecture), None)
     chosen = asked or next(iter(kinds.values()), "seq2seq")
@@ -222,7 +222,6 @@ def _learns(flags: FastkdArguments, role: str, config: Any) -> str:
         corruption, answers = KINDS[kind].corruption, KINDS[kind].answers
         if task == corruption if task in _OF_TEXTS else answers or (kind == "classifier" and is_labelled):
             return kind
-    learns = " and ".join(KINDS[kind].corruption or "classification and GLUE's tasks" for kind in family.kinds)
-    others = ", and pairs" if KINDS[family.kinds[0]].answers else ""
-    expected = f"expected {learns}{others}"
+    others = "pairs" if KINDS[family.kinds[0]].answers else "classification and GLUE's tasks"
+    expected = f"expected {KINDS[family.kinds[0]].corruption}, or {others}"
     raise InputError(f"--task {task}: the {role} {getattr(flags, role)} is a {family.name}: {expected}")
