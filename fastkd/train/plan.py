@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import re
 import sys
@@ -35,7 +34,7 @@ from .flags.arguments import TransformersArguments, parse
 from .flags.fields import FastkdArguments
 from .judge.memory import GpuAutocast, LiveStep
 from .minidisc.candidates import CandidateTrainer
-from .minidisc.prune import sliced, widths_at
+from .minidisc.prune import pruned_config, sliced, widths_at
 from .minidisc.rounds import trials_of
 from .models.anatomy import every_layer, head_module, head_of, kind
 from .models.architectures import parts
@@ -147,9 +146,7 @@ def models(flags: FastkdArguments, fakes: FakeTensorMode) -> tuple[Any, Any, Any
     scores = {name: torch.arange(1, 1 + part.units) / part.units for name, part in parts(student).items()}
     candidates = {sparsity: widths_at(scores, sparsity) for sparsity in sparsities}
     for widths in candidates.values():
-        narrower = copy.copy(config)
-        narrower.widths = widths
-        method.check_fits(narrower, its)
+        method.check_fits(pruned_config(student, widths), its)
     with fakes:
         return sliced(student, candidates[min(candidates)]), teacher, candidates
 

@@ -149,6 +149,7 @@ _BERT = Family(
     ("num_attention_heads", "intermediate_size"),
     ("num_attention_heads",),
     "classifier",
+    prunes=True,
 )
 
 FAMILIES: tuple[Family, ...] = (
@@ -170,7 +171,14 @@ FAMILIES: tuple[Family, ...] = (
         ("encoder_attention_heads", "decoder_attention_heads"),
     ),
     _BERT,
-    replace(_BERT, name="RoBERTa", model_types=("roberta",), classifier="classifier.out_proj", pads_positions=True),
+    replace(
+        _BERT,
+        name="RoBERTa",
+        model_types=("roberta",),
+        classifier="classifier.out_proj",
+        prunes=False,
+        pads_positions=True,
+    ),
     Family(
         "DistilBERT",
         ("distilbert",),

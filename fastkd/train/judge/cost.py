@@ -82,8 +82,7 @@ def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:
     """
     if is_sharded(model):
         return Cost(parameters(model), gflops(model, tokens))
-    positions = getattr(model.config, "max_position_embeddings", None) or 2 + tokens
-    length = min(tokens, positions - 2)  # RoBERTa's first two are padding's
+    length = min(tokens, family(model).positions(model.config) or tokens)
     ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size  # [1, tokens]
     inputs = {"input_ids": ids} | ({"use_cache": False} if "decoder" in family(model).stacks else {})
     inputs |= {"decoder_input_ids": ids} if "decoder_cross" in family(model).attentions else {}

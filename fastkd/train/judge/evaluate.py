@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from ...heads import Head
 from ..common.family import KINDS, has_types
 from ..common.processes import is_first, of_all, own_part
-from ..models.anatomy import kind, logits
+from ..models.anatomy import family, kind, logits
 from ..models.sharding import is_sharded
 from ..models.tokenizer import frame, texts_of
 
@@ -76,7 +76,7 @@ def generate(
     order = own_part(order) if shares else order
     answers: dict[int, str] = {}
     of_kind, own = kind(model), getattr(model, "generation_config", None)  # a classifier has none
-    positions = getattr(model.config, "max_position_embeddings", None) or max_new_tokens + 1
+    positions = family(model).positions(model.config) or max_new_tokens + 1
     if KINDS[of_kind].answers:
         model.generation_config = _decoding(model, tokenizer, max_new_tokens, num_beams)
     model.eval()
@@ -108,22 +108,24 @@ def generate(
     return [answers[i] for i in range(len(sources))]
 
 
+def begins(model: Any, tokenizer: Any) -> dict[str, int]:
+    """Return the settings of a GenerationConfig by which a model begins as the targets that it has learnt from do."""
+    if kind(model) != "seq2seq":
+        return {}
+    around = frame(tokenizer) or [tokenizer.eos_token_id]
+    shifted = model.prepare_decoder_input_ids_from_labels(torch.tensor([around], device=model.device))
+    start = {"decoder_start_token_id": int(shifted[0, 0])}  # of mBART a language's code, if it ends its targets
+    return start if around[0] == tokenizer.eos_token_id else {**start, "forced_bos_token_id": around[0]}
+
+
 def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -> GenerationConfig:
-    """Return how a model writes; one with a decoder of its own begins as the targets that it has learnt from do."""
-    begins: dict[str, Any] = {}
-    if kind(model) == "seq2seq":
-        around = frame(tokenizer) or [tokenizer.eos_token_id]
-        shifted = model.prepare_decoder_input_ids_from_labels(torch.tensor([around], device=model.device))
-        begins["decoder_start_token_id"] = int(shifted[0, 0])  # of mBART a language's code, if it ends its targets
-        if around[0] != tokenizer.eos_token_id:
-            begins["forced_bos_token_id"] = around[0]
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **begins,
+        **begins(model, tokenizer),
     )
 
 

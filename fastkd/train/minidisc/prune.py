@@ -1,4 +1,4 @@
-"""Structured pruning of T5 into nested sub-networks (MiniDisc, Zhang et al., 2024, arXiv 2205.14570).
+"""Structured pruning of T5 and BERT into nested sub-networks (MiniDisc, Zhang et al., 2024, arXiv 2205.14570).
 
 Attention heads and feed-forward neurons are ranked by how much the loss feels them, and every layer's weights are put
 in the order of the ranks. Then each sub-network is a prefix of every matrix, smaller ones lie within larger ones, and
@@ -15,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.family import is_enct5
+from ..models import anatomy
 from ..models.architectures import EncT5ForSequenceClassification, Part, PrunedT5ForConditionalGeneration, parts
+from ..models.pruned_bert import PrunedBertForMaskedLM, PrunedBertForSequenceClassification
 
+# The class of what is left, by family and kind; row.prunes says so of the former.
+PRUNED: dict[tuple[str, str], Any] = {
+    ("T5", "seq2seq"): PrunedT5ForConditionalGeneration,
+    ("EncT5", "classifier"): EncT5ForSequenceClassification,
+    ("BERT", "masked"): PrunedBertForMaskedLM,
+    ("BERT", "classifier"): PrunedBertForSequenceClassification,
+}
 WIDTH_MULTIPLE = 8  # of neurons, as fast GEMMs want them
 
 Widths = Mapping[str, int]  # units that are kept, by the name of a part
@@ -68,7 +76,7 @@ def normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def of_kind(scores: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return the names of the parts with heads, and of those with neurons."""
-    heads = [name for name in scores if name.endswith("Attention")]
+    heads = [name for name in scores if name.lower().endswith("attention")]
     return {"heads": heads, "neurons": [name for name in scores if name not in heads]}
 
 
@@ -109,17 +117,17 @@ def order_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sliced(model: Any, widths: Widths, order: Mapping[str, Tensor] | None = None) -> Any:
-    """Return a dense model with the first `widths` units of every part of a T5, a PrunedT5 or an EncT5.
+    """Return a dense model with the first `widths` units of every part of a T5, an EncT5 or a BERT, pruned or not.
 
     order: of the units, see `order_of`; by default that which they have. With all widths this reorders a model, which
-    goes on computing what it did. The result shares no weights with the model, and is an EncT5 or else a PrunedT5.
+    goes on computing what it did. The result shares no weights with the model, and is of a class in `PRUNED`.
     Raises ValueError if a width is not one that the model has.
     """
-    selected: dict[str, tuple[int, Tensor]] = {}  # weight -> (dimension, indices)
+    selected: dict[str, tuple[int, Tensor]] = {}  # parameter -> (dimension, indices)
     for name, part in _checked(model, widths).items():
         units = (torch.arange(part.units) if order is None else order[name].cpu())[: widths[name], None]
-        for module, dimension, size in _matrices(part):
-            selected[f"{name}.{module}.weight"] = dimension, (units * size + torch.arange(size)).flatten()
+        for module, parameter, dimension, size in _matrices(part):
+            selected[f"{name}.{module}.{parameter}"] = dimension, (units * size + torch.arange(size)).flatten()
 
     made = skeleton(model, widths)
     sources, own = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_parameters())
@@ -133,14 +141,18 @@ def sliced(model: Any, widths: Widths, order: Mapping[str, Tensor] | None = None
         dimension, indices = selected.get(name, (0, None))
         state[name] = source.clone() if indices is None else source.index_select(dimension, indices.to(source.device))
     made.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in model.named_buffers():  # which no checkpoint has, as BERT's numbers of positions
+        module, _, attribute = name.rpartition(".")
+        setattr(made.get_submodule(module), attribute, buffer.clone())
     _tie_as(made, model)
     return made.train(model.training)
 
 
-def _matrices(part: Part) -> list[tuple[str, int, int]]:
-    """Return (module, dimension, rows or columns of a unit) of all weights that are units' along a dimension."""
-    projections = [(inner, 0, part.size) for inner in part.inner] + [(part.outer, 1, part.size)]
-    return [*projections, ("relative_attention_bias", 1, 1)] if part.kind == "heads" else projections
+def _matrices(part: Part) -> list[tuple[str, str, int, int]]:
+    """Return (module, parameter, dimension, rows or columns of a unit) of all that are units' along a dimension."""
+    inner = [(name, parameter, 0, part.size) for name in part.inner for parameter in ("weight", "bias")]
+    table = [("relative_attention_bias", "weight", 1, 1)] if part.kind == "heads" else []
+    return [*inner, (part.outer, "weight", 1, part.size), *table]
 
 
 def _checked(model: Any, widths: Widths) -> dict[str, Part]:
@@ -152,16 +164,26 @@ def _checked(model: Any, widths: Widths) -> dict[str, Part]:
     return found
 
 
+def pruned_config(model: Any, widths: Widths) -> Any:
+    """Return the config of the dense model that `sliced` would return."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    config = _class_of(model).config_class.from_dict(settings)
+    config.widths = {name: int(width) for name, width in widths.items()}
+    if "decoder" in anatomy.family(model).stacks:
+        config.scale_decoder_outputs = getattr(model.config, "scale_decoder_outputs", False)  # mT5 never does
+    return config
+
+
+def _class_of(model: Any) -> Any:
+    return PRUNED[anatomy.family(model).name, anatomy.kind(model)]
+
+
 def skeleton(model: Any, widths: Widths) -> Any:
     """Return the dense model that `sliced` would, without weights, on the meta device."""
-    kind: Any = EncT5ForSequenceClassification if is_enct5(model.config) else PrunedT5ForConditionalGeneration
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
-    config = kind.config_class.from_dict(settings)
-    config.widths = {name: int(width) for name, width in widths.items()}
-    config.scale_decoder_outputs = getattr(model.config, "scale_decoder_outputs", False)  # mT5 never does
+    config = pruned_config(model, widths)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        made = kind(config)
+        made = _class_of(model)(config)
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
     _tie_as(made, model)
@@ -180,7 +202,7 @@ def _tie_as(made: Any, model: Any) -> None:
 
 @contextlib.contextmanager
 def narrowed(model: Any, widths: Widths) -> Iterator[None]:
-    """Let a PrunedT5, or a pruned EncT5, compute with the first `widths` units of every part while the context lasts.
+    """Let a model of a class in `PRUNED` compute with the first `widths` units of every part while the context lasts.
 
     Its parameters are back afterwards, and gradients arrive in them, zero beyond the sub-network, if the backward pass
     is inside the context too when activation checkpointing computes anything again. Not inside of another such context.
@@ -189,12 +211,14 @@ def narrowed(model: Any, widths: Widths) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for name, part in _checked(model, widths).items():
             module, units = model.get_submodule(name), widths[name]
-            for inner, dimension, size in _matrices(part) if units != part.units else ():
-                if hasattr(module, inner):
-                    own = getattr(module, inner)
-                    undo.callback(own.register_parameter, "weight", own.weight)
-                    own._parameters["weight"] = own.weight.narrow(dimension, 0, units * size)
-            if part.kind == "heads":
+            within = dict(module.named_modules())
+            for inside, parameter, dimension, size in _matrices(part) if units != part.units else ():
+                own = getattr(within.get(inside), parameter, None)
+                if own is not None:
+                    holder: Any = within[inside]
+                    undo.callback(holder.register_parameter, parameter, own)
+                    holder._parameters[parameter] = own.narrow(dimension, 0, units * size)
+            if hasattr(module, "n_heads"):  # T5's; others see how many there are
                 module.n_heads = units
                 undo.callback(setattr, module, "n_heads", part.units)
         yield

@@ -10,7 +10,6 @@ A round is kept in the cache when it is done, and resumed until then.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import json
@@ -35,7 +34,7 @@ from ..stages.run import Run
 from ..stages.trainers import end_reports, make_trainer
 from ..training.checkpoints import last_checkpoint, recover
 from .candidates import CandidateTrainer
-from .prune import Widths, of_kind, sliced, widths_at
+from .prune import Widths, of_kind, pruned_config, sliced, widths_at
 from .schedule import Round, Schedule, Trial, round_from_json
 
 VERSION = 2  # raise it when a round changes what it makes, so that older ones are not reused
@@ -176,11 +175,11 @@ class Distiller:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_schedule(distiller: Distiller, config: Any) -> None:
+def check_schedule(distiller: Distiller, teacher: Any) -> None:
     """Raise InputError if the schedule cannot be run to its end, before any of it is.
 
     That is if no head, or no neuron, is left at the target, if the method does not fit a candidate, or if the selection
-    metric is none of the data's. config: the teacher's.
+    metric is none of the data's.
     """
     flags, scores = distiller.run.flags, distiller.scores
 
@@ -195,10 +194,8 @@ def check_schedule(distiller: Distiller, config: Any) -> None:
             f"(reachable: {reachable})"
         )
     for sparsity in sorted({s for rounds in trials_of(flags) for sparsities in rounds for s in sparsities}):
-        narrower = copy.deepcopy(config)
-        narrower.widths = widths_at(scores, sparsity)
         try:
-            flags.objective.check_fits(narrower, config)
+            flags.objective.check_fits(pruned_config(teacher, widths_at(scores, sparsity)), teacher.config)
         except ValueError as error:
             raise InputError(f"--{error} (at sparsity {sparsity:g})") from error
     assert distiller.compared

@@ -9,5 +9,15 @@ from .architectures import (
     PrunedT5Config,
     PrunedT5ForConditionalGeneration,
 )
+from .pruned_bert import PrunedBertConfig, PrunedBertForMaskedLM, PrunedBertForSequenceClassification, PrunedBertModel
 
-__all__ = ["EncT5Config", "EncT5ForSequenceClassification", "PrunedT5Config", "PrunedT5ForConditionalGeneration"]
+__all__ = [
+    "EncT5Config",
+    "EncT5ForSequenceClassification",
+    "PrunedBertConfig",
+    "PrunedBertForMaskedLM",
+    "PrunedBertForSequenceClassification",
+    "PrunedBertModel",
+    "PrunedT5Config",
+    "PrunedT5ForConditionalGeneration",
+]

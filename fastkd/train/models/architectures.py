@@ -1,11 +1,13 @@
 """T5s that transformers' own classes cannot express: with a width for every layer, and with a class for an answer.
 
 Importing this module registers both with transformers' Auto classes, which then load their folders without remote code.
+What is pruned of a model of any family, its `parts`, is here, too; BERTs of such parts are in pruned_bert.py.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import Seq2SeqSequenceClassifierOutput
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
+
+from ..common.family import PLACES
+from .anatomy import family, layers
 
 
 class PrunedT5Config(T5Config):
@@ -71,11 +76,12 @@ class PrunedAttention(T5Attention):
 
 @dataclass(frozen=True)
 class Part:
-    """The heads of one attention, or the neurons of one feed-forward layer, of a T5.
+    """The heads of one attention, or the neurons of one feed-forward layer.
 
-    name: of the attention's, or the feed-forward layer's, module. kind: "heads" or "neurons". units: how many there
-    are. size: rows of a projection that belong to one, d_kv or 1. inner: the projections whose outputs are the units',
-    so rows of their weights. outer: the one whose inputs they are, so columns of its weight.
+    name: of the module that holds all of its matrices. kind: "heads" or "neurons". units: how many there are. size:
+    rows of a projection that belong to one, the width of a head or 1. inner: by their names in that module, the
+    projections whose outputs are the units', so rows of their weights. outer: the one whose inputs they are, so columns
+    of its weight.
     """
 
     name: str
@@ -87,32 +93,46 @@ class Part:
 
 
 def parts(model: Any) -> dict[str, Part]:
-    """Return all parts of a T5, or of a model of this module, by name."""
-    found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "n_heads"):
-            heads = module.n_heads, module.key_value_proj_dim
-            found[name] = Part(name, "heads", *heads, ("q", "k", "v"), "o")
-        elif hasattr(module, "wo"):
-            inner = tuple(inner for inner in ("wi", "wi_0", "wi_1") if hasattr(module, inner))
-            found[name] = Part(name, "neurons", module.wo.in_features, 1, inner, "wo")
+    """Return all parts of a model, by name."""
+    row, config, found = family(model), model.config, {}
+    base = "" if model.base_model is model else f"{model.base_model_prefix}."
+    head = getattr(config, "d_kv", None) or config.hidden_size // config.num_attention_heads
+    for stack, (path, listed) in row.stacks.items():
+        places = [place for place in row.attentions if PLACES[place].stack == stack]
+        kinds: list[tuple[str, int, Any]] = [("heads", head, row.attentions[place]) for place in places]
+        kinds.append(("neurons", 1, row.feed_forward[stack]))
+        for i, layer in enumerate(layers(model, stack)):
+            own = {name for name, _ in layer.named_modules()}
+            for kind, size, of in kinds:
+                names = [*(name for name in of.inner if name in own), of.outer]
+                shared, units = _shared(names), layer.get_submodule(of.outer).in_features // size
+                *inner, outer = (name.removeprefix(shared).removeprefix(".") for name in names)
+                where = f"{base}{path}.{listed}.{i}.{shared}".rstrip(".")
+                found[where] = Part(where, kind, units, size, tuple(inner), outer)
     return found
 
 
-def _resize(model: Any, widths: Mapping[str, int]) -> None:
+def _shared(paths: Sequence[str]) -> str:
+    """Return the module in which all of the paths begin, "" for that in which they are."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in itertools.takewhile(lambda names: len({*names}) == 1, levels))
+
+
+def resize(model: Any, widths: Mapping[str, int]) -> None:
     """Give every part a width of its own, by default that which it has; its weights are still to be set."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of parts that are pruned away
         for name, part in parts(model).items():
             module, units = model.get_submodule(name), widths.get(name, part.units)
-            if part.kind == "heads":
+            if isinstance(module, T5Attention):
                 has_bias = name.endswith("SelfAttention")  # cross-attention has none
                 made = PrunedAttention(module.config, units, has_bias, module.layer_idx, module.is_causal)
                 model.set_submodule(name, made)
                 continue
-            for inner in part.inner:
-                setattr(module, inner, nn.Linear(getattr(module, inner).in_features, units, bias=False))
-            module.wo = nn.Linear(units, module.wo.out_features, bias=False)
+            for inside, own in [(inside, module.get_submodule(inside)) for inside in (*part.inner, part.outer)]:
+                width = units * part.size
+                ins, outs = (width, own.out_features) if inside == part.outer else (own.in_features, width)
+                module.set_submodule(inside, nn.Linear(ins, outs, bias=own.bias is not None))
 
 
 class PrunedT5ForConditionalGeneration(T5ForConditionalGeneration):
@@ -122,7 +142,7 @@ class PrunedT5ForConditionalGeneration(T5ForConditionalGeneration):
 
     def __init__(self, config: PrunedT5Config):
         super().__init__(config)
-        _resize(self, config.widths or {})
+        resize(self, config.widths or {})
         self.post_init()
 
 
@@ -145,7 +165,7 @@ class EncT5ForSequenceClassification(T5PreTrainedModel):
         self.decoder = T5Stack(decoder)
         self.classifier = nn.Linear(config.d_model, len(config.id2label or ()), bias=False)
         if config.widths is not None:
-            _resize(self, config.widths)
+            resize(self, config.widths)
         self.post_init()
 
     def get_input_embeddings(self) -> Any:

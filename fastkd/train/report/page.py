@@ -53,8 +53,9 @@ _OTHERS = (
 _MEANINGS = {
     "held-out loss (nats/token)": "cross-entropy per target token of the held-out data, the same for every model of a "
     "run; sentinels of span-corrupted text count as target tokens.",
-    "GFLOPs": "billions of multiply-accumulates in all linear layers but the head, for 128 tokens on both sides.",
-    "latency (ms)": "median time of a forward pass over one sequence, 128 tokens on both sides.",
+    "GFLOPs": "billions of multiply-accumulates in all linear layers but the head, for 128 tokens, on both "
+    "sides of a model with two.",
+    "latency (ms)": "median time of a forward pass over one sequence of 128 tokens, on both sides of a model with two.",
     "peak memory (MiB)": "the most that such a pass holds at a time beyond the weights.",
 }
 

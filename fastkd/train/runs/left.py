@@ -17,6 +17,7 @@ from ..common.cache import write_whole
 from ..common.processes import by_first
 from ..data.corpus import EMBEDDED
 from ..flags.fields import FastkdArguments
+from ..judge.evaluate import begins
 from ..judge.metrics import signatures
 from ..minidisc import pages
 from ..minidisc.schedule import Schedule
@@ -43,6 +44,9 @@ def save(
 
     The card may be published, so it does not say where files lie.
     """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    for setting, value in begins(model, run.data.tokenizer).items():
+        setattr(model.generation_config, setting, value)  # so that it writes for others, too, as it was judged
     trainer.save_model(str(folder))
 
     def describe() -> None:
@@ -118,6 +122,9 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
         "task": flags.task,
         "texts": _texts(flags),
         "dataset_config": flags.dataset_config,
+        "source_lang": flags.source_lang,
+        "target_lang": flags.target_lang,
+        "reads": "pairs of texts" if "pair" in data.held_out_rows.column_names else None,
         **data.facts,
         "held_out_data": held_out_digest(data),
         "tokens_per_chunk": flags.sequence_length if data.task.is_text else None,

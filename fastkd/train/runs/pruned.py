@@ -38,7 +38,7 @@ def pruned(flags: FastkdArguments, args: TransformersArguments) -> None:
     run = ready.run
     scores, key = rank(run, examples, teacher.model)
     distiller = Distiller(run, scores, ready.out / "rounds", ready.checkpoint is not None)
-    check_schedule(distiller, teacher.model.config)
+    check_schedule(distiller, teacher.model)
 
     with ready.running():
         first = Model(teacher.name, key, teacher.model, order_of(scores))
