@@ -217,6 +217,21 @@ def test_a_checkpoint_of_pre_training_has_more_heads_than_one(tmp_path: Path) ->
     assert "lacks cls.predictions" in refusal(base)
 
 
+def test_what_no_model_reads_may_be_no_floats(folders: Callable[..., Path], tmp_path: Path) -> None:
+    """Masks and positions, which older versions of transformers saved; but for weights that are whole numbers."""
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool) for layer in range(2)}
+    gpt2 = changed(folders("gpt2"), tmp_path / "gpt2", **masks)
+    assert torch.equal(
+        logits(load_model(gpt2, "teacher")[0], "causal"), logits(load_model(folders("gpt2"), "a")[0], "causal")
+    )
+    load_model(
+        changed(folders("bert"), tmp_path / "bert", **{"bert.embeddings.position_ids": torch.arange(64)[None]}), "a"
+    )
+    name = "h.0.attn.c_attn.weight"
+    whole = {f"transformer.{name}": torch.ones(32, 96, dtype=torch.int8)}
+    assert f"as no floats, transformer.{name} (I8)" in refusal(changed(folders("gpt2"), tmp_path / "int8", **whole))
+
+
 # ---- Students ----
 
 

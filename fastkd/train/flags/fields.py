@@ -87,7 +87,7 @@ class ModelArguments:
 
     _argument_group_name = "models"
 
-    teacher: str | None = _flag(None, "folder or hub name of a T5 with its tokenizer, to learn from")
+    teacher: str | None = _flag(None, "folder or hub name of a model with its tokenizer, to learn from")
     train_teacher: bool = _flag(
         False, "train one first, on the same data, by --teacher_layers and the like")
     teacher_layers: int | None = _flag(None, "of --train_teacher", above=0)
@@ -105,16 +105,16 @@ class ModelArguments:
     teacher_cache_dir: str | None = _flag(None, "of --teacher_cache; without it, a folder in --cache_dir")
     teacher_cache_epochs: int = _flag(
         1, "of --teacher_cache: epochs of span corruption that are kept, which then begins again", least=1)
-    student: str | None = _flag(None, "folder or hub name of a T5 to start from, in place of a new one")
+    student: str | None = _flag(None, "folder or hub name of a model to start from, in place of a new one")
     student_layers: int | None = _flag(None, "a side, of a new student; without it, half the teacher's", above=0)
     student_d_model: int | None = _flag(
-        None, "its width, with heads 32 wide, or for a slice as in the teacher; without it, the teacher's, with "
+        None, "its width, with heads as wide as the teacher's, but 32 in a random T5; without it, the teacher's, with "
         "its heads and feed-forward layers", above=0)
     student_init: str | None = _flag(
         None, "top-left parts of the teacher's matrices, random, or the teacher pruned, in place of the method's own",
         STUDENT_INITS)
     architecture: str | None = _flag(
-        None, "text to text, or T5's encoder with a head for classes, which a T5 that is given as --student becomes",
+        None, "of T5s: text to text, or an encoder with a head for classes, which a T5 given as --student becomes",
         ("t5", "enct5"))
     assistant_layers: int | None = _flag(
         None, "of --interpolated; without it, halfway between teacher and student", above=0)

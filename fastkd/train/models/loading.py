@@ -174,7 +174,8 @@ def load_weights(
                 torch.manual_seed(seed)
                 model, found = auto_class(config).from_pretrained(name, **settings, **options)
             saved, _ = PreTrainedConfig.get_config_dict(name, **options)
-            found["no_floats"] = _no_floats(Path(str(cached_file(name, "config.json", local_files_only=True))).parent)
+            folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
+            found["no_floats"] = _no_floats(folder, tuple(model.state_dict()))
         if saved.get("tie_word_embeddings") is False and is_tied(model):  # transformers ties a head that is not there
             found["missing_keys"] = {*found["missing_keys"], "lm_head.weight"}
         _check_whole(model, found | _without_other_heads(config, found), name, role)
@@ -257,8 +258,11 @@ def _without_other_heads(config: Any, found: Mapping[str, Any]) -> dict[str, set
     return keys
 
 
-def _no_floats(folder: Path) -> list[str]:
-    """Return the tensors of a checkpoint, each with its type, of which transformers makes floats without a word."""
+def _no_floats(folder: Path, names: tuple[str, ...]) -> list[str]:
+    """Return the tensors of a checkpoint, each with its type, of which transformers makes floats without a word.
+
+    names: of the model's weights; what is none of these, as masks and positions that once were saved, nobody reads.
+    """
     found = []
     for path in _weight_files(folder):
         if path.suffix == ".bin":  # of which nothing but the head is read
@@ -268,8 +272,8 @@ def _no_floats(folder: Path) -> list[str]:
             with safe_open(path, "pt") as file:
                 every = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
             types = {key: value for key, value in every.items() if not value.startswith(("F", "BF"))}
-        # Older versions of transformers saved with a BERT the numbers of its positions, which no model reads.
-        found += [f"{key} ({value})" for key, value in types.items() if not key.endswith("embeddings.position_ids")]
+        read = [key for key in types if key.endswith(names) or any(name.endswith(key) for name in names)]
+        found += [f"{key} ({types[key]})" for key in read]
     return found
 
 
