@@ -20,6 +20,7 @@ from fastkd.train.data.encoding import Encoding, frame_of, set_languages, tokeni
 from fastkd.train.data.examples import Chunks, StreamedChunks, pack_to_arrow
 from fastkd.train.data.pairs import class_labels, pad, pair_item
 from fastkd.train.models.tokenizer import special_tokens
+from fastkd.train.teaching.cached import content
 
 LONG, SHORT = families.TEXTS[4], families.TEXTS[0]
 SEQ2SEQ = ("t5", "bart", "mbart", "marian", "pegasus")
@@ -181,6 +182,8 @@ def test_whole_words_are_masked_or_not_at_all(model_type: str, mark: str) -> Non
     ids = [id for text in tokenize(tokenizer, texts) for id in text][:96]
     begins = [name.startswith(mark) != (mark == "##") for name in tokenizer.convert_ids_to_tokens(ids)]
     word = np.cumsum(begins)
+    words, tokens = (Chunks(np.array([ids]), tokenizer, 0, "masked_lm", whole_words=x) for x in (True, False))
+    assert content(words) != content(tokens)  # a teacher's cache of one does not serve the other
     counts = []
     for seed in range(50):
         item = Masks(tokenizer, 96, whole_words=True)(np.array(ids), (seed,))

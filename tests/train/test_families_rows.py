@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -15,6 +16,7 @@ from train_flags import effective
 from fastkd.train.common.errors import InputError
 from fastkd.train.data.tasks import TASKS, matched
 from fastkd.train.flags.arguments import parse
+from fastkd.train.stages import students
 from fastkd.train.stages.prepare import Data, get_data, with_classes
 
 FIRST, SECOND = "A bus is leaving the old station.", "Nobody knows why."
@@ -263,6 +265,12 @@ def test_one_output_learns_scores(get: Callable[..., Data], glue: Path) -> None:
         with_classes(get("bert", "classifier", glue, "--task", "sst2", **head), ["LABEL_0"])
 
 
+def test_one_class_alone_is_none(get: Callable[..., Data]) -> None:
+    data = get("bert", "classifier", [{"text": FIRST, "label": "good"}] * 3, "--task", "classification")
+    with pytest.raises(InputError, match="a classifier: expected at least 2 different targets, got 'good' alone"):
+        with_classes(data)
+
+
 def test_classes_of_a_model_are_those_of_the_data_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     both = ["negative", "positive"]
     assert matched(["POSITIVE", "Negative"], both, "sst2") == ["positive", "negative"]  # in the model's own order
@@ -307,3 +315,17 @@ def test_classes_that_nobody_can_match_are_refused(theirs: list[str], found: lis
     )
     with pytest.raises(InputError, match=message):
         matched(theirs, found, task)
+
+
+def test_what_a_teacher_writes_stands_where_the_target_stood(
+    get: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{text} and", "completion": " a bus."} for text in families.TEXTS[:5]]
+    data = get("gpt2", "causal", [*rows] * 2, "--task", "text2text")
+    monkeypatch.setattr(students, "written", lambda run, model, others, title: ["why."] * len(others))
+    flags = SimpleNamespace(labelled_examples=4)
+    run = SimpleNamespace(flags=flags, args=SimpleNamespace(max_steps=0), data=data, seed=0)
+    train = students._labelled(run, SimpleNamespace(model=None)).train  # type: ignore[arg-type]
+    texts = [data.tokenizer.decode(train[i]["input_ids"]) for i in range(len(train))]
+    assert sum(text.endswith(" and a bus.<|endoftext|>") for text in texts) == 4
+    assert sum(text.endswith(" and why.<|endoftext|>") for text in texts) == 6

@@ -88,7 +88,7 @@ class Chunks(Dataset):
         task: str = "span_corruption",
         **options: bool,
     ):
-        self.chunks, self.seed = chunks, seed
+        self.chunks, self.seed, self.options = chunks, seed, options
         length = chunks.shape[1] if isinstance(chunks, np.ndarray) else chunks.features["input_ids"].length
         self.corrupt = CORRUPTIONS[task](tokenizer, length, **options)
 

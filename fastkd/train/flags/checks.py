@@ -84,7 +84,7 @@ def check(
     if flags.interpolated and not flags.teacher:
         raise InputError("--interpolated needs a --teacher: the one that would be trained here is small already")
     if flags.labelled_examples and (flags.streaming or TASKS[flags.task].is_text or method.prunes):
-        raise InputError(f"--labelled_examples needs pairs in memory: no --streaming, {flags.task} or pruning")
+        raise InputError("--labelled_examples needs pairs in memory: no --streaming, texts alone, or pruning")
     if flags.streaming and flags.embedded_data:
         raise InputError("--streaming needs --train_file or --dataset_name: embedded data fits into memory")
     if flags.streaming and args.dataloader_num_workers > 1:

@@ -175,6 +175,8 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
             f"a classifier, as --architecture enct5, gives classes to sources: expected pairs in memory, got {given}"
         )
     found = sorted(set(data.train.rows["target"]))
+    if len(found) < 2 and not known:
+        raise InputError(f"a classifier: expected at least 2 different targets, got {found[0]!r} alone")
     if len(found) > MOST_CLASSES and len(known) != 1:
         raise InputError(f"a classifier: expected at most {MOST_CLASSES} different targets, got {len(found)}")
     classes = list(known) if len(known) == 1 else matched(known, found, data.task.name) if known else found

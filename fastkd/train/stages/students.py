@@ -89,6 +89,9 @@ def _labelled(run: Run, teacher: Teacher | None) -> Data:
         if args.max_steps > 0:
             others = others.take(min(args.max_steps * examples_per_step(args), len(others)))
         texts = written(run, teacher.model, others, "the teacher's answers")
+        # Of a prompt that is gone on with behind a space, as the data does.
+        begins = (target[: len(target) - len(target.lstrip())] for target in others["target"])
+        texts = [begin + text for begin, text in zip(begins, texts, strict=True)]
         labels = class_labels(texts, data.classes) if data.classes else data.train.answers(data.tokenizer, texts)
         answers = datasets.Dataset.from_dict({**others.to_dict(), "target": texts, "labels": labels}, rows.features)
         known = datasets.concatenate_datasets([known, answers])

@@ -107,7 +107,9 @@ def valid_lengths(examples: Chunks | Pairs, epochs: int) -> np.ndarray:
 
 def content(examples: Chunks | Pairs) -> str:
     """Return a fingerprint of the tokens and labels of training examples as they are before any corruption."""
-    found, tokens = hashlib.sha256(), examples.chunks if isinstance(examples, Chunks) else examples.ids
+    words = isinstance(examples, Chunks) and examples.options.get("whole_words")  # else as before there were any
+    found = hashlib.sha256(b"whole words" if words else b"")
+    tokens = examples.chunks if isinstance(examples, Chunks) else examples.ids
     if isinstance(tokens, np.ndarray):
         found.update(np.ascontiguousarray(tokens).data)
     else:
