@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from .data.corpus import embedded_corpus
     from .data.examples import Chunks
     from .minidisc.prune import importance, sliced
-    from .models import EncT5ForSequenceClassification, PrunedT5ForConditionalGeneration
+    from .models import (
+        EncT5ForSequenceClassification,
+        PrunedBertForMaskedLM,
+        PrunedBertForSequenceClassification,
+        PrunedT5ForConditionalGeneration,
+    )
     from .models.capture import capture_qkv
     from .models.student import slice_teacher
     from .models.tokenizer import train_tokenizer
@@ -33,6 +38,8 @@ _HOMES = {
     "EncT5ForSequenceClassification": "models",
     "METHODS": "objectives.methods",
     "Method": "objectives.methods",
+    "PrunedBertForMaskedLM": "models",
+    "PrunedBertForSequenceClassification": "models",
     "PrunedT5ForConditionalGeneration": "models",
     "capture_qkv": "models.capture",
     "embedded_corpus": "data.corpus",
@@ -48,6 +55,8 @@ __all__ = [
     "DistillTrainer",
     "EncT5ForSequenceClassification",
     "Method",
+    "PrunedBertForMaskedLM",
+    "PrunedBertForSequenceClassification",
     "PrunedT5ForConditionalGeneration",
     "capture_qkv",
     "embedded_corpus",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fastkd.train.common.family import KINDS, family_of
 from fastkd.train.judge import cost
-from fastkd.train.judge.evaluate import generate
+from fastkd.train.judge.evaluate import begins, generate
 from fastkd.train.judge.metrics import score_rows
 from fastkd.train.models import anatomy
+from fastkd.train.report.card import write_card
+from fastkd.train.report.outcome import Outcome
 
 EVERY = [(name, kind) for name in families.SETTINGS for kind in family_of(families.config(name)).kinds]
 ANSWERS = [(name, kind) for name, kind in EVERY if KINDS[kind].answers]
@@ -183,3 +188,60 @@ def test_figures_are_those_of_text_to_text_models() -> None:
     tasks = ["mnli_matched", "mnli_matched", "mnli_mismatched"]
     found = score_rows(tasks, ["neutral", "neutral", "entailment"], ["neutral", "entailment", "entailment"])
     assert found == {"mnli_matched_accuracy": 50, "mnli_mismatched_accuracy": 100}
+
+
+# ---- Cards ----
+
+CARDS = [  # type, kind, task, more of the config
+    ("bart", "seq2seq", "summarization", {}),
+    ("mbart", "seq2seq", "translation", {}),
+    ("gpt2", "causal", "text2text", {"n_positions": 160}),
+    ("qwen2", "causal", "chat", {"max_position_embeddings": 160}),
+    ("bert", "masked", "masked_lm", {}),
+    ("roberta", "classifier", "mrpc", {"id2label": {0: "no", 1: "yes"}}),
+    ("bert", "classifier", "stsb", {"num_labels": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "task", "changes"), CARDS)
+def test_the_card_of_a_model_says_how_it_is_asked(
+    name: str, kind: str, task: str, changes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its snippet runs in plain transformers, and prints what the model is judged by."""
+    families.folder(name, tmp_path, kind, **changes)
+    model = getattr(transformers, KINDS[kind].auto).from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for setting, value in begins(model, tokenizer).items():  # as a run saves it
+        setattr(model.generation_config, setting, value)
+    model.save_pretrained(tmp_path)
+    facts = {"task": task} | ({"reads": "pairs of texts"} if kind == "classifier" else {})
+    facts |= {"source_lang": "en_XX", "target_lang": "de"} if task == "translation" else {}
+    outcome = Outcome("kd", 1000, 1, 0.1, 1.0, 0.5, [])
+    write_card(tmp_path, "both", "./teacher", [outcome], facts)
+    card = ModelCard.load(tmp_path / "README.md")
+    shown = {"bart": "BART", "mbart": "mbart", "gpt2": "GPT-2", "bert": "BERT", "roberta": "RoBERTa"}.get(name, name)
+    assert f"# A {shown} distilled" in card.text and "T5" not in card.text and name in card.data.get("tags")
+    assert card.data.get("language") == (["en", "de"] if task == "translation" else None)
+    code = re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)[0]
+    assert "fastkd" not in code and f"import {KINDS[kind].auto}," in code
+    capsys.readouterr()
+    exec(code.replace("path/to/this/folder", str(tmp_path)), {})
+    printed = capsys.readouterr().out[:-1]
+    if kind == "masked":
+        assert printed == tokenizer.decode(_filled(model, tokenizer))
+        return
+    source = tokenizer("your text", *["and another"] * (kind == "classifier"))
+    if task == "chat":
+        source = tokenizer.apply_chat_template([{"role": "user", "content": "your text"}], add_generation_prompt=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    types = [source["token_type_ids"]] if kind == "classifier" and "token_type_ids" in source else None
+    (expected,) = generate(model, tokenizer, [source["input_ids"]], batch_size=1, max_new_tokens=64, token_types=types)
+    assert float(printed) == pytest.approx(float(expected), rel=1e-4) if task == "stsb" else printed.strip() == expected
+
+
+def _filled(model: Any, tokenizer: Any) -> list[int]:
+    """The likeliest token at the mask."""
+    ids = tokenizer(f"Paris is the {tokenizer.mask_token} of France.")["input_ids"]
+    with torch.no_grad():
+        return [int(model(torch.tensor([ids])).logits[0, ids.index(tokenizer.mask_token_id)].argmax())]

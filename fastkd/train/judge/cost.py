@@ -83,7 +83,8 @@ def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:
     if is_sharded(model):
         return Cost(parameters(model), gflops(model, tokens))
     length = min(tokens, family(model).positions(model.config) or tokens)
-    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size  # [1, tokens]
+    # [1, tokens], which do not begin with padding, for which transformers would ask for a mask.
+    ids = torch.arange(5, 5 + length, device=model.device)[None] % model.config.vocab_size
     inputs = {"input_ids": ids} | ({"use_cache": False} if "decoder" in family(model).stacks else {})
     inputs |= {"decoder_input_ids": ids} if "decoder_cross" in family(model).attentions else {}
 

@@ -61,6 +61,7 @@ def cached_teacher(run: Run, teacher: Teacher) -> CachedTeacher:
         "epochs": epochs,
         "temperature": method.temperature if kind.entries else None,
     }
+    fits |= {"whole words": True} if flags.whole_word_masking else {}  # older caches say nothing of them
     known = _vocabulary(teacher.config)
     if kind.entries and known == 1:
         raise InputError(f"--teacher_cache {kind}: the teacher's one output is a number: expected hidden")
@@ -165,7 +166,7 @@ def _fill(run: Run, teacher: Teacher, store: Store, kind: Kind, missing: list[in
 
 
 def _say_what_is_read(run: Run, epochs: int | None) -> None:
-    """Print how often the run reads what is kept; epochs: of span corruption, None for what no epoch changes."""
+    """Print how often the run reads what is kept; epochs: of corruptions, None for what no epoch changes."""
     args, examples = run.args, len(run.data.train)
     passes = args.max_steps * examples_per_step(args) / examples if args.max_steps > 0 else args.num_train_epochs
     if epochs is not None and passes > epochs:
