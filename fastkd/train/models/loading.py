@@ -170,7 +170,10 @@ def load_weights(
     def load() -> Any:
         with _loading(name, role) as options:
             settings = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-            with torch.random.fork_rng(devices=[]):
+            level = transformers.logging.get_verbosity()
+            transformers.logging.set_verbosity_error()  # what is wrong with the weights is said below, in one line
+            with contextlib.ExitStack() as after, torch.random.fork_rng(devices=[]):
+                after.callback(transformers.logging.set_verbosity, level)
                 torch.manual_seed(seed)
                 model, found = auto_class(config).from_pretrained(name, **settings, **options)
             saved, _ = PreTrainedConfig.get_config_dict(name, **options)

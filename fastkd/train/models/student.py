@@ -129,18 +129,13 @@ def _resized(config: Any, d_model: int | None, layers: int | None) -> Any:
         for name in row.shrinks:
             if (its := getattr(config, name)) is not None:
                 setattr(made, name, max(its * d_model // width, 1))
-        heads = {name: (getattr(made, name), getattr(config, name)) for name in row.heads}
-        made.hidden_size, keys = d_model, heads.pop("num_key_value_heads", None)
-        if keys is not None or getattr(config, "head_dim", None) is None:  # heads and width go together
-            step = max(width // math.gcd(width, its) for _, its in heads.values())
-            if d_model % step:
-                expected = f"a multiple of {step}, as heads stay as wide as the teacher's"
+        made.hidden_size = d_model
+        if "num_key_value_heads" in row.heads or getattr(config, "head_dim", None) is None:  # where T5's may be any
+            counts = [its for name in row.heads if (its := getattr(config, name)) > 1]
+            step = math.lcm(*(width // math.gcd(width, its) for its in counts))
+            if d_model % step:  # or another head of keys would serve a head of queries
+                expected = f"a multiple of {step}, at which the teacher's heads and their groups stay as they are"
                 raise ValueError(f"student_d_model: expected {expected}, got {d_model}")
-        queries = next(iter(heads.values()))
-        if keys is not None and (queries[0] % keys[0] or queries[0] // keys[0] > queries[1] // keys[1]):
-            groups = f"{queries[1] // keys[1]} heads of queries for one of keys, as the teacher's"
-            expected = f"a width at which there are at most {groups}"
-            raise ValueError(f"student_d_model: expected {expected}, got {d_model}: {queries[0]} for {keys[0]}")
     for stack in compared_stacks(config):
         its = depths_of(config)[stack]
         setattr(made, row.depths[stack], mine := layers or max(its // 2, 1))
