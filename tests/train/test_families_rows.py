@@ -16,7 +16,7 @@ from train_flags import effective
 from fastkd.train.common.errors import InputError
 from fastkd.train.data.tasks import TASKS, matched
 from fastkd.train.flags.arguments import parse
-from fastkd.train.stages import students
+from fastkd.train.stages import prepare, students
 from fastkd.train.stages.prepare import Data, get_data, with_classes
 
 FIRST, SECOND = "A bus is leaving the old station.", "Nobody knows why."
@@ -329,3 +329,13 @@ def test_what_a_teacher_writes_stands_where_the_target_stood(
     texts = [data.tokenizer.decode(train[i]["input_ids"]) for i in range(len(train))]
     assert sum(text.endswith(" and a bus.<|endoftext|>") for text in texts) == 4
     assert sum(text.endswith(" and why.<|endoftext|>") for text in texts) == 6
+
+
+def test_a_head_that_is_to_come_learns_what_the_teachers_does() -> None:
+    flags = parse(effective("--method", "scratch", "--student", "known", "--task", "stsb", "--train_file", "x"))[0]
+    head = {"architectures": ["BertForSequenceClassification"]}
+    score, classes, new = (
+        families.config("bert", id2label=names, **head) for names in ({0: "LABEL_0"}, {0: "0.0", 1: "0.2"}, {0: ""})
+    )
+    for configs, has_scores in (([score, new], True), ([classes, new], False), ([new], True), ([classes], False)):
+        assert prepare._columns(flags, "classifier", configs).format.has_scores == has_scores

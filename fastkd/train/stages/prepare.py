@@ -157,7 +157,7 @@ def _columns(flags: FastkdArguments, kind: str, configs: Sequence[Any]) -> Colum
         format=Format(
             has_prefixes=all("T5" in family.name for family in families),
             has_pairs=is_classifier and any("masked" in family.kinds for family in families),
-            has_scores=any(len(classes) == 1 for classes in heads),
+            has_scores=len(max(heads, key=lambda names: any(names.values()), default={})) == 1,  # of one with names
             is_joined=kind == "causal",
         ),
     )
