@@ -38,12 +38,16 @@ struct RowStats {
   FASTKD_INLINE bool empty() const { return sum_s == 0 || sum_t == 0; }
 };
 
+constexpr double kLowestScore = -1e30;  // see unmasked
+
 // The same, in the working precision, ready for the inner loop.
 template <class F>
 struct RowConstants {
   F max_s, inv_sum_s, max_t, inv_sum_t, inv_tau, log2e_over_tau;
   Split<F> shift, centred_shift;  // the second also subtracts `mean`, for u = -log(p / q)
   F mean;
+  // The least of scores and exponents. As data: GCC 12 makes one instruction of a clamp to it, of one to a constant three.
+  F lowest_score = F(kLowestScore), lowest_exponent = F(kLowestExponent);
 
   FASTKD_INLINE RowConstants(const RowStats& row, double tau, double mean_unit = 1)
       : max_s(static_cast<F>(row.max_s)), inv_sum_s(static_cast<F>(1 / row.sum_s)), max_t(static_cast<F>(row.max_t)),
@@ -81,8 +85,8 @@ struct Beta {
 // Scores of -inf are masked columns. They are worked on as a very low number, so that differences stay finite and a
 // probability of zero makes products of zero; a divergence beyond what that number allows is reported as infinite.
 template <class F>
-FASTKD_INLINE F unmasked(F score) {
-  return score < F(-1e30) ? F(-1e30) : score;  // NaN passes
+FASTKD_INLINE F unmasked(F score, F lowest = F(kLowestScore)) {
+  return score < lowest ? lowest : score;  // NaN passes
 }
 
 constexpr double kInfinite = 1e20;  // divergences over it come from a masked column

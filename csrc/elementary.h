@@ -59,16 +59,18 @@ FASTKD_INLINE Exp<double> exp_nonpositive(double x) {
   return {std::exp(x), minus1, x > -1e-2 ? near : minus1 - x};
 }
 
+constexpr double kLowestExponent = -127;
+
 // 2^y for y <= 0, where e^x = 2^(x log2 e) is good enough: the product rounds x, but the reduction y = n + f is exact and
 // one instruction. Polynomial of relative error 2e-8; zero below 2^-126 like the above.
-FASTKD_INLINE float exp2_nonpositive(float y) {
+FASTKD_INLINE float exp2_nonpositive(float y, [[maybe_unused]] float lowest = kLowestExponent) {
 #if defined(__CUDA_ARCH__)
   float x;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(y));  // one instruction, relative error 2^-22.5
   return x;
 #else
   const float kRound = 12582912.0f;
-  const float clamped = y < -127.0f ? -127.0f : y;
+  const float clamped = y < lowest ? lowest : y;
   const float shifted = clamped + kRound;
   const float f = clamped - (shifted - kRound);
   float poly = 1.5345811590e-4f;
@@ -82,7 +84,7 @@ FASTKD_INLINE float exp2_nonpositive(float y) {
 #endif
 }
 
-FASTKD_INLINE double exp2_nonpositive(double y) { return std::exp2(y); }
+FASTKD_INLINE double exp2_nonpositive(double y, double = kLowestExponent) { return std::exp2(y); }
 
 constexpr double kLog2E = 1.4426950408889634;
 

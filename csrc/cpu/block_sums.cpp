@@ -16,8 +16,8 @@ FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const R
   F student = 0, teacher = 0, difference = 0, moment = 0, student_moment = 0, student_own = 0, teacher_own = 0;
 #pragma omp simd reduction(+ : student, teacher, difference, moment, student_moment, student_own, teacher_own)
   for (int64_t j = 0; j < n; ++j) {
-    const F top_s = (kPass == Pass::kPlain ? s[j] : unmasked(s[j])) - r.max_s;
-    const F top_t = (kPass == Pass::kPlain ? t[j] : unmasked(t[j])) - r.max_t;
+    const F top_s = (kPass == Pass::kPlain ? s[j] : unmasked(s[j], r.lowest_score)) - r.max_s;
+    const F top_t = (kPass == Pass::kPlain ? t[j] : unmasked(t[j], r.lowest_score)) - r.max_t;
     F p, q;
     if constexpr (kPass == Pass::kCareful) {
       const Pair<F> c(s[j], t[j], r);
@@ -27,7 +27,8 @@ FASTKD_CLONES BlockSums<F> block_sums(const F* s, const F* t, int64_t n, const R
       if constexpr (kMoment == Moment::kBoth) student_moment += c.student_excess();
       if constexpr (kKeep) kept_student[j] = kMoment == Moment::kStudent ? c.q : c.difference, kept_teacher[j] = c.p;
     } else {
-      q = exp2_nonpositive(top_s * r.log2e_over_tau), p = exp2_nonpositive(top_t * r.log2e_over_tau);
+      q = exp2_nonpositive(top_s * r.log2e_over_tau, r.lowest_exponent);
+      p = exp2_nonpositive(top_t * r.log2e_over_tau, r.lowest_exponent);
       moment += (kMoment == Moment::kStudent ? -q : p) * (top_t - top_s);
       if constexpr (kMoment == Moment::kBoth) student_moment -= q * (top_t - top_s);
       if constexpr (kKeep) kept_student[j] = q, kept_teacher[j] = p;
