@@ -61,7 +61,6 @@ def cached_teacher(run: Run, teacher: Teacher) -> CachedTeacher:
         "epochs": epochs,
         "temperature": method.temperature if kind.entries else None,
     }
-    fits |= {"whole words": True} if flags.whole_word_masking else {}  # older caches say nothing of them
     known = _vocabulary(teacher.config)
     if kind.entries and known == 1:
         raise InputError(f"--teacher_cache {kind}: the teacher's one output is a number: expected hidden")
