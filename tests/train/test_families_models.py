@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from fastkd.train import plan
 from fastkd.train.common.errors import InputError
 from fastkd.train.common.family import FAMILIES, KINDS, family_of, kind_of
 from fastkd.train.flags.fields import FastkdArguments
@@ -125,7 +126,7 @@ def test_what_was_saved_is_what_is_loaded(model_type: str, kind: str, folders: C
     assert tokenizer.padding_side == "right" and tokenizer(["a bus", "a"], padding=True)["input_ids"]
 
 
-@each
+@pytest.mark.parametrize("model_type", ["t5", "bart", "bert", "roberta", "distilbert", "gpt2", "llama", "gemma2"])
 def test_weights_and_numbers_that_are_bad(model_type: str, folders: Callable[..., Path], tmp_path: Path) -> None:
     folder, row = folders(model_type), family_of(families.config(model_type))
     names = list(load_file(folder / "model.safetensors"))
@@ -351,3 +352,23 @@ def test_a_new_student_of_random_weights_may_be_larger(model_type: str, tmp_path
     again = saved_whole(new_model(config, 3), tmp_path / "student")
     assert all(torch.equal(again.state_dict()[name], x) for name, x in made.state_dict().items())
     assert set(anatomy.shape(config).depths.values()) == {3} and anatomy.shape(config).width == 64
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "length"),
+    [("marian", "text2text", 64), ("bert", "masked_lm", 24), ("gpt2", "text2text", 48), ("gemma2", "causal_lm", 24)],
+)
+def test_a_run_of_any_family_can_be_planned(
+    model_type: str, task: str, length: int, folders: Callable[..., Path]
+) -> None:
+    """From the folder's config alone, in lengths of its kind and no more positions than there are."""
+    limits = "--max_source_length 16 --max_target_length 32" if task == "text2text" else "--sequence_length 24"
+    limits = limits.replace("16", "128") if model_type == "marian" else limits
+    words = f"--method hsm-cka --teacher {folders(model_type)} --task {task} {limits} --student_d_model 16 --use_cpu"
+    flags, args = plan._parsed(words.split())
+    held = plan.plan(flags, args, device="cpu").moments["update"]
+    teacher, _ = load_model(folders(model_type), "teacher")
+    student = new_model(smaller_config(teacher.config, 16, None), 0)
+    for name, model in (("student's weights", student), ("teacher's weights", teacher)):
+        assert held[name] == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert plan.batch(flags, args, anatomy.kind(teacher), 64)["input_ids"].shape[1] == length
