@@ -57,8 +57,6 @@ class Spans:
     Raises InputError if chunks of `length` tokens need more sentinels than the tokenizer has.
     """
 
-    is_even = True  # whether each chunk gives as many labels
-
     def __init__(self, tokenizer: Any, length: int, whole_words: bool = False):
         self.length = length
         self.eos: int = tokenizer.eos_token_id
@@ -81,11 +79,9 @@ class Spans:
 class Masks:
     """BERT's corruption of chunks of one length: 15 % of their tokens, which are the labels; special tokens never.
 
-    Of those 80 % become the mask, and 10 % any other token. whole_words: choose words instead, as long as they do not
+    Of those 80 % become the mask, and 10 % a token at random. whole_words: choose words instead, as long as they do not
     exceed the 15 %. The frame of a text stands around a chunk, beyond its `length`.
     """
-
-    is_even = False
 
     def __init__(self, tokenizer: Any, length: int, whole_words: bool = False):
         self.length, self.frame, self.mask = length, frame_of(tokenizer), tokenizer.mask_token_id
@@ -132,8 +128,6 @@ def _begin_words(pieces: Sequence[str]) -> np.ndarray:
 
 class Nothing:
     """No corruption: every token of a chunk is a label, in its own place, but the first, which nothing foretells."""
-
-    is_even = True
 
     def __init__(self, tokenizer: Any, length: int, whole_words: bool = False):
         self.length = length

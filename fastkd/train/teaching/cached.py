@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 import fastkd
 
 from ..common.family import kind_of
-from ..data.corruption import IGNORED, Item
+from ..data.corruption import IGNORED, Item, Masks
 from ..data.examples import Chunks
 from ..data.pairs import Pairs
 from ..objectives.terms import aligned_labels
@@ -94,7 +94,7 @@ def collated(collate: Callable[..., Item]) -> Callable[[Sequence[dict[str, Any]]
 def valid_lengths(examples: Chunks | Pairs, epochs: int) -> np.ndarray:
     """Return how many positions of each example, in the order of their numbers, have a label."""
     if isinstance(examples, Chunks):
-        known = 1 if examples.corrupt.is_even else len(examples) * epochs
+        known = len(examples) * epochs if isinstance(examples.corrupt, Masks) else 1  # the others have as many each
         counts = [int((examples[i]["labels"] != IGNORED).sum()) for i in range(known)]
         return np.resize(counts, len(examples) * epochs)
     lengths = []
