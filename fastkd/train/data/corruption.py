@@ -98,15 +98,15 @@ class Masks:
         """Return "input_ids", "attention_mask" and "labels" [L + frame] (int64) of tokens [L]."""
         rng, is_text = np.random.default_rng(seed), self.is_text[tokens]
         word = np.cumsum(self.begins[tokens] | ~is_text)
-        sizes = np.bincount(word[is_text], minlength=word[-1] + 1)
-        noise, total, is_taken = max(1, round(NOISE_DENSITY * is_text.sum())), 0, np.zeros(len(sizes), dtype=bool)
-        for number in rng.permutation(np.flatnonzero(sizes)):
+        sizes = np.bincount(word[is_text], minlength=word[-1] + 1).tolist()
+        noise, total, taken = max(1, round(NOISE_DENSITY * is_text.sum())), 0, []
+        for number in rng.permutation(np.flatnonzero(sizes)).tolist():
             if total + sizes[number] <= noise or not total:
-                is_taken[number] = True
+                taken.append(number)
                 total += sizes[number]
             if total >= noise:
                 break
-        is_chosen, draw = is_taken[word] & is_text, rng.random(len(tokens))
+        is_chosen, draw = np.isin(word, taken) & is_text, rng.random(len(tokens))
         others = rng.choice(self.others, len(tokens))
         replaced = np.where(draw < MASKED, self.mask, np.where(draw < MASKED + REPLACED, others, tokens))
         ids = torch.tensor(self.frame.around(np.where(is_chosen, replaced, tokens).tolist()))

@@ -122,7 +122,7 @@ def matched(theirs: Sequence[str], found: Collection[str], task: str) -> list[st
 
 
 def figure_names(task: Task, present: Collection[str] | None = None) -> list[str]:
-    """Return the names of the figures that `metrics.score_rows` gives for a task, none for span corruption.
+    """Return the names of the figures that `metrics.score_rows` gives for a task, none for texts.
 
     present: the metric columns that there are rows of, by default all.
     """
