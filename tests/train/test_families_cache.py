@@ -93,7 +93,12 @@ def trained(run: Run, student: Any, teacher: Any, epochs: int = 0) -> tuple[list
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], student.state_dict()
 
 
-@pytest.mark.parametrize(("name", "kind", "of"), EVERY)
+LONG = {("gpt2", "causal", "chunks"), ("roberta", "masked", "chunks"), ("distilbert", "masked", "chunks")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "of"), [pytest.param(*of, marks=[pytest.mark.long] if of in LONG else []) for of in EVERY]
+)
 def test_losses_are_equal_to_the_bit(make_run: Any, name: str, kind: str, of: str) -> None:
     """And the head is the teacher's own; chunks are kept for two epochs, and the four steps begin again with them."""
     flags, epochs = (["--teacher_cache_epochs", "2"], 2) if of == "chunks" else ([], 1)
