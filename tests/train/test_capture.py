@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
 
-from fastkd.train.common.family import PLACES
+from fastkd.train.common.family import PLACES, family_of
+from fastkd.train.models import anatomy
 from fastkd.train.models.capture import capture_qkv
+from fastkd.train.training.forward import Needs, forward
 
 EVERYWHERE = dict.fromkeys(PLACES, 2)
 
@@ -93,3 +96,38 @@ def test_gradients_under_gradient_checkpointing(
     with pytest.raises(RuntimeError, match="use_reentrant"):
         make_trainer(student, method, teacher=tiny(64, 2)).compute_loss(student, batch)
     assert hooks(student) == before and "forward" not in vars(student.lm_head)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "adapted"),
+    [
+        ("t5", "seq2seq", ["q", "k"]),
+        ("bart", "seq2seq", ["k_proj", "fc1"]),
+        ("gpt2", "causal", ["c_attn"]),
+        ("qwen2", "causal", ["k_proj", "lm_head"]),
+        ("bert", "masked", ["key"]),
+        ("bert", "classifier", ["key", "classifier"]),
+    ],
+)
+def test_with_lora_all_is_as_with_its_weights_merged(model_type: str, kind: str, adapted: list[str]) -> None:
+    """Queries, keys and values, hidden states, what the head is given, and the head.
+
+    In float64, as T5 does not scale its scores, which are large.
+    """
+    peft = pytest.importorskip("peft")
+    made, batch = families.model(model_type, kind).double(), families.batch(kind)
+    settings = {"fan_in_fan_out": True} if model_type == "gpt2" else {}
+    wrapped = peft.get_peft_model(
+        made, peft.LoraConfig(r=2, target_modules=adapted, init_lora_weights=False, **settings)
+    )  # fmt: skip
+    assert anatomy.kind(wrapped) == kind
+    row = family_of(made.config)
+    needs = Needs(dict.fromkeys(row.attentions, 2), {name: [1, 2] for name in row.stacks})
+    with torch.no_grad():
+        found = forward(wrapped.eval(), batch, needs)
+        merged = wrapped.merge_and_unload()
+        wanted = forward(merged, batch, needs)
+    for place in row.attentions:
+        torch.testing.assert_close(found[place], wanted[place])
+    torch.testing.assert_close(found["states"], wanted["states"])
+    torch.testing.assert_close(anatomy.logits(*found["hidden"]), anatomy.logits(*wanted["hidden"]))
