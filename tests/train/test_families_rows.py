@@ -222,7 +222,8 @@ def test_glue_is_two_sentences_to_encoders_and_t5s_text_to_others(
     task: str, get: Callable[..., Data], glue: Path
 ) -> None:
     flags, (first, second) = ["--task", task], GLUE[task][3]
-    for model_type in ("bert", "roberta", "distilbert"):
+    every = task == "mnli"  # the others differ in no way that a model's type has to do with
+    for model_type in ("bert", "roberta", "distilbert") if every else ("bert",):
         data = get(model_type, "classifier", glue, *flags)
         own = data.tokenizer(*[text for text in (first, second) if text])
         item, types = data.train[0], model_type == "bert"
@@ -238,11 +239,11 @@ def test_glue_is_two_sentences_to_encoders_and_t5s_text_to_others(
         assert batch["labels"].tolist() == [[words.index(data.train.rows["target"][i])] for i in range(2)]
         model = families.model(model_type, "classifier", num_labels=len(words), **families.fitting(model_type))
         assert model(**batch).loss.isfinite()
-    for model_type, kind in (("bart", "seq2seq"), ("gpt2", "causal"), ("t5", "seq2seq")):
+    for model_type, kind in (("bart", "seq2seq"), ("gpt2", "causal"), ("t5", "seq2seq")) if every else ():
         source = get(model_type, kind, glue, *flags).held_out_rows["source"][0]
         assert source.startswith(f"{task} ") and source.endswith("\n") == (kind == "causal")
         assert first in source and second in source
-        assert task != "mnli" or source.startswith(f"mnli hypothesis: {SECOND} premise: {FIRST}")
+        assert source.startswith(f"mnli hypothesis: {SECOND} premise: {FIRST}")
 
 
 def test_all_of_glue_has_eight_columns(get: Callable[..., Data], glue: Path) -> None:
