@@ -21,8 +21,8 @@ __all__ = ["EXTENSION_PROBLEM", "TRITON_PROBLEM", "backend_for", "interpret_trit
 IMPLS = ("auto", "reference", "fused")
 
 
-# Of the operators' arguments: raised here and in csrc/module.cpp where these change.
-INTERFACE = 6
+# Of the operators' arguments, and of what they may be: raised here and in csrc/module.cpp where these change.
+INTERFACE = 7
 
 
 def _load_extension() -> str | None:
