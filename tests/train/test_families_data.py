@@ -124,7 +124,13 @@ def test_languages_are_codes_of_the_tokenizer_or_their_names(tmp_path: Path) -> 
     families.tokenizer("mbart").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     eos = tokenizer.eos_token_id
-    for source, target in (("de", "French"), ("de_DE", "fr_XX"), ("German", "fr")):
+    for source, target in (
+        ("de", "French"),
+        ("de_DE", "fr_XX"),
+        ("German", "fr"),
+        ("german", "FR"),
+        ("de-de", "fr_xx"),
+    ):
         set_languages(tokenizer, source, target)
         german, french = tokenizer.convert_tokens_to_ids(["de_DE", "fr_XX"])
         columns, _, _ = Encoding(tokenizer, 9, 9)([{"source": LONG, "target": LONG, "task": "translation"}])
@@ -134,7 +140,7 @@ def test_languages_are_codes_of_the_tokenizer_or_their_names(tmp_path: Path) -> 
     assert (again.src_lang, again.tgt_lang) == ("de_DE", "fr_XX")
     for source, target, flag in (("xx", "fr", "source_lang"), ("de", None, "target_lang"), ("Klingon", "de", "source")):
         with pytest.raises(
-            InputError, match=rf"--{flag}.*: expected a language of the tokenizer, such as ar_AR, cs_CZ"
+            InputError, match=rf"--{flag}.*: expected a language, one of the tokenizer's, such as ar_AR"
         ):
             set_languages(tokenizer, source, target)
 

@@ -66,3 +66,20 @@ def test_a_student_is_distilled_loaded_and_trained_on(name: str, tmp_path: Path)
     loaded = [auto.from_pretrained(tmp_path / where) for where in ("student", "again")]
     moved = [bool((a != b).any()) for a, b in zip(*(x.parameters() for x in loaded), strict=True)]
     assert any(moved)
+    first_config = auto.from_pretrained(first).config if kind != "classifier" else loaded[0].config
+    assert getattr(loaded[0].config, "use_cache", None) == getattr(first_config, "use_cache", None)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_a_baseline_without_a_teacher_is_of_the_family_that_was_named(name: str, tmp_path: Path) -> None:
+    task = {"gpt2": "causal_lm", "bert": "masked_lm"}.get(name, "text2text")
+    rows, given = tmp_path / "rows.jsonl", folder(name, tmp_path / "given")
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    words = ["--method", "scratch", "--teacher", given, "--task", task, "--train_file", rows, "--max_steps", "1"]
+    words += ["--use_cpu", "--disable_tqdm", "true", "--max_eval_examples", "4", "--cache_dir", tmp_path / "cache"]
+    words += ["--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path / "out"]
+    words += ["--sequence_length", "24"] if task.endswith("_lm") else []
+    assert cli.main([str(word) for word in words]) == 0
+    made, its = (transformers.AutoConfig.from_pretrained(where) for where in (tmp_path / "out", given))
+    assert (made.model_type, made.vocab_size, made.hidden_size) == (its.model_type, its.vocab_size, its.hidden_size)
+    assert made.num_hidden_layers == 1 and getattr(made, "use_cache", None) == getattr(its, "use_cache", None)

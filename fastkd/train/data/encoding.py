@@ -61,11 +61,14 @@ def set_languages(tokenizer: Any, *languages: str | None) -> None:
     """
     codes = sorted(name for name in special_tokens(tokenizer) if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}", name))
     for side, flag, language in zip(("src_lang", "tgt_lang"), ("source_lang", "target_lang"), languages, strict=True):
-        short = next((code for code, word in LANGUAGES.items() if language == word), language)
-        fits = [code for code in codes if code == short] or [code for code in codes if code.split("_")[0] == short]
+        said = (language or "").replace("-", "_").casefold()
+        short = next((code for code, word in LANGUAGES.items() if said == word.casefold()), said)
+        fits = [code for code in codes if code.casefold() == short]
+        fits = fits or [code for code in codes if code.split("_")[0] == short]
         if len(fits) != 1:
             some = ", ".join(fits or codes[:6])
-            raise InputError(f"--{flag}: expected a language of the tokenizer, such as {some}, got {language!r}")
+            ways = f"one of the tokenizer's, such as {some}, or its first letters, or its English name"
+            raise InputError(f"--{flag}: expected a language, {ways}, got {language or 'none'}")
         setattr(tokenizer, side, fits[0])
 
 

@@ -120,9 +120,9 @@ class ModelArguments:
         None, "of --interpolated; without it, halfway between teacher and student", above=0)
     assistant_d_model: int | None = _flag(None, "of --interpolated; without it, halfway, a multiple of 64", above=0)
     embedding_learning_rate: float | None = _flag(
-        None, "of the embedding; without it, 80 times the learning rate, as a random embedding starts at standard "
-        "deviation 1 and needs larger steps than the other weights; the learning rate itself where the student starts "
-        "from a model of yours (--student, or a slice of --teacher)", above=0)
+        None, "of the embedding; without it, 80 times the learning rate where it is random, as it needs larger steps "
+        "than the other weights (a T5's starts at standard deviation 1); the learning rate itself where the student "
+        "starts from a model of yours (--student, or a slice of --teacher)", above=0)
     vocabulary_size: int = _flag(4096, "of a tokenizer that is trained, where no model brings one", least=512)
 
 

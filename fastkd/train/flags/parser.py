@@ -148,7 +148,7 @@ def help_text(everything: bool = False) -> str:
     parser = argparse.ArgumentParser(
         prog="fastkd-train",
         usage="fastkd-train (--demo [NAME] | --method METHOD | --config FILE) [flags]",
-        description="Distil a T5 teacher into a smaller T5 student, without ever materialising vocabulary logits.",
+        description="Distil a T5, BART, BERT, GPT-2, Llama or their kin into a smaller one, without vocabulary logits.",
         epilog=(config.TEXTS / "examples.txt").read_text(encoding="utf-8"),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
         add_help=False,

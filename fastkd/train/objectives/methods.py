@@ -200,7 +200,8 @@ class Method:
                 valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
                 queries = widths[0][0], widths[1][0]
                 every = [*queries, *sorted({*widths[0], *widths[1]}.difference(queries))]  # keys may be narrower
-                expected = f"a divisor of {' and '.join(map(str, every))}, the widths of both models' queries ({valid})"
+                those = "queries" if len(every) == 2 else "queries, keys and values"
+                expected = f"a divisor of {' and '.join(map(str, every))}, the widths of both models' {those} ({valid})"
                 raise ValueError(f"relation_heads: expected {expected}, got {self.relation_heads}")
 
 

@@ -116,6 +116,8 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
         own = flags.teacher_dtype == "auto"
         dtype = str(teacher.config.dtype).removeprefix("torch.") if own else flags.teacher_dtype
         facts |= {"teacher": flags.teacher or "trained on the same data", "teacher_dtype": dtype}
+    rows = data.held_out_rows
+    seconds = rows["pair"] if "pair" in rows.column_names else []
     facts |= {
         "student": flags.student,
         "student_init": None if flags.student else method.student_init,
@@ -124,7 +126,8 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
         "dataset_config": flags.dataset_config,
         "source_lang": flags.source_lang,
         "target_lang": flags.target_lang,
-        "reads": "pairs of texts" if "pair" in data.held_out_rows.column_names else None,
+        "reads": "pairs of texts" if any(seconds) else None,
+        "source_ends": "in a line break" if any(x.endswith("\n") for x in rows["source"][:1]) else None,
         **data.facts,
         "held_out_data": held_out_digest(data),
         "tokens_per_chunk": flags.sequence_length if data.task.is_text else None,
@@ -134,7 +137,7 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
         "pieces": len(data.tokenizer),
         "batch": examples_per_step(args),
         "learning_rate": args.learning_rate,
-        "embedding_learning_rate": flags.embedding_learning_rate or args.learning_rate,
+        "embedding_learning_rate": float(f"{flags.embedding_learning_rate or args.learning_rate:.6g}"),
         "seed": args.seed,
         "seconds_in_all": round(time.perf_counter() - ready.started, 1),
         "threads": torch.get_num_threads(),

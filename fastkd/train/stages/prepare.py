@@ -240,6 +240,11 @@ def _lengths(flags: FastkdArguments, tokenizer: Any, kind: str, configs: Sequenc
     needed = sum(lengths) if kind == "causal" else lengths[0] if kind == "classifier" else max(lengths)
     if windows and (needed > min(windows) or min(lengths) < 1):
         together = " together" if kind == "causal" and len(lengths) == 2 else ""
+        if min(lengths) < 1:
+            raise InputError(
+                f"--max_source_length: expected fewer than the {min(windows)} tokens for which there are positions, as "
+                f"the target comes behind them, got {lengths[0]}"
+            )
         raise InputError(
             f"{name}: expected at most {min(windows)} tokens{together}, for which there are positions, got "
             f"{' and '.join(map(str, lengths))}"

@@ -69,6 +69,9 @@ def _with_head(student: Any, classes: Sequence[str], run: Run) -> Any:
     if family_of(student.config).name == "T5":
         return enct5_from(student, classes)
     if any(student.config.id2label.values()):
+        if any(classes):  # by the names that the data has for them, which the model need not have told
+            student.config.id2label = dict(enumerate(classes))
+            student.config.label2id = {name: i for i, name in enumerate(classes)}
         return student
     names = list(classes) if any(classes) else ["score"]
     print(f"student {run.flags.student} has no head for {', '.join(names[:9])}: it starts with a random one")
@@ -99,9 +102,12 @@ def _labelled(run: Run, teacher: Teacher | None) -> Data:
 
 
 def new_student(run: Run, teacher: Teacher | None) -> Any:
-    """Return a student with random weights, of the teacher's variant of T5 if the flags ask for a slice of it."""
+    """Return a student with random weights, of the variant of a teacher if the flags ask for a slice of it.
+
+    Of a teacher's family and vocabulary also where the method needs none, so that baselines are of the same shape.
+    """
     flags, data, seed = run.flags, run.data, run.args.seed
-    its = teacher.config if teacher else None
+    its = teacher.config if teacher else run.given.configs.get("teacher")
     config = planned_config(flags.objective, its, flags.student_d_model, flags.student_layers)
     if teacher and flags.objective.student_init == "slice":
         return new_model(config, seed, tied=is_tied(teacher.model))

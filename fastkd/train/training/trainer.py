@@ -62,7 +62,11 @@ class DistillTrainer(CheckpointingTrainer):
         score: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
+        given = kwargs["model"] if "model" in kwargs else args[0]
+        uses_cache = getattr(given.config, "use_cache", None)
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
+        if uses_cache is not None:  # transformers turns it off for good, and what is saved would write slowly
+            given.config.use_cache = uses_cache
         if method.needs_teacher and teacher is None:
             raise ValueError(f"teacher: this method ({method.summary}) needs one, got None")
         student: Any = self.model
