@@ -55,7 +55,7 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
     project = getattr(bare, "hidden_projection", None) or torch.nn.Identity()
 
     # DDP waits for the gradients of all parameters that the output depends on, so it must see what the loss is made of
-    # and nothing else.
+    # and nothing else. FSDP gathers weights again before the gradients of what it sees: it has to see that first.
     def read(model: Any, inputs: Any, output: Any) -> dict[str, Any]:
         hidden = given[0] if given[0].dim() == 3 else given[0][:, None]
         return {
@@ -68,7 +68,7 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
         capture_given(bare) as given,
         capture_qkv(bare, needs.layers) as captured,
         capture_hidden(bare, needs.states) as states,
-        bare.register_forward_hook(read),
+        bare.register_forward_hook(read, prepend=True),
     ):
         found = model(**_arguments(bare, inputs, needs, mixup))
     head, given_to = head_of(bare), found.pop("given")
