@@ -176,7 +176,7 @@ def _adapted(module: Any, sharding: str | None, by_fsdp: bool) -> _Projection:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """A model out of what DDP, torch.compile and PEFT put around it."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -250,7 +250,7 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if sharding not in (None, "data", "vocabulary"):
         raise ValueError(f'sharding: expected None, "data" or "vocabulary", got {sharding!r}')
-    bare = _unwrapped(model)
+    bare = unwrapped(model)
     by_fsdp = _is_managed_by_fsdp(model)
     if isinstance(bare, nn.Linear) or comes_from(bare, "peft"):
         return Head(*_projection(bare, sharding, by_fsdp))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.harness.command import main
 from benchmarks.harness.problem import Problem, Run, Target, of_another_objective
-from benchmarks.trainer.train_step import Shape, batch_of, gradients, model_of, models_alone, trainer_of
+from benchmarks.trainer.train_step import Shape, batch_of, gradients, model_of, models_alone, models_of, trainer_of
 
 LIMIT = "student alone"
 IMPLEMENTATIONS = ("fastkd", "uncached")
@@ -55,8 +55,7 @@ def cached(shape: Shape, text: str, teacher: Any, batch: dict[str, Tensor]) -> t
 
 
 def prepare(shape: Shape, kind: str, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    student = model_of(shape, shape.sizes[0], 1).to(device)
-    teacher = model_of(shape, shape.sizes[1], 2).to(device).eval().requires_grad_(False)
+    student, teacher = models_of(shape, device)
     batch = {name: tensor.to(device) for name, tensor in batch_of(shape).items()}
 
     def by_fastkd() -> Run:

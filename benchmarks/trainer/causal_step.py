@@ -23,9 +23,8 @@ from torch import Tensor
 
 from benchmarks.harness.command import main
 from benchmarks.harness.problem import Problem, Run, Target, of_another_objective
-from benchmarks.trainer.train_step import gradients, models_alone, trainer_of
+from benchmarks.trainer.train_step import LIMIT, compared, models_of, trainer_of
 
-LIMIT = "both models"
 IMPLEMENTATIONS = ("fastkd", "eager", "loss alone")
 TARGETS = (Target("eager", 0.6), Target("memory / eager", 0.3))
 HALF = {"hidden_size": 448, "intermediate_size": 2432, "num_attention_heads": 7, "num_key_value_heads": 1}
@@ -94,16 +93,11 @@ def stock_objective(method: Any, models: tuple[Any, Any], batch: dict[str, Tenso
 
 
 def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    from fastkd.train.objectives.methods import METHODS
     from fastkd.train.training.forward import Needs, forward
 
-    student = model_of(shape, shape.sizes[0], 1).to(device)
-    teacher = model_of(shape, shape.sizes[1], 2).to(device).eval().requires_grad_(False)
+    student, teacher = models_of(shape, device, model_of)
     batch = {name: tensor.to(device) for name, tensor in batch_of(shape).items()}
-
-    def by_fastkd() -> Run:
-        made = trainer_of(shape, student, teacher)
-        return lambda: gradients(made.compute_loss(student, batch), student)
+    runs, oracle = compared(shape, student, teacher, batch, stock_objective, model_of)
 
     def loss_alone() -> Run:
         made = trainer_of(shape, student, teacher)
@@ -118,17 +112,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
 
         return of_another_objective(run)
 
-    def eager() -> Run:
-        method = METHODS[shape.method]
-        return lambda: gradients(stock_objective(method, (student, teacher), batch), student)
-
-    def oracle() -> tuple[Tensor, ...]:
-        # By fastkd as well, as in train_step: eager's own error shows whether the two agree.
-        exact, its = (model_of(shape, sizes, i, torch.float64).to(device) for i, sizes in enumerate(shape.sizes, 1))
-        return gradients(trainer_of(shape, exact, its).compute_loss(exact, batch), exact)
-
-    runs = {"fastkd": by_fastkd, "eager": eager, "loss alone": loss_alone}
-    return {**runs, LIMIT: lambda: models_alone((teacher, student), batch)}, oracle
+    return {**runs, "loss alone": loss_alone}, oracle
 
 
 def problem(shape: Shape, device: torch.device) -> Problem:

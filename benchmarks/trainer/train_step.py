@@ -173,10 +173,22 @@ def models_alone(models: Sequence[Any], batch: dict[str, Tensor]) -> Run:
     return run
 
 
-def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
-    student = model_of(shape, shape.sizes[0], 1).to(device)
-    teacher = model_of(shape, shape.sizes[1], 2).to(device).eval().requires_grad_(False)
-    batch = {name: tensor.to(device) for name, tensor in batch_of(shape).items()}
+def models_of(shape: Any, device: torch.device, model_of: Callable[..., Any] = model_of) -> tuple[Any, Any]:
+    """The student and the teacher of a step."""
+    student, teacher = (model_of(shape, sizes, seed).to(device) for seed, sizes in enumerate(shape.sizes, 1))
+    return student, teacher.eval().requires_grad_(False)
+
+
+def compared(
+    shape: Any,
+    student: Any,
+    teacher: Any,
+    batch: dict[str, Tensor],
+    objective: Callable[..., Tensor],
+    model_of: Callable[..., Any] = model_of,
+) -> tuple[dict[str, Callable[[], Run]], Run]:
+    """The trainer's step, that with the stock objective, the models alone, and the oracle."""
+    device = student.device
 
     def by_fastkd() -> Run:
         made = trainer_of(shape, student, teacher)
@@ -186,7 +198,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         from fastkd.train.objectives.methods import METHODS
 
         method = METHODS[shape.method]
-        return lambda: gradients(plain_objective(method, (student, teacher), batch), student)
+        return lambda: gradients(objective(method, (student, teacher), batch), student)
 
     def oracle() -> tuple[Tensor, ...]:
         # By fastkd as well, for eager losses in fp64 take more memory than a desktop has; eager's own error shows
@@ -195,6 +207,11 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         return gradients(trainer_of(shape, exact, its).compute_loss(exact, batch), exact)
 
     return {"fastkd": by_fastkd, "eager": eager, LIMIT: lambda: models_alone((teacher, student), batch)}, oracle
+
+
+def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], Run]], Run]:
+    batch = {name: tensor.to(device) for name, tensor in batch_of(shape).items()}
+    return compared(shape, *models_of(shape, device), batch, plain_objective)
 
 
 def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()) -> Problem:

@@ -28,15 +28,15 @@ from transformers import T5Config
 from fastkd.ops.linear_kl import WORKSPACE_MB
 
 from .common.errors import InputError
-from .common.family import KINDS
 from .data.corruption import span_counts
+from .data.tasks import TASKS
 from .flags.arguments import TransformersArguments, parse
 from .flags.fields import FastkdArguments
 from .judge.memory import GpuAutocast, LiveStep
 from .minidisc.candidates import CandidateTrainer
 from .minidisc.prune import pruned_config, sliced, widths_at
 from .minidisc.rounds import trials_of
-from .models.anatomy import every_layer, head_module, head_of, kind
+from .models.anatomy import every_layer, family, head_module, head_of, kind
 from .models.architectures import parts
 from .models.student import new_model
 from .stages.given import load_configs
@@ -159,7 +159,7 @@ def batch(flags: FastkdArguments, args: TransformersArguments, kind: str, most: 
     if flags.task == "span_corruption":
         noise, spans = span_counts(flags.sequence_length)
         lengths = {"input_ids": flags.sequence_length - noise + spans + 1, "labels": noise + spans + 1}
-    elif flags.task in {kind.corruption for kind in KINDS.values()}:
+    elif TASKS[flags.task].is_text:
         lengths = dict.fromkeys(("input_ids", "attention_mask", "labels"), flags.sequence_length)
     else:
         source = flags.max_source_length or (EMBEDDED_LENGTH if flags.embedded_data else MODEL_LENGTH)
@@ -239,7 +239,7 @@ def step(flags: FastkdArguments, args: TransformersArguments, device: str) -> di
         trainer._teachers = alive.at("teacher", "teacher's activations", trainer._teachers)
         trainer._terms = alive.at("loss", "loss", trainer._terms)
         trainer.accelerator.backward = alive.at("backward", "student's activations", trainer.accelerator.backward)
-        positions = getattr(student.config, "max_position_embeddings", None) or sys.maxsize
+        positions = family(student).positions(student.config) or sys.maxsize
         examples, model = batch(flags, args, kind(student), positions), trainer.accelerator.prepare_model(student)
         with alive, contextlib.nullcontext() if on_cpu else GpuAutocast():
             for _ in range(min(args.gradient_accumulation_steps, 2)):  # the second beside the first one's gradients

@@ -103,6 +103,11 @@ class Family:
     prunes: bool = False
     pads_positions: bool = False
 
+    @property
+    def has_both(self) -> bool:
+        """Whether there is a decoder beside an encoder, with tokens of its own."""
+        return len(self.stacks) == 2
+
     def positions(self, config: Any) -> int | None:
         """Return how many tokens a model has positions for, None if it needs none."""
         known: int | None = getattr(config, "max_position_embeddings", None)
@@ -229,9 +234,12 @@ def family_of(config: Any) -> Family:
         ) from None
 
 
-def kind_of(config: Any) -> str:
-    """Return the name of the kind, in KINDS, of a config that says its architecture, else its family's first."""
-    family, names = family_of(config), config.architectures or [""]
+def kind_of(config: Any, architecture: str = "") -> str:
+    """Return the name of the kind, in KINDS, of a config whose class is `architecture`, or the one that it says itself.
+
+    That of a config that says none is its family's first.
+    """
+    family, names = family_of(config), [architecture] if architecture else config.architectures or [""]
     told = {"ForSequenceClassification": "classifier", "ForMaskedLM": "masked"}
     found = next((kind for ending, kind in told.items() if names[0].endswith(ending)), family.kinds[0])
     return found if found in family.kinds else family.kinds[0]

@@ -86,7 +86,7 @@ def measure(model: Any, tokens: int = TOKENS, passes: int = 5) -> Cost:
     # [1, tokens], which do not begin with padding, for which transformers would ask for a mask.
     ids = torch.arange(5, 5 + length, device=model.device)[None] % model.config.vocab_size
     inputs = {"input_ids": ids} | ({"use_cache": False} if "decoder" in family(model).stacks else {})
-    inputs |= {"decoder_input_ids": ids} if "decoder_cross" in family(model).attentions else {}
+    inputs |= {"decoder_input_ids": ids} if family(model).has_both else {}
 
     def run() -> Any:
         return model(**inputs)

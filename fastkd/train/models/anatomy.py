@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 from collections.abc import Mapping
@@ -22,16 +21,9 @@ def family(model: Any) -> Family:
     return family_of(model.config)
 
 
-def _bare(model: Any) -> Any:
-    """Return a model without what PEFT puts around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def kind(model: Any) -> str:
     """Return the name of a model's kind, by its class."""
-    config = copy.copy(model.config)
-    config.architectures = [type(_bare(model)).__name__]
-    return kind_of(config)
+    return kind_of(model.config, type(heads.unwrapped(model)).__name__)
 
 
 def auto_class(config: Any) -> Any:
@@ -41,7 +33,7 @@ def auto_class(config: Any) -> Any:
 
 def stack(model: Any, name: str) -> Any:
     """Return the module "encoder" or "decoder" of a model, whose output are its last hidden states."""
-    return _bare(model).base_model.get_submodule(family(model).stacks[name][0])
+    return heads.unwrapped(model).base_model.get_submodule(family(model).stacks[name][0])
 
 
 def layers(model: Any, name: str) -> Any:
@@ -69,7 +61,7 @@ def projections(model: Any, place: str, layer: int) -> list[Any]:
 def head_module(model: Any) -> Any:
     """Return the layer that makes logits: of the vocabulary, or of classes."""
     path = family(model).classifier if kind(model) == "classifier" else ""
-    return _bare(model).get_submodule(path) if path else model.get_output_embeddings()
+    return heads.unwrapped(model).get_submodule(path) if path else model.get_output_embeddings()
 
 
 def head_of(model: Any) -> heads.Head:

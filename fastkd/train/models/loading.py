@@ -51,7 +51,7 @@ def load_config(name: str | Path, role: str) -> Any:
     if getattr(config, "quantization_config", None):
         raise InputError(f"{role} {name} is quantised: expected plain weights, as before its quantisation")
     _check_numbers(config, role, name)
-    starts = len(row.stacks) == 2
+    starts = row.has_both
     if starts and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
         if config.decoder_start_token_id is None:

@@ -187,14 +187,13 @@ def _classes(configs: Mapping[str, Any]) -> list[dict[int, str]]:
     return [config.id2label for config in configs.values() if kind_of(config) == "classifier"]
 
 
-_OF_TEXTS = {kind.corruption for kind in KINDS.values()} - {""}  # the tasks that learn from texts alone
 _ARCHITECTURES = {"seq2seq": "t5", "classifier": "enct5"}  # by the kind of the T5s that --architecture calls so
 
 
 def _kind_of_run(flags: FastkdArguments, configs: Mapping[str, Any]) -> str:
     """Return the kind of `--architecture`, or else that of the models; a T5 that is the student may become an EncT5."""
     kinds = {role: _learns(flags, role, config) for role, config in configs.items()}
-    if not kinds and flags.task in _OF_TEXTS - {KINDS["seq2seq"].corruption}:
+    if not kinds and flags.task != KINDS["seq2seq"].corruption and TASKS[flags.task].is_text:
         raise InputError(f"--task {flags.task}: a model made from nothing is a T5: expected --teacher or --student")
     asked = next((kind for kind, name in _ARCHITECTURES.items() if name == flags.architecture), None)
     chosen = asked or next(iter(kinds.values()), "seq2seq")
@@ -214,14 +213,14 @@ def _kind_of_run(flags: FastkdArguments, configs: Mapping[str, Any]) -> str:
 
 def _learns(flags: FastkdArguments, role: str, config: Any) -> str:
     """Return the kind in which a model's family learns the task."""
-    family, task = family_of(config), flags.task
+    family, task = family_of(config), TASKS[flags.task]
     if is_enct5(config):  # of whatever pairs that have few targets, which their own stage checks
         return "classifier"
-    is_labelled = task == "classification" or (task in TASKS and is_glue(TASKS[task]))
+    is_labelled = task.name == "classification" or is_glue(task)
     for kind in family.kinds:
         corruption, answers = KINDS[kind].corruption, KINDS[kind].answers
-        if task == corruption if task in _OF_TEXTS else answers or (kind == "classifier" and is_labelled):
+        if task.name == corruption if task.is_text else answers or (kind == "classifier" and is_labelled):
             return kind
     others = "pairs" if KINDS[family.kinds[0]].answers else "classification and GLUE's tasks"
     expected = f"expected {KINDS[family.kinds[0]].corruption}, or {others}"
-    raise InputError(f"--task {task}: the {role} {getattr(flags, role)} is a {family.name}: {expected}")
+    raise InputError(f"--task {task.name}: the {role} {getattr(flags, role)} is a {family.name}: {expected}")

@@ -11,8 +11,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ...heads import gathered
-from ..common.family import PLACES, has_types, is_enct5
-from ..models.anatomy import family, head_of, kind, layers, stack
+from ..common.family import PLACES, has_types
+from ..models.anatomy import family, head_of, layers, stack
 from ..models.capture import capture_given, capture_hidden, capture_qkv
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
@@ -80,9 +80,8 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
 
     Labels stay out: the model would compute its own loss from them.
     """
-    reads_text = kind(model) == "seq2seq" or is_enct5(model.config)
     ids = {"": inputs["input_ids"]}
-    if reads_text:
+    if family(model).has_both:
         ids["decoder_"] = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
     names = ["attention_mask", *["token_type_ids"] * has_types(model.config)]  # a tokenizer may serve others too
     beside = {name: inputs.get(name) for name in names if name in inputs}
@@ -112,7 +111,7 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
 def compiled_blocks(models: Sequence[tuple[Any, Needs]], args: Any) -> Iterator[None]:
     """Compile the blocks of models, or None, in place of the whole student, as accelerate would do.
 
-    What is captured, and the head that `without_head` replaces, lie outside of compiled code: so nothing is compiled
+    What is captured, and the head that `capture_given` replaces, lie outside of compiled code: so nothing is compiled
     again when they come and go, and the blocks of a stack share their code. Blocks whose queries, keys and values are
     captured stay as they are. What generates or measures afterwards runs uncompiled.
     """
