@@ -339,4 +339,4 @@ def test_a_head_that_is_to_come_learns_what_the_teachers_does() -> None:
         families.config("bert", id2label=names, **head) for names in ({0: "LABEL_0"}, {0: "0.0", 1: "0.2"}, {0: ""})
     )
     for configs, has_scores in (([score, new], True), ([classes, new], False), ([new], True), ([classes], False)):
-        assert prepare._columns(flags, "classifier", configs).format.has_scores == has_scores
+        assert prepare._columns(flags, "classifier", configs).has_scores == has_scores

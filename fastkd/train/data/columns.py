@@ -35,24 +35,12 @@ LABELS = ("label", "labels", "class", "category", "target")
 
 
 @dataclass(frozen=True)
-class Format:
-    """What a kind of models reads.
-
-    has_prefixes: T5's, such as "summarize: ". has_pairs: whether two texts stay two, as encoders read them. has_scores:
-    whether targets that are numbers stay as exact. is_joined: whether a source and its target are one text.
-    """
-
-    has_prefixes: bool = True
-    has_pairs: bool = False
-    has_scores: bool = False
-    is_joined: bool = False
-
-
-@dataclass(frozen=True)
 class Columns:
-    """What the user says about the data's columns; None leaves it to the guesses above.
+    """What the user says about the data's columns, where None leaves it to the guesses above; and what models read.
 
     source_prefix: put before every source, in place of the task's own. source_lang, target_lang: codes ("en") or words.
+    has_prefixes: T5's, such as "summarize: ". has_pairs: whether two texts stay two, as encoders read them. has_scores:
+    whether targets that are numbers stay as exact. is_joined: whether a source and its target are one text.
     """
 
     text_column: str | None = None
@@ -62,16 +50,19 @@ class Columns:
     source_prefix: str | None = None
     source_lang: str | None = None
     target_lang: str | None = None
-    format: Format = Format()
+    has_prefixes: bool = True
+    has_pairs: bool = False
+    has_scores: bool = False
+    is_joined: bool = False
 
     def prefix(self, own: str) -> str:
         """Return what every source begins with; own: of the task, for T5s."""
-        return self.source_prefix if self.source_prefix is not None else own if self.format.has_prefixes else ""
+        return self.source_prefix if self.source_prefix is not None else own if self.has_prefixes else ""
 
     @property
     def end(self) -> str:
         """What stands between a source and a target that are one text, where the data does not say it."""
-        return "\n" if self.format.is_joined else ""
+        return "\n" if self.is_joined else ""
 
 
 Texts = tuple[str, ...]  # (source, target), (source, target, second source) or (text,); "" where the row has none
@@ -115,13 +106,13 @@ def plain_text(features: dict[str, Any], columns: Columns) -> Bound:
     return [column], lambda row: (_text(row, column),)
 
 
-def two_columns(sources: Sequence[str], targets: Sequence[str], prefix: str = "") -> Bind:
+def _two_columns(sources: Sequence[str], targets: Sequence[str], prefix: str = "") -> Bind:
     """Return the Bind of sources and targets; without a prefix of their own, which a causal model reads as they are."""
 
     def bind(features: dict[str, Any], columns: Columns) -> Bound:
         source = _chosen(features, columns.source_column or columns.text_column, sources, "source_column")
         target = _chosen(features, columns.target_column, [t for t in targets if t != source], "target_column")
-        before, exact = columns.prefix(prefix), columns.format.is_joined and not prefix
+        before, exact = columns.prefix(prefix), columns.is_joined and not prefix
         end = "" if exact else columns.end
 
         def pair(row: Row) -> Texts:
@@ -130,6 +121,10 @@ def two_columns(sources: Sequence[str], targets: Sequence[str], prefix: str = ""
         return [source, target], pair
 
     return bind
+
+
+text2text = _two_columns(SOURCES, TARGETS)
+summarization = _two_columns(DOCUMENTS, SUMMARIES, "summarize: ")
 
 
 def _language(keys: Iterable[str], language: str) -> str | None:
@@ -210,18 +205,19 @@ def chat(features: dict[str, Any], columns: Columns) -> Bound:
     return [column], pair
 
 
-def glue(name: str, fields: dict[str, Sequence[str]], label: Sequence[str], words: Callable[[Any], str]) -> Bind:
-    """Return the Bind of a GLUE task. fields: T5's name of each text -> the columns it may be in; words: see labels."""
+def glue(name: str) -> Bind:
+    """Return the Bind of a GLUE task."""
+    fields, labels = GLUE_FIELDS[name]
 
     def bind(features: dict[str, Any], columns: Columns) -> Bound:
         texts = {field: _chosen(features, None, guesses, field) for field, guesses in fields.items()}
-        target = _chosen(features, columns.label_column, label, "label_column")
+        target = _chosen(features, columns.label_column, labels, "label_column")
 
         def pair(row: Row) -> Texts:
-            parts, score = {field: _text(row, column) for field, column in texts.items()}, _text(row, target)
-            label = similarity(score, exact=True) if name == "stsb" and columns.format.has_scores else words(score)
+            parts, label = {field: _text(row, column) for field, column in texts.items()}, _text(row, target)
+            label = _similarity(label, columns.has_scores) if name == "stsb" else _word(name, label)
             first, *second = parts.values()
-            if not columns.format.has_pairs:  # the order of two fields is T5's, alphabetical
+            if not columns.has_pairs:  # the order of two fields is T5's, alphabetical
                 first, second = " ".join([name, *(f"{field}: {parts[field]}" for field in sorted(parts))]), []
             return _framed("", first, columns.end) if all(parts.values()) else "", label, *second
 
@@ -230,25 +226,20 @@ def glue(name: str, fields: dict[str, Sequence[str]], label: Sequence[str], word
     return bind
 
 
-def label_words(name: str, *labels: str) -> Callable[[str], str]:
-    """Return the function from a label, as its number or itself, to its word; "" for none ("", "-1" or "-")."""
-
-    def word(label: str) -> str:
-        if label in labels or label == "":
-            return label
-        if label in ("-", "-1"):
-            return ""
-        number = label.removesuffix(".0")  # tables with missing values often hold floats
-        if not number.isascii() or not number.isdigit() or int(number) >= len(labels):
-            raise InputError(
-                f"{name}: unknown label {label!r} (labels: {', '.join(labels)}, or 0 to {len(labels) - 1})"
-            )
-        return labels[int(number)]
-
-    return word
+def _word(name: str, label: str) -> str:
+    """Return the word of a label, which is its number or itself; "" for none ("", "-1" or "-")."""
+    words = LABEL_WORDS[name]
+    if label in words:
+        return label
+    if label in ("", "-", "-1"):
+        return ""
+    number = label.removesuffix(".0")  # tables with missing values often hold floats
+    if not number.isascii() or not number.isdigit() or int(number) >= len(words):
+        raise InputError(f"{name}: unknown label {label!r} (labels: {', '.join(words)}, or 0 to {len(words) - 1})")
+    return words[int(number)]
 
 
-def similarity(score: str, exact: bool = False) -> str:
+def _similarity(score: str, exact: bool) -> str:
     """Return a score of STS-B, rounded to the nearest 0.2 as T5 does, "3.8"; "" for none ("" or -1, of test sets)."""
     try:
         value = float(score or "-1")
@@ -261,8 +252,6 @@ def similarity(score: str, exact: bool = False) -> str:
     return f"{value:g}" if exact else f"{round(value * 5) / 5:.1f}"
 
 
-# Texts as encoders read them, the first one first. The columns: those of the hub, then those of GLUE's own files.
-_SENTENCES = {"sentence1": ("sentence1", "#1 String"), "sentence2": ("sentence2", "#2 String")}
 LABEL_WORDS = {
     "sst2": ("negative", "positive"),
     "mrpc": ("not_equivalent", "equivalent"),
@@ -271,6 +260,9 @@ LABEL_WORDS = {
     "qnli": ("entailment", "not_entailment"),
     "rte": ("entailment", "not_entailment"),
 }
+# By T5's names of the texts, in the order in which encoders read them, the columns they may be in, those of the hub and
+# those of GLUE's own files; and the columns of the label.
+_SENTENCES = {"sentence1": ("sentence1", "#1 String"), "sentence2": ("sentence2", "#2 String")}
 GLUE_FIELDS: dict[str, tuple[dict[str, Sequence[str]], tuple[str, ...]]] = {
     "sst2": ({"sentence": ("sentence",)}, ("label",)),
     "mrpc": ({**_SENTENCES}, ("label", "Quality")),

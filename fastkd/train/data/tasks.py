@@ -11,22 +11,17 @@ from datasets import Features, Value
 
 from ..common.errors import InputError
 from .columns import (
-    DOCUMENTS,
     GLUE_FIELDS,
     LABEL_WORDS,
-    SOURCES,
-    SUMMARIES,
-    TARGETS,
     Bind,
     Columns,
     chat,
     classification,
     glue,
-    label_words,
     plain_text,
-    similarity,
+    summarization,
+    text2text,
     translation,
-    two_columns,
 )
 from .sources import Rows, is_saved, read_hub, read_rows
 
@@ -54,7 +49,7 @@ class Task:
 
     def features(self, columns: Columns) -> Features:
         """Return the columns that a model learns from."""
-        names = ["text"] if self.is_text else ["source", "target", "task", *["pair"] * columns.format.has_pairs]
+        names = ["text"] if self.is_text else ["source", "target", "task", *["pair"] * columns.has_pairs]
         return Features(dict.fromkeys(names, Value("string")))
 
 
@@ -65,27 +60,23 @@ _GLUE_METRICS = {"mrpc": ("f1", "accuracy"), "qqp": ("f1", "accuracy"), "stsb": 
 
 
 def _glue_task(name: str) -> Task:
-    words = label_words(name, *LABEL_WORDS[name]) if name in LABEL_WORDS else similarity
     return Task(
         name,
         f"GLUE's {_GLUE_FOLDERS[name]}, of T5 and causal models in T5's format",
         _GLUE_METRICS.get(name, ("accuracy",)),
-        glue(name, *GLUE_FIELDS[name], words),
+        glue(name),
         ("mnli_matched", "mnli_mismatched") if name == "mnli" else (name,),
     )
 
 
-_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in [
         Task("span_corruption", "T5's pre-training task on plain texts", (), plain_text),
         Task("masked_lm", "BERT's pre-training task on plain texts", (), plain_text),
         Task("causal_lm", "plain texts, each token from those before it", (), plain_text),
-        Task(
-            "text2text", "any source text to any target text", ("exact_match", "rougeL"), two_columns(SOURCES, TARGETS)
-        ),
-        Task("summarization", "documents to summaries", _ROUGE, two_columns(DOCUMENTS, SUMMARIES, "summarize: ")),
+        Task("text2text", "any source text to any target text", ("exact_match", "rougeL"), text2text),
+        Task("summarization", "documents to summaries", ("rouge1", "rouge2", "rougeL", "rougeLsum"), summarization),
         Task("chat", "conversations, the assistant's last turn to be written", ("exact_match", "rougeL"), chat),
         Task("translation", "one language to another", ("bleu", "chrf"), translation),
         Task("classification", "texts to the words of their labels", ("accuracy", "f1"), classification),

@@ -32,17 +32,8 @@ _BLEU_TOKENIZERS = {
     r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]": "char",
 }
 
-# The columns of GLUE's mean, and the figure of each that counts in it.
-GLUE_COLUMNS = {
-    "sst2": "accuracy",
-    "mrpc": "f1",
-    "stsb": "spearman",
-    "qqp": "f1",
-    "mnli_matched": "accuracy",
-    "mnli_mismatched": "accuracy",
-    "qnli": "accuracy",
-    "rte": "accuracy",
-}
+# The columns of GLUE's mean, and the figure of each that counts in it, its first.
+GLUE_COLUMNS = {column: TASKS[name].metrics[0] for name in TASKS["glue"].parts for column in TASKS[name].columns}
 
 
 def _accuracy(outputs: Texts, targets: Texts) -> Figures:
@@ -57,19 +48,15 @@ def _f1(outputs: Sequence[Hashable], targets: Sequence[Hashable]) -> dict[Hashab
     return {name: 200 * hits[name] / found[name] for name in found}
 
 
-def _positive_f1(task: str) -> Callable[[Texts, Texts], Figures]:
+def _positive_f1(task: str, outputs: Texts, targets: Texts) -> Figures:
     """Return F1 of the positive class, and accuracy. An output that is no label counts as the wrong one, as in T5."""
-    negative, positive = LABEL_WORDS[task]
-
-    def figures(outputs: Texts, targets: Texts) -> Figures:
-        said = [
-            output == positive if output in (negative, positive) else target != positive
-            for output, target in zip(outputs, targets, strict=True)
-        ]
-        f1 = _f1(said, [target == positive for target in targets])
-        return {"f1": f1.get(True, 0.0), **_accuracy(outputs, targets)}
-
-    return figures
+    labels, positive = LABEL_WORDS[task], LABEL_WORDS[task][1]
+    said = [
+        output == positive if output in labels else target != positive
+        for output, target in zip(outputs, targets, strict=True)
+    ]
+    f1 = _f1(said, [target == positive for target in targets])
+    return {"f1": f1.get(True, 0.0), **_accuracy(outputs, targets)}
 
 
 def _classification(outputs: Texts, targets: Texts) -> Figures:
@@ -114,20 +101,16 @@ class _Words:
         return [part for word in words for part in (self._stem(word) if word.isascii() else (word,))]
 
 
-def _rouge(*names: str) -> Callable[[Texts, Texts], Figures]:
+def _rouge(names: Texts, outputs: Texts, targets: Texts) -> Figures:
     """Return the mean F-measures of ROUGE on the words of any script."""
+    from rouge_score.rouge_scorer import RougeScorer
 
-    def figures(outputs: Texts, targets: Texts) -> Figures:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer: Any = RougeScorer(list(names), tokenizer=_Words())
-        scores = [
-            scorer.score(_sentence_lines(target), _sentence_lines(output))
-            for output, target in zip(outputs, targets, strict=True)
-        ]
-        return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
-
-    return figures
+    scorer: Any = RougeScorer(names, tokenizer=_Words())
+    scores = [
+        scorer.score(_sentence_lines(target), _sentence_lines(output))
+        for output, target in zip(outputs, targets, strict=True)
+    ]
+    return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 
 def _sentence_lines(text: str) -> str:
@@ -159,17 +142,16 @@ def _bleu(text: str) -> BLEU:
 
 
 def _text2text(outputs: Texts, targets: Texts) -> Figures:
-    return {"exact_match": _accuracy(outputs, targets)["accuracy"], **_rouge("rougeL")(outputs, targets)}
+    return {"exact_match": _accuracy(outputs, targets)["accuracy"], **_rouge(["rougeL"], outputs, targets)}
 
 
 _FIGURES: dict[str, Callable[[Texts, Texts], Figures]] = {
     **dict.fromkeys(("text2text", "chat"), _text2text),
-    "summarization": _rouge("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    "summarization": functools.partial(_rouge, TASKS["summarization"].metrics),
     "translation": _translation,
     "classification": _classification,
     **dict.fromkeys(("sst2", "mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte"), _accuracy),
-    "mrpc": _positive_f1("mrpc"),
-    "qqp": _positive_f1("qqp"),
+    **{name: functools.partial(_positive_f1, name) for name in ("mrpc", "qqp")},
     "stsb": _spearman,
 }
 

@@ -21,7 +21,7 @@ from ..common.cache import cached, key
 from ..common.errors import InputError
 from ..common.family import family_of, has_types, kind_of
 from ..common.processes import by_first
-from ..data.columns import Columns, Format
+from ..data.columns import Columns
 from ..data.corruption import CORRUPTIONS, ends, text_length
 from ..data.encoding import PROBE, Encoding, set_languages
 from ..data.examples import Chunks, StreamedChunks, StreamedPairs, pack_to_arrow
@@ -102,7 +102,7 @@ def get_data(
         lengths = [text_length(task.name, tokenizer, lengths[0])]
         CORRUPTIONS[task.name](tokenizer, *lengths, flags.whole_word_masking)  # if the tokenizer can have it
     else:
-        has_pairs = columns.format.has_pairs
+        has_pairs = columns.has_pairs
         reads_types = has_pairs and any(map(has_types, configs))
         reading = {"kind": kind, "has_pairs": has_pairs}
         reading["has_types"] = reads_types and "token_type_ids" in tokenizer(PROBE, PROBE)
@@ -149,17 +149,15 @@ def get_data(
 
 def _columns(flags: FastkdArguments, kind: str, configs: Sequence[Any]) -> Columns:
     """Return what the user says about columns, and what the models read of them; without a model it is a T5's."""
-    given = {name: getattr(flags, name) for name in Columns.__dataclass_fields__ if name != "format"}
+    given = {name: getattr(flags, name) for name in Columns.__dataclass_fields__ if hasattr(flags, name)}
     families, is_classifier = [family_of(config) for config in configs], kind == "classifier"
     heads = [config.id2label for config in configs if is_classifier and kind_of(config) == kind]
     return Columns(
         **given,
-        format=Format(
-            has_prefixes=all("T5" in family.name for family in families),
-            has_pairs=is_classifier and any("masked" in family.kinds for family in families),
-            has_scores=len(max(heads, key=lambda names: any(names.values()), default={})) == 1,  # of one with names
-            is_joined=kind == "causal",
-        ),
+        has_prefixes=all("T5" in family.name for family in families),
+        has_pairs=is_classifier and any("masked" in family.kinds for family in families),
+        has_scores=len(max(heads, key=lambda names: any(names.values()), default={})) == 1,  # of one with names
+        is_joined=kind == "causal",
     )
 
 
