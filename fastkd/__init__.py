@@ -26,6 +26,7 @@ if _TYPE_CHECKING:
     from .ops.relation_kl import relation_kl
     from .quantized import QuantizedWeight
     from .relative_bias import RelativeBias
+    from .states import hidden_states, targets
     from .teachers import TopK
 
 __all__ = [
@@ -40,10 +41,12 @@ __all__ = [
     "cka_loss",
     "functions",
     "head",
+    "hidden_states",
     "linear_kl",
     "logit_kl",
     "nn",
     "relation_kl",
+    "targets",
 ]
 
 __version__ = "0.1.0"
@@ -58,9 +61,11 @@ _HOMES = {
     "attention_kl": ".ops.attention_kl",
     "cka_loss": ".ops.cka_loss",
     "head": ".heads",
+    "hidden_states": ".states",
     "linear_kl": ".ops.linear_kl",
     "logit_kl": ".ops.logit_kl",
     "relation_kl": ".ops.relation_kl",
+    "targets": ".states",
 }
 _MODULES = (
     "backend",
@@ -74,6 +79,7 @@ _MODULES = (
     "quantized",
     "reference",
     "relative_bias",
+    "states",
     "teachers",
 )
 

@@ -37,22 +37,28 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-# What follows the head, by model_type: nothing, but for the last four. Models of images and text are the last row of
-# those with nothing: also where their text model alone would cap its logits.
+# What follows the head, by model_type: nothing, but for the last four. Models of images and text are the last row but
+# one of those with nothing: also where their text model alone would cap its logits. The last row are masked models,
+# whose head here is what follows the layer with an activation and a norm.
+MASKED = frozenset((
+    "albert", "bert", "camembert", "distilbert", "electra", "fastkd_pruned_bert", "modernbert", "mpnet", "roberta",
+    "xlm-roberta",
+))  # fmt: skip
 _NOTHING = frozenset((
     "gemma", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "mixtral", "mt5", "olmo", "olmo2", "phi", "phi3",
     "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
     "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_vl",
     "qwen2_5_vl", "qwen3_vl", "smolvlm",
+    *MASKED,
 ))  # fmt: skip
-_SCALED_IF_TIED = frozenset(("t5", "umt5"))
+SCALED_IF_TIED = frozenset(("fastkd_pruned_t5", "t5", "umt5"))
 _BIASED = frozenset((
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
 ))  # fmt: skip
 _SCALES = {"cohere": "logit_scale", "cohere2": "logit_scale"}
 _DIVISORS = {"granite": "logits_scaling", "granitemoe": "logits_scaling"}
 _CAPPED = frozenset(("gemma2", "gemma3_text"))
-KNOWN = _NOTHING | _SCALED_IF_TIED | _BIASED | _SCALES.keys() | _DIVISORS.keys() | _CAPPED
+KNOWN = _NOTHING | SCALED_IF_TIED | _BIASED | _SCALES.keys() | _DIVISORS.keys() | _CAPPED
 
 # ---- weights that are spread over ranks ------------------------------------------------------------------------------
 
@@ -192,7 +198,7 @@ def unwrapped(model: Any) -> Any:
 def _with_what_follows(plain: Head, model: Any) -> Head:
     """A known model's head, with what goes before it and follows it."""
     config, kind = model.config, model.config.model_type
-    if kind in _SCALED_IF_TIED:
+    if kind in SCALED_IF_TIED:
         scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)  # older versions ask for ties
         return plain._replace(scale=config.d_model**-0.5) if scaled else plain
     if kind in _BIASED and hasattr(model, "final_logits_bias"):
@@ -204,18 +210,28 @@ def _with_what_follows(plain: Head, model: Any) -> Head:
     return plain._replace(softcap=config.final_logit_softcapping) if kind in _CAPPED else plain
 
 
-def _check_known(model: Any) -> None:
-    """Raises unless a model is one whose forward pass does what its model_type says."""
+def known(model: Any) -> Any:
+    """A model out of its wrappers; raises unless it is one whose forward pass does what its model_type says."""
+    model = unwrapped(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     code = type(model).forward.__module__
     if kind in KNOWN and code.startswith("transformers.models."):
-        return
+        return model
     why = f"model_type {kind!r}" if kind not in KNOWN else f"a forward pass of its own, in {code}"
     raise ValueError(
         f"model: expected a torch.nn.Linear or a model whose head is known ({', '.join(sorted(KNOWN))}), got "
         f"{type(model).__name__} with {why}: what follows its head may change its logits. Where nothing does, give "
         "model.get_output_embeddings(); else fastkd.Head(weight, bias, scale, softcap) says what does"
     )
+
+
+def head_module(model: Any) -> Any:
+    """The module that makes the logits of a known model, which may be wrapped."""
+    bare = known(model)
+    module = bare.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"model: expected a model with a vocabulary head, got {type(bare).__name__}, which has none")
+    return module
 
 
 def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = None) -> Head:
@@ -226,8 +242,8 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
     Args:
         model: a ``torch.nn.Linear``; or a model of transformers whose family is known: T5, BART and others with
             ``final_logits_bias``, GPT-2, Llama, Mistral, Qwen, Gemma (whose second and third cap their logits), Cohere
-            and Granite (which scale theirs), models of images and text such as Qwen-VL, LLaVA and Gemma 3, and more
-            that have a head and nothing after it. DDP, ``torch.compile`` and
+            and Granite (which scale theirs), BERT and other masked models, models of images and text such as Qwen-VL,
+            LLaVA and Gemma 3, and more that have a head and nothing after it. DDP, ``torch.compile`` and
             PEFT may be around it. Of PEFT, LoRA on the head is part of the weight, ``weight + scaling * B @ A``,
             through which A and B get their gradients, DoRA likewise with its magnitudes, and a head among
             ``modules_to_save`` is the active one. A head that torchao or bitsandbytes has quantised becomes a
@@ -238,8 +254,8 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
             module of ``model`` is FSDP's, else an error.
 
     Returns:
-        A ``Head`` for the hidden states that the model gives out, the last of ``hidden_states``; for a
-        ``torch.nn.Linear``, those that it is given.
+        A ``Head`` for the hidden states that ``fastkd.hidden_states`` gives: but for masked models the last of
+        ``output_hidden_states=True``; for a ``torch.nn.Linear``, those that it is given.
 
     Raises:
         TypeError, ValueError: for what is not known, saying what it is: another family or a forward pass of its own, a
@@ -254,9 +270,5 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
     by_fsdp = _is_managed_by_fsdp(model)
     if isinstance(bare, nn.Linear) or comes_from(bare, "peft"):
         return Head(*_projection(bare, sharding, by_fsdp))
-    _check_known(bare)
-    module = bare.get_output_embeddings()
-    if module is None:
-        raise ValueError(f"model: expected a model with a vocabulary head, got {type(bare).__name__}, which has none")
-    plain = Head(*_projection(module, sharding, by_fsdp))
+    plain = Head(*_projection(head_module(bare), sharding, by_fsdp))
     return _with_what_follows(plain, bare)

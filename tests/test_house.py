@@ -14,7 +14,7 @@ LINES = 400
 STOREYS = (
     "divergence versions",
     "checks",
-    "backend distributed heads quantized relative_bias teacher_formats",
+    "backend distributed heads states quantized relative_bias teacher_formats",
     "teacher_scores",
     "teachers",
     "reference",

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import T5Config
 
-from fastkd.train.models.capture import capture_given
+from fastkd.states import head_input
 from fastkd.train.objectives.methods import METHODS
 
 # The rows of the table, written out once more on purpose: terms, and the temperature of the logit term.
@@ -277,19 +277,19 @@ def test_layers_and_heads(tiny: Callable[..., Any], make_trainer: Callable[..., 
     make_trainer(tiny(), replace(METHODS["mlmkd"], relation_heads=3), teacher=tiny(96, 2))  # it has no relations
 
 
-def test_capture_given_gives_the_heads_input_and_restores_the_head(
+def test_head_input_gives_the_heads_input_and_restores_the_head(
     tiny: Callable[..., Any], make_batch: Callable[..., Any]
 ) -> None:
     model, batch = tiny(), make_batch()
     labels = batch.pop("labels")
     batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
     logits = model(**batch).logits
-    with capture_given(model) as given:
+    with head_input(model.lm_head) as given:
         assert model(**batch).logits.numel() == 0
     (hidden,) = given
     assert hidden.shape == (*labels.shape, model.config.d_model)
     torch.testing.assert_close(F.linear(hidden, model.lm_head.weight), logits)
-    with pytest.raises(RuntimeError, match="inside"), capture_given(model):
+    with pytest.raises(RuntimeError, match="inside"), head_input(model.lm_head):
         raise RuntimeError("inside")
     assert torch.equal(model(**batch).logits, logits)
 
@@ -318,20 +318,20 @@ def test_a_training_step_materialises_no_logits(
     width = 32 if METHODS[method].student_init == "prune" else 64
     student, teacher, batch = tiny(32, 1), tiny(width, 2), make_batch(16)
     tokens, vocabulary = batch["labels"].numel(), student.config.vocab_size
-    widths: list[int] = []
+    sizes: list[int] = []
     for model in (student, teacher):
-        model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[-1]))
+        model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
 
     with LogitsDetector(tokens, vocabulary) as detector:
         student(**batch)
-    assert detector.found and widths == [vocabulary]  # so the detectors do detect
-    widths.clear()
+    assert detector.found and sizes == [tokens * vocabulary]  # so the detectors do detect
+    sizes.clear()
 
     trainer = make_trainer(student, method, teacher=teacher, workspace_mb=0.05)
     with LogitsDetector(tokens, vocabulary) as detector:
         trainer.training_step(student, batch, (batch["labels"] != -100).sum())
     assert not detector.found
-    assert set(widths) == {1}  # of what a head returns that is not asked to compute
+    assert set(sizes) == {0}  # of what a head returns that is not asked to compute
     assert student.shared.weight.grad.abs().sum() > 0
 
 

@@ -66,8 +66,7 @@ def head_module(model: Any) -> Any:
 
 def head_of(model: Any) -> heads.Head:
     """Return what makes logits of what the head is given, gathered if it is sharded."""
-    # Those that are not known there have nothing behind their head, as BART's bias and Gemma's cap.
-    given = model if model.config.model_type in heads.KNOWN else head_module(model)
+    given = head_module(model) if kind(model) == "classifier" else model
     return heads.head(given, sharding="data")._replace(scale=1.0)  # what it is given is scaled already, as T5 does
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .anatomy import head_module, layers, projections, stack
+from .anatomy import layers, projections, stack
 
 
 @contextlib.contextmanager
@@ -71,27 +71,3 @@ def capture_hidden(model: Any, wanted: Mapping[str, Sequence[int]]) -> Iterator[
                 hook = stack(model, name).register_forward_hook(own, with_kwargs=True)
             hooks.enter_context(hook)
         yield captured
-
-
-@contextlib.contextmanager
-def capture_given(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Yield a list in which a forward pass of `model` inside the context leaves what its head is given, [..., H].
-
-    The head computes nothing while the context lasts, and what it returns is empty: so no [B, L, V] tensor is made, not
-    by what follows it either, no model code is edited, and it works inside DDP, whose wrapper runs as usual.
-    """
-    head: Any = head_module(model)
-    given: list[torch.Tensor] = []
-    before = vars(head).get("forward")  # accelerate's hooks, for one, set a forward on the instance
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        given[:] = [hidden]
-        return hidden.new_empty(0, *[1] * (hidden.dim() - 1))
-
-    head.forward = forward
-    try:
-        yield given
-    finally:
-        del head.forward
-        if before is not None:
-            head.forward = before

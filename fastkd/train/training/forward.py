@@ -11,9 +11,10 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ...heads import gathered
+from ...states import head_input
 from ..common.family import PLACES, has_types
-from ..models.anatomy import family, head_of, layers, stack
-from ..models.capture import capture_given, capture_hidden, capture_qkv
+from ..models.anatomy import family, head_module, head_of, layers, stack
+from ..models.capture import capture_hidden, capture_qkv
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
 
@@ -65,7 +66,7 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
         }
 
     with (
-        capture_given(bare) as given,
+        head_input(head_module(bare)) as given,
         capture_qkv(bare, needs.layers) as captured,
         capture_hidden(bare, needs.states) as states,
         bare.register_forward_hook(read, prepend=True),
@@ -111,7 +112,7 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
 def compiled_blocks(models: Sequence[tuple[Any, Needs]], args: Any) -> Iterator[None]:
     """Compile the blocks of models, or None, in place of the whole student, as accelerate would do.
 
-    What is captured, and the head that `capture_given` replaces, lie outside of compiled code: so nothing is compiled
+    What is captured, and the head that `head_input` replaces, lie outside of compiled code: so nothing is compiled
     again when they come and go, and the blocks of a stack share their code. Blocks whose queries, keys and values are
     captured stay as they are. What generates or measures afterwards runs uncompiled.
     """
