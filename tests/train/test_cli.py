@@ -232,9 +232,14 @@ def test_half_made_artefacts_do_not_count(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, "teacher", {"a": 1}, fail)
     assert not list(tmp_path.iterdir())
-    folder, reused = cached(tmp_path, "teacher", {"a": 1}, lambda f: (f / "x").touch())
-    assert not reused and (folder / "x").exists()
-    assert cached(tmp_path, "teacher", {"a": 1}, fail) == (folder, True)
+
+    def make(folder: Path) -> dict[str, int]:
+        (folder / "x").touch()
+        return {"second": 2, "first": 1}
+
+    folder, facts = cached(tmp_path, "teacher", {"a": 1}, make)
+    assert (folder / "x").exists() and list(facts.items()) == [("second", 2), ("first", 1)]
+    assert cached(tmp_path, "teacher", {"a": 1}, fail) == (folder, facts)
     assert cached(tmp_path, "teacher", {"a": 2}, lambda f: None)[0] != folder
     with pytest.raises(KeyboardInterrupt):
         replace_folder(folder, fail)

@@ -30,12 +30,12 @@ def cached(
     cache: Path,
     kind: str,
     settings: Mapping[str, Any],
-    make: Callable[[Path], None],
+    make: Callable[[Path], dict[str, Any] | None],
     *,
     by_all: bool = False,
     says: bool = False,
-) -> tuple[Path, bool]:
-    """Return (folder `cache/kind-<key of settings>`, whether it was there already), filled by `make(folder)` if not.
+) -> tuple[Path, dict[str, Any]]:
+    """Return (folder `cache/kind-<key of settings>`, what `make(folder)` returned when it filled it, JSON values).
 
     settings: everything the result depends on (JSON values); other settings give another folder, so none is silently
     ignored. They are kept beside the result in made_by.json. The folder appears under its name only when complete.
@@ -43,17 +43,14 @@ def cached(
     otherwise the first process does it while the others wait. says: whether what is reused is said to be.
     """
     folder = cache / f"{kind}-{key(settings)}"
-    if agreed(folder.is_dir()):
-        if says:
-            print(f"reusing {folder}")
-        return folder, True
-    with writing("cache_dir", cache), _scratch(cache, kind) as made:
-        if by_all:
-            make(made)
-        else:
-            by_first(lambda: make(made))
-        by_first(lambda: _keep(made, folder, settings))
-    return folder, False
+    if not agreed(folder.is_dir()):
+        with writing("cache_dir", cache), _scratch(cache, kind) as made:
+            facts = make(made) if by_all else by_first(lambda: make(made))
+            by_first(lambda: _keep(made, folder, settings, facts))
+    elif says:
+        print(f"reusing {folder}")
+    kept = folder / "facts.json"
+    return folder, json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
 
 
 @contextlib.contextmanager
@@ -74,9 +71,11 @@ def _scratch(cache: Path, kind: str) -> Iterator[Path]:
             shutil.rmtree(made.parent, ignore_errors=True)
 
 
-def _keep(made: Path, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Give what was made its name, beside what it was made by."""
+def _keep(made: Path, folder: Path, settings: Mapping[str, Any], facts: dict[str, Any] | None) -> None:
+    """Give what was made its name, beside what it was made by and what there is to say of it."""
     (made / "made_by.json").write_text(_written(settings) + "\n", encoding="utf-8")
+    if facts:
+        (made / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     try:
         made.rename(folder)
     except OSError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,14 +17,13 @@ import transformers
 from ..common.cache import cached
 from ..common.errors import InputError
 from ..common.family import KINDS, family_of, is_enct5, kind_of
-from ..common.processes import by_first, count, is_first
+from ..common.processes import by_first, count
 from ..data.tasks import TASKS, is_glue
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
 from ..models.loading import files_fingerprint, load_config, load_tokenizer, load_weights
 from ..models.tokenizer import fingerprint
 from ..teaching.cached import CachedTeacher
-from .folders import write_json
 from .identity import digest
 
 
@@ -69,20 +67,14 @@ class Teacher:
     def facts(self) -> dict[str, str]:
         """Its fingerprint, "digest", and the "dtype" in which it computes."""
 
-        def measured() -> dict[str, str]:
+        def measured(folder: Path | None = None) -> dict[str, str]:
             return {"digest": digest(self.model), "dtype": str(self.model.dtype).removeprefix("torch.")}
-
-        def make(folder: Path) -> None:
-            found = measured()
-            if is_first():
-                write_json(folder / "facts.json", found)
 
         files = by_first(lambda: files_fingerprint(self.name)) if self.notes else None
         if self.notes is None or files is None:
             return measured()
         by = {"files": files, "dtype": self.dtype, "transformers": transformers.__version__}
-        folder, _ = cached(self.notes, "weights", by, make, by_all=True)
-        known: dict[str, str] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        _, known = cached(self.notes, "weights", by, measured, by_all=True)
         self.config.dtype = getattr(torch, known["dtype"])
         return known
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -123,8 +122,7 @@ def get_data(
             "reading": [reading, str(frames)],
         }
         make = functools.partial(_tokenise, flags, side, functools.partial(rows, side), tokenizer, lengths, reading)
-        folder, _ = cached(cache, "tokenised", by, make)
-        known = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        folder, known = cached(cache, "tokenised", by, make)
         if (warning := known.pop("warning", "")) and kind != "classifier":
             print(f"warning: {warning}", file=sys.stderr)
         facts |= known
@@ -258,8 +256,8 @@ def _tokenise(
     lengths: Sequence[int],
     reading: dict[str, Any],
     folder: Path,
-) -> None:
-    """Write rows.arrow and facts.json of a side."""
+) -> dict[str, Any]:
+    """Write rows.arrow of a side; return what there is to say about it."""
     path, given, fact = folder / "rows.arrow", rows(), side.replace("-", "_")
     facts: dict[str, Any] = {f"{fact}_examples": len(given)}
     shown = next(blocks(given))
@@ -279,7 +277,7 @@ def _tokenise(
                 f"{counts.unwritable:,} of {counts.pairs:,} {side} targets are not what the tokenizer makes of them, "
                 f"and no output equals them; the first is {target!r}, which becomes {written!r}"
             )
-    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    return facts
 
 
 def _shown(chunks: Chunks, tokenizer: Any, most: int, task: str) -> tuple[datasets.Dataset, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import fastkd
 
 from ..common.cache import cached
 from ..common.errors import InputError
-from ..common.processes import is_first
 from ..flags.arguments import EMBEDDING_FACTOR
 from ..judge import cost
 from ..models.loading import load_config
@@ -22,7 +20,6 @@ from ..models.tokenizer import padded_size
 from ..objectives.methods import METHODS
 from ..report.outcome import Outcome
 from .caching import cached_teacher
-from .folders import write_json
 from .given import Teacher, teacher_on_demand
 from .identity import recipe
 from .judging import decoding, judge
@@ -34,22 +31,22 @@ from .trainers import make_trainer
 
 def get_teacher(run: Run) -> Teacher:
     """Return the teacher that was given, or one trained on this run's data, from the cache if it was trained before."""
-    flags, teacher, trained = run.flags, run.given.teacher, {}
+    flags, teacher = run.flags, run.given.teacher
+    trained: dict[str, Any] = {}
     if teacher is not None:
         heading(f"Teacher: {flags.teacher}")
     else:
         heading("Teacher: a T5 trained from scratch")
-        folder = _trained(run)
+        folder, trained = _trained(run)
         teacher = teacher_on_demand(flags, run.args, folder, load_config(folder, "teacher"), run.cache)
-        trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     teacher.outcome = dataclasses.replace(_judged(run, teacher), **trained)
     if flags.teacher_cache and flags.objective.needs_teacher:
         teacher.cached = cached_teacher(run, teacher)
     return teacher
 
 
-def _trained(run: Run) -> Path:
-    """Return the folder of a teacher that is trained on the run's data."""
+def _trained(run: Run) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a teacher that is trained on the run's data, and what its training took."""
     flags, args, data = run.flags, run.args, run.data
     rate, seed = flags.teacher_learning_rate, args.seed + 1  # other corruptions and orders than the student will see
     own_flags = dataclasses.replace(flags, embedding_learning_rate=EMBEDDING_FACTOR * rate)
@@ -59,22 +56,21 @@ def _trained(run: Run) -> Path:
     settings = {
         "version": VERSION,
         "data": data.digest,
-        "layers": flags.teacher_layers,
-        "d_model": flags.teacher_d_model,
+        "teacher_layers": flags.teacher_layers,
+        "teacher_d_model": flags.teacher_d_model,
         **recipe(own_args),
         "max_steps": flags.teacher_steps,
     }
 
-    def make(folder: Path) -> None:
+    def make(folder: Path) -> dict[str, Any]:
         model = new_model(trained_config(flags, padded_size(data.tokenizer), data.classes), seed)
         own = dataclasses.replace(run, flags=own_flags, args=own_args, data=data.with_seed(seed))
         trainer = make_trainer(own, model, "teacher", method=METHODS["scratch"])
         trainer.train()
         trainer.save_model(str(folder))
-        if is_first():
-            write_json(folder / "training.json", trainer.trained)
+        return trainer.trained
 
-    return cached(run.cache, "teacher", settings, make, by_all=True, says=True)[0]
+    return cached(run.cache, "teacher", settings, make, by_all=True, says=True)
 
 
 def _judged(run: Run, teacher: Teacher) -> Outcome:
@@ -88,14 +84,11 @@ def _judged(run: Run, teacher: Teacher) -> Outcome:
         "examples": run.flags.report_examples,
     }
 
-    def make(folder: Path) -> None:
+    def make(folder: Path) -> dict[str, Any]:
         trainer = make_trainer(run, teacher.model, "teacher", method=METHODS["scratch"])
-        outcome = judge(run, trainer, "teacher")
-        if is_first():
-            write_json(folder / "outcome.json", outcome.to_json())
+        return judge(run, trainer, "teacher").to_json()
 
-    folder, _ = cached(run.cache, "answers", settings, make, by_all=True, says=True)
-    outcome = Outcome.from_json(json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
+    outcome = Outcome.from_json(cached(run.cache, "outcome", settings, make, by_all=True, says=True)[1])
     if not teacher.is_loaded:  # nor is it for what it cost when it was judged
         return outcome
     return dataclasses.replace(outcome, cost=cost.measure(teacher.model))  # of this machine
