@@ -92,6 +92,14 @@ def _text(row: Row, column: str, exact: bool = False) -> str:
     return str(value) if exact and str(value).strip() else str(value).strip()
 
 
+def finite(text: str) -> float:
+    """Return the number that a text is, NaN if it is no finite one."""
+    try:
+        return float(text) if math.isfinite(float(text)) else math.nan
+    except ValueError:
+        return math.nan
+
+
 def _framed(before: str, text: str, behind: str) -> str:
     return before + text + behind if text else ""
 
@@ -241,10 +249,7 @@ def _word(name: str, label: str) -> str:
 
 def _similarity(score: str, exact: bool) -> str:
     """Return a score of STS-B, rounded to the nearest 0.2 as T5 does, "3.8"; "" for none ("" or -1, of test sets)."""
-    try:
-        value = float(score or "-1")
-    except ValueError:
-        value = math.nan
+    value = finite(score or "-1")
     if value == -1:
         return ""
     if not 0 <= value <= 5:

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import numpy as np
@@ -25,12 +25,8 @@ from .encoding import NO_FRAME, Encoding, Frame, tokenize
 from .pairs import pair_item
 from .sources import arrow_file, blocks
 
-Stream: TypeAlias = datasets.IterableDataset
 
-
-def _packed(
-    tokenizer: Any, rows: Iterable[Mapping[str, str]], length: int, frame: Frame = NO_FRAME
-) -> Iterator[np.ndarray]:
+def _packed(tokenizer: Any, rows: Iterable[Mapping[str, str]], length: int, frame: Frame) -> Iterator[np.ndarray]:
     """Yield texts as chunks of tokens [n, length] (int32), n > 0 and different each time; the last few are dropped.
 
     The texts' tokens, each text's in a frame, follow each other without padding; none is lost between the blocks in
@@ -140,7 +136,7 @@ class _Streamed(IterableDataset):
 
     _epoch: Callable[[Iterable[Mapping[str, str]], int], Iterator[Item]]  # the items of one pass over rows
 
-    def __init__(self, rows: Stream, tokenizer: Any, seed: int, shuffle_buffer: int):
+    def __init__(self, rows: datasets.IterableDataset, tokenizer: Any, seed: int, shuffle_buffer: int):
         self.rows, self.tokenizer, self.seed, self.shuffle_buffer = rows, tokenizer, seed, shuffle_buffer
 
     def __iter__(self) -> Iterator[Item]:
@@ -170,7 +166,7 @@ class StreamedChunks(_Streamed):
 
     def __init__(
         self,
-        rows: Stream,
+        rows: datasets.IterableDataset,
         tokenizer: Any,
         length: int,
         seed: int,
@@ -192,7 +188,7 @@ class StreamedPairs(_Streamed):
 
     def __init__(
         self,
-        rows: Stream,
+        rows: datasets.IterableDataset,
         tokenizer: Any,
         source: int,
         target: int,

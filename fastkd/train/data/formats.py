@@ -28,7 +28,8 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import islice, zip_longest
+from functools import partial
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ _PIECE = re.compile(
 JUDGED_TEXT, JUDGED_TSV, JUDGED_ROWS = 10_000, 100_000, 1000  # lines, or rows, by which a file is judged
 
 Row = dict[str, Any]
+Records = Iterator[tuple[int, list[str]]]  # the number of a line, and its fields
 _NO_TEXT = Value("null")  # the feature of columns that hold neither text nor texts by name
 
 
@@ -174,17 +176,12 @@ def _texts(file: Path, names: list[str] | None) -> Iterator[Row]:
 
 
 def _has_paragraphs(file: Path) -> bool:
-    lines, gaps, after_blank = 0, 0, False
-    for _, line in islice(_lines(file), JUDGED_TEXT):
-        is_blank = line.isspace()
-        if not is_blank:
-            gaps += after_blank and lines > 0
-            lines += 1
-        after_blank = is_blank
-    return 0 < lines <= 100 * gaps
+    runs = groupby(line.isspace() for _, line in islice(_lines(file), JUDGED_TEXT))
+    sizes = [sum(1 for _ in lines) for is_blank, lines in runs if not is_blank]
+    return 0 < sum(sizes) <= 100 * (len(sizes) - 1)
 
 
-def _csv_records(file: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+def _csv_records(file: Path, delimiter: str = ",") -> Records:
     """Yield (number of the last line, fields) of each record, the header's too, blank lines left out."""
     csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is below the length of a document
     reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
@@ -194,7 +191,7 @@ def _csv_records(file: Path, delimiter: str = ",") -> Iterator[tuple[int, list[s
         raise InputError(f"{file}, line {reader.line_num}: {one_line(error)}") from error
 
 
-def _tsv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
+def _tsv_records(file: Path) -> Records:
     """Yield (line number, fields) as `_csv_records`, or by tabs alone where quotes are text."""
     if _quotes_enclose(file):
         yield from _csv_records(file, "\t")
@@ -231,22 +228,18 @@ def _quotes_enclose(file: Path) -> bool:
     return not (spans and len(tabs) == 1 and tabs != {0})
 
 
-def _table(records: Callable[[Path], Iterator[tuple[int, list[str]]]]) -> Callable[..., Iterator[Row]]:
-    """Return the function that yields rows of strings, whose first record names the columns."""
-
-    def rows(file: Path, names: list[str] | None) -> Iterator[Row]:
-        lines = records(file)
-        _, header = next(lines, (0, []))
-        if not header:
-            raise InputError(f"{file} is empty: expected a first line that names the columns")
-        if len(set(header)) < len(header):
-            raise InputError(f"{file}: two columns are named {Counter(header).most_common(1)[0][0]!r}")
-        for number, fields in lines:
-            if len(fields) > len(header):
-                raise InputError(f"{file}, line {number}: expected {len(header)} fields, got {len(fields)}")
-            yield dict(zip_longest(header, fields))  # fields missing at the end are None, which "" is not
-
-    return rows
+def _table(records: Callable[[Path], Records], file: Path, names: list[str] | None) -> Iterator[Row]:
+    """Yield rows of strings; the first record names the columns."""
+    lines = records(file)
+    _, header = next(lines, (0, []))
+    if not header:
+        raise InputError(f"{file} is empty: expected a first line that names the columns")
+    if len(set(header)) < len(header):
+        raise InputError(f"{file}: two columns are named {Counter(header).most_common(1)[0][0]!r}")
+    for number, fields in lines:
+        if len(fields) > len(header):
+            raise InputError(f"{file}, line {number}: expected {len(header)} fields, got {len(fields)}")
+        yield dict(zip_longest(header, fields))  # fields missing at the end are None, which "" is not
 
 
 def _json_rows(file: Path, names: list[str] | None) -> Iterator[Row]:
@@ -312,8 +305,8 @@ FORMATS: dict[str, tuple[str, Callable[[Path, list[str] | None], Iterator[Row]]]
     ".txt": ("text", _texts),
     ".jsonl": ("jsonl", _json_rows),
     ".json": ("jsonl", _json_rows),
-    ".csv": ("csv", _table(_csv_records)),
-    ".tsv": ("tsv", _table(_tsv_records)),
+    ".csv": ("csv", partial(_table, _csv_records)),
+    ".tsv": ("tsv", partial(_table, _tsv_records)),
     ".parquet": ("parquet", _parquet_rows),
 }
 KNOWN_SUFFIXES = f"{', '.join(FORMATS)}, each also .gz"

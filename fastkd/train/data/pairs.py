@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..common.errors import InputError
 from ..models.tokenizer import special_tokens, texts_of
+from .columns import finite
 from .corruption import IGNORED, Item
 from .encoding import Encoding
 from .sources import arrow_file, blocks
@@ -137,12 +138,9 @@ def class_labels(targets: Iterable[str], classes: Sequence[str]) -> list[list[An
 
 def number(target: str) -> float:
     """Return a target as the score that it is."""
-    try:
-        if math.isfinite(value := float(target)):
-            return value
-    except ValueError:
-        pass
-    raise InputError(f"the model has one output, a score: expected numbers for targets, got {target[:60]!r}")
+    if math.isnan(value := finite(target)):
+        raise InputError(f"the model has one output, a score: expected numbers for targets, got {target[:60]!r}")
+    return value
 
 
 def pad(tokenizer: Any, one_label: bool = False) -> Callable[[Sequence[Item]], Item]:

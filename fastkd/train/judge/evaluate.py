@@ -78,7 +78,9 @@ def generate(
     of_kind, own = kind(model), getattr(model, "generation_config", None)  # a classifier has none
     positions = family(model).positions(model.config) or max_new_tokens + 1
     if KINDS[of_kind].answers:
-        model.generation_config = _decoding(model, tokenizer, max_new_tokens, num_beams)
+        # How many tokens it may write depends on the batch.
+        fixed = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model.generation_config = GenerationConfig(num_beams=num_beams, **fixed, **begins(model, tokenizer))
     model.eval()
     bar = tqdm(total=len(order), desc=title, unit="text", disable=title is None or not is_first())
     try:
@@ -116,17 +118,6 @@ def begins(model: Any, tokenizer: Any) -> dict[str, int]:
     shifted = model.prepare_decoder_input_ids_from_labels(torch.tensor([around], device=model.device))
     start = {"decoder_start_token_id": int(shifted[0, 0])}  # of mBART a language's code, if it ends its targets
     return start if around[0] == tokenizer.eos_token_id else {**start, "forced_bos_token_id": around[0]}
-
-
-def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, num_beams: int) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **begins(model, tokenizer),
-    )
 
 
 def _classes(model: Any, found: torch.Tensor) -> list[str]:

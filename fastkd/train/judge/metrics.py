@@ -16,7 +16,8 @@ from typing import Any
 import regex
 from sacrebleu.metrics import BLEU, CHRF
 
-from ..data.tasks import LABEL_WORDS, TASKS
+from ..data.columns import LABEL_WORDS, finite
+from ..data.tasks import TASKS
 
 Texts = Sequence[str]
 Figures = dict[str, float]
@@ -67,11 +68,7 @@ def _classification(outputs: Texts, targets: Texts) -> Figures:
 
 def _number(text: str) -> float:
     """Return a score of STS-B; -1, below all others, for what is no finite number, as T5 does."""
-    try:
-        value = float(text)
-    except ValueError:
-        return -1.0
-    return value if math.isfinite(value) else -1.0
+    return -1.0 if math.isnan(value := finite(text)) else value
 
 
 def _spearman(outputs: Texts, targets: Texts) -> Figures:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm.auto import tqdm
 
 import fastkd
@@ -18,7 +17,7 @@ import fastkd
 from ..common.cache import key
 from ..common.errors import InputError, writing
 from ..common.family import kind_of
-from ..common.processes import by_first, count, is_first, of_all
+from ..common.processes import by_first, count, is_first, of_all, own_part
 from ..data.corruption import IGNORED
 from ..data.examples import Chunks
 from ..models.anatomy import head_of
@@ -134,8 +133,7 @@ def _fill(run: Run, teacher: Teacher, store: Store, kind: Kind, missing: list[in
     if is_first() and kind.name == "hidden" and store.head is None:
         store.write_head(head)
     dtype, each = getattr(torch, store.manifest.fits["computed in"]), store.manifest.examples_per_shard
-    rank = dist.get_rank() if count() > 1 else 0
-    mine, turns = missing[rank :: count()], -(-len(missing) // count())
+    mine, turns = own_part(missing), -(-len(missing) // count())
     own = sum(len(store.manifest.examples_of(shard)) for shard in mine)
     shown = not is_first() or run.args.disable_tqdm
     bar = tqdm(total=own, desc=f"the teacher's {kind}", unit="example", disable=shown, mininterval=1)
