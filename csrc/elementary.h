@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "portable.h"
+
 #if defined(__CUDACC__)
 #define FASTKD_INLINE __host__ __device__ __forceinline__
 #else

@@ -49,7 +49,7 @@ __all__ = [
     "targets",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "DIVERGENCES": ".divergence",
