@@ -58,3 +58,12 @@ def untested(extra: str = "") -> str | None:
         return None
     names = ", ".join(f"{one.name} {one.installed} (expected {one.tested})" for one in found)
     return f"untested: {names}; pip install 'fastkd[{extra}]' brings what is tested"
+
+
+def require(extra: str) -> None:
+    """Raises an ImportError unless what an integration stands on is installed, in a version that is tested."""
+    found = packages(extra)
+    if missing(found) or untested(extra):
+        given = ", ".join(f"{one.name} {one.installed or 'is missing'}" for one in found if not one.in_range)
+        wanted = ", ".join(f"{one.name}{one.tested}" for one in found if not one.in_range)
+        raise ImportError(f"fastkd's {extra}: expected {wanted}, got {given}; pip install 'fastkd[{extra}]'")

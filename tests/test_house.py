@@ -22,6 +22,7 @@ STOREYS = (
     "functions",
     "nn doctor",
     "train",
+    "integrations",
 )
 ROOMS = (
     "common",
