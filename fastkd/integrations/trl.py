@@ -61,7 +61,7 @@ those that are filled up to a multiple of 128 for each of 8 ranks stay below."""
 
 def _divergence(beta: float, temperature: float = 1.0) -> dict[str, Any]:
     """The keywords of what TRL calls the generalised JSD of this beta."""
-    ends = {0: "forward_kl", 1: "reverse_kl"}
+    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
     return {
         "divergence": ends.get(beta, "jsd"),
         "beta": 0.5 if beta in ends else beta,
@@ -113,7 +113,7 @@ class _StudentOfAnySize(TrainerCallback):
 @contextlib.contextmanager
 def _adapters_on_heads() -> Iterator[None]:
     """Inside, TRL takes students whose head has an adapter, which the losses that it has read no gradient from."""
-    modules = [trl.trainer.distillation_trainer, trl.trainer.sft_trainer]
+    modules: list[Any] = [trl.trainer.distillation_trainer, trl.trainer.sft_trainer]
     before = [module.BaseTunerLayer for module in modules]
     try:
         for module in modules:
@@ -176,6 +176,14 @@ def _shared_vocabulary(models: list[Any], processing_class: Any) -> int | None:
 class _OnFastkd:
     """What the trainers have in common: what they refuse, and the states that their losses are made of."""
 
+    # of TRL's trainers, which come after this in the order of bases
+    accelerator: Any
+    generation_config: Any
+    model: Any
+    processing_class: Any
+    remove_callback: Any
+    teacher_model: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         config = given.arguments.get("args")
@@ -211,9 +219,9 @@ class _OnFastkd:
             return student, hidden_states(self.teacher_model, **inputs)
 
     def _loss(self, model: Any, student: Tensor, teacher: Tensor | TopK, **options: Any) -> Any:
-        heads = [head(model), None if isinstance(teacher, TopK) else head(self.teacher_model)]
+        its, teachers = head(model), None if isinstance(teacher, TopK) else head(self.teacher_model)
         with self.accelerator.autocast():  # in which the models have run
-            return linear_kl(student, heads[0], teacher, heads[1], **options)
+            return linear_kl(student, its, teacher, teachers, **options)
 
     def _with_outputs(self, loss: Tensor, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """A loss beside the outputs of the student, with the logits that it was made without."""

@@ -28,7 +28,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
             one.train()
             state = one.model.state_dict()
             weights = {key: x.full_tensor() if hasattr(x, "full_tensor") else x for key, x in state.items()}
-            found[name, stock] = ([*cases.told(one)], weights)
+            found[name, stock] = ([*cases.told(one)], weights, str(one.accelerator.distributed_type))
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
