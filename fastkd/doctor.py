@@ -17,6 +17,8 @@ from .backend import EXTENSION_PROBLEM, TRITON_PROBLEM, backend_for
 from .ops.drivers.divergence_rows import cuda_rows_problem
 from .versions import Package, missing, packages
 
+PARTNERS = ("trl", "liger", "peft")  # the extras of packages that fastkd works with; transformers is of "train"
+
 
 def _version(package: str) -> str:
     try:
@@ -52,6 +54,8 @@ def report() -> list[tuple[str, str]]:
     needed = packages("train")
     lines += [(package.name, str(package)) for package in needed]
     lines.append(("fastkd-train", _trainer(needed)))
+    known = {name for name, _ in lines}
+    lines += [(one.name, str(one)) for extra in PARTNERS for one in packages(extra) if one.name not in known]
     return lines
 
 

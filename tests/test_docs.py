@@ -34,7 +34,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN, READ, PRINTED = ("python", "bash"), "sh", "text"
-MODULES = ("fastkd.nn", "fastkd.functions", "fastkd.distributed", "fastkd.train")
+MODULES = ("fastkd.nn", "fastkd.functions", "fastkd.distributed", "fastkd.integrations.liger", "fastkd.train")
 
 
 class Block(NamedTuple):

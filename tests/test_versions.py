@@ -32,6 +32,7 @@ def other(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
         'transformers<5.25,>=5.15; extra == "train"',
         'tqdm>=4.66; extra == "train"',
         'pytest>=8; extra == "test"',
+        'liger-kernel<0.9,>=0.8.5; platform_system == "Linux" and extra == "liger"',
     ]
 
     def version(name: str) -> str:
@@ -71,6 +72,15 @@ def test_the_doctor_lists_every_package(other: dict[str, str | None]) -> None:
     lines = dict(doctor.report())
     assert lines["tqdm"] == "not installed, tested with >=4.66"
     assert lines["fastkd-train"] == "not usable: pip install 'fastkd[train]' (missing: tqdm)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="liger-kernel needs Triton")
+def test_the_doctor_tells_of_the_packages_that_others_train_with(other: dict[str, str | None]) -> None:
+    other["liger-kernel"] = None
+    assert dict(doctor.report())["liger-kernel"] == "not installed, tested with >=0.8.5,<0.9"
+    other["liger-kernel"] = "0.9.1"
+    assert dict(doctor.report())["liger-kernel"] == "0.9.1, NOT in the tested range >=0.8.5,<0.9"
+    assert [name for name, _ in doctor.report()].count("torch") == 1
 
 
 def test_a_source_tree_knows_no_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
