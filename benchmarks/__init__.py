@@ -4,7 +4,8 @@ run                   all of ops/ and trainer/ that compares implementations, in
 ops/                  a file for each op, under its name: its problems, its peers and its floor
   logit_kl_exactness    errors against fp64
   relation_kl_memory    peak memory against the length, a picture
-trainer/              train_step, cached_step, causal_step, prune; scaling: what processes send each other
+trainer/              train_step, cached_step, causal_step, prune; integrations: in other packages' loops; scaling: what
+                      processes send each other
 studies/              whole trainings over seeds: means and deviations, a figure, a verdict in words
 gpu/                  `make gpu`; roofline and table make a picture and a table of its results
 harness/              how it is measured and told; limits: what a machine does at best

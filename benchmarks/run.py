@@ -7,13 +7,14 @@ import torch
 from benchmarks.harness.command import main
 from benchmarks.harness.problem import Problem
 from benchmarks.ops import attention_kl, cka_loss, linear_kl, linear_kl_topk, logit_kl, logit_kl_topk, relation_kl
-from benchmarks.trainer import cached_step, causal_step, prune, train_step
+from benchmarks.trainer import cached_step, causal_step, integrations, prune, train_step
 
 MODULES = (
     attention_kl,
     cached_step,
     causal_step,
     cka_loss,
+    integrations,
     linear_kl,
     linear_kl_topk,
     logit_kl,
