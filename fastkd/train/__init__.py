@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data.corpus import embedded_corpus
-    from .data.examples import Chunks
-    from .minidisc.prune import importance, sliced
-    from .models import (
-        EncT5ForSequenceClassification,
-        PrunedBertForMaskedLM,
-        PrunedBertForSequenceClassification,
-        PrunedT5ForConditionalGeneration,
-    )
-    from .models.capture import capture_qkv
-    from .models.student import slice_teacher
-    from .models.tokenizer import train_tokenizer
-    from .objectives.methods import METHODS, Method
-    from .training.trainer import DistillTrainer
+    from .data.corpus import embedded_corpus as embedded_corpus
+    from .data.examples import Chunks as Chunks
+    from .minidisc.prune import importance as importance
+    from .minidisc.prune import sliced as sliced
+    from .models import EncT5ForSequenceClassification as EncT5ForSequenceClassification
+    from .models import PrunedBertForMaskedLM as PrunedBertForMaskedLM
+    from .models import PrunedBertForSequenceClassification as PrunedBertForSequenceClassification
+    from .models import PrunedT5ForConditionalGeneration as PrunedT5ForConditionalGeneration
+    from .models.capture import capture_qkv as capture_qkv
+    from .models.student import slice_teacher as slice_teacher
+    from .models.tokenizer import train_tokenizer as train_tokenizer
+    from .objectives.methods import METHODS as METHODS
+    from .objectives.methods import Method as Method
+    from .training.trainer import DistillTrainer as DistillTrainer
 
 LAUNCHERS = Path(__file__).parent / "launchers"  # an accelerate configuration for FSDP2, a Slurm script for two nodes
 
@@ -48,23 +48,7 @@ _HOMES = {
     "sliced": "minidisc.prune",
     "train_tokenizer": "models.tokenizer",
 }
-__all__ = [
-    "LAUNCHERS",
-    "METHODS",
-    "Chunks",
-    "DistillTrainer",
-    "EncT5ForSequenceClassification",
-    "Method",
-    "PrunedBertForMaskedLM",
-    "PrunedBertForSequenceClassification",
-    "PrunedT5ForConditionalGeneration",
-    "capture_qkv",
-    "embedded_corpus",
-    "importance",
-    "slice_teacher",
-    "sliced",
-    "train_tokenizer",
-]
+__all__ = ["LAUNCHERS", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

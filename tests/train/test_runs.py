@@ -27,6 +27,7 @@ from fastkd.train.common.errors import InputError, writing
 from fastkd.train.data.tasks import TASKS
 from fastkd.train.flags.arguments import parse
 from fastkd.train.flags.fields import FastkdArguments
+from fastkd.train.report import reports
 from fastkd.train.runs import left, prepared
 from fastkd.train.stages import folders, students, teachers
 from fastkd.train.training.checkpoints import continued
@@ -596,7 +597,7 @@ def test_a_source_prefix_is_the_tasks_or_the_users(
 )
 @pytest.mark.parametrize(
     ("room", "stage", "flag"),
-    [(prepared, "with_data", "--cache_dir cache"), (left, "write_report", "--output_dir out")],
+    [(prepared, "with_data", "--cache_dir cache"), (reports, "write", "--output_dir out")],
 )
 def test_a_disk_that_takes_no_more_is_named_by_its_flag(
     error: Exception,
@@ -608,7 +609,7 @@ def test_a_disk_that_takes_no_more_is_named_by_its_flag(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(room, stage, full)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
@@ -15,7 +16,7 @@ from ..common import processes
 from ..common.errors import InputError, closest
 from . import checks, config
 from .fields import FastkdArguments
-from .parser import ABOUT, DEFAULTS, JOINED, Parser, bounded, fields_by_name, help_text, kind_of, reader
+from .parser import ABOUT, DEFAULTS, JOINED, bounded, fields_by_name, help_text, kind_of, reader
 
 EMBEDDING_FACTOR = 80  # an embedding of random weights learns at this many times the rate of the other weights
 # Flags, and those that take their place where a later layer gives them: the demo, a file, the command line.
@@ -41,8 +42,11 @@ class TransformersArguments(Seq2SeqTrainingArguments):
         return min(super().n_gpu, 1)
 
 
-class _Parser(Parser, HfArgumentParser):
-    """Transformers' parser, with errors of ours."""
+class _Parser(HfArgumentParser):
+    """Raises InputError, where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message))
 
 
 @functools.cache

@@ -7,11 +7,10 @@ import dataclasses
 import functools
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from ..common.errors import InputError, closest
+from ..common.errors import closest
 from . import config
 from .fields import GLUE, GROUPS, USUAL, parse_grid, parse_mix, parse_weights
 
@@ -50,13 +49,6 @@ _USUAL = (
     ("use_cpu", None, "also where there is a GPU"),
     ("fsdp", None, "shard the student over the processes of torchrun"),
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises InputError, where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message))
 
 
 def _boolean(text: str) -> bool:

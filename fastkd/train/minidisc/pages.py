@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -112,18 +112,14 @@ def _pictures(schedule: Schedule) -> list[Picture]:
             "Each trial's student over the sparsity of the assistant that it was distilled from; the star is the best "
             "one, which was kept. A dashed line is a trial without an assistant."
         )
-    png = _tradeoff(schedule, labels) if labels else b""
-    return [Picture("tradeoff_curve.png", png, "Choices of the schedule", " ".join(notes))] if labels else []
-
-
-def _tradeoff(schedule: Schedule, labels: Sequence[str]) -> bytes:
-    """Draw over sparsity what a schedule chose from: candidates, their tradeoff, and the student of each trial."""
-    with figure(*labels, over="sparsity (%)") as (picture, panels):
+    if not labels:
+        return []
+    with figure(*labels, over="sparsity (%)") as (png, panels):
         if _sandwiches(schedule):
             _draw_candidates(panels[0], panels[1], schedule)
         if len(schedule.trials) > 1:
             _draw_students(panels[-1], schedule)
-    return picture.getvalue()
+    return [Picture("tradeoff_curve.png", png.getvalue(), "Choices of the schedule", " ".join(notes))]
 
 
 def _draw_candidates(held_out: Any, tradeoff: Any, schedule: Schedule) -> None:

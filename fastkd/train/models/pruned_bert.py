@@ -5,7 +5,6 @@ Importing this module registers them with transformers' Auto classes, which then
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    BertPreTrainedModel,
 )
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
@@ -43,45 +43,31 @@ class PrunedBertAttention(BertSelfAttention):
         return hidden_states.new_zeros(*hidden_states.shape[:-1], 0), None
 
 
-def _prune(model: Any) -> None:
-    """Give a BERT's layers the widths that its config says; without any it has BERT's own."""
-    for layer in layers(model, "encoder"):
-        own = layer.attention.self
-        layer.attention.self = PrunedBertAttention(own.config, own.is_causal, own.layer_idx)
-    inside = "" if model.base_model is not model else "bert."  # of the names of widths
-    widths: Mapping[str, int] = model.config.widths or {}
-    resize(model, {name.removeprefix(inside): width for name, width in widths.items()})
-    model.post_init()
+class _Pruned(BertPreTrainedModel):
+    """A BERT whose layers have the widths that its config says; without any they have BERT's own."""
+
+    config_class = PrunedBertConfig
+
+    def __init__(self, config: PrunedBertConfig, *args: Any, **options: Any):
+        super().__init__(config, *args, **options)
+        for layer in layers(self, "encoder"):
+            own = layer.attention.self
+            layer.attention.self = PrunedBertAttention(own.config, own.is_causal, own.layer_idx)
+        inside = "bert." if self.base_model is self else ""  # of the names of widths
+        resize(self, {name.removeprefix(inside): width for name, width in (config.widths or {}).items()})
+        self.post_init()
 
 
-class PrunedBertModel(BertModel):
+class PrunedBertModel(_Pruned, BertModel):
     """BERT without a head, whose layers have the widths that its config says."""
 
-    config_class = PrunedBertConfig
 
-    def __init__(self, config: PrunedBertConfig, add_pooling_layer: bool = True):
-        super().__init__(config, add_pooling_layer)
-        _prune(self)
-
-
-class PrunedBertForMaskedLM(BertForMaskedLM):
+class PrunedBertForMaskedLM(_Pruned, BertForMaskedLM):
     """BERT that fills masks in, whose layers have the widths that its config says."""
 
-    config_class = PrunedBertConfig
 
-    def __init__(self, config: PrunedBertConfig):
-        super().__init__(config)
-        _prune(self)
-
-
-class PrunedBertForSequenceClassification(BertForSequenceClassification):
+class PrunedBertForSequenceClassification(_Pruned, BertForSequenceClassification):
     """BERT that tells classes apart, whose layers have the widths that its config says."""
-
-    config_class = PrunedBertConfig
-
-    def __init__(self, config: PrunedBertConfig):
-        super().__init__(config)
-        _prune(self)
 
 
 AutoConfig.register(PrunedBertConfig.model_type, PrunedBertConfig)

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import T5Config, set_seed
 
 from ...heads import gathered
 from ..common.family import KINDS, family_of, kind_of, matched_layer
-from .anatomy import auto_class, compared_stacks, family, layers
+from .anatomy import auto_class, compared_stacks, family, layers, shape
 
 HEAD_WIDTH = 32
 
@@ -25,8 +26,6 @@ def t5_config(vocabulary_size: int, d_model: int, layers: int, pad: int = 0, eos
     transformers, and a small model wastes hundreds of steps on a first loss far above ln V.
     No dropout, as in T5 v1.1's pre-training.
     """
-    from transformers import T5Config
-
     start: dict[str, Any] = {"decoder_start_token_id": pad}  # not a declared field of T5Config
     return T5Config(
         vocab_size=vocabulary_size,
@@ -48,8 +47,6 @@ def new_model(config: Any, seed: int | None, tied: bool = True, dtype: torch.dty
 
     seed: None goes on with torch's generators. tied: whether a T5's head is its embedding; other configs tell.
     """
-    from transformers import set_seed
-
     if seed is not None:
         set_seed(seed)
     model = auto_class(config).from_config(config, dtype=dtype)
@@ -95,13 +92,8 @@ def student_config(teacher: Any, d_model: int | None, layers: int | None) -> Any
         for name in ("d_kv", "num_heads", "d_ff", "feed_forward_proj", "is_gated_act", "dense_act_fn"):
             setattr(config, name, getattr(teacher, name))
     if layers is None:
-        config.num_layers, config.num_decoder_layers = (max(n // 2, 1) for n in depths_of(teacher).values())
+        config.num_layers, config.num_decoder_layers = (max(n // 2, 1) for n in shape(teacher).depths.values())
     return config
-
-
-def depths_of(config: Any) -> dict[str, int]:
-    """Return the layers of each stack that a config says."""
-    return {stack: getattr(config, field) for stack, field in family_of(config).depths.items()}
 
 
 def smaller_config(config: Any, d_model: int | None, layers: int | None) -> Any:
@@ -114,7 +106,7 @@ def smaller_config(config: Any, d_model: int | None, layers: int | None) -> Any:
     """
     if getattr(config, "widths", None) is not None:
         raise ValueError("student_init: a pruned teacher, whose layers differ in width, cannot be sliced, give random")
-    depth = min(depths_of(config)[stack] for stack in compared_stacks(config))
+    depth = min(shape(config).depths[stack] for stack in compared_stacks(config))
     for name, given, largest in (("d_model", d_model, config.hidden_size), ("layers", layers, depth)):
         if given is not None and given > largest:
             expected = f"at most {largest}, the teacher's, to be sliced from it"
@@ -137,7 +129,7 @@ def _resized(config: Any, d_model: int | None, layers: int | None) -> Any:
                 expected = f"a multiple of {step}, at which the teacher's heads and their groups stay as they are"
                 raise ValueError(f"student_d_model: expected {expected}, got {d_model}")
     for stack in compared_stacks(config):
-        its = depths_of(config)[stack]
+        its = shape(config).depths[stack]
         setattr(made, row.depths[stack], mine := layers or max(its // 2, 1))
         if kinds := getattr(config, "layer_types", None):  # sliding or full attention
             made.layer_types = [kinds[min(matched_layer(i, mine, its), its - 1)] for i in range(mine)]

@@ -8,7 +8,7 @@ from typing import Any
 from ..common.errors import InputError
 from ..flags.arguments import TransformersArguments
 from ..flags.fields import FastkdArguments
-from ..models.student import depths_of
+from ..models.anatomy import shape
 from ..stages.folders import are_used, check_outside, places
 from ..stages.given import load_configs, load_given
 from ..stages.identity import check_same_run, identity
@@ -32,7 +32,7 @@ def interpolated(flags: FastkdArguments, args: TransformersArguments) -> None:
     width, layers = flags.assistant_d_model, flags.assistant_layers
     try:  # of both runs, before the first of them
         student = planned_config(method, teacher, flags.student_d_model, flags.student_layers)
-        depths = [next(iter(depths_of(config).values())) for config in (teacher, student)]
+        depths = [next(iter(shape(config).depths.values())) for config in (teacher, student)]
         layers = layers or round(sum(depths) / 2)
         if width is None and flags.student_d_model is not None:  # or it stays as wide as the teacher, too
             width = max(64, round((teacher.hidden_size + student.hidden_size) / 128) * 64)

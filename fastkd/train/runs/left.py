@@ -63,7 +63,11 @@ def leave(ready: Prepared, outcomes: list[Outcome], facts: dict[str, Any], sched
     """Write the report of a run whose students are saved, and print what is most worth knowing of it."""
     run, out = ready.run, ready.out
     lead = [compared(run, outcomes)] if run.flags.demo else []
-    examples = by_first(lambda: write_report(ready, outcomes, facts, schedule, lead))
+    rows = run.data.held_out_rows.take(min(run.flags.report_examples, len(run.data.held_out_rows)))
+    examples = list(zip(rows["source"], rows["target"], strict=True))
+    shown: dict[str, Any] = {"lead": lead, "examples": examples, "config": run.flags.config_text(run.args)}
+    shown |= pages.shown(schedule)
+    by_first(lambda: reports.write(out, outcomes, facts, notes_on(run.flags.objective), **shown))
     if run.flags.demo:
         said = [*lead, "", reports.at_a_glance(outcomes, examples), "", reports.verdict(outcomes)]
         said.append(f"More in report.html; models in {out} ({time.perf_counter() - ready.started:.0f} s)")
@@ -73,23 +77,6 @@ def leave(ready: Prepared, outcomes: list[Outcome], facts: dict[str, Any], sched
     print("\n".join(["", *said]))
 
 
-def write_report(
-    ready: Prepared,
-    outcomes: Sequence[Outcome],
-    facts: dict[str, Any],
-    schedule: Schedule | None,
-    lead: Sequence[str],
-) -> list[reports.Example]:
-    """Write the report; return the examples that it shows."""
-    run = ready.run
-    rows = run.data.held_out_rows
-    shown = rows.take(min(run.flags.report_examples, len(rows)))
-    examples = list(zip(shown["source"], shown["target"], strict=True))
-    besides = {"config": run.flags.config_text(run.args), **pages.shown(schedule)}
-    reports.write(ready.out, outcomes, facts, notes_on(run.flags.objective), lead=lead, examples=examples, **besides)
-    return examples
-
-
 # What a reader must know ---------------------------------------------------------------------------------------------
 
 
@@ -97,21 +84,20 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
     """Return what a reader needs to judge or repeat the run of a student; teacher: None if it had none."""
     run = ready.run
     flags, args, data = run.flags, run.args, run.data
-    facts: dict[str, Any] = {"method": name, "loss": method.formula}
-    facts |= _settings(method, "temperature") | {"divergence": method.divergence_in_words}
-    facts |= _settings(method, "divergence_beta")
+    facts: dict[str, Any] = {"method": name, "loss": method.formula, "temperature": method.temperature}
+    facts |= {"divergence": method.divergence_in_words, "divergence_beta": method.divergence_beta}
     if method.places:
         layers = method.teacher_layers(teacher.config).items()
-        facts |= _settings(method, "relation_heads")
+        facts["relation_heads"] = method.relation_heads
         facts["teacher_layers"] = ", ".join(f"{layer} ({place})" for place, layer in layers)
     if method.hidden_terms:
         facts["matched_states"] = "; ".join(
             f"{stack} " + ", ".join(f"{mine} to {its}" for mine, its in pairs)
             for stack, pairs in method.matched_states(student.config, teacher.config).items()
         )
-        facts |= _settings(method, "match_first_position")
+        facts["match_first_position"] = method.match_first_position
     if method.mixup_terms:
-        facts |= _settings(method, "mixup_alpha", "mixup_distance")
+        facts |= {"mixup_alpha": method.mixup_alpha, "mixup_distance": method.mixup_distance}
     if method.needs_teacher:
         own = flags.teacher_dtype == "auto"
         dtype = str(teacher.config.dtype).removeprefix("torch.") if own else flags.teacher_dtype
@@ -146,10 +132,6 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
         "transformers": transformers.__version__,
     }
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def _settings(method: Method, *names: str) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in names}
 
 
 def _texts(flags: FastkdArguments) -> str:
