@@ -205,6 +205,20 @@ class Method:
                 raise ValueError(f"relation_heads: expected {expected}, got {self.relation_heads}")
 
 
+def as_method(given: Method | str | Mapping[str, float]) -> Method:
+    """Return a method that is given as one, by the name of its row, or by the weights of its terms.
+
+    Raises ValueError for a name that is not known.
+    """
+    if isinstance(given, Method):
+        return given
+    known = METHODS if isinstance(given, str) else (*VOCABULARY_TERMS, *PLACES, *HIDDEN_TERMS, *MIXUP_TERMS)
+    for name in [given] if isinstance(given, str) else given:
+        if name not in known:
+            raise ValueError(f"method: expected {', '.join(known)}, got {name!r}")
+    return METHODS[given] if isinstance(given, str) else Method(_sum_in_words(given), dict(given))
+
+
 def _shape(config: Any) -> Any:
     from ..models.anatomy import shape  # which needs torch
 

@@ -17,6 +17,10 @@ from ..models.anatomy import family, head_module, head_of, layers, stack
 from ..models.capture import capture_hidden, capture_qkv
 from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
+from ..teaching.cached import NUMBERS
+
+# Of a batch. The decoder's tokens are made of the labels, as transformers' collator makes them.
+READ = ("input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
     Labels stay out: the model would compute its own loss from them.
     """
     ids = {"": inputs["input_ids"]}
+    unread = [name for name in inputs if name not in READ and not name.endswith("_rows")]
+    if unread:  # such as the position_ids of packed sequences, without which the states would be others
+        raise ValueError(f"data: expected batches of {', '.join(READ)}, got {', '.join(unread)}, too; take them out")
     if family(model).has_both:
         ids["decoder_"] = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
     names = ["attention_mask", *["token_type_ids"] * has_types(model.config)]  # a tokenizer may serve others too

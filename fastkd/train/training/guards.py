@@ -40,6 +40,20 @@ def check_arguments(args: Any, examples: Any = None) -> None:
         raise InputError(f"--dataloader_drop_last drops all training examples: {counts}; give a smaller batch")
 
 
+def check_served(args: Any, compute_loss_func: Any = None) -> None:
+    """Raise ValueError for arguments of transformers that speak of a loss, which here is the method's."""
+    refused = {
+        "label_smoothing_factor": (args.label_smoothing_factor != 0, "leave it out: losses are the method's"),
+        "use_liger_kernel": (args.use_liger_kernel, "leave it out: no logits are made without it either"),
+        "compute_loss_func": (compute_loss_func, "derive from Trainer, and call fastkd.hidden_states in compute_loss"),
+    }
+    for name, (given, remedy) in refused.items():
+        if given:
+            raise ValueError(f"{name}: expected none, as DistillTrainer computes the loss; {remedy}")
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start one for each with torchrun, or show it one alone")
+
+
 class Signals(TrainerCallback):
     """Keeps the first SIGINT, SIGTERM or SIGHUP that comes while a `with` lasts; another one ends the process at once.
 

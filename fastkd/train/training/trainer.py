@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,23 +16,25 @@ from ..data.examples import Chunks, EpochSampler
 from ..judge.evaluate import held_out_metrics, token_scores
 from ..models.anatomy import kind
 from ..models.sharding import is_sharded
-from ..objectives.methods import Method
+from ..objectives.methods import Method, as_method
 from ..objectives.mixup import Mixup
 from ..objectives.terms import Batch, aligned_labels, losses, valid_positions
 from ..teaching.cached import CachedTeacher, Numbered
 from .callbacks import LossBar, LossLines, StepTimer
 from .forward import Needs, compiled_blocks, forward, needs
+from .guards import check_served
 from .optimizer import REST, gradient_norms, set_own_rate
 from .parallel import count_rows, settle_fsdp, shard_student
 from .resumable import CheckpointingTrainer
 
 
 class DistillTrainer(CheckpointingTrainer):
-    """Trains `model` by `method`; everything else (checkpoints, resuming, precision, DDP) is transformers'.
+    """Trains `model` by `method`; everything else (data, collator, checkpoints, precision, DDP) is transformers'.
 
-    method: a row of METHODS, or one with other settings by `dataclasses.replace`. teacher: a T5 with the student's
-    vocabulary, or None if the method needs none; it is frozen, kept in evaluation mode and never part of a checkpoint.
-    Or a `teaching.cached.CachedTeacher`, whose training data is `Numbered`.
+    method: the name of a row of METHODS, a `Method`, which may be a row with other settings by `dataclasses.replace`,
+    or weights of terms, as {"ce": 0.5, "logit_kl": 0.5}. teacher: a model of a known family with the student's
+    vocabulary, or None if the method needs none; it is moved to the student's device, frozen, kept in evaluation mode
+    and never part of a checkpoint. Or a `teaching.cached.CachedTeacher`, whose training data is `Numbered`.
     workspace_mb: see `fastkd.linear_kl`. embedding_learning_rate: see `optimizer.set_own_rate`; None gives the
     embedding the rate of all other weights. projection_learning_rate: that of the matrix by which "hidden_linear"
     projects the student's hidden states to the teacher's width, one for all layers: `model.hidden_projection`, as a
@@ -47,13 +49,14 @@ class DistillTrainer(CheckpointingTrainer):
     In several processes the student is replicated (DDP) or, with `fsdp` or accelerate's settings for it, sharded
     (FSDP2); the numbers are those of one process with the whole batch. A teacher may be sharded in either case
     (`sharding.shard`).
-    Raises ValueError if the method needs a teacher and none is given, or does not fit the two models.
+    Raises ValueError if the method needs a teacher and none is given, is not known, or does not fit the two models, for
+    a model of another family, for what `guards.check_served` refuses, and for batches that hold more than is read.
     """
 
     def __init__(
         self,
         *args: Any,
-        method: Method,
+        method: Method | str | Mapping[str, float],
         teacher: Any = None,
         workspace_mb: float | None = None,
         embedding_learning_rate: float | None = None,
@@ -62,11 +65,13 @@ class DistillTrainer(CheckpointingTrainer):
         score: Callable[[Any], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
+        method = as_method(method)
         given = kwargs["model"] if "model" in kwargs else args[0]
         uses_cache = getattr(given.config, "use_cache", None)
         super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
         if uses_cache is not None:  # transformers turns it off for good, and what is saved would write slowly
             given.config.use_cache = uses_cache
+        check_served(self.args, self.compute_loss_func)
         if method.needs_teacher and teacher is None:
             raise ValueError(f"teacher: this method ({method.summary}) needs one, got None")
         student: Any = self.model
