@@ -98,7 +98,7 @@ def _keep(given: list[Tensor], module: Any, args: Any, output: Any) -> None:
 def _read(given: list[Tensor], head: nn.Module, model: Any, args: Any, output: Any) -> tuple[Tensor, list[Tensor]]:
     """What the head is given, and no row of each of its weights, by which DDP sees that they are used."""
     learnt = (x for x in head.parameters() if x.requires_grad and not is_dtensor(x))
-    return given[0], [x.narrow(0, 0, 0) for x in learnt]
+    return given[0], [x.narrow(0, 0, 0).clone() for x in learnt]  # views would worry FSDP
 
 
 def targets(
