@@ -61,7 +61,7 @@ with tempfile.TemporaryDirectory() as folder:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),  # else processes without GPUs do not know of each other
             disable_tqdm=True,
         ),
         train_dataset=rows,
