@@ -20,6 +20,7 @@ from common import DEVICE, Losses, chunks, flags, texts
 from transformers import AutoModel, AutoTokenizer
 
 import fastkd
+from fastkd.train import capture_qkv
 
 RELATION_HEADS = 48  # MiniLMv2 takes more than models have; they divide both widths
 
@@ -34,6 +35,7 @@ teacher = AutoModel.from_pretrained(args.teacher).to(DEVICE).eval()
 if args.student is None:
     student = copy.deepcopy(teacher)
     student.encoder.layer = student.encoder.layer[:3]
+    student.config.num_hidden_layers = 3
 else:
     student = AutoModel.from_pretrained(args.student).to(DEVICE)
 optimizer, losses = torch.optim.AdamW(student.parameters(), args.lr), Losses()
@@ -41,13 +43,9 @@ optimizer, losses = torch.optim.AdamW(student.parameters(), args.lr), Losses()
 
 def last_qkv(model, inputs):
     """Queries, keys and values of the last layer, [batch, length, width], before they are split into heads."""
-    attention, found = model.encoder.layer[-1].attention.self, []
-    parts = (attention.query, attention.key, attention.value)
-    hooks = [part.register_forward_hook(lambda part, given, output: found.append(output)) for part in parts]
-    model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return found
+    with capture_qkv(model, {"encoder_self": model.config.num_hidden_layers}) as found:
+        model(**inputs)
+    return found["encoder_self"]
 
 
 for some in chunks(texts(args), 16, args.steps):

@@ -226,11 +226,10 @@ def known(model: Any) -> Any:
 
 
 def head_module(model: Any) -> Any:
-    """The module that makes the logits of a known model, which may be wrapped."""
-    bare = known(model)
-    module = bare.get_output_embeddings()
+    """The module that makes the logits of a model, out of its wrappers."""
+    module = model.get_output_embeddings()
     if module is None:
-        raise ValueError(f"model: expected a model with a vocabulary head, got {type(bare).__name__}, which has none")
+        raise ValueError(f"model: expected a model with a vocabulary head, got {type(model).__name__}, which has none")
     return module
 
 
@@ -270,5 +269,5 @@ def head(model: nn.Module, *, sharding: Literal["data", "vocabulary"] | None = N
     by_fsdp = _is_managed_by_fsdp(model)
     if isinstance(bare, nn.Linear) or comes_from(bare, "peft"):
         return Head(*_projection(bare, sharding, by_fsdp))
-    plain = Head(*_projection(head_module(bare), sharding, by_fsdp))
+    plain = Head(*_projection(head_module(known(bare)), sharding, by_fsdp))
     return _with_what_follows(plain, bare)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import is_dtensor
-from .heads import SCALED_IF_TIED, head_module, known, unwrapped
+from .heads import SCALED_IF_TIED, head_module, known
 
-__all__ = ["head_input", "hidden_states", "targets"]
+__all__ = ["head_input", "hidden_states", "shifted", "targets"]
 
 
 @contextlib.contextmanager
@@ -70,7 +70,8 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     Raises:
         TypeError, ValueError: for a model or a head that is not known, as ``fastkd.head`` does.
     """
-    bare, head = unwrapped(model), head_module(model)
+    bare = known(model)
+    head = head_module(bare)
     labels = inputs.pop("labels", None)
     if bare.config.is_encoder_decoder and inputs.keys().isdisjoint(("decoder_input_ids", "decoder_inputs_embeds")):
         shifted = getattr(bare, "prepare_decoder_input_ids_from_labels", None)
@@ -81,24 +82,30 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     if bare.can_generate():
         inputs = {"use_cache": False, **inputs}
     with head_input(head) as given, contextlib.ExitStack() as hooks:
+        states = given
         if bare.config.model_type in SCALED_IF_TIED:  # its head is given scaled states, and `fastkd.head` scales, too
-            given = []
-            hooks.enter_context(bare.get_decoder().register_forward_hook(functools.partial(_keep, given)))
+            states = []
+            hooks.enter_context(bare.get_decoder().register_forward_hook(functools.partial(_keep, states)))
         # First of the model's hooks: those of FSDP come after it, and see what the loss is made of.
-        hooks.enter_context(bare.register_forward_hook(functools.partial(_read, given, head), prepend=True))
+        hooks.enter_context(bare.register_forward_hook(functools.partial(_read, states, head), prepend=True))
         hidden: Tensor = model(**inputs)[0]
     # accelerate makes what a wrapped model gives out fp32, and the head stays as it is
-    return hidden.to(given[0].dtype)
+    return hidden.to(states[0].dtype)
 
 
-def _keep(given: list[Tensor], module: Any, args: Any, output: Any) -> None:
-    given[:] = [output[0]]
+def _keep(states: list[Tensor], module: Any, args: Any, output: Any) -> None:
+    states[:] = [output[0]]
 
 
-def _read(given: list[Tensor], head: nn.Module, model: Any, args: Any, output: Any) -> tuple[Tensor, list[Tensor]]:
-    """What the head is given, and no row of each of its weights, by which DDP sees that they are used."""
+def _read(states: list[Tensor], head: nn.Module, model: Any, args: Any, output: Any) -> tuple[Tensor, list[Tensor]]:
+    """What `fastkd.head` makes logits of, and no row of each of its weights, by which DDP sees that they are used."""
     learnt = (x for x in head.parameters() if x.requires_grad and not is_dtensor(x))
-    return given[0], [x.narrow(0, 0, 0).clone() for x in learnt]  # views would worry FSDP
+    return states[0], [x.narrow(0, 0, 0).clone() for x in learnt]  # views would worry FSDP
+
+
+def shifted(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels [B, L] of a causal model's input tokens, moved by one to the states that predict them."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
 def targets(
@@ -134,7 +141,7 @@ def targets(
     if labels.dim() != 2:
         raise ValueError(f"labels: expected [B, L], got {list(labels.shape)}")
     if bare.can_generate() and not bare.config.is_encoder_decoder:
-        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        labels = shifted(labels, ignore_index)
     if num_items_in_batch is None:
         return {"labels": labels, "normalizer": None}
     if processes is None:

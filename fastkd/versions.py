@@ -62,8 +62,8 @@ def untested(extra: str = "") -> str | None:
 
 def require(extra: str) -> None:
     """Raises an ImportError unless what an integration stands on is installed, in a version that is tested."""
-    found = packages(extra)
-    if missing(found) or untested(extra):
-        given = ", ".join(f"{one.name} {one.installed or 'is missing'}" for one in found if not one.in_range)
-        wanted = ", ".join(f"{one.name}{one.tested}" for one in found if not one.in_range)
+    unfit = [one for one in packages(extra) if not one.in_range]
+    if unfit:
+        given = ", ".join(f"{one.name} {one.installed or 'is missing'}" for one in unfit)
+        wanted = ", ".join(f"{one.name}{one.tested}" for one in unfit)
         raise ImportError(f"fastkd's {extra}: expected {wanted}, got {given}; pip install 'fastkd[{extra}]'")

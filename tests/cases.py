@@ -299,3 +299,11 @@ def distance(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape
     error = (got - wanted).norm() / wanted.norm().clamp_min(1e-300)
     return float("inf") if error.isnan() else error.item()
+
+
+def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest distance of a gradient; of those near 0, as of biases of keys, by a hundredth of the largest."""
+    assert found.keys() == wanted.keys()
+    least = 1e-2 * max(x.norm().item() for x in wanted.values())
+    errors = torch.tensor([(found[name] - x).norm().item() / max(x.norm().item(), least) for name, x in wanted.items()])
+    return errors.nan_to_num(nan=float("inf")).max().item()

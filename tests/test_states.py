@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastkd
 
-from .cases import distance, end_process
+from .cases import distance, end_process, furthest
 from .test_heads import OF_TRANSFORMERS, logits_of, model_of, peft, with_lora
 
 V = 61
@@ -48,13 +48,6 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest distance of a gradient; of those near 0, as of biases of keys, by a hundredth of the largest."""
-    assert found.keys() == wanted.keys()
-    least = 1e-2 * max(x.norm().item() for x in wanted.values())
-    return max((found[name] - x).norm().item() / max(x.norm().item(), least) for name, x in wanted.items())
 
 
 # ---- families -------------------------------------------------------------------------------------------------------

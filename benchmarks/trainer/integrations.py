@@ -27,7 +27,9 @@ import fastkd
 from benchmarks.harness.command import main
 from benchmarks.harness.problem import Problem, Run, Target, normals, peer
 from benchmarks.ops.linear_kl import gemms
+from benchmarks.trainer import train_step
 from benchmarks.trainer.causal_step import batch_of
+from fastkd.integrations.conventions import generalized_jsd
 
 FLOOR = "floor"
 IMPLEMENTATIONS = ("fastkd", "stock")
@@ -55,10 +57,6 @@ class Loop:
         both = f"{self.vocabulary} / {self.vocabulary + self.padding}" if self.padding else str(self.vocabulary)
         whose = f"{self.name} beta {self.beta:g}" if self.name != "Trainer" else self.name
         return f"{whose}, {self.family} {'tied' if self.tied else 'untied'} V {both}, B {self.batch} L {self.length}"
-
-    @property
-    def divergence(self) -> str:
-        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         return {name: x.to(device) for name, x in batch_of(self).items()}
@@ -100,14 +98,13 @@ class Loop:
 # ---- the losses of the Trainer's loops ------------------------------------------------------------------------------
 
 
-def by_fastkd(
-    student: Any, teacher: Any, batch: dict[str, Tensor], items: Any = None, divergence: Any = "forward_kl"
-) -> Tensor:
+def by_fastkd(student: Any, teacher: Any, batch: dict[str, Tensor], items: Any = None, beta: float = 0.0) -> Tensor:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         its = fastkd.hidden_states(teacher, **inputs)
     own, aligned = fastkd.hidden_states(student, **inputs), fastkd.targets(student, batch["labels"], items)
-    return fastkd.linear_kl(own, fastkd.head(student), its, fastkd.head(teacher), divergence=divergence, **aligned)
+    heads = fastkd.head(student), fastkd.head(teacher)
+    return fastkd.linear_kl(own, heads[0], its, heads[1], **generalized_jsd(beta), **aligned)
 
 
 def by_logits(student: Any, teacher: Any, batch: dict[str, Tensor], items: Any = None) -> Tensor:
@@ -121,7 +118,7 @@ def by_logits(student: Any, teacher: Any, batch: dict[str, Tensor], items: Any =
 
 def gradients(loss: Tensor, model: Any) -> tuple[Tensor, ...]:
     """With the loss itself before them."""
-    return loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    return loss.detach(), *train_step.gradients(loss, model)
 
 
 # ---- the trainers ---------------------------------------------------------------------------------------------------
@@ -200,23 +197,12 @@ def prepare(loop: Loop, device: torch.device) -> tuple[dict[str, Callable[[], Ru
 
         return run
 
-    def models() -> Run:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-        def run() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                fastkd.hidden_states(teacher, **inputs)
-            states = fastkd.hidden_states(student, **inputs)
-            torch.autograd.grad(states.sum(), list(student.parameters()), allow_unused=True)
-            return ()
-
-        return run
-
     def oracle() -> tuple[Tensor, ...]:
         exact, its = (loop.model(is_teacher, device, torch.float64) for is_teacher in (False, True))
-        return gradients(by_fastkd(exact, its, batch, items, loop.divergence), exact)
+        return gradients(by_fastkd(exact, its, batch, items, loop.beta), exact)
 
-    return {"fastkd": partial(step, True), "stock": partial(step, False), FLOOR: models}, oracle
+    floor = partial(train_step.models_alone, (teacher, student), batch)
+    return {"fastkd": partial(step, True), "stock": partial(step, False), FLOOR: floor}, oracle
 
 
 # ---- Liger's loss in a plain loop -----------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import as_number, check_choice, check_flag, check_same_device, check_tensor, is_finite, is_positive
-from ..divergence import Divergence
 from ..heads import Head
 from ..ops.linear_kl import linear_kl
 from ..ops.logit_kl import logit_kl
+from .conventions import generalized_jsd
 
 __all__ = [
     "LigerFusedLinearJSD",
@@ -41,20 +41,11 @@ REDUCTIONS = ("batchmean", "mean", "sum")
 EPS = 1e-8
 SCORES = 2**24  # of a chunk against given probabilities: 64 MiB in float32
 
-# ---- their conventions ----------------------------------------------------------------------------------------------
+# ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def _jsd(beta: float) -> tuple[Divergence, float]:
-    """The divergence that Liger calls the generalised JSD of this beta, and its beta."""
-    beta = as_number("beta", beta, "in [0, 1]", lambda x: 0 <= x <= 1)
-    if 0 < beta < 1:
-        return "jsd", beta
-    return "reverse_kl" if beta else "forward_kl", 0.5
-
-
-def _undone(temperature: float) -> float:
-    """What undoes the square of the temperature that fastkd multiplies divergences with."""
-    return as_number("temperature", temperature, "> 0", is_positive) ** -2
+def _check_temperature(temperature: float) -> None:
+    as_number("temperature", temperature, "> 0", is_positive)
 
 
 def _check_accumulator(dtype: torch.dtype | None) -> None:
@@ -96,10 +87,9 @@ def liger_fused_linear_jsd(
             "biases there, is chunked_liger_fused_linear_jsd here"
         )
     _check_accumulator(accum_dtype)
-    divergence, beta = _jsd(jsd_beta)
     return linear_kl(
-        student_input, student_weight, teacher_input, teacher_weight, divergence=divergence, beta=beta,
-        temperature=temperature, kd_weight=_undone(temperature), labels=shift_labels, ignore_index=ignore_index,
+        student_input, student_weight, teacher_input, teacher_weight, labels=shift_labels, ignore_index=ignore_index,
+        **generalized_jsd(jsd_beta, temperature),
     )  # fmt: skip
 
 
@@ -125,8 +115,7 @@ class LigerFusedLinearJSD(nn.Module):
     ) -> None:
         super().__init__()
         _check_accumulator(accum_dtype)
-        _jsd(jsd_beta)
-        _undone(temperature)
+        generalized_jsd(jsd_beta, temperature)
         self.jsd_beta = jsd_beta
         self.ignore_index = ignore_index
         self.temperature = temperature
@@ -173,11 +162,11 @@ def chunked_liger_fused_linear_jsd(
     """
     check_flag("return_soft_hard_loss", return_soft_hard_loss)
     check_tensor("true_labels", true_labels)
-    (divergence, beta), undone = _jsd(beta), _undone(temperature)
+    how = generalized_jsd(beta, temperature)
+    undone = how.pop("kd_weight")
     loss_of: Callable[..., Any] = partial(
         linear_kl, student_input, student_weight, teacher_input, teacher_weight, student_bias=student_bias,
-        teacher_bias=teacher_bias, divergence=divergence, beta=beta, temperature=temperature, labels=true_labels,
-        ignore_index=ignore_index,
+        teacher_bias=teacher_bias, labels=true_labels, ignore_index=ignore_index, **how,
     )  # fmt: skip
     weights = {"kd_weight": weight_soft_loss * undone, "ce_weight": weight_hard_loss}
     result = loss_of(**weights, return_metrics=return_soft_hard_loss)
@@ -220,8 +209,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ) -> None:
         super().__init__()
-        _jsd(beta)
-        _undone(temperature)
+        generalized_jsd(beta, temperature)
         as_number("weight_soft_loss", weight_soft_loss, "that is finite", is_finite)
         as_number("weight_hard_loss", weight_hard_loss, "that is finite", is_finite)
         check_flag("return_soft_hard_loss", return_soft_hard_loss)
@@ -279,7 +267,7 @@ def liger_fused_linear_kl_div(
     """What ``liger_kernel.transformers.functional`` has by this name, and ``LigerFusedLinearKLDivLoss`` as a module."""
     _check_reduction(reduction, eps)
     _check_accumulator(accum_dtype)
-    _undone(temperature)
+    _check_temperature(temperature)
     check_tensor("student_input", student_input, shape=[None, None], floating=True)
     rows, device = student_input.shape[0], student_input.device
     check_tensor("student_weight", student_weight, shape=[None, student_input.shape[1]], floating=True)
@@ -333,7 +321,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         super().__init__()
         _check_reduction(reduction, eps)
         _check_accumulator(accum_dtype)
-        _undone(temperature)
+        _check_temperature(temperature)
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.temperature = temperature
@@ -365,8 +353,7 @@ def liger_jsd(
     ignore_index: int = -100,
 ) -> Tensor:
     """What ``liger_kernel.transformers.functional`` has by this name, and ``LigerJSD`` as a module."""
-    divergence, beta = _jsd(beta)
-    loss = logit_kl(input, target, divergence=divergence, beta=beta, labels=shift_labels, ignore_index=ignore_index)
+    loss = logit_kl(input, target, labels=shift_labels, ignore_index=ignore_index, **generalized_jsd(beta))
     return loss.to(input.dtype)
 
 
@@ -383,7 +370,7 @@ class LigerJSD(nn.Module):
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
         super().__init__()
-        _jsd(beta)
+        generalized_jsd(beta)
         self.beta = beta
         self.ignore_index = ignore_index
 

@@ -32,11 +32,12 @@ from trl.experimental import gkd, server_distillation
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.server_distillation import ServerDistillationConfig
 
-from ..heads import head, head_module
+from ..heads import head, head_module, known
 from ..ops.linear_kl import linear_kl
 from ..ops.logit_kl import logit_kl
 from ..states import hidden_states, targets
 from ..teachers import TopK
+from .conventions import generalized_jsd
 
 __all__ = [
     "DistillationConfig",
@@ -57,17 +58,6 @@ PADDING = 1024
 those that are filled up to a multiple of 128 for each of 8 ranks stay below."""
 
 # ---- their conventions ----------------------------------------------------------------------------------------------
-
-
-def _divergence(beta: float, temperature: float = 1.0) -> dict[str, Any]:
-    """The keywords of what TRL calls the generalised JSD of this beta."""
-    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
-    return {
-        "divergence": ends.get(beta, "jsd"),
-        "beta": 0.5 if beta in ends else beta,
-        "temperature": temperature,
-        "kd_weight": temperature**-2,  # undoes what fastkd multiplies with
-    }
 
 
 def _joined(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
@@ -200,7 +190,7 @@ class _OnFastkd:
         _check_parallel(self.accelerator)
         models = [self.model, *([] if self.teacher_model is None else [self.teacher_model])]
         for model in models:
-            head_module(model)  # raises for one that is not known
+            head_module(known(model))  # raises for one that is not known
         self._vocabulary = _shared_vocabulary(models, self.processing_class)
         if self._vocabulary is not None:  # what pads the student's head is nothing that the teacher can read
             padding = range(self._vocabulary, models[0].config.get_text_config().vocab_size)
@@ -238,7 +228,7 @@ class GKDTrainer(_OnFastkd, gkd.GKDTrainer):
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         student, teacher = self._states(model, given)
         aligned = targets(model, inputs["labels"], num_items_in_batch, processes=1)  # TRL's convention
-        loss: Tensor = self._loss(model, student, teacher, **_divergence(self.beta), **aligned)
+        loss: Tensor = self._loss(model, student, teacher, **generalized_jsd(self.beta), **aligned)
         return self._with_outputs(loss, model, given) if return_outputs else loss
 
     @staticmethod
@@ -261,7 +251,7 @@ class GKDTrainer(_OnFastkd, gkd.GKDTrainer):
                 'reduction="none" has a loss for each token'
             )
         return logit_kl(
-            student_logits, teacher_logits, labels=labels, **_divergence(beta, temperature),
+            student_logits, teacher_logits, labels=labels, **generalized_jsd(beta, temperature),
             normalizer=max(sizes[reduction], 1) if num_items_in_batch is None else num_items_in_batch,
         )  # fmt: skip
 
@@ -280,7 +270,7 @@ class DistillationTrainer(_OnFastkd, trl.DistillationTrainer):
         completion = slice(-counted.shape[1] - 1, -1)  # a state tells of the next token
         student, teacher = (x[:, completion] for x in self._states(model, whole))
         loss, told = self._loss(
-            model, student, teacher, **_divergence(self.beta, self.temperature), weight=counted,
+            model, student, teacher, **generalized_jsd(self.beta, self.temperature), weight=counted,
             normalizer=num_items_in_batch, return_metrics=True,
         )  # fmt: skip
         tokens = counted.sum()
@@ -306,7 +296,9 @@ class ServerDistillationTrainer(_OnFastkd, server_distillation.ServerDistillatio
         counted = counted[:, :length]
         teacher = self._teacher(told, inputs["completion_ids"][:, :length], counted)
         student = hidden_states(model, **whole)[:, start - 1 : start - 1 + length]
-        loss: Tensor = self._loss(model, student, teacher, weight=counted, **_divergence(self.beta, self.temperature))
+        loss: Tensor = self._loss(
+            model, student, teacher, weight=counted, **generalized_jsd(self.beta, self.temperature)
+        )
         if self.model.training:  # a mean of this batch alone, of which the step adds up several
             loss = loss / self.current_gradient_accumulation_steps
         return self._with_outputs(loss, model, whole) if return_outputs else loss

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
+from ...states import shifted
 from ..common.family import KINDS, PLACES
 from ..models.anatomy import logits
 from .methods import SAME_SHAPE_TERMS, Method
@@ -43,7 +44,7 @@ class Batch:
 def aligned_labels(kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return a batch's labels [B, L] where the states that predict them are; kind: the model's, of KINDS."""
     labels = inputs["labels"]
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if KINDS[kind].shifts_labels else labels
+    return shifted(labels) if KINDS[kind].shifts_labels else labels
 
 
 def valid_positions(kind: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -50,8 +50,6 @@ def check_served(args: Any, compute_loss_func: Any = None) -> None:
     for name, (given, remedy) in refused.items():
         if given:
             raise ValueError(f"{name}: expected none, as DistillTrainer computes the loss; {remedy}")
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start one for each with torchrun, or show it one alone")
 
 
 class Signals(TrainerCallback):
