@@ -79,7 +79,7 @@ def test_demo_twice(
 
     cache, first = snapshot(tmp_path / "runs" / "cache"), (out / "student" / "model.safetensors").read_bytes()
     kinds = {p.name.split("-")[0] for p in (tmp_path / "runs" / "cache").iterdir()}
-    assert kinds == {"answers", "rows", "teacher", "tokenised", "tokenizer"}
+    assert kinds == {"outcome", "rows", "teacher", "tokenised", "tokenizer"}
     assert run("--demo", "--train_file", text_file, "--output_dir", out) == 0
     assert "reusing" in capsys.readouterr().out
     assert snapshot(tmp_path / "runs" / "cache") == cache
