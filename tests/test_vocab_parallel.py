@@ -462,6 +462,7 @@ def test_results_are_those_of_the_whole_vocabulary(found: list[dict[str, Any]], 
 # What every rank raises, or first the rank 0 and then the others, or the other way round.
 ALONE = "RuntimeError: vocab_group: the arguments of rank {} have failed a check"
 SAME = ": expected the same on every rank .* rank 1 is not rank 0's. If it is FSDP .* fastkd.head\\(model, .*first"
+GATHERED = ".*; fastkd.head\\(model\\) gathers a head that FSDP has sharded"
 KEYWORDS = "ValueError: vocab_group: expected the same keywords, .* those of rank 1 are not rank 0's"
 ERRORS: dict[str, str | tuple[str, str]] = {
     "keyword of one rank": (ALONE.format(1), "ValueError: divergence: expected one of .* got 'jds'"),
@@ -485,9 +486,11 @@ ERRORS: dict[str, str | tuple[str, str]] = {
     "no columns": "ValueError: vocab_group: expected a vocabulary of at least one column",
     "no group": "TypeError: vocab_group: expected a torch.distributed.ProcessGroup or None, got str",
     "no member": "ValueError: vocab_group: expected a group that this process is a member of",
-    "one DTensor": "ValueError: teacher_weight: expected a DTensor .* as student_weight is one, got a tensor",
-    "replicated head": "ValueError: student_weight: expected placements \\(Shard\\(0\\),\\), .* got \\(Replicate",
-    "two-dimensional mesh": "ValueError: student_weight: .* a one-dimensional mesh, .* over a mesh of shape \\[1, 3\\]",
+    "one DTensor": "ValueError: teacher_weight: expected a DTensor .* as student_weight is one, got a tensor; give "
+    "vocab_group" + GATHERED,
+    "replicated head": "ValueError: student_weight: expected placements \\(Shard\\(0\\),\\), .* got \\(Replicate"
+    + GATHERED,
+    "two-dimensional mesh": "ValueError: student_weight: .* over a mesh of shape \\[1, 3\\]" + GATHERED,
     "sharded hidden": "ValueError: student_hidden: expected a tensor or a DTensor of placements Replicate\\(\\)",
     "another group": "ValueError: student_weight: expected a mesh of the ranks \\[[012]\\], .* got \\[0, 1, 2\\]",
 }

@@ -182,14 +182,16 @@ def vocabulary_group(vocab_group: object, heads: Mapping[str, Any], dim: int) ->
     sharded = {name: x for name, x in heads.items() if distributed.is_dtensor(x)}
     if not sharded:
         return None
+    # an FSDP module's own weights are DTensors, too; their ranks have different data
+    by_fsdp = "" if dim else "; fastkd.head(model) gathers a head that FSDP has sharded"
     for name, x in heads.items():
         problem = _sharding_problem(x, dim) if name in sharded else None
         if problem is not None:
-            raise ValueError(f"{name}: {problem}")
+            raise ValueError(f"{name}: {problem}{by_fsdp}")
         if name not in sharded and isinstance(x, (Tensor, QuantizedWeight)):
             raise ValueError(
                 f"{name}: expected a DTensor of placements (Shard({dim}),), as {next(iter(sharded))} is one, got a "
-                "tensor; give vocab_group where it is this rank's shard"
+                f"tensor; give vocab_group where it is this rank's shard{by_fsdp}"
             )
     group: ProcessGroup = next(iter(sharded.values())).device_mesh.get_group()
     return group
