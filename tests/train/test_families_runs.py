@@ -83,3 +83,5 @@ def test_a_baseline_without_a_teacher_is_of_the_family_that_was_named(name: str,
     made, its = (transformers.AutoConfig.from_pretrained(where) for where in (tmp_path / "out", given))
     assert (made.model_type, made.vocab_size, made.hidden_size) == (its.model_type, its.vocab_size, its.hidden_size)
     assert made.num_hidden_layers == 1 and getattr(made, "use_cache", None) == getattr(its, "use_cache", None)
+    norms = {"gpt2": "norm of decoder", "bert": "norm of encoder", "t5": "norms of encoder and decoder"}[name]
+    assert f"gradient {norms} before clipping" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -394,6 +394,29 @@ def test_strange_values_do_not_break_the_pictures(value: Any, others: list[float
         assert draw([student(history=entries)])[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    ("sides", "norms"),
+    [
+        (("encoder", "decoder"), ", and the gradient norms of encoder and decoder before clipping"),
+        (("encoder",), ", and the gradient norm of encoder before clipping"),
+        (("decoder",), ", and the gradient norm of decoder before clipping"),
+        ((), "."),
+    ],
+)
+def test_gradient_norms_are_of_the_stacks_that_there_are(
+    sides: tuple[str, ...], norms: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A BERT has no decoder, a GPT-2 no encoder: neither a panel nor a word of it."""
+    others = tuple(f"grad_norm_{side}" for side in ("encoder", "decoder") if side not in sides)
+    entries = [{k: v for k, v in entry.items() if not k.startswith(others)} for entry in history()]
+    drawn, figure = [], plots.figure
+    monkeypatch.setattr(plots, "figure", lambda *labels, **over: drawn.append(labels) or figure(*labels, **over))
+    report.write(tmp_path, [student(history=entries)], {})
+    assert drawn[1] == ("training loss by term", *(f"{side} gradient norm" for side in sides))
+    note = next(text for text in Page(tmp_path / "report.html").said_in("p") if "Each term" in text)
+    assert f"times its weight{norms}" in note and ("MiniEnD" in note) == (len(sides) == 2)
+
+
 def test_names_that_matplotlib_would_read_as_something_else() -> None:
     plain, odd, empty = (
         plots.losses([student(name=name, history=history())]) for name in ("abcdefgh", "_$x^{$\\frac", "")

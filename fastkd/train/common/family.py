@@ -24,6 +24,7 @@ class Place:
     causal: bool
 
 
+STACKS = "encoder", "decoder"  # of which a family has one or both
 PLACES: dict[str, Place] = {
     "decoder_self": Place("decoder", ("decoder", "decoder", "decoder"), True),
     "decoder_cross": Place("decoder", ("decoder", "encoder", "encoder"), False),
@@ -170,7 +171,7 @@ FAMILIES: tuple[Family, ...] = (
             "decoder_cross": _attention("encoder_attn", "q_proj k_proj v_proj", "encoder_attn.out_proj"),
             "encoder_self": _BART_SELF,
         },
-        dict.fromkeys(("encoder", "decoder"), FeedForward(("fc1",), "fc2")),
+        dict.fromkeys(STACKS, FeedForward(("fc1",), "fc2")),
         {"encoder": "encoder_layers", "decoder": "decoder_layers"},
         ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"),
         ("encoder_attention_heads", "decoder_attention_heads"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..common.family import STACKS
+
 if TYPE_CHECKING:
     from .outcome import Outcome
 
@@ -34,16 +36,22 @@ def losses(outcomes: Sequence[Outcome]) -> bytes:
     return picture.getvalue()
 
 
+def stacks(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the stacks of which gradient norms were logged: "encoder", "decoder" or both, as the models have them."""
+    logged = {key for outcome in outcomes for entry in outcome.history for key in entry}
+    return [stack for stack in STACKS if f"grad_norm_{stack}" in logged]
+
+
 def terms(outcomes: Sequence[Outcome]) -> bytes:
-    """Draw the terms of each model's loss, and the gradient norms of encoder and decoder, over optimiser steps."""
-    labels = "training loss by term", "encoder gradient norm", "decoder gradient norm"
-    with figure(*labels) as (picture, panels):
+    """Draw the terms of each model's loss, and the gradient norms of the models' `stacks`, over optimiser steps."""
+    drawn = stacks(outcomes)
+    with figure("training loss by term", *(f"{stack} gradient norm" for stack in drawn)) as (picture, panels):
         by_term, *norms = panels
         for outcome in outcomes:
             for term in sorted({key for entry in outcome.history for key in entry if key.startswith("loss_")}):
                 _plot(by_term, outcome, term, f"{outcome.name}: {term.removeprefix('loss_')}")
-            for axes, key in zip(norms, ("grad_norm_encoder", "grad_norm_decoder"), strict=True):
-                _plot(axes, outcome, key, outcome.name, up_to=f"{key}_max")
+            for axes, stack in zip(norms, drawn, strict=True):
+                _plot(axes, outcome, f"grad_norm_{stack}", outcome.name, up_to=f"grad_norm_{stack}_max")
         for axes in panels:
             if any((line.get_ydata() > 0).any() for line in axes.lines):
                 axes.set_yscale("log", nonpositive="mask")

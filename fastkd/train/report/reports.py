@@ -94,14 +94,14 @@ def _curves(outcomes: Sequence[Outcome]) -> list[Picture]:
     """Return the pictures of a run's training; none if none of its models was trained in it."""
     if not any(o.history for o in outcomes):
         return []
+    stacks, note = plots.stacks(outcomes), "Each term of the training losses times its weight"
+    if stacks:
+        note += f", and the gradient norm{'s' * (len(stacks) > 1)} of {' and '.join(stacks)} before clipping (means "
+        note += "between log entries, shaded up to the largest)"
+    if len(stacks) > 1:
+        note += ": in MiniEnD's pilot study (Zhang et al., 2024) the encoder's spikes under the implicit objective "
+        note += "and stays small under an explicit one"
     return [
         Picture("loss_curves.png", plots.losses(outcomes), "Loss curves"),
-        Picture(
-            "term_curves.png",
-            plots.terms(outcomes),
-            "Term curves",
-            "Each term of the training losses times its weight, and the gradient norms of encoder and decoder before "
-            "clipping (means between log entries, shaded up to the largest): in MiniEnD's pilot study (Zhang et al., "
-            "2024) the encoder's spikes under the implicit objective and stays small under an explicit one.",
-        ),
+        Picture("term_curves.png", plots.terms(outcomes), "Term curves", f"{note}."),
     ]
