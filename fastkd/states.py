@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .distributed import is_dtensor
 from .heads import SCALED_IF_TIED, head_module, known
 
-__all__ = ["head_input", "hidden_states", "shifted", "targets"]
+__all__ = ["head_input", "hidden_states", "shifted", "targets", "used"]
 
 
 @contextlib.contextmanager
@@ -97,10 +97,14 @@ def _keep(states: list[Tensor], module: Any, args: Any, output: Any) -> None:
     states[:] = [output[0]]
 
 
-def _read(states: list[Tensor], head: nn.Module, model: Any, args: Any, output: Any) -> tuple[Tensor, list[Tensor]]:
-    """What `fastkd.head` makes logits of, and no row of each of its weights, by which DDP sees that they are used."""
+def used(head: nn.Module) -> list[Tensor]:
+    """No row of each weight of a head: in what a model gives out, DDP sees by them that the head is used."""
     learnt = (x for x in head.parameters() if x.requires_grad and not is_dtensor(x))
-    return states[0], [x.narrow(0, 0, 0).clone() for x in learnt]  # views would worry FSDP
+    return [x.narrow(0, 0, 0).clone() for x in learnt]  # views would worry FSDP
+
+
+def _read(states: list[Tensor], head: nn.Module, model: Any, args: Any, output: Any) -> tuple[Tensor, list[Tensor]]:
+    return states[0], used(head)
 
 
 def shifted(labels: Tensor, ignore_index: int = -100) -> Tensor:

@@ -225,13 +225,14 @@ _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.m
 
 def family_of(config: Any) -> Family:
     """Return the row of a model's config; raises ValueError, naming the known families, if there is none."""
+    given: Any = getattr(config, "model_type", None)
     try:
-        return _BY_TYPE[config.model_type]
+        return _BY_TYPE[given]
     except KeyError:
         known = "; ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
         raise ValueError(
-            f"expected a model of one of {known}, got {config.model_type!r}; a new family is a row in "
-            "fastkd/train/common/family.py"
+            f"expected a model of one of {known}, got {given!r}; a new family is a row in "
+            "fastkd/train/common/family.py; fastkd.hidden_states serves more, in the compute_loss of a Trainer of yours"
         ) from None
 
 

@@ -28,7 +28,9 @@ _OF_ENCODER = (
     "demo", "config", "teacher", "student_layers", "sequence_length", "max_eval_examples", "cache_dir",
     "overwrite_output_dir",
 )  # fmt: skip
-_NOT_OF_ENCODER = ("eval_strategy", "save_strategy", "load_best_model_at_end", "resume_from_checkpoint")
+_NOT_OF_ENCODER = (
+    "eval_strategy", "save_strategy", "load_best_model_at_end", "resume_from_checkpoint", "predict_with_generate",
+)  # fmt: skip
 _OF_PAIRS = "source_column target_column source_prefix source_lang target_lang"
 _NOT_READ = {
     **dict.fromkeys(("span_corruption", "masked_lm", "causal_lm"), "max_source_length max_target_length"),

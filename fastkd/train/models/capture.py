@@ -41,7 +41,7 @@ def capture_qkv(model: Any, layers: Mapping[str, int]) -> Iterator[dict[str, lis
 def _keep(
     states: list[Any], where: slice, needs_graph: bool, projection: Any, inputs: Any, output: torch.Tensor
 ) -> None:
-    if needs_graph and projection.weight.requires_grad and not output.requires_grad:
+    if needs_graph and not output.requires_grad and any(weight.requires_grad for weight in projection.parameters()):
         raise RuntimeError("captured states have no gradient under reentrant checkpointing: set use_reentrant to False")
     parts = len(states[where])
     states[where] = [output] if parts == 1 else output.chunk(parts, -1)

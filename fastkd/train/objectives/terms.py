@@ -44,6 +44,7 @@ class Batch:
 def aligned_labels(kind: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return a batch's labels [B, L] where the states that predict them are; kind: the model's, of KINDS."""
     labels = inputs["labels"]
+    labels = labels[:, None] if labels.dim() == 1 else labels  # classes, as transformers' collators leave them
     return shifted(labels) if KINDS[kind].shifts_labels else labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from typing import Any
@@ -32,6 +33,8 @@ def make_trainer(
     flags, args, data = run.flags, run.args, run.data
     args = args if reports or not args.report_to else dataclasses.replace(args, report_to="none")
     scores = args.predict_with_generate if scores is None else scores
+    args = copy.copy(args)
+    args.predict_with_generate = False  # `score` does
     try:
         trainer = kind(
             model=model,

@@ -11,7 +11,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from ...heads import gathered
-from ...states import head_input
+from ...quantized import comes_from
+from ...states import head_input, used
 from ..common.family import PLACES, has_types
 from ..models.anatomy import family, head_module, head_of, layers, stack
 from ..models.capture import capture_hidden, capture_qkv
@@ -19,7 +20,7 @@ from ..objectives.methods import Method
 from ..objectives.mixup import Mixup
 from ..teaching.cached import NUMBERS
 
-# Of a batch. The decoder's tokens are made of the labels, as transformers' collator makes them.
+# Of a batch. The decoder's tokens are made of the labels unless they are given.
 READ = ("input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", NUMBERS)
 
 
@@ -58,6 +59,7 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
     bare: Any = extract_model_from_parallel(model)
     names = ["hidden"] * needs.plain + ["mixed"] * needs.mixed
     project = getattr(bare, "hidden_projection", None) or torch.nn.Identity()
+    given_to = head_module(bare)
 
     # DDP waits for the gradients of all parameters that the output depends on, so it must see what the loss is made of
     # and nothing else. FSDP gathers weights again before the gradients of what it sees: it has to see that first.
@@ -67,17 +69,18 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
             **captured,
             "states": [project(state) for state in states],  # here, for DDP to see that the projection is used
             "given": dict(zip(names, hidden.chunk(max(len(names), 1)), strict=False)),
+            "used": used(given_to) if names else [],
         }
 
     with (
-        head_input(head_module(bare)) as given,
+        head_input(given_to) as given,
         capture_qkv(bare, needs.layers) as captured,
         capture_hidden(bare, needs.states) as states,
         bare.register_forward_hook(read, prepend=True),
     ):
         found = model(**_arguments(bare, inputs, needs, mixup))
-    head, given_to = head_of(bare), found.pop("given")
-    return {**found, **{name: (hidden, head) for name, hidden in given_to.items()}}
+    head, by_name = head_of(bare), found.pop("given")
+    return {**found, **{name: (hidden, head) for name, hidden in by_name.items()}}
 
 
 def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | None) -> dict[str, Any]:
@@ -85,18 +88,23 @@ def _arguments(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup
 
     Labels stay out: the model would compute its own loss from them.
     """
+    if lacking := [name for name in ("input_ids", "labels") if name not in inputs]:
+        raise ValueError(f"data: expected {' and '.join(lacking)} in every batch, got {', '.join(inputs)}")
     ids = {"": inputs["input_ids"]}
     unread = [name for name in inputs if name not in READ and not name.endswith("_rows")]
     if unread:  # such as the position_ids of packed sequences, without which the states would be others
         raise ValueError(f"data: expected batches of {', '.join(READ)}, got {', '.join(unread)}, too; take them out")
     if family(model).has_both:
-        ids["decoder_"] = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        made = inputs.get("decoder_input_ids")
+        ids["decoder_"] = model.prepare_decoder_input_ids_from_labels(inputs["labels"]) if made is None else made
     names = ["attention_mask", *["token_type_ids"] * has_types(model.config)]  # a tokenizer may serve others too
     beside = {name: inputs.get(name) for name in names if name in inputs}
     beside |= {"use_cache": False} if "decoder" in family(model).stacks else {}
     if mixup is None or not needs.mixed:
         return {**{f"{side}input_ids": tokens for side, tokens in ids.items()}, **beside}
     embedding: Any = model.get_input_embeddings()
+    if comes_from(embedding, "peft"):
+        raise ValueError("mixup: expected a word embedding without adapters, as examples are mixed on its weight")
     weight = gathered(embedding.weight)
 
     def rows(states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:

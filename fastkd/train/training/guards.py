@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from ..common.errors import InputError, RunError
+from ..common.family import family_of
 from ..common.processes import count, of_all, patient_group
 from .checkpoints import last_checkpoint
 
@@ -40,16 +41,51 @@ def check_arguments(args: Any, examples: Any = None) -> None:
         raise InputError(f"--dataloader_drop_last drops all training examples: {counts}; give a smaller batch")
 
 
-def check_served(args: Any, compute_loss_func: Any = None) -> None:
-    """Raise ValueError for arguments of transformers that speak of a loss, which here is the method's."""
+def check_served(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of transformers' Trainer, by name, that would do nothing here, or something else.
+
+    And for a model of a family that is not known.
+    """
+    model, args, metrics = given.get("model"), given.get("args"), given.get("compute_metrics")
     refused = {
-        "label_smoothing_factor": (args.label_smoothing_factor != 0, "leave it out: losses are the method's"),
-        "use_liger_kernel": (args.use_liger_kernel, "leave it out: no logits are made without it either"),
-        "compute_loss_func": (compute_loss_func, "derive from Trainer, and call fastkd.hidden_states in compute_loss"),
+        "label_smoothing_factor": "the loss is the method's; leave it out",
+        "use_liger_kernel": "no logits are made without it either; leave it out",
+        "compute_loss_func": "the loss is the method's; a Trainer of yours can call fastkd.hidden_states in its own",
+        "deepspeed_plugin": "losses need weights as torch keeps them; give fsdp",
+        "parallelism_config": "losses need whole sequences and heads; give fsdp",
+        "predict_with_generate": "held-out loss and accuracy are measured; score takes what generates and measures",
     }
-    for name, (given, remedy) in refused.items():
-        if given:
-            raise ValueError(f"{name}: expected none, as DistillTrainer computes the loss; {remedy}")
+    if not metrics:
+        of_all = "figures are of all held-out data at once; give compute_metrics, which logits are made for"
+        refused |= dict.fromkeys(("batch_eval_metrics", "preprocess_logits_for_metrics"), of_all)
+        if not getattr(args, "eval_do_concat_batches", True):
+            raise ValueError(f"eval_do_concat_batches: expected True, got False: {of_all}")
+    for name, why in refused.items():
+        if value := given.get(name) or getattr(args, name, None):
+            raise ValueError(f"{name}: expected none, got {value!r}: {why}")
+    if model is None:
+        raise ValueError("model: expected the student, got None; a method fits two models, and no model_init")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and getattr(args, "world_size", started) == 1:
+        raise ValueError(f"{started} processes that would each train alone: without GPUs give use_cpu=True")
+    family_of(getattr(model, "config", None))
+
+
+def check_teacher(teacher: Any, student: Any) -> None:
+    """Raise ValueError for a teacher that cannot be frozen and placed beside its student."""
+    if not isinstance(teacher, torch.nn.Module):
+        raise ValueError(f"teacher: expected a model, as from_pretrained loads one, got {teacher!r}")
+    if not {id(weight) for weight in teacher.parameters()}.isdisjoint(map(id, student.parameters())):
+        raise ValueError(
+            "teacher: expected weights of its own, as it is frozen, got some of the student's; load it once more "
+            "(PEFT puts adapters into the very model that it is given)"
+        )
+    for name, model in (("model", student), ("teacher", teacher)):
+        if len(devices := {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
+            raise ValueError(
+                f"{name}: expected one device, got {', '.join(sorted(devices))}; load it without device_map, and let "
+                "fsdp spread what one does not hold"
+            )
 
 
 class Signals(TrainerCallback):

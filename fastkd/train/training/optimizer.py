@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...heads import gathered
+from ...heads import gathered, unwrapped
 from ..models.anatomy import family
 
 
@@ -35,6 +35,7 @@ def gradient_norms(model: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
 
     scaler: the GradScaler that fp16 losses were scaled by. Nothing is waited for, and no gradient is changed.
     """
+    model = unwrapped(model)
     shared, row = model.get_input_embeddings().weight, family(model)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     stacks = {name: f"{prefix}{module}".rstrip(".") + "." for name, (module, _) in row.stacks.items()}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..common.family import PLACES
 from ..common.processes import count
 from ..data.examples import Chunks, EpochSampler
 from ..judge.evaluate import held_out_metrics, token_scores
-from ..models.anatomy import kind
+from ..models.anatomy import kind, logits
 from ..models.sharding import is_sharded
 from ..objectives.methods import Method, as_method
 from ..objectives.mixup import Mixup
@@ -22,7 +23,7 @@ from ..objectives.terms import Batch, aligned_labels, losses, valid_positions
 from ..teaching.cached import CachedTeacher, Numbered
 from .callbacks import LossBar, LossLines, StepTimer
 from .forward import Needs, compiled_blocks, forward, needs
-from .guards import check_served
+from .guards import check_served, check_teacher
 from .optimizer import REST, gradient_norms, set_own_rate
 from .parallel import count_rows, settle_fsdp, shard_student
 from .resumable import CheckpointingTrainer
@@ -41,7 +42,8 @@ class DistillTrainer(CheckpointingTrainer):
     part of the student; checkpoints keep it in a file of its own, and no `save_pretrained` of the student holds it.
     Batches hold input_ids and labels (-100 where there is padding), and attention_mask where there is padding.
     Evaluation gives eval_loss (nats per target token, plain cross-entropy for every method) and eval_token_accuracy;
-    and, as eval_<name>, the figures that `score(student)` returns, if it is given.
+    and, as eval_<name>, the figures that `score(student)` returns, if it is given. With `compute_metrics`, what that
+    makes of logits, as transformers hands them over, and the mean of the batches' eval_loss.
     Log entries hold, beside transformers' own, "loss_<term>" of each term times its weight (vocabulary terms together),
     which add up to "loss"; and "grad_norm_encoder" and "grad_norm_decoder", before clipping and without the embedding
     that both share: means over the steps since the last entry, and the largest as "..._max".
@@ -66,15 +68,19 @@ class DistillTrainer(CheckpointingTrainer):
         **kwargs: Any,
     ):
         method = as_method(method)
-        given = kwargs["model"] if "model" in kwargs else args[0]
-        uses_cache = getattr(given.config, "use_cache", None)
-        super().__init__(*args, compute_metrics=held_out_metrics, **kwargs)
-        if uses_cache is not None:  # transformers turns it off for good, and what is saved would write slowly
-            given.config.use_cache = uses_cache
-        check_served(self.args, self.compute_loss_func)
+        given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        check_served(given)
+        student: Any = given["model"]
         if method.needs_teacher and teacher is None:
             raise ValueError(f"teacher: this method ({method.summary}) needs one, got None")
-        student: Any = self.model
+        if method.needs_teacher and not isinstance(teacher, CachedTeacher):
+            check_teacher(teacher, student)
+        uses_cache = getattr(student.config, "use_cache", None)
+        self._gives_logits = bool(given.get("compute_metrics"))
+        given["compute_metrics"] = given.get("compute_metrics") or held_out_metrics
+        super().__init__(**{name: value for name, value in given.items() if name != "self"})
+        if uses_cache is not None:  # transformers turns it off for good, and what is saved would write slowly
+            student.config.use_cache = uses_cache
         self.method = method = method.on(student.config)
         self.teacher = teacher if method.needs_teacher else None
         self.kind = kind(student)
@@ -86,8 +92,9 @@ class DistillTrainer(CheckpointingTrainer):
             self.teacher = self.teacher.to(self.args.device)
             self.args.remove_unused_columns = False  # the numbers of examples are none of a model's arguments
         elif self.teacher is not None:
-            placed = teacher if is_sharded(teacher) else teacher.to(self.args.device)
-            placed.eval().requires_grad_(False)
+            if not is_sharded(teacher) and {weight.device for weight in teacher.parameters()} != {self.args.device}:
+                teacher.to(self.args.device)  # what is quantised may not be moved, and need not
+            teacher.eval().requires_grad_(False)
         self.workspace_mb = workspace_mb
         self._own_rates = [(student.get_input_embeddings(), embedding_learning_rate)]
         self.cka_group = torch.distributed.group.WORLD if cka_over_processes and count() > 1 else None
@@ -249,6 +256,15 @@ class DistillTrainer(CheckpointingTrainer):
         self._timer.leave_out()
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as transformers does, with logits and the caller's metrics."""
+        before = self._gives_logits, self.compute_metrics
+        self._gives_logits, self.compute_metrics = True, self.compute_metrics if self._gives_logits else None
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self._gives_logits, self.compute_metrics = before
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return held-out data with its last batch, too: --dataloader_drop_last is about what is learnt from."""
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -268,14 +284,23 @@ class DistillTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Return (None, token scores [B, L, 2], labels [B, L]); held_out_metrics averages them over all batches."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return (None, token scores [B, L, 2], labels [B, L]); held_out_metrics averages them over all batches.
+
+        For metrics of the caller's, and for `predict`, as transformers does: (loss, logits, labels as they are given).
+        """
         inputs = self._prepare_inputs(inputs)
         with self.accelerator.autocast():
             hidden, head = forward(model, inputs, Needs())["hidden"]
             labels = aligned_labels(self.kind, inputs)
             scores = token_scores(hidden, head, labels)
-        return None, scores, labels
+            if not self._gives_logits:
+                return None, scores, labels
+            loss = scores[..., 0].sum() / (labels != -100).sum()
+            if prediction_loss_only:
+                return loss, None, None
+            found = logits(hidden, head)
+            return loss, found[:, 0] if self.kind == "classifier" else found, inputs["labels"]
 
     @property
     def trained(self) -> dict[str, Any]:
