@@ -112,6 +112,20 @@ def test_the_tables_of_performance_are_what_was_measured() -> None:
     assert len(checked) == 11
 
 
+def test_what_losses_cost_on_the_page_of_choosing() -> None:
+    """Of fastkd, of the problems that README and performance.md have by these names."""
+    (table,) = [table for table in tables(DOCS / "losses" / "choosing.md") if table[0][-1] == "it costs"]
+    for _, loss, cell in table[2:]:
+        name = re.match(r"\[(`\w+`.*?)\]", loss)
+        assert name is not None, loss
+        bias = ", T5's bias" if name[1] == "`attention_kl`" else ""
+        row = row_of(rows_of(*PROBLEMS[name[1] if "top-k" in name[1] else f"{name[1]}{bias}, fp32"]), "fastkd")
+        time, memory = cell.split(", ")
+        assert agrees(time, row["min_s"] * UNITS[time.split()[1]]), loss
+        assert agrees(memory, row["peak_mib"]), loss
+    assert len(table) == 2 + 6
+
+
 def test_readme_says_of_the_demo_what_its_table_says() -> None:
     _, _, *lines = table_of("exact match (%)")
     found = {line[0].partition(":")[0]: line[2].split()[0] for line in lines}
