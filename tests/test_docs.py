@@ -34,6 +34,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUN, READ, PRINTED = ("python", "bash"), "sh", "text"
+# Not every platform has these. TRL's names are looked at where it is, in a test of their own.
+NEEDS = {"liger.md": "liger_kernel", "trl.md": "trl"}
 MODULES = ("fastkd.nn", "fastkd.functions", "fastkd.distributed", "fastkd.integrations.liger", "fastkd.train")
 
 
@@ -118,6 +120,7 @@ def run(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(NEEDS.get(page.name, "torch"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
     for block, after in pairwise([*blocks(page), None]):
@@ -228,6 +231,12 @@ def test_public_names_are_in_the_reference(name: str) -> None:
         assert name in SHOWN or name.rpartition(".")[0] in SHOWN
         documented = not callable(value) or get_origin(value) is Literal  # a type's name has no docstring of its own
         assert documented or vars(value).get("__doc__", value.__doc__)
+
+
+def test_the_names_for_trl_are_in_the_reference() -> None:
+    pytest.importorskip("trl")
+    for name in importlib.import_module("fastkd.integrations.trl").__all__:
+        test_public_names_are_in_the_reference(f"fastkd.integrations.trl.{name}")
 
 
 @pytest.mark.parametrize("loss", [name for name in fastkd.__all__ if name.endswith(("_kl", "_loss"))])
