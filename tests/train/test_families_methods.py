@@ -17,6 +17,7 @@ from transformers import BartForConditionalGeneration
 from fastkd.train.common.family import family_of, matched_layer
 from fastkd.train.objectives.methods import METHODS, Method
 from fastkd.train.objectives.mixup import Mixup
+from fastkd.train.training.optimizer import gradient_norms
 
 SCHEDULED = ("maxidisc",)  # as minidisc, but for what comes between teacher and student
 KINDS_OF = {(kind, name) for name in SETTINGS for kind in family_of(model(name).config).kinds}
@@ -242,9 +243,12 @@ def test_a_head_of_one_output_is_a_number(make_trainer: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_minilm_of_an_encoder_compares_its_one_stack(name: str) -> None:
-    config = model(name).config
+    made = model(name)
+    config = made.config
+    assert list(gradient_norms(made)) == ["encoder", "embedding (or what else is outside encoder)"]
     assert METHODS["minilm"].on(config).terms == {"encoder_self": 1.0}
     assert METHODS["mlmkd+minilm"].on(config).terms == {"logit_kl": 1.0, "encoder_self": 1.0}
+    assert METHODS["minilm"].on(config).summary.startswith("encoder self-attention relations alone")
 
 
 def test_models_whose_attentions_differ_do_not_go_together() -> None:

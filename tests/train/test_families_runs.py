@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import transformers
-from families import TEXTS, folder
+from families import TEXTS, folder, tokenizer
 
 from fastkd.train import cli
 from fastkd.train.common.family import KINDS
@@ -33,6 +34,14 @@ RUNS = {
     "qwen2 chats": ("qwen2", "causal", ["--task", "chat", "--method", "kd"]),
     "gemma2 goes on": ("gemma2", "causal", ["--task", "causal_lm", "--method", "mlmkd"]),
 }
+
+
+def ask(folder: Path) -> str:
+    """Run the snippet of a model card; return the card."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    exec(code.replace("path/to/this/folder", str(folder)), {})
+    return card
 
 
 @pytest.mark.long
@@ -63,6 +72,7 @@ def test_a_student_is_distilled_loaded_and_trained_on(name: str, tmp_path: Path)
     metrics = run("student", *flags, "--teacher", tmp_path / "teacher", "--student_layers", "1", "--max_steps", "4")
     assert "NaN" not in json.dumps(metrics)
     run("again", *task, "--method", "scratch", "--student", tmp_path / "student", "--max_steps", "2")
+    ask(tmp_path / "student")
     loaded = [auto.from_pretrained(tmp_path / where) for where in ("student", "again")]
     moved = [bool((a != b).any()) for a, b in zip(*(x.parameters() for x in loaded), strict=True)]
     assert any(moved)
@@ -79,9 +89,19 @@ def test_a_baseline_without_a_teacher_is_of_the_family_that_was_named(name: str,
     words += ["--use_cpu", "--disable_tqdm", "true", "--max_eval_examples", "4", "--cache_dir", tmp_path / "cache"]
     words += ["--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path / "out"]
     words += ["--sequence_length", "24"] if task.endswith("_lm") else []
+    words += ["--generation_max_length", "7", "--generation_num_beams", "2"] if name == "gpt2" else []
     assert cli.main([str(word) for word in words]) == 0
     made, its = (transformers.AutoConfig.from_pretrained(where) for where in (tmp_path / "out", given))
     assert (made.model_type, made.vocab_size, made.hidden_size) == (its.model_type, its.vocab_size, its.hidden_size)
     assert made.num_hidden_layers == 1 and getattr(made, "use_cache", None) == getattr(its, "use_cache", None)
     norms = {"gpt2": "norm of decoder", "bert": "norm of encoder", "t5": "norms of encoder and decoder"}[name]
     assert f"gradient {norms} before clipping" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+    said = ask(tmp_path / "out")
+    assert "chunks.\n" in said if task.endswith("_lm") else "examples.\n" in said
+    assert said.count("Its training data were") == 1
+    if name != "bert":  # they write as they were judged
+        longest = max(len(tokenizer(name)(target)["input_ids"]) for target in ("the cat", "a dog"))
+        wanted = {"gpt2": (7, 2), "t5": (longest, 1)}[name]
+        settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+        assert (settings.max_new_tokens, settings.num_beams) == wanted

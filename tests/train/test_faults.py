@@ -26,7 +26,6 @@ from fastkd.train.training import trainer as trainer_module
 from fastkd.train.training.callbacks import WindowedValues
 from fastkd.train.training.checkpoints import STAGING, fault, last_checkpoint, recover
 from fastkd.train.training.guards import NonFinite, Signals
-from fastkd.train.training.optimizer import REST
 from fastkd.train.training.trainer import DistillTrainer
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -464,7 +463,7 @@ def test_a_gradient_that_is_not_finite_names_its_side(weight: str, side: str, cl
 
 def test_gradients_under_a_scaler_are_left_to_it(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make("out", [*ACCUMULATE, *NEVER], "scratch")
-    norms = {"encoder": torch.tensor(float("inf")), "decoder": torch.tensor(1.0), REST: torch.tensor(1.0)}
+    norms = {"encoder": torch.tensor(float("inf")), "decoder": torch.tensor(1.0), "rest": torch.tensor(1.0)}
     monkeypatch.setattr(trainer_module, "gradient_norms", lambda model, scaler: norms)
     monkeypatch.setattr(trainer, "_backward", lambda *_: torch.tensor(1.0))
     trainer.accelerator.scaler = object()

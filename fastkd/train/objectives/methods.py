@@ -138,7 +138,8 @@ class Method:
             raise ValueError(f"method: {family.name} has {why}")
         if "decoder" in family.stacks:
             return self
-        return replace(self, terms={term.replace("decoder_self", "encoder_self"): x for term, x in self.terms.items()})
+        terms = {term.replace("decoder_self", "encoder_self"): weight for term, weight in self.terms.items()}
+        return replace(self, terms=terms, summary=self.summary.replace("decoder self-att", "encoder self-att"))
 
     def student_layers(self, config: Any) -> dict[str, int]:
         """Return the last layer at each place, which is the student's."""
@@ -265,7 +266,7 @@ METHODS: dict[str, Method] = {
         student_init="slice",
     ),
     "hsm-cka": Method(
-        "HSM: hsm-kd + hidden states matched by CKA, encoder and decoder",
+        "HSM: hsm-kd + hidden states of all layers matched by CKA",
         {**_CE_AND_KL, "hidden_cka": 1.0},
         student_init="slice",
     ),

@@ -14,6 +14,7 @@ import transformers
 import fastkd
 
 from ..common.cache import write_whole
+from ..common.family import KINDS
 from ..common.processes import by_first
 from ..data.corpus import EMBEDDED
 from ..flags.fields import FastkdArguments
@@ -27,6 +28,7 @@ from ..report.card import write_card
 from ..report.outcome import Outcome
 from ..report.page import table
 from ..stages.identity import examples_per_step, held_out_digest
+from ..stages.judging import decoding
 from ..stages.run import Run
 from ..training.trainer import DistillTrainer
 from .prepared import Prepared
@@ -45,8 +47,10 @@ def save(
     The card may be published, so it does not say where files lie.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    for setting, value in begins(model, run.data.tokenizer).items():
-        setattr(model.generation_config, setting, value)  # so that it writes for others, too, as it was judged
+    method = method.on(model.config)
+    if KINDS[trainer.kind].answers:  # so that it writes for others, too, as it was judged
+        for setting, value in {**decoding(run), **begins(model, run.data.tokenizer)}.items():
+            setattr(model.generation_config, setting, value)
     trainer.save_model(str(folder))
 
     def describe() -> None:
@@ -84,6 +88,7 @@ def facts_of(ready: Prepared, method: Method, student: Any, teacher: Any, name: 
     """Return what a reader needs to judge or repeat the run of a student; teacher: None if it had none."""
     run = ready.run
     flags, args, data = run.flags, run.args, run.data
+    method = method.on(student.config)
     facts: dict[str, Any] = {"method": name, "loss": method.formula, "temperature": method.temperature}
     facts |= {"divergence": method.divergence_in_words, "divergence_beta": method.divergence_beta}
     if method.places:

@@ -39,7 +39,8 @@ def train_student(
 
     But the first weights are only a slice of the teacher for a method that starts so: the baseline is from scratch.
     """
-    heading(f"Student: {name} ({method.summary})")
+    its = run.given.configs.get("student") or run.given.configs.get("teacher")
+    heading(f"Student: {name} ({(method.on(its) if its else method).summary})")
     if run.flags.labelled_examples:
         run = dataclasses.replace(run, data=_labelled(run, teacher if method.needs_teacher else None))
     data = run.data

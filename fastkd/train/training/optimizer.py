@@ -27,23 +27,22 @@ def set_own_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, lear
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
 
 
-REST = "embedding (or what else is outside encoder and decoder)"
-
-
 def gradient_norms(model: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
-    """Return the L2 norms of the gradients of "encoder" and "decoder", without the embedding, and REST.
+    """Return the L2 norms of the gradients of the stacks that a model has, without the embedding, and of the rest.
 
-    scaler: the GradScaler that fp16 losses were scaled by. Nothing is waited for, and no gradient is changed.
+    By name, which are STACKS and, for the rest, words. scaler: the GradScaler that fp16 losses were scaled by. Nothing
+    is waited for, and no gradient is changed.
     """
     model = unwrapped(model)
     shared, row = model.get_input_embeddings().weight, family(model)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     stacks = {name: f"{prefix}{module}".rstrip(".") + "." for name, (module, _) in row.stacks.items()}
     scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=shared.device))
-    parts: dict[str, list[torch.Tensor]] = {**{name: [] for name in stacks}, REST: []}
+    rest = f"embedding (or what else is outside {' and '.join(stacks)})"
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in (*stacks, rest)}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            part = next((part for part, start in stacks.items() if name.startswith(start)), REST)
-            parts[REST if parameter is shared else part].append(parameter.grad)
+            part = next((part for part, start in stacks.items() if name.startswith(start)), rest)
+            parts[rest if parameter is shared else part].append(parameter.grad)
     norms = {part: gathered(torch.nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
     return {part: norm.to(shared.device).float() / scale for part, norm in norms.items()}

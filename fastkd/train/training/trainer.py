@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from ..common.family import PLACES
+from ..common.family import PLACES, STACKS
 from ..common.processes import count
 from ..data.examples import Chunks, EpochSampler
 from ..judge.evaluate import held_out_metrics, token_scores
@@ -24,7 +24,7 @@ from ..teaching.cached import CachedTeacher, Numbered
 from .callbacks import LossBar, LossLines, StepTimer
 from .forward import Needs, compiled_blocks, forward, needs
 from .guards import check_served, check_teacher
-from .optimizer import REST, gradient_norms, set_own_rate
+from .optimizer import gradient_norms, set_own_rate
 from .parallel import count_rows, settle_fsdp, shard_student
 from .resumable import CheckpointingTrainer
 
@@ -45,8 +45,8 @@ class DistillTrainer(CheckpointingTrainer):
     and, as eval_<name>, the figures that `score(student)` returns, if it is given. With `compute_metrics`, what that
     makes of logits, as transformers hands them over, and the mean of the batches' eval_loss.
     Log entries hold, beside transformers' own, "loss_<term>" of each term times its weight (vocabulary terms together),
-    which add up to "loss"; and "grad_norm_encoder" and "grad_norm_decoder", before clipping and without the embedding
-    that both share: means over the steps since the last entry, and the largest as "..._max".
+    which add up to "loss"; and "grad_norm_encoder" and "grad_norm_decoder", of those that the model has, before
+    clipping and without the embedding: means over the steps since the last entry, and the largest as "..._max".
     cka_over_processes: computes CKA over the batches of all processes at once, as one process would.
     In several processes the student is replicated (DDP) or, with `fsdp` or accelerate's settings for it, sharded
     (FSDP2); the numbers are those of one process with the whole batch. A teacher may be sharded in either case
@@ -225,7 +225,7 @@ class DistillTrainer(CheckpointingTrainer):
             if self.accelerator.scaler is None:  # which skips steps whose gradients are not finite
                 watched = {f"the gradient of the {name}": norm for name, norm in norms.items()}
                 self._non_finite.watch(watched, self.state.global_step + 1)
-            norms = {f"grad_norm_{name}": norm for name, norm in norms.items() if name != REST}
+            norms = {f"grad_norm_{name}": norm for name, norm in norms.items() if name in STACKS}
             self._window.add(norms)
             self._window.peak({f"{name}_max": norm for name, norm in norms.items()})
         return loss
