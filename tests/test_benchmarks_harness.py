@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.harness import command
+from benchmarks.harness import command, timing
 from benchmarks.harness.command import Record, measured
 from benchmarks.harness.measure import measure
 from benchmarks.harness.problem import Problem, Run, Target
@@ -197,3 +199,65 @@ def test_targets_are_judged() -> None:
         assert Target(quantity, expected).judged(rows)["met"] is True
         nothing: dict[str, dict] = {name: {"note": "no"} for name in rows}
         assert Target(quantity, bound).judged(nothing)["met"] is None
+
+
+class Clocks:
+    """A host and a GPU with a clock each. What the host queues begins when it is queued and all before it is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = 0.0
+        fake = SimpleNamespace(zero_=lambda: self.launch(0, 60e-6))
+        monkeypatch.setattr(timing, "_larger_than_cache", lambda device: fake)
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.host))
+        monkeypatch.setattr(torch.cuda, "Event", partial(Event, self))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: self.launch(0, clocks / 2e9))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+
+    def launch(self, host_s: float, device_s: float) -> None:
+        self.host += host_s
+        self.device = max(self.host, self.device) + device_s
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+
+class Event:
+    def __init__(self, clocks: Clocks, enable_timing: bool) -> None:
+        self.clocks = clocks
+
+    def record(self) -> None:
+        self.at = max(self.clocks.host, self.clocks.device)
+
+    def query(self) -> bool:
+        return self.clocks.host >= self.at
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.parametrize("launches", [1, 5, 30, 100, 1000])
+def test_the_device_is_timed_and_not_the_host(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of launches of 10 microseconds that take the host 100 each, and of which at most 16 ms can be queued ahead."""
+    clocks, calls = Clocks(monkeypatch), 0
+
+    def run() -> tuple[torch.Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        for _ in range(launches):
+            clocks.launch(100e-6, 10e-6)
+        return ()
+
+    gpu = torch.device("cuda")
+    kernel = timing.seconds(run, gpu)
+    if launches < 1000:
+        assert kernel == pytest.approx(launches * 10e-6)
+    else:  # not all can be kept apart
+        assert launches * 10e-6 < kernel < launches * 100e-6
+    assert timing.as_called(run, gpu) == pytest.approx(launches * 100e-6 + 10e-6)
+    calls = 0
+    assert timing.seconds(run, gpu) == pytest.approx(kernel) and calls == 1  # it is known how long to hold the device
+
+
+def test_a_gpu_busy_for_long_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    assert timing.seconds(lambda: clocks.launch(0.01, 2.0) or (), torch.device("cuda")) == pytest.approx(2.0)

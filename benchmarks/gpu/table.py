@@ -18,11 +18,11 @@ BEGIN = "<!-- what was measured on GPUs: python -m benchmarks.gpu.table writes t
 END = "<!-- end of what was measured on GPUs -->"
 NOTHING = "Nothing has been measured on a GPU yet, and no figure for one appears here."
 PEERS = {"eager": ("eager", "reference"), "torch.compile": ("torch.compile",), "Liger": ("Liger", "Liger, Triton")}
-HEADER = ("", "fastkd", "share of the limit", "memory", "error", *PEERS, "meant to reach")
+HEADER = ("", "fastkd", "as called", "share of the limit", "memory", "error", *PEERS, "meant to reach")
 
 
-def milliseconds(row: dict) -> str:
-    return f"{row['min_s'] * 1e3:.3g} ms" if "min_s" in row else ""
+def milliseconds(row: dict, key: str = "min_s") -> str:
+    return f"{row[key] * 1e3:.3g} ms" if key in row else ""
 
 
 def peer(rows: dict, names: tuple[str, ...]) -> str:
@@ -47,7 +47,7 @@ def cells(result: dict) -> tuple[str, ...]:
     memory = f"{ours['peak_mib']:.0f} MiB" if ours.get("peak_mib") is not None else ""
     error = f"{ours['error']:.1e}" if "error" in ours else ""
     return (
-        f"`{result['problem']}`", milliseconds(ours), share, memory, error,
+        f"`{result['problem']}`", milliseconds(ours), milliseconds(ours, "called_s"), share, memory, error,
         *(peer(rows, names) for names in PEERS.values()), targets(result),
     )  # fmt: skip
 
@@ -59,7 +59,8 @@ def section(record: dict) -> str:
     rates = ", ".join(f"{x['limit']} {x['rate']:.0f} {x['unit']}" for x in record.get("limits", []) if x["rate"])
     about = f"{machine['gpu']}, {machine['date'][:10]}; {versions}. Measured beside it: {rates or 'nothing'}."
     lines = [
-        f"{about} In brackets: how many times as long as fastkd.",
+        f"{about} Times are of the GPU's work, as called from the call to its results; in brackets: how many times as "
+        "long as fastkd.",
         "",
         *(f"| {' | '.join(row)} |" for row in (HEADER, ["---", *["---:"] * (len(HEADER) - 2), "---"])),
         *(f"| {' | '.join(cells(result))} |" for result in record["results"]),
