@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +11,17 @@ import torch
 
 pytest.importorskip("trl")
 
-from tests.train.several_processes import free_port
+from tests.forks import Forks
 
 TRAINING = {"max_steps": 5, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "beta": 0.5}
 
 
 def on_two(folder: Path) -> list[dict[Any, Any]]:
     """What each of two processes left."""
-    command = [sys.executable, "-m", "tests.integrations.trl_processes", str(folder), json.dumps(TRAINING)]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-              "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    running = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [one.communicate(timeout=400)[1] for one in running]
-    finally:
-        for one in running:
-            one.kill()
-    assert [one.returncode for one in running] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    forks = Forks("tests.integrations.trl_cases", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    ran = forks.run("-m", "tests.integrations.trl_processes", folder, json.dumps(TRAINING), processes=2)
+    forks.end()
+    assert ran.returncode == 0, ran.stderr[-6000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -28,16 +27,10 @@ from fastkd.train.report import reports  # noqa: F401 (imported before the fork)
 from fastkd.train.runs import train  # noqa: F401
 from fastkd.train.stages import caching, prepare
 from fastkd.train.training import parallel, trainer
+from tests.forks import free_port
 
 PATIENCE = 60  # seconds
 DISTURBED = 8  # steps that are done before something happens, two after a checkpoint
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def kill_in_a_step() -> None:

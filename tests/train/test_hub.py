@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +21,7 @@ from fastkd.train.common import hub
 from fastkd.train.common.errors import InputError
 from fastkd.train.data.sources import hub_revision, read_hub
 from fastkd.train.models.loading import load_config
+from tests.forks import Forks
 
 
 @pytest.mark.parametrize(
@@ -178,12 +176,20 @@ def test_libraries_and_a_hub(tiny: Callable[..., Any], saved: Callable[..., Path
     words.parent.mkdir(parents=True)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Folders", (Hub,), {"root": tmp_path}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": f"{tmp_path}/home"}
-    environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+    (tmp_path / "read.py").write_text(READ, encoding="utf-8")
+    forks = Forks(
+        "fastkd.train.data.sources",
+        "fastkd.train.models.loading",
+        "transformers.models.t5.modeling_t5",
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+        HF_HOME=f"{tmp_path}/home",
+        NO_PROXY="127.0.0.1",
+        HF_HUB_OFFLINE="0",
+    )
 
     def read() -> Any:
-        command = [sys.executable, "-c", READ, str(tmp_path / "cache")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        done = forks.run(tmp_path / "read.py", tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     every = []
@@ -193,6 +199,7 @@ def test_libraries_and_a_hub(tiny: Callable[..., Any], saved: Callable[..., Path
     server.shutdown()
     server.server_close()
     every.append(read())
+    forks.end()
     weights = float(model.shared.weight.detach().double().sum())
     assert [(row[0], row[2]) for row in every] == [(weights, [text]) for text in ("one", "two", "two", "two")]
     assert len({row[1] for row in every}) == 2 and every[1][1] == every[2][1] == every[3][1]
