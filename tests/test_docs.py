@@ -27,6 +27,7 @@ import pytest
 import fastkd
 from fastkd import train
 from fastkd.train import cli, plan
+from fastkd.train.flags import config
 from fastkd.train.flags.arguments import parse
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,17 @@ def run(words: list[str]) -> None:
         assert plan.main(flags) == 0
     else:
         raise AssertionError(f"unknown command: {words}")
+
+
+def test_examples_of_the_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = re.findall(
+        r"^  \w(?:.*\\\n)*.*$", (config.TEXTS / "examples.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(shown) > 7
+    for words in commands(Block(READ, "\n".join(shown), 1)):
+        assert words[0] in ("fastkd-train", "torchrun")
+        check(words)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ USUAL = (  # what --help shows; --help_all shows the others too
     "method", "config", "demo", "compare", "interpolated", "temperature", "divergence", "weights", "teacher",
     "train_teacher", "teacher_dtype", "teacher_cache", "student", "student_layers", "student_d_model", "student_init",
     "architecture", "task", "train_file", "eval_file", "dataset_name", "embedded_data", "text_column", "source_column",
-    "target_column", "label_column", "sequence_length", "max_source_length", "max_target_length", "streaming",
-    "overwrite_output_dir", "target_sparsity",
+    "target_column", "label_column", "source_lang", "target_lang", "sequence_length", "whole_word_masking",
+    "max_source_length", "max_target_length", "streaming", "overwrite_output_dir", "target_sparsity",
 )
 
 
@@ -172,13 +172,13 @@ class DataArguments:
         None, "needs no download: documentation of Python's standard library; dates in words into digits",
         tuple(EMBEDDED_DATA))
     text_column: str | None = _flag(None, "column of the text; without it, the one that fits")
-    source_column: str | None = _flag(None, "column of what the encoder reads")
-    target_column: str | None = _flag(None, "column of what the decoder writes")
+    source_column: str | None = _flag(None, "column of what the model reads")
+    target_column: str | None = _flag(None, "column of what the model is to write")
     label_column: str | None = _flag(None, "column of the class")
     source_lang: str | None = _flag(None, "language to translate from, such as en")
     target_lang: str | None = _flag(None, "language to translate to, such as es")
     source_prefix: str | None = _flag(None, "what every source begins with; without it, the task's own as in T5")
-    sequence_length: int = _flag(128, "tokens per chunk of text, before span corruption", least=8)
+    sequence_length: int = _flag(128, "tokens per chunk of text, before any corruption", least=8)
     whole_word_masking: bool = _flag(False, "mask all of a word or nothing, in masked_lm")
     max_source_length: int | None = _flag(
         None, "tokens of a source, what is more is cut; without it, the model's, but 128 of embedded data", least=2)
