@@ -47,9 +47,6 @@ TILE = {
     "gram": _SQUARE,
     "cka_gradient": _M_N_K,
     "gram_gradient": _M_N_K,
-    "scores": _M_N_K,
-    "mixture_scores": _M_N_K,
-    "mix_scores": _M_N_K,
 }
 ANY = "any"
 # (kernel, bytes of a number, padded head width up to, GPU). Where a GPU has lines of its own, only they count.
@@ -119,23 +116,6 @@ TABLE |= {
     ("gram", 8, 0, ANY): Config((32, 16), 8, 1),
     ("cka_gradient", 8, 0, ANY): Config((32, 32, 16), 8, 1),
     ("gram_gradient", 8, 0, ANY): Config((32, 32, 16), 8, 1),
-}
-# linear_kl by tiles; mixture_scores is for the divergences from jsd on. Scores of both models of 128 x 64, and what is
-# made of them, fit the registers of no GPU.
-TABLE |= {
-    ("scores", 2, 0, ANY): Config((64, 64, 32), 8, 3, 255),
-    ("scores", 2, 0, "sm_80"): Config((64, 64, 32), 8, 2, 255),  # with more stages Triton 3.7 spills
-    ("scores", 2, 0, "gfx942"): Config((32, 32, 32), 4, 1),
-    ("scores", 4, 0, ANY): Config((32, 32, 32), 8, 2, 255),
-    ("scores", 8, 0, ANY): Config((32, 32, 16), 8, 1, 255),
-    ("mixture_scores", 2, 0, ANY): Config((64, 32, 32), 8, 4, 255),
-    ("mixture_scores", 2, 0, "gfx942"): Config((32, 32, 32), 4, 1),
-    ("mix_scores", 2, 0, ANY): Config((64, 16, 32), 8, 3, 255),
-    ("mix_scores", 2, 0, "gfx942"): Config((32, 32, 32), 4, 1),
-    ("mix_scores", 4, 0, ANY): Config((32, 32, 32), 8, 2, 255),
-    ("mix_scores", 8, 0, ANY): Config((32, 32, 16), 8, 1, 255),
-    ("mixture_scores", 4, 0, ANY): Config((32, 32, 32), 8, 2, 255),
-    ("mixture_scores", 8, 0, ANY): Config((32, 32, 16), 8, 1, 255),
 }
 
 
@@ -207,12 +187,6 @@ CANDIDATES = {
         *(Config((128, 128, 64), 8, stages) for stages in (2, 3)),
         Config((128, 128, 32), 8, 4),
     ],
-    ("scores", 2): [
-        *(Config((64, 64, 64), warps, stages, 255) for warps in (4, 8) for stages in (2, 3)),
-        Config((64, 64, 32), 8, 4, 255),
-        Config((128, 32, 64), 8, 3, 255),
-    ],
-    ("mixture_scores", 2): [Config((64, 32, 64), 8, stages, 255) for stages in (2, 3)],
 }
 
 

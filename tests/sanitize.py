@@ -15,7 +15,6 @@ from torch import Tensor
 
 import fastkd
 from fastkd.divergence import DIVERGENCES
-from fastkd.ops.drivers import linear_kl_gpu as linear_op
 from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
 
 from . import conftest  # noqa: F401  # Triton's interpreter, which must be chosen before Triton is imported
@@ -48,11 +47,7 @@ LONG_ROWS = (9000, 40000, 140000)  # for kernels that keep a row in one or sever
 
 def ways(op: Op) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """The ways in which a GPU computes an op, by name: contexts in which a call goes this way."""
-    if op is LOGIT_KL:
-        return gpu_row_kernels()
-    if op is not LINEAR_KL:
-        return {"": contextlib.nullcontext}
-    return linear_op._gpu_ways()
+    return gpu_row_kernels() if op in (LOGIT_KL, LINEAR_KL) else {"": contextlib.nullcontext}
 
 
 def calls(

@@ -337,8 +337,7 @@ def test_problems_of_a_gpu_can_be_listed() -> None:
     )
     listed = python("-c", code).splitlines()
     for op, row in (
-        ("linear_kl T 1024 ", "fastkd, tiles"),
-        ("linear_kl T 8192", "Liger, Triton"),
+        ("linear_kl T 1024 ", "Liger, Triton"),
         ("relation", "roof"),
     ):
         assert any(op in line and row in line for line in listed), op

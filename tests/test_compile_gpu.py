@@ -7,8 +7,6 @@ not compiled here. Of those left out, some fp64 kernels are known to spill on gf
 
 Triton, attention: what tests/compile_attention.py chooses; all of it by `python -m tests.compile_attention --all`.
 
-Triton, linear: what tests/compile_linear.py chooses; all of it by `python -m tests.compile_linear --all`.
-
 Triton, rows of top-k teachers: what tests/compile_topk.py chooses; all of it by `python -m tests.compile_topk --all`.
 
 Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.compile_cka --all`.
@@ -60,12 +58,11 @@ def test_every_kernel_compiles_for_hopper_and_none_spills():
     """One case of each, and all that matter of the smallest; the others are long."""
     code = """
 import json
-from tests import compile_attention, compile_cka, compile_linear, compile_rows, compile_softcap, compile_topk
+from tests import compile_attention, compile_cka, compile_rows, compile_softcap, compile_topk
 from tests.compile_common import SHARED_LIMIT, TARGETS
 cases = [(compile_rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in compile_rows.PASSES]
 cases += [(compile_topk, ("sm_90", "fused", "fp32", 64, "labels, temperature"))]
 cases += [(compile_topk, ("sm_90", which, "fp32", 65, "plain")) for which in compile_topk.SHARD_PASSES]
-cases += [(compile_linear, ("sm_90", "bf16", "forward_kl", "labels"))]
 cases += [(compile_cka, ("sm_90", "bf16", grams, 2)) for grams in (False, True)]
 cases += [(compile_attention, ("sm_90", op, "forward_kl", "bf16", 64, 64, False)) for op in ("relation", "diagonals")]
 cases += [(compile_softcap, (target, dtype, True)) for target in TARGETS for dtype in ("fp32", "fp64")]
@@ -79,7 +76,7 @@ for module, case in cases:
 print(json.dumps(found))
 """
     found = _printed("-c", code)
-    assert {name.split(":")[0] for name in found} == {"attention", "cka", "linear", "rows", "softcap", "topk"}
+    assert {name.split(":")[0] for name in found} == {"attention", "cka", "rows", "softcap", "topk"}
     spilling = {name for name, (local, fits) in found.items() if local or not fits}
     assert not spilling, found
 
@@ -188,40 +185,8 @@ def test_cka_multiplies_by_warp_group(cka: list):
     assert all(kernel["wgmma"] for kernel in hopper), hopper
 
 
-@pytest.fixture(scope="module")
-def linear() -> list:
-    return _compiled("compile_linear")
-
-
 @pytest.mark.long
-def test_no_linear_kernel_spills(linear: list):
-    """On NVIDIA's. AMD's compiler puts scalars aside."""
-    from .compile_linear import table
-
-    _show("linear", table(linear))
-    spilling = [kernel for kernel in linear if kernel["target"].startswith("sm_") and kernel["local"] != 0]
-    assert not spilling, "\n" + table(spilling)
-    assert {kernel["target"] for kernel in linear} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-
-
-@pytest.mark.long
-def test_registers_of_linear_fit(linear: list):
-    for kernel in linear:
-        if kernel["target"].startswith("sm_"):
-            assert 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
-
-
-@pytest.mark.long
-def test_linear_multiplies_by_warp_group(linear: list):
-    """wgmma is Hopper's way to the full rate of its tensor cores."""
-    hopper = [kernel for kernel in linear if kernel["target"] == "sm_90" and kernel["dtype"] in ("bf16", "fp16")]
-    hopper = [kernel for kernel in hopper if kernel["kernel"] in ("statistics", "values", "gradient")]
-    assert {kernel["kernel"] for kernel in hopper} == {"statistics", "values", "gradient"}
-    assert all(kernel["wgmma"] for kernel in hopper), hopper
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("op", ["compiled", "attention", "cka", "linear", "topk"])
+@pytest.mark.parametrize("op", ["compiled", "attention", "cka", "topk"])
 def test_shared_memory_fits(op: str, request: pytest.FixtureRequest):
     from .compile_common import SHARED_LIMIT
 

@@ -586,6 +586,6 @@ def test_everything_can_be_called(place: Place, capsys: pytest.CaptureFixture[st
 def test_kernels_of_rows_can_be_chosen(place: Place):
     """A test that a way does not exist would pass for the wrong reason."""
     assert "triton" in gpu_row_kernels()
-    assert {*ways(LINEAR_KL)} >= {"rows-triton", "tiles"}
+    assert "triton" in ways(LINEAR_KL)
     assert backend.backend_for(place.device)[0] == "triton"
     assert RELATION_KL in OPS

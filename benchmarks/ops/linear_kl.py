@@ -2,8 +2,8 @@
 
 The limit is the op's GEMMs alone, in the inputs' dtype and at the best chunk size: 2 T V (Ht + 3 Hs) FLOPs.
 
-On a GPU there are several ways to the result; "fastkd" takes the one that the library would, and a row for each of the
-others is there to check the choice. "eager" is what a training loop has where it does not call fastkd: logits in the
+On a GPU "fastkd" takes the row kernel that the library would; where there are two, a row for each is there to check the
+choice. "eager" is what a training loop has where it does not call fastkd: logits in the
 inputs' dtype, softmaxes in fp32. Errors are of all gradients, against fp64 of all tokens, some at a time.
 
 T tokens, V vocabulary, Ht and Hs hidden widths.
@@ -11,7 +11,6 @@ T tokens, V vocabulary, Ht and Hs hidden widths.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,18 +36,13 @@ from benchmarks.harness.problem import (
     peer,
 )
 from benchmarks.harness.timing import fastest
-from fastkd.ops.drivers import linear_kl_gpu as op
+from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
 GPU_ROWS = ("eager", "Liger, Triton")
 LIMIT = "bare GEMMs"
 CHUNKS = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
 TARGETS = (Target(LIMIT, 1.10), Target("torch.compile", 1.0), Target("Liger", 1.0), Target("memory", 130))
-
-
-def ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """Contexts in which a call on a GPU goes one way, by the name of its row."""
-    return {f"fastkd, {name.replace('-', ', ')}": context for name, context in op._gpu_ways().items()}
 
 
 @dataclass(frozen=True)
@@ -154,8 +148,8 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         "Liger, Triton": lambda: liger_in_triton(ready, device),
         LIMIT: lambda: gemms(*inputs),
     }
-    for name, context in ways().items():
-        rows[name] = lambda context=context: held_to(context, rows["fastkd"]())
+    for name, context in gpu_row_kernels().items():
+        rows[f"fastkd, {name}"] = lambda context=context: held_to(context, rows["fastkd"]())
     return rows, partial(exact, *inputs)
 
 
@@ -163,12 +157,14 @@ def problem(shape: Shape, device: torch.device, targets: tuple[Target, ...] = ()
     weights = shape.vocabulary * (shape.teacher_width + 2 * shape.student_width)  # both, and a gradient
     hidden = shape.tokens * (shape.teacher_width + 2 * shape.student_width)
     flops = 2 * shape.tokens * shape.vocabulary * (shape.teacher_width + 3 * shape.student_width)
+    kernels = [f"fastkd, {name}" for name in gpu_row_kernels()]
+    of_gpu = (*(kernels if len(kernels) > 1 else ()), *GPU_ROWS) if device.type == "cuda" else ()
     return Problem(
         title=str(shape),
         unit="GFLOP/s",
         work=flops,
         limit=LIMIT,
-        implementations=(*IMPLEMENTATIONS, *((*ways(), *GPU_ROWS) if device.type == "cuda" else ())),
+        implementations=(*IMPLEMENTATIONS, *of_gpu),
         prepare=partial(prepare, shape, device),
         targets=targets,
         counts=(flops, (weights + hidden) * shape.dtype.itemsize),

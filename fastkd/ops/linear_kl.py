@@ -8,10 +8,10 @@ weight. The [T, V] logits never exist, and nothing is computed twice: 2 T V (Ht 
 A scalar loss fixes every token's coefficient before the pass, so the gradients are made in the forward pass and scaled
 by the upstream gradient in the backward pass. Per-token losses do not know theirs: their backward runs the op again.
 
-That is drivers/linear_kl_cpu.py; on a GPU there is another way beside it (drivers/linear_kl_gpu.py).
+That is drivers/linear_kl_cpu.py and drivers/linear_kl_gpu.py.
 
 A vocabulary may be spread over the ranks of a process group (vocabulary_shards.py). Each rank multiplies its shards of
-the heads, and a chunk's rows are completed by what the ranks gather of them. Such calls go by rows.
+the heads, and a chunk's rows are completed by what the ranks gather of them.
 
 T tokens, V vocabulary, Hs and Ht hidden widths.
 """

@@ -1,25 +1,23 @@
-"""linear_kl on a GPU, by rows or by tiles.
+"""linear_kl on a GPU: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
 
-By rows the scores of a chunk go through memory; by tiles (kernels/linear_kl.py) they never leave the multiprocessor, at
-the price of multiplying twice where gradients are wanted. `_by_tiles` chooses.
+An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again and 2
+to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be narrowed.
+Gradients of wider operands stay where they are.
 
 T tokens, V vocabulary, H hidden width.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...divergence import divergence_code
-from ...quantized import QuantizedWeight, any_quantized, row_blocks
+from ...quantized import QuantizedWeight, row_blocks
 from ..dtypes import fp16_lift, gradient_dtype, score_dtype
-from .divergence_rows import STATS, gpu_row_kernels
+from .divergence_rows import STATS
 from .linear_kl_call import Call, Projection, sum_over
 from .softcap import softcap
 
@@ -54,10 +52,10 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False
 
 
 class GpuGradients:
-    """Multiplies gradients of scores into those of hidden states, weight and bias, block by block.
+    """Multiplies gradients of scores into those of hidden states, weight and bias, a block of tokens at a time.
 
-    A block is some tokens by some of the vocabulary. Blocks of all columns write their tokens' gradients once and add
-    up the weight's; blocks of all tokens the other way round. What is added up is fp32, what is written once is not.
+    Blocks write their tokens' gradients once and add up the weight's. What is added up is fp32, what is written once is
+    not: one block of all tokens writes the weight's once, too.
     """
 
     def __init__(
@@ -67,17 +65,17 @@ class GpuGradients:
         vocabulary: int,
         lift: Tensor | None,  # what gradients of scores have been multiplied by
         group: ProcessGroup | None,
-        all_tokens: bool,
-        all_columns: bool,
+        all_tokens: bool,  # in one block
         wanted: list[bool],  # of hidden states, weight, bias
     ):
         self.student, self.lift, self.group, self.narrow = student, lift, group, gradient_dtype(student.weight)
+        self.vocabulary = vocabulary
         self.hidden_grad: Tensor | None = None
         self.weight_grad: Tensor | None = None
         self.bias_grad: Tensor | None = None
         wide = score_dtype(student.hidden)
         if wanted[0]:
-            once = all_columns and group is None and not isinstance(student.weight, QuantizedWeight)
+            once = group is None and not isinstance(student.weight, QuantizedWeight)
             self.hidden_grad = torch.empty_like(
                 student.hidden,
                 dtype=self.narrow if once else wide,
@@ -91,18 +89,17 @@ class GpuGradients:
         if wanted[2] and student.bias is not None:
             self.bias_grad = student.bias.new_zeros(student.bias.shape, dtype=wide)
 
-    def add(self, rows: slice, columns: slice, scores_grad: Tensor) -> None:
-        """A block's gradient of scores [rows, columns], in the dtype of the operands."""
+    def add(self, rows: slice, scores_grad: Tensor) -> None:
+        """A block's gradient of scores [rows, vocabulary], in the dtype of the operands."""
         hidden, weight, _, scale, _ = self.student
         if self.bias_grad is not None:
-            self.bias_grad[columns] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
+            self.bias_grad[: self.vocabulary] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
         if self.hidden_grad is not None:
-            rest = weight if isinstance(weight, QuantizedWeight) else weight[columns]  # a quantised one's are all
-            for part, block in row_blocks(rest, scores_grad):
-                add = columns.start + part.start > 0
-                multiply_(self.hidden_grad[rows], scores_grad[:, part], block, scale, add)
+            shared = weight if isinstance(weight, QuantizedWeight) else weight[: self.vocabulary]
+            for part, block in row_blocks(shared, scores_grad):
+                multiply_(self.hidden_grad[rows], scores_grad[:, part], block, scale, add=part.start > 0)
         if self.weight_grad is not None:
-            multiply_(self.weight_grad[columns], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
+            multiply_(self.weight_grad[: self.vocabulary], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
 
     def results(self) -> Iterator[Tensor]:
         """The three gradients; empty where not wanted (a tensor each: outputs of an op may not alias)."""
@@ -139,13 +136,17 @@ def rows_at_once(tokens: int, score_row: int, gradient_row: int, instead: int, w
     return score_rows, max(score_rows, _whole_tiles(gradient_rows))
 
 
-def _rows(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...]:
-    """By rows: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
+def _lift(call: Call, *objective: Any) -> Tensor | None:
+    """What fp16 gradients of scores are multiplied by to be in range."""
+    divergence, beta, temperature, kd_weight, ce_weight = objective
+    if call.student.weight.dtype != torch.float16 or not any(call.gradients):
+        return None
+    largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
+    return fp16_lift(largest, int(divergence), beta)
 
-    An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again
-    and 2 to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be
-    narrowed. Gradients of wider operands stay where they are.
-    """
+
+def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
+    """Losses [T] and the three gradients."""
     student, teacher, coefficient, labels, gradients = (
         call.student, call.teacher, call.coefficient, call.labels, call.gradients,
     )  # fmt: skip
@@ -166,8 +167,9 @@ def _rows(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...
     narrow = hidden.new_empty(gradient_rows if gradient_row else 0, columns)
     slopes = scores.new_empty(score_rows if sloped else 0, columns)
     loss = torch.empty_like(coefficient)
+    lift = _lift(call, *objective)
     lifted = coefficient if lift is None else coefficient * lift
-    total = GpuGradients(student, coefficient, columns, lift, call.group, gradient_rows >= tokens, True, gradients)
+    total = GpuGradients(student, coefficient, columns, lift, call.group, gradient_rows >= tokens, gradients)
     for block in parts_of(tokens, gradient_rows):
         for part in parts_of(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)
@@ -201,113 +203,5 @@ def _rows(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...
                         torch.mul(target, slope, out=narrow[part])  # rounded once
         if wanted:
             grad = both[0] if in_place else narrow[: block.stop - block.start]
-            total.add(block, slice(0, columns), grad)
+            total.add(block, grad)
     return loss, *total.results()
-
-
-def _tiles(call: Call, lift: Tensor | None, *objective: Any) -> tuple[Tensor, ...]:
-    """By tiles: statistics of all tokens at once, and gradients of all tokens for some of the vocabulary at a time.
-
-    No score is written, 2 bytes an element of gradients of 16-bit operands are, and nothing accumulates the weight's.
-    """
-    from ...kernels import linear_kl as kernels
-
-    student, teacher, vocabulary, _, coefficient, labels, workspace_bytes, gradients, *_ = call
-    tokens, weight = coefficient.shape[0], student.weight
-    columns_at_once = min(vocabulary, _whole_tiles(workspace_bytes // (tokens * weight.itemsize)))
-    loss = torch.empty_like(coefficient)
-    lifted = coefficient if lift is None else coefficient * lift
-    stats = kernels.statistics(student, teacher, vocabulary, coefficient, labels, loss, *objective)
-    total = GpuGradients(student, coefficient, vocabulary, lift, None, True, columns_at_once >= vocabulary, gradients)
-    if any(gradients):
-        buffer = student.hidden.new_empty(tokens * columns_at_once)
-        for columns in parts_of(vocabulary, columns_at_once):
-            grad = buffer[: tokens * (columns.stop - columns.start)].view(tokens, -1)
-            kernels.gradient(student, teacher, vocabulary, lifted, labels, *stats, columns.start, grad, *objective)
-            total.add(slice(0, tokens), columns, grad)
-    return loss, *total.results()
-
-
-# ---- the way that a GPU takes ----------------------------------------------------------------------------------------
-# Counted, and not measured on any GPU. By rows an element of the scores costs memory traffic; by tiles slower FLOPs,
-# and more of them for every look beyond the first (JSD and those after it take two, gradients one more):
-#
-#                                     | by rows                     | by tiles
-#   FLOPs, no gradients               | 2 (Ht + Hs)                 | 2 (Ht + Hs) x looks
-#   FLOPs, gradients                  | 2 (Ht + 3 Hs)               | 2 (Ht + Hs) x (looks + 1) + 4 Hs
-#   bytes of scores, forward KL       | 16, with gradients 24       | 0
-#   bytes of scores, JSD              | 24, with gradients 32       | 0
-#
-# So, of 16-bit operands and with a teacher (without one half the bytes are those of a single model):
-#
-#   shape                             | forward KL, reverse KL      | JSD and those after it
-#   no gradients                      | tiles to Ht + Hs = 988      | tiles to Ht + Hs = 329
-#   gradients                         | tiles to Ht + Hs = 570      | tiles to Ht + Hs = 299
-#   768 -> 512, 4096 -> 4096          | rows                        | rows
-#   768 -> 192                        | tiles, with gradients rows  | rows
-#   256 -> 256                        | tiles                       | rows
-#
-# fp32 and fp64 operands go by rows: in full precision no tensor core multiplies them. So do calls for metrics. What a
-# wider tile would change is in kernels/linear_kl.py.
-
-# What the FLOPs of a byte's time are: an H200's datasheet has 990 TFLOP/s of dense bf16 and 4.8 TB/s.
-FLOPS_PER_BYTE = 206
-# The rate of products by tiles over that of a library's GEMM, for divergences with a closed form and for others: in
-# proportion to the FLOPs made of a byte from the second-level cache, 32 in tiles of 64 x 64, 21 in those of 64 x 32,
-# and 85 in a library's 128 x 256.
-TILE_RATE = {True: 0.375, False: 0.25}
-
-_forced: str | None = None
-
-
-@contextlib.contextmanager
-def _going_by(way: str) -> Iterator[None]:
-    """Makes all calls on a GPU go by "rows" or by "tiles", for tests and benchmarks."""
-    global _forced
-    before, _forced = _forced, way
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def _gpu_ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """By rows with each row kernel that there is, and by tiles: contexts in which a call goes this way, by name."""
-
-    @contextlib.contextmanager
-    def by_rows(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-        with _going_by("rows"), kernel():
-            yield
-
-    ways: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
-        f"rows-{name}": functools.partial(by_rows, kernel) for name, kernel in gpu_row_kernels().items()
-    }
-    return ways | {"tiles": functools.partial(_going_by, "tiles")}
-
-
-def _by_tiles(student: Projection, teacher: Projection | None, gradients: bool, divergence: int) -> bool:
-    """Whether a call goes by tiles: where the counts above say that it takes less time."""
-    heads = [student] if teacher is None else [student, teacher]
-    if _forced is not None:
-        return _forced == "tiles"
-    if not student.hidden.is_cuda or any(head.hidden.itemsize != 2 for head in heads):
-        return False
-    closed = divergence < divergence_code("jsd")
-    looks = 2 if teacher is not None and not closed else 1
-    flops = sum(2 * head.hidden.shape[1] for head in heads)
-    by_rows = flops + FLOPS_PER_BYTE * 4 * len(heads) * (1 + looks + gradients)
-    return flops * (looks + gradients) / TILE_RATE[closed] < by_rows
-
-
-def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
-    divergence, beta, temperature, kd_weight, ce_weight = objective
-    lift = None
-    if call.student.weight.dtype == torch.float16 and any(call.gradients):
-        largest = call.coefficient.abs().amax() * (abs(kd_weight * temperature) + abs(ce_weight))
-        lift = fp16_lift(largest, int(divergence), beta)
-    capped = any(model is not None and model.softcap is not None for model in (call.student, call.teacher))
-    quantized = any_quantized(model.weight for model in (call.student, call.teacher) if model)
-    by_tiles = not (call.in_parts or capped or quantized or call.metrics is not None) and _by_tiles(
-        call.student, call.teacher, any(call.gradients), int(divergence)
-    )
-    return (_tiles if by_tiles else _rows)(call, lift, *objective)

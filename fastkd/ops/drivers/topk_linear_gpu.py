@@ -64,9 +64,7 @@ def on_gpu(
     narrow = hidden.new_empty(gradient_rows if gradient_row else 0, padded)[:, :vocabulary]
     loss, lift = torch.empty_like(call.coefficient), _lift(student, call, gradients)
     lifted = call if lift is None else call._replace(coefficient=call.coefficient * lift)
-    total = GpuGradients(
-        student, call.coefficient, vocabulary, lift, call.group, gradient_rows >= tokens, True, gradients
-    )
+    total = GpuGradients(student, call.coefficient, vocabulary, lift, call.group, gradient_rows >= tokens, gradients)
     for block in parts_of(tokens, gradient_rows):
         for part in parts_of(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)
@@ -83,5 +81,5 @@ def on_gpu(
             if slope is not None:
                 torch.mul(s, slope, out=s if in_place else narrow[part])  # rounded once
         if wanted:
-            total.add(block, slice(0, vocabulary), s if in_place else narrow[: block.stop - block.start])
+            total.add(block, s if in_place else narrow[: block.stop - block.start])
     return loss if lift is None else loss.div_(lift), *total.results()
