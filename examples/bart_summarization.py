@@ -17,6 +17,7 @@ from common import DEVICE, Losses, chunks, flags, load, texts, tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
 import fastkd
+from fastkd.train import capture_hidden
 
 args = flags(__doc__, steps=30, pairs="JSONL with text and summary; without, paragraphs and their first words")
 tokens = tokenizer(args)
@@ -32,41 +33,28 @@ student = load(AutoModelForSeq2SeqLM, args.student, "bart", d_model=64, **small)
 teacher = load(AutoModelForSeq2SeqLM, args.teacher, "bart", d_model=128, **small).to(DEVICE).eval()
 optimizer, losses = torch.optim.AdamW(student.parameters(), args.lr), Losses()
 
-
-def run(model, inputs):
-    """What the head is given, and the hidden states of encoder and decoder after every layer."""
-    states = {"encoder": [], "decoder": []}
-    stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
-    layers = [(name, layer) for name, stack in stacks.items() for layer in stack.layers]
-
-    def keep(of):
-        return lambda layer, given, output: of.append(output if torch.is_tensor(output) else output[0])
-
-    hooks = [layer.register_forward_hook(keep(states[name])) for name, layer in layers]
-    hidden = fastkd.hidden_states(model, **inputs)  # makes the decoder's tokens of the labels
-    for hook in hooks:
-        hook.remove()
-    return hidden, states
-
+# HSM compares every layer; where depths differ, each of the student's with the one as far up in the teacher.
+mine, its = {}, {}
+for side in ("encoder", "decoder"):
+    depth, other = (getattr(model.config, f"{side}_layers") for model in (student, teacher))
+    mine[side] = range(1, depth + 1)
+    its[side] = [round(i * other / depth) for i in mine[side]]
 
 for some in chunks(pairs, 8, args.steps):
     ours, summaries = zip(*some, strict=True)
     inputs = tokens(list(ours), truncation=True, max_length=128, padding=True, return_tensors="pt").to(DEVICE)
-    labels = tokens(list(summaries), truncation=True, max_length=64, padding=True, return_tensors="pt").input_ids.to(
-        DEVICE
-    )
-    labels = labels.masked_fill(labels == tokens.pad_token_id, -100)
-    with torch.no_grad():
-        h_t, states_t = run(teacher, {**inputs, "labels": labels})
-    h_s, states_s = run(student, {**inputs, "labels": labels})
+    targets = tokens(list(summaries), truncation=True, max_length=64, padding=True, return_tensors="pt").to(DEVICE)
+    labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)
+    batch = {**inputs, "labels": labels}
+    with torch.no_grad(), capture_hidden(teacher, its) as states_t:
+        h_t = fastkd.hidden_states(teacher, **batch)  # makes the decoder's tokens of the labels
+    with capture_hidden(student, mine) as states_s:
+        h_s = fastkd.hidden_states(student, **batch)
 
     heads = fastkd.head(student), fastkd.head(teacher)
     loss = fastkd.linear_kl(h_s, heads[0], h_t, heads[1], labels=labels, ce_weight=1.0)
     for side, mask in {"encoder": inputs["attention_mask"], "decoder": labels != -100}.items():
-        # HSM compares every layer; where depths differ, each of the student's with the one as far up in the teacher
-        mine, its = states_s[side], states_t[side]
-        matched = [its[round((i + 1) * len(its) / len(mine)) - 1] for i in range(len(mine))]
-        loss = loss + fastkd.cka_loss(mine, matched, mask=mask)
+        loss = loss + fastkd.cka_loss(states_s[side], states_t[side], mask=mask)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

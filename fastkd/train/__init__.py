@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .models import PrunedBertForMaskedLM as PrunedBertForMaskedLM
     from .models import PrunedBertForSequenceClassification as PrunedBertForSequenceClassification
     from .models import PrunedT5ForConditionalGeneration as PrunedT5ForConditionalGeneration
+    from .models.capture import capture_hidden as capture_hidden
     from .models.capture import capture_qkv as capture_qkv
     from .models.student import slice_teacher as slice_teacher
     from .models.tokenizer import train_tokenizer as train_tokenizer
@@ -41,6 +42,7 @@ _HOMES = {
     "PrunedBertForMaskedLM": "models",
     "PrunedBertForSequenceClassification": "models",
     "PrunedT5ForConditionalGeneration": "models",
+    "capture_hidden": "models.capture",
     "capture_qkv": "models.capture",
     "embedded_corpus": "data.corpus",
     "importance": "minidisc.prune",

@@ -1,4 +1,4 @@
-"""capture_qkv: the right tensors, in the graph, from any number of models, and no hook left behind."""
+"""What is captured: the right tensors, in the graph, from any number of models, and no hook left behind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import families
 import pytest
 import torch
 
+import fastkd
 from fastkd.train.common.family import PLACES, family_of
 from fastkd.train.models import anatomy
-from fastkd.train.models.capture import capture_qkv
+from fastkd.train.models.capture import capture_hidden, capture_qkv
 from fastkd.train.training.forward import Needs, forward
 
 EVERYWHERE = dict.fromkeys(PLACES, 2)
@@ -51,6 +52,40 @@ def test_hooks_go_however_the_context_ends(tiny: Callable[..., Any], make_batch:
         with pytest.raises(ValueError, match=f"expected 1 to 2 in this encoder, got {layer}"):
             capture_qkv(model, {"decoder_self": 1, "encoder_self": layer}).__enter__()
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "bert", "gpt2", "llama"])
+def test_hidden_states_are_those_of_transformers(model_type: str) -> None:
+    """Through `fastkd.hidden_states`, as examples/bart_summarization.py does it; any of them, in any order."""
+    model = families.model(model_type)
+    ids = torch.randint(5, families.VOCABULARY, (2, 7))
+    stacks = family_of(model.config).stacks
+    wanted = {name: [2, 0, 1] for name in stacks}
+    with capture_hidden(model, wanted) as captured:
+        fastkd.hidden_states(model, input_ids=ids, labels=ids)
+    assert sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules()) == 0
+    output = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    assert list(captured) == list(stacks)
+    for name, found in captured.items():
+        its = output[f"{name}_hidden_states" if len(stacks) == 2 else "hidden_states"]
+        for state, number in zip(found, wanted[name], strict=True):
+            torch.testing.assert_close(state, its[number])
+            assert state.requires_grad
+
+
+def test_hidden_states_that_are_not_there() -> None:
+    model = families.model("bert")
+    with pytest.raises(ValueError, match="expected encoder, as in this model, got decoder"):
+        capture_hidden(model, {"encoder": [1], "decoder": [1]}).__enter__()
+    for number in (-1, 3):
+        with pytest.raises(ValueError, match=f"expected states 0 to 2 of this encoder, got {number}"):
+            capture_hidden(model, {"encoder": [1, number]}).__enter__()
+    assert sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules()) == 0
+    with (
+        pytest.raises(RuntimeError, match=r"encoder: states \[1, 2\] were not all"),
+        capture_hidden(model, {"encoder": [1, 2]}),
+    ):
+        pass
 
 
 def test_captures_nest_and_stand_side_by_side(tiny: Callable[..., Any], make_batch: Callable[..., Any]) -> None:

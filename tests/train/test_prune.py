@@ -555,9 +555,11 @@ def test_captures_see_the_narrowed_widths(make: Callable[..., Any]) -> None:
         for ours, theirs in zip(found[place], expected[place], strict=True):
             assert ours.shape[-1] == 8 * heads
             torch.testing.assert_close(ours, theirs, **EXACT)
-    for ours, theirs in zip(found_states, expected_states, strict=True):
-        assert ours.shape[-1] == 32
-        torch.testing.assert_close(ours, theirs, **EXACT)
+    for name, numbers in states.items():
+        for ours, theirs in zip(found_states[name], expected_states[name], strict=True):
+            assert ours.shape[-1] == 32
+            torch.testing.assert_close(ours, theirs, **EXACT)
+        assert len(found_states[name]) == len(numbers)
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------

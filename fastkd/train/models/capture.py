@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .anatomy import layers, projections, stack
+from .anatomy import family, layers, projections, stack
 
 
 @contextlib.contextmanager
@@ -48,26 +48,36 @@ def _keep(
 
 
 @contextlib.contextmanager
-def capture_hidden(model: Any, wanted: Mapping[str, Sequence[int]]) -> Iterator[list[Any]]:
-    """Yield a list in which a forward pass of `model` inside the context leaves hidden states [B, L, H].
+def capture_hidden(model: Any, wanted: Mapping[str, Sequence[int]]) -> Iterator[dict[str, list[Any]]]:
+    """Yield a dict in which a forward pass of `model` inside the context leaves hidden states [B, L, H] of each stack.
 
-    wanted: which of each stack, "encoder" and "decoder", numbered as transformers does: 0 is the embeddings, i the
-    output of layer i, and the last the output of the stack, after a final norm if it has one. The list has their order.
-    Unlike `output_hidden_states=True` this keeps no state alive that was not asked for.
+    model: a bare model; a wrapper around it, such as DDP, may be what runs. wanted: which of each stack, "encoder" and
+    "decoder", numbered as transformers does: 0 is the embeddings, i the output of layer i, and the last the output of
+    the stack, after a final norm if it has one. The lists have their order. Unlike `output_hidden_states=True` this
+    keeps no state alive that was not asked for, and works with `fastkd.hidden_states`.
+    Raises ValueError for a stack or a state that the model lacks, and RuntimeError if one was not computed inside the
+    context.
     """
-    captured: list[Any] = [None for numbers in wanted.values() for _ in numbers]
+    captured: dict[str, list[Any]] = {name: [None for _ in numbers] for name, numbers in wanted.items()}
 
-    def keep(i: int, module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
-        states = output[0] if output is not None else args[0] if args else kwargs["hidden_states"]
-        captured[i] = states
+    def keep(of: list[Any], i: int, module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+        of[i] = output[0] if output is not None else args[0] if args else kwargs["hidden_states"]
 
     with contextlib.ExitStack() as hooks:
-        every = [(name, number) for name, numbers in wanted.items() for number in numbers]
-        for i, (name, number) in enumerate(every):
-            blocks, own = layers(model, name), functools.partial(keep, i)
-            if number < len(blocks):
-                hook = blocks[number].register_forward_pre_hook(own, with_kwargs=True)
-            else:
-                hook = stack(model, name).register_forward_hook(own, with_kwargs=True)
-            hooks.enter_context(hook)
+        for name, numbers in wanted.items():
+            if name not in family(model).stacks:
+                raise ValueError(f"wanted: expected {' and '.join(family(model).stacks)}, as in this model, got {name}")
+            blocks = layers(model, name)
+            for i, number in enumerate(numbers):
+                if not 0 <= number <= len(blocks):
+                    raise ValueError(f"wanted: expected states 0 to {len(blocks)} of this {name}, got {number}")
+                own = functools.partial(keep, captured[name], i)
+                if number < len(blocks):
+                    hook = blocks[number].register_forward_pre_hook(own, with_kwargs=True)
+                else:
+                    hook = stack(model, name).register_forward_hook(own, with_kwargs=True)
+                hooks.enter_context(hook)
         yield captured
+    for name, states in captured.items():
+        if any(state is None for state in states):
+            raise RuntimeError(f"{name}: states {[*wanted[name]]} were not all computed inside the capture")

@@ -52,9 +52,9 @@ def needs(method: Method, student: Any, teacher: Any) -> tuple[Needs, Needs]:
 def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | None = None) -> dict[str, Any]:
     """Run a model, which may be wrapped, on a batch, and return what is needed: [q, k, v] by the names of places.
 
-    And "states", a list of hidden states, projected if the model has a `hidden_projection`; and "hidden" and "mixed":
-    what the head is given for the batch and for its mixed examples, [B, L, H], with the `fastkd.Head`. L is 1 for
-    classes.
+    And "states", a list of hidden states of all stacks, projected if the model has a `hidden_projection`; and "hidden"
+    and "mixed": what the head is given for the batch and for its mixed examples, [B, L, H], with the `fastkd.Head`. L
+    is 1 for classes.
     """
     bare: Any = extract_model_from_parallel(model)
     names = ["hidden"] * needs.plain + ["mixed"] * needs.mixed
@@ -67,7 +67,8 @@ def forward(model: Any, inputs: Mapping[str, Any], needs: Needs, mixup: Mixup | 
         hidden = given[0] if given[0].dim() == 3 else given[0][:, None]
         return {
             **captured,
-            "states": [project(state) for state in states],  # here, for DDP to see that the projection is used
+            # projected here, for DDP to see that the projection is used
+            "states": [project(state) for of in states.values() for state in of],
             "given": dict(zip(names, hidden.chunk(max(len(names), 1)), strict=False)),
             "used": used(given_to) if names else [],
         }
