@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -19,6 +21,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 PYTHONS = ["3.10.0", "3.11.7", "3.12.0", "3.13.1", "3.14.0"]
 
 
@@ -124,6 +128,16 @@ def test_what_an_untested_version_breaks_is_no_traceback(
     )
 
 
+def named(extra: str, environment: dict[str, str]) -> Iterator[Requirement]:
+    """What an extra asks for, also by the names of others, on a machine."""
+    for requirement in map(Requirement, EXTRAS[extra]):
+        if requirement.name != PROJECT["name"]:
+            yield requirement
+        elif requirement.marker is None or requirement.marker.evaluate(environment):
+            for other in requirement.extras:
+                yield from named(other, environment)
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_lock_keeps_to_the_ranges(python: str) -> None:
     """For every Python on Linux: one exact version of everything that the extras name, within its range."""
@@ -137,8 +151,16 @@ def test_the_lock_keeps_to_the_ranges(python: str) -> None:
             (pin,) = requirement.specifier
             assert pin.operator == "==" and "+" not in pin.version, requirement
             assert pins.setdefault(canonicalize_name(requirement.name), pin.version) == pin.version
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    for requirement in map(Requirement, [*project["dependencies"], *extras["train"], *extras["test"]]):
+    wanted = [*map(Requirement, PROJECT["dependencies"]), *named("train", environment), *named("test", environment)]
+    assert {"liger-kernel", "peft"} < {requirement.name for requirement in wanted}
+    for requirement in wanted:
         if requirement.marker is None or requirement.marker.evaluate(environment):
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_a_range_stands_in_one_place() -> None:
+    """Other extras name the extra of a package that fastkd works with."""
+    for extra in doctor.PARTNERS:
+        (package,) = map(Requirement, EXTRAS[extra])
+        others = [Requirement(line).name for name, lines in EXTRAS.items() if name != extra for line in lines]
+        assert package.name not in others and package.specifier
