@@ -1,15 +1,15 @@
 """cka_loss in Triton, for GPUs: all pairs of layers in one launch of each kernel, and nothing centred in memory.
 
 With B the teacher's and A the student's hidden states less their means, the products that the loss and its gradient
-are made of are tiles of one symmetric matrix, (B|A)^T (B|A), or, with fewer tokens than Ds + Dt, of the Grams A A^T and
-B B^T: see fastkd/ops/cka_loss.py, which has the mathematics and the choice between the two.
+are made of are tiles of one symmetric matrix, (B|A)^T (B|A): see fastkd/ops/cka_loss.py, which has the mathematics.
+With fewer tokens than Ds + Dt its other form is cheaper, which fastkd/ops/drivers/cka_loss_gpu.py leaves to torch.
 
 - `means_kernel` takes means from the first valid token on, so that an offset costs nothing.
 - `covariance_kernel` owns a tile of the upper half of (B|A)^T (B|A) and goes through the tokens. Rows are centred
   between memory and the tensor cores. A tile of B^T B ends as one number, its sum of squares; one of (B|A)^T A is also
-  stored, where a gradient is wanted. `gram_kernel` owns the same tile of both Grams.
+  stored, where a gradient is wanted.
 - `loss_kernel` adds those numbers up, and turns what was stored into the factor of the gradient.
-- `gradient_kernel` and `gram_gradient_kernel` are the GEMM of centred rows with that factor.
+- `gradient_kernel` is the GEMM of centred rows with that factor.
 
 No program adds to what another wrote, and sums are taken in one order: results do not depend on scheduling. How many
 tokens are valid stays on the device.
@@ -19,10 +19,10 @@ Hidden states of 16 bits are centred in fp32 and rounded once for the tensor cor
 states before they were 16 bits, the gradient is then at most 1.8 times as far as the one of fp32 arithmetic on the same
 inputs, and with an offset of 50 standard deviations, which costs those most, as far.
 
-The floor of a pair, with W = Ds + Dt: N W (W + 1) FLOPs forward and 2 N W Ds backward, or N (N + 1) W and 2 N^2 Ds by
-Grams. Memory has to be read twice (means, products) and once more for the gradient, 2 N W + N W + N Ds numbers in all:
-at W 1280 and 16 bits that is 320 FLOPs a byte forward, which the tensor cores bound. By tiles, a pair of n blocks of
-columns computes n (n + 1) / 2 of n^2 tiles.
+The floor of a pair, with W = Ds + Dt: N W (W + 1) FLOPs forward and 2 N W Ds backward. Memory has to be read twice
+(means, products) and once more for the gradient, 2 N W + N W + N Ds numbers in all: at W 1280 and 16 bits that is 320
+FLOPs a byte forward, which the tensor cores bound. By tiles, a pair of n blocks of columns computes n (n + 1) / 2 of
+n^2 tiles.
 
 N tokens, Ds and Dt widths. Neither is a constant of the kernels.
 """
@@ -39,7 +39,7 @@ from torch import Tensor
 from .common import _choose, _dot, _double, _load_valid, _rounded
 from .tuning import launch
 
-__all__ = ["cka_loss", "cka_loss_backward"]
+__all__ = ["cka_loss", "cka_loss_backward_"]
 
 T = TypeVar("T")
 
@@ -272,63 +272,6 @@ def covariance_kernel(
         _store_covariance(_choose(pair, factors), total, where, left_ours, right_ours)
 
 
-@triton.jit
-def _gram_tile(
-    matrix, row_start, column_start, mask, tokens, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, F: tl.constexpr
-):
-    """A tile of A A^T."""
-    row_valid = _load_valid(mask, row_start + tl.arange(0, BLOCK), tokens)
-    column_valid = _load_valid(mask, column_start + tl.arange(0, BLOCK), tokens)
-    total = tl.zeros((BLOCK, BLOCK), F)
-    for start in range(0, matrix[2], BLOCK_K):
-        mean = _load_mean(matrix, start, BLOCK_K)
-        x = _centred(_load_rows(matrix, row_start, row_valid, start, BLOCK_K), row_valid, mean, F)
-        y = _centred(_load_rows(matrix, column_start, column_valid, start, BLOCK_K), column_valid, mean, F)
-        total += _dot(x, tl.trans(y), F)
-    return total
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def gram_kernel(
-    students,
-    teachers,
-    masks,  # [N], or no tuple but None
-    means,  # [Dt + Ds]
-    tokens,
-    factors,  # [N, N], for A A^T, or no tuple but None
-    others,  # [N, N], for B B^T, or no tuple but None
-    sums,  # [pairs, NORMS, programs]
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    F: tl.constexpr,
-):
-    """A tile of the upper half of A A^T and of B B^T."""
-    pair, program = tl.program_id(1), tl.program_id(0)
-    count = _choose(pair, tokens)
-    mask = _mask_of(pair, masks)
-    blocks = tl.cdiv(count, BLOCK)
-    i, j = _upper_tile(program, blocks)
-    if (i > j) | (j >= blocks):
-        return
-    student, teacher = _choose_pair(pair, students, teachers, means)
-    ours = _gram_tile(student, i * BLOCK, j * BLOCK, mask, count, BLOCK, BLOCK_K, F)
-    theirs = _gram_tile(teacher, i * BLOCK, j * BLOCK, mask, count, BLOCK, BLOCK_K, F)
-
-    twice = tl.where(i == j, 1, 2)
-    out = sums + pair * NORMS * tl.num_programs(0) + program
-    cross = tl.sum(tl.sum(ours * theirs, 1).to(tl.float64), 0)
-    tl.store(out + CROSS * tl.num_programs(0), twice * cross)
-    tl.store(out + STUDENT * tl.num_programs(0), twice * _square_sum(ours))
-    tl.store(out + TEACHER * tl.num_programs(0), twice * _square_sum(theirs))
-    if factors is not None:
-        factor, other = _choose(pair, factors), _choose(pair, others)
-        _store_tile(factor, ours, i * BLOCK, j * BLOCK, count, count)
-        _store_tile(other, theirs, i * BLOCK, j * BLOCK, count, count)
-        if i != j:
-            _store_tile(factor, tl.trans(ours), j * BLOCK, i * BLOCK, count, count)
-            _store_tile(other, tl.trans(theirs), j * BLOCK, i * BLOCK, count, count)
-
-
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -340,15 +283,14 @@ def _norm(sums, programs):
         index = start + tl.arange(0, 256)
         total += tl.load(sums + index, mask=index < programs, other=0)
     total = tl.sum(total, 0)
-    return tl.sqrt(tl.where(total < 0, 0, total))  # of Grams, c^2 can be rounded to less than 0; NaN passes
+    return tl.sqrt(total)
 
 
 @triton.jit(do_not_specialize=["sizes", "teacher_sizes", "programs"])
 def loss_kernel(
-    factors,  # of covariance_kernel or gram_kernel, in place; or no tuple but None
-    others,  # of gram_kernel, or no tuple but None
+    factors,  # of covariance_kernel, in place; or no tuple but None
     sizes,  # of factors
-    teacher_sizes,  # how many of them are of B^T A, and come first; none by Grams
+    teacher_sizes,  # how many of them are of B^T A, and come first
     sums,  # [pairs, NORMS, programs]
     programs,
     counts,  # [pairs]
@@ -377,9 +319,6 @@ def loss_kernel(
         pointers = _choose(pair, factors) + index
         found = tl.load(pointers, mask=exists, other=0)
         scaled = found.to(tl.float64) * tl.where(index < _choose(pair, teacher_sizes), -alpha, beta)
-        if others is not None:
-            other = tl.load(_choose(pair, others) + index, mask=exists, other=0)
-            scaled -= alpha * other.to(tl.float64)
         tl.store(pointers, scaled.to(found.dtype), mask=exists)
 
 
@@ -471,45 +410,6 @@ def gradient_kernel(
     _store_gradient(_choose(pair, gradients), total, scale, valid, row_start, column_start, count, width)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def gram_gradient_kernel(
-    students,
-    teachers,
-    masks,  # [N], or no tuple but None
-    means,  # [Dt + Ds]
-    tokens,
-    factors,  # [N, N]
-    gradients,  # [N, Ds]
-    scales,  # [pairs], the gradient of each loss
-    lifts,  # [pairs], or None
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    F: tl.constexpr,
-):
-    """A tile of factor A."""
-    pair, program = tl.program_id(1), tl.program_id(0)
-    student, _ = _choose_pair(pair, students, teachers, means)
-    width, count = student[2], _choose(pair, tokens)
-    rows, columns = tl.cdiv(count, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    if program >= rows * columns:
-        return
-    i, j = _grouped_tile(program, rows, columns)
-    row_start, column_start = i * BLOCK_M, j * BLOCK_N
-    mask = _mask_of(pair, masks)
-    lift = _lift_of(pair, lifts, F)
-    factor, mean = _choose(pair, factors), _load_mean(student, column_start, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), F)
-    for start in range(0, count, BLOCK_K):
-        valid = _load_valid(mask, start + tl.arange(0, BLOCK_K), count)
-        y = _centred(_load_rows(student, start, valid, column_start, BLOCK_N), valid, mean, F)
-        x = _load_factor(factor, row_start, start, count, count, lift, BLOCK_M, BLOCK_K)
-        total += _dot(_rounded(x, y.dtype), y, F)
-    valid = _load_valid(mask, row_start + tl.arange(0, BLOCK_M), count)
-    scale = (tl.load(scales + pair) / lift.to(tl.float64)).to(F)
-    _store_gradient(_choose(pair, gradients), total, scale, valid, row_start, column_start, count, width)
-
-
 # ---- launch ----------------------------------------------------------------------------------------------------------
 MEAN_TILE = {"BLOCK_N": 128, "BLOCK_D": 32}
 LOSS_BLOCK = 2048
@@ -524,7 +424,6 @@ class _Setting:
     dtype: torch.dtype  # of operands
     exact: torch.dtype  # of sums and factors: fp64 or fp32
     masked: bool
-    by_grams: bool
 
     def launch(self, kernel: str, case: tuple, run: Callable[[dict], T]) -> T:
         return launch(kernel, self.dtype.itemsize, 0, (self, case), run)
@@ -534,10 +433,10 @@ class _Setting:
         return tl.float64 if self.exact == torch.float64 else tl.float32
 
 
-def _setting(student: Tensor, teacher: Tensor, mask: Tensor | None, by_grams: bool) -> _Setting:
+def _setting(student: Tensor, teacher: Tensor, mask: Tensor | None) -> _Setting:
     exact = torch.float64 if student.dtype == torch.float64 else torch.float32
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return _Setting(dtype if dtype.itemsize < exact.itemsize else exact, exact, mask is not None, by_grams)
+    return _Setting(dtype if dtype.itemsize < exact.itemsize else exact, exact, mask is not None)
 
 
 def _matrices(xs: list[Tensor], setting: _Setting) -> tuple:
@@ -566,7 +465,7 @@ def _programs_of_upper_half(blocks: int) -> int:
     return columns**2 * bands * (bands + 1) // 2
 
 
-def _forward(
+def _launch_forward(
     setting: _Setting,
     student: list[Tensor],
     teacher: list[Tensor],
@@ -589,29 +488,22 @@ def _forward(
     )
 
     factors = None if factor is None else tuple(factor)
-    others = None if factor is None or not setting.by_grams else tuple(torch.empty_like(x) for x in factor)
-    sides = [(n,) for n in tokens] if setting.by_grams else widths
 
     def run(options: dict) -> Tensor:
         """[pairs, NORMS, programs]"""
-        programs = [_programs_of_upper_half(sum(triton.cdiv(n, options["BLOCK"]) for n in side)) for side in sides]
+        programs = [_programs_of_upper_half(sum(triton.cdiv(n, options["BLOCK"]) for n in pair)) for pair in widths]
         sums = counts.new_zeros(len(student), NORMS.value, max(1, *programs))
-        grid = sums.shape[2], len(student)
-        if setting.by_grams:
-            gram_kernel[grid](*common, factors, others, sums, F=setting.kind, **options)
-        else:
-            covariance_kernel[grid](*common, factors, sums, F=setting.kind, **options)
+        covariance_kernel[(sums.shape[2], len(student))](*common, factors, sums, F=setting.kind, **options)
         return sums
 
     case = tokens, widths, factor is None
-    sums = setting.launch("gram" if setting.by_grams else "covariance", case, run)
+    sums = setting.launch("covariance", case, run)
     programs = sums.shape[2]
     sizes = tuple(0 if factor is None else factor[n].numel() for n in range(len(student)))
-    teacher_sizes = tuple(0 if setting.by_grams else ours * theirs for ours, theirs in widths)
+    teacher_sizes = tuple(ours * theirs for ours, theirs in widths)
     losses = torch.empty_like(counts)
     loss_kernel[(max(1, triton.cdiv(max(sizes), LOSS_BLOCK)), len(student))](
         factors,
-        others,
         sizes,
         teacher_sizes,
         sums,
@@ -632,7 +524,7 @@ def _lifts(factor: list[Tensor]) -> Tensor:
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (12 - exponent).clamp(-100, 100))
 
 
-def _backward(
+def _launch_backward(
     setting: _Setting,
     student: list[Tensor],
     teacher: list[Tensor],
@@ -643,12 +535,11 @@ def _backward(
     scales: Tensor,
 ) -> None:
     """Fills the gradients of the pairs of a launch."""
-    kernel = gram_gradient_kernel if setting.by_grams else gradient_kernel
 
     def run(options: dict) -> None:
         rows, columns = options["BLOCK_M"], options["BLOCK_N"]
         programs = max(triton.cdiv(x.shape[0], rows) * triton.cdiv(x.shape[1], columns) for x in student)
-        kernel[(programs, len(student))](
+        gradient_kernel[(programs, len(student))](
             *matrices,
             _masks(mask),
             tuple(mean),
@@ -664,50 +555,45 @@ def _backward(
     matrices = _matrices(student, setting), _matrices(teacher, setting)
     lifts = _lifts(factor) if setting.dtype == torch.float16 else None
     case = tuple((*x.shape, t.shape[1]) for x, t in zip(student, teacher, strict=True))
-    setting.launch("gram_gradient" if setting.by_grams else "cka_gradient", case, run)
+    setting.launch("cka_gradient", case, run)
 
 
 def cka_loss(
     student: list[Tensor],  # [N, Ds] each
     teacher: list[Tensor],  # [N, Dt] each
     mask: list[Tensor | None],  # [N] bool each
-    by_grams: list[bool],
     mean: list[Tensor],  # [Dt + Ds] float64 each, of (B|A), to be written
-    factor: list[Tensor],  # [Dt + Ds, Ds], or [N, N] by Grams, each, likewise; empty where it is not wanted
+    factor: list[Tensor],  # [Dt + Ds, Ds] each, likewise; empty where it is not wanted
     eps: float,
     squared: bool,
-) -> Tensor:
-    """The losses [pairs] float64."""
+) -> list[Tensor]:
+    """The losses, 0-d float64."""
     settings = [
-        (_setting(x, t, valid, grams), wanted.numel() > 0)
-        for x, t, valid, grams, wanted in zip(student, teacher, mask, by_grams, factor, strict=True)
+        (_setting(x, t, valid), wanted.numel() > 0)
+        for x, t, valid, wanted in zip(student, teacher, mask, factor, strict=True)
     ]
     losses: dict[int, Tensor] = {}
     with torch.cuda.device_of(student[0]):
         for members in _launches(settings):
             setting, wanted = settings[members[0]]
             lists = [[xs[n] for n in members] for xs in (student, teacher, mask, mean, factor)]
-            found = _forward(setting, *lists[:4], lists[4] if wanted else None, eps, squared)
+            found = _launch_forward(setting, *lists[:4], lists[4] if wanted else None, eps, squared)
             losses.update(zip(members, found.unbind(), strict=True))
-    return torch.stack([losses[n] for n in range(len(student))])
+    return [losses[n] for n in range(len(student))]
 
 
-def cka_loss_backward(
+def cka_loss_backward_(
     student: list[Tensor],  # [N, Ds] each
     teacher: list[Tensor],  # [N, Dt] each
     mask: list[Tensor | None],  # [N] bool each
     mean: list[Tensor],  # [Dt + Ds] each
-    factor: list[Tensor],  # [Dt + Ds, Ds], or [N, N] by Grams, each
-    gradients: list[bool],
-    grad_loss: Tensor,  # [pairs] float64
-) -> list[Tensor]:
-    """The gradients of the students; those not wanted are empty."""
-    found = [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(student, gradients, strict=True)]
-    some = [n for n, x in enumerate(found) if x.numel() > 0]
-    settings = [(_setting(student[n], teacher[n], mask[n], factor[n].shape[0] == factor[n].shape[1]),) for n in some]
+    factor: list[Tensor],  # [Dt + Ds, Ds] each
+    grad_loss: list[Tensor],  # 0-d float64
+    results: list[Tensor],  # [N, Ds] each
+) -> None:
+    """Writes the gradients of the students."""
+    settings = [(_setting(*pair),) for pair in zip(student, teacher, mask, strict=True)]
     with torch.cuda.device_of(student[0]):
         for members in _launches(settings):
-            lists = [[xs[some[m]] for m in members] for xs in (student, teacher, mask, mean, factor, found)]
-            scales = torch.stack([grad_loss[some[m]] for m in members])
-            _backward(settings[members[0]][0], *lists, scales)
-    return found
+            lists = [[xs[n] for n in members] for xs in (student, teacher, mask, mean, factor, results)]
+            _launch_backward(settings[members[0]][0], *lists, torch.stack([grad_loss[n] for n in members]))

@@ -44,9 +44,7 @@ TILE = {
     "bias": _M_N,
     "diagonals": ("BLOCK",),
     "covariance": _SQUARE,
-    "gram": _SQUARE,
     "cka_gradient": _M_N_K,
-    "gram_gradient": _M_N_K,
 }
 ANY = "any"
 # (kernel, bytes of a number, padded head width up to, GPU). Where a GPU has lines of its own, only they count.
@@ -105,17 +103,11 @@ TABLE["diagonals", 8, 64, ANY], TABLE["diagonals", 8, 256, ANY] = Config((32,), 
 # cka_loss, whose widths are no constants.
 TABLE |= {
     ("covariance", 2, 0, ANY): Config((128, 64), 8, 3),
-    ("gram", 2, 0, ANY): Config((128, 32), 8, 4),
     ("cka_gradient", 2, 0, ANY): Config((128, 128, 32), 8, 3),
-    ("gram_gradient", 2, 0, ANY): Config((128, 128, 32), 8, 3),
     ("covariance", 4, 0, ANY): Config((128, 16), 8, 3),
-    ("gram", 4, 0, ANY): Config((64, 16), 8, 2),
     ("cka_gradient", 4, 0, ANY): Config((128, 128, 16), 8, 3),
-    ("gram_gradient", 4, 0, ANY): Config((64, 64, 16), 8, 3),
     ("covariance", 8, 0, ANY): Config((32, 16), 8, 1),
-    ("gram", 8, 0, ANY): Config((32, 16), 8, 1),
     ("cka_gradient", 8, 0, ANY): Config((32, 32, 16), 8, 1),
-    ("gram_gradient", 8, 0, ANY): Config((32, 32, 16), 8, 1),
 }
 
 
@@ -178,12 +170,7 @@ CANDIDATES = {
         *(Config((128, 64), 8, stages) for stages in (2, 4)),
         *(Config((128, 32), 8, stages) for stages in (3, 4)),
     ],
-    ("gram", 2): [Config((128, 32), 8, 3), Config((128, 64), 8, 2), Config((64, 64), 4, 3)],
     ("cka_gradient", 2): [
-        *(Config((128, 128, 64), 8, stages) for stages in (2, 3)),
-        Config((128, 128, 32), 8, 4),
-    ],
-    ("gram_gradient", 2): [
         *(Config((128, 128, 64), 8, stages) for stages in (2, 3)),
         Config((128, 128, 32), 8, 4),
     ],

@@ -1,7 +1,7 @@
 """Compiles kernels/cka.py for GPUs that need not be here, and tells what each binary uses of them.
 
     python -m tests.compile_cka                     # the table of what test_compile_gpu.py checks
-    python -m tests.compile_cka --all               # every dtype, both products and every target
+    python -m tests.compile_cka --all               # every dtype and target
     python -m tests.compile_cka --all --target sm_80
     python -m tests.compile_cka --candidates        # and whatever tuning.autotune would time, which may spill
 
@@ -25,9 +25,9 @@ from .compile_common import DTYPES, FAILS_ON_SM_100, TARGETS, in_parallel, launc
 WIDTHS = 512, 768
 
 
-def call(dtype: torch.dtype, grams: bool, pairs: int) -> None:
+def call(dtype: torch.dtype, pairs: int) -> None:
     """Forward and backward, with masks."""
-    tokens = 1024 if grams else 4096
+    tokens = 4096
     student, teacher = ([torch.empty(tokens, width, dtype=dtype)] * pairs for width in WIDTHS)
     mask = [torch.empty(tokens, dtype=torch.bool)] * pairs
     wanted = [True] * pairs
@@ -37,11 +37,11 @@ def call(dtype: torch.dtype, grams: bool, pairs: int) -> None:
 
 
 def measure(case: tuple) -> list[dict]:
-    """Compiles one case: (target, dtype, whether by Grams, how many pairs)."""
+    """Compiles one case: (target, dtype, how many pairs)."""
     target, dtype, *rest = case
     with launches(target) as found:
         call(DTYPES[dtype], *rest)
-    named = dict(zip(("target", "dtype", "grams", "pairs"), case, strict=True))
+    named = dict(zip(("target", "dtype", "pairs"), case, strict=True))
     return [{**named, "kernel": kernel, **of_launch(target, binary, options)} for kernel, binary, options in found]
 
 
@@ -54,22 +54,22 @@ def measure_candidates(case: tuple) -> list[dict]:
 def chosen() -> list[tuple]:
     """What the tests compile."""
     nvidia = ["sm_80", "sm_90"] + ["sm_100"] * (not FAILS_ON_SM_100)
-    cases = [(target, "bf16", grams, 12) for target in nvidia for grams in (False, True)]
-    return [*cases, ("sm_80", "fp32", False, 2), ("sm_90", "fp32", False, 2), ("gfx942", "bf16", False, 2)]
+    cases = [(target, "bf16", 12) for target in nvidia]
+    return [*cases, ("sm_80", "fp32", 2), ("sm_90", "fp32", 2), ("gfx942", "bf16", 2)]
 
 
 def everything() -> list[tuple]:
-    return list(itertools.product(TARGETS, DTYPES, (False, True), (1, 12)))
+    return list(itertools.product(TARGETS, DTYPES, (1, 12)))
 
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'target':8}{'kernel':15}{'dtype':6}{'product':12}{'pairs':6}"
+        f"{'target':8}{'kernel':15}{'dtype':6}{'pairs':6}"
         f"{'tile':>12}{'warps':>6}{'stages':>7}{'regs':>6}{'local':>7}{'shared':>8}  wgmma  tma"
     ]
     for r in results:
         lines.append(
-            f"{r['target']:8}{r['kernel']:15}{r['dtype']:6}{'Grams' if r['grams'] else 'covariance':12}{r['pairs']:5} "
+            f"{r['target']:8}{r['kernel']:15}{r['dtype']:6}{r['pairs']:5} "
             f"{r['tile']:>12}{r['warps']:6}{r['stages']:7}{r['registers']:6}{r['local']:7}{r['shared']:8}  "
             f"{'yes' if r['wgmma'] else 'no':5}  {'yes' if r['tma'] else 'no'}"
         )

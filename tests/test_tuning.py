@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 tuning = importlib.import_module("fastkd.kernels.tuning")  # ours: a failure to import it is a failure
 attention = importlib.import_module("fastkd.kernels.attention_kl")
 
-SIZES = {"covariance": (2, 4, 8), "gram": (2, 4, 8), "cka_gradient": (2, 4, 8), "gram_gradient": (2, 4, 8)}
+ANY_WIDTH = ("covariance", "cka_gradient")
 Config = tuning.Config
 
 pytestmark = interpreted
@@ -54,7 +54,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list:
 def test_every_kernel_has_a_line(gpu: str):
     for kernel, names in tuning.TILE.items():
         for size in (2, 4, 8):
-            for width in (0,) if kernel in SIZES else (16, 32, 64, 128, 256, 512):
+            for width in (0,) if kernel in ANY_WIDTH else (16, 32, 64, 128, 256, 512):
                 config = tuning.heuristic(kernel, size, width, gpu)
                 assert len(config.tile) == len(names)
                 options = tuning._options((kernel, size, width, gpu), config)
@@ -114,10 +114,9 @@ def test_candidates_of_attention_agree(monkeypatch: pytest.MonkeyPatch, kernel: 
             assert distance(mine, other) <= (1e-6 if other.dtype == torch.float64 else 4e-3), config
 
 
-@pytest.mark.parametrize("tokens", [20, 150])
-def test_candidates_of_cka_agree(monkeypatch: pytest.MonkeyPatch, tokens: int):
+def test_candidates_of_cka_agree(monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
-    student, teacher = (torch.randn(tokens, width, device=DEVICE).bfloat16() for width in (24, 40))
+    student, teacher = (torch.randn(150, width, device=DEVICE).bfloat16() for width in (24, 40))
     op = torch.ops.fastkd
 
     def run():
@@ -132,7 +131,7 @@ def test_candidates_of_cka_agree(monkeypatch: pytest.MonkeyPatch, tokens: int):
     (true,) = reference.cka_loss([student.double()], [teacher.double()], mask=[None], eps=1e-8, squared=False)
     assert abs(plain[0].item() - true.item()) <= 1e-3
     heuristic = tuning.heuristic
-    for kernel in ("gram", "gram_gradient") if tokens == 20 else ("covariance", "cka_gradient"):
+    for kernel in ANY_WIDTH:
         for config in {c.tile: c for c in tuning.CANDIDATES[kernel, 2]}.values():
             monkeypatch.setattr(
                 tuning, "heuristic", lambda *line, k=kernel, c=config: c if line[0] == k else heuristic(*line)

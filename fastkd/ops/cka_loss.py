@@ -38,6 +38,7 @@ from ..checks import (
 )
 from .autograd import Gradient, Loss, apply, constant, differentiable, for_arguments, wants_gradient
 from .drivers.cka_debiased_torch import EXTRA_ROWS, debiased_backward_, debiased_forward
+from .drivers.cka_loss_gpu import gpu_backward_, gpu_forward
 from .drivers.cka_loss_torch import torch_backward_, torch_forward
 from .drivers.huge_pages import in_huge_pages
 from .dtypes import autocast_like_linear, score_dtype, without_autocast
@@ -122,11 +123,9 @@ def _cka_loss(
     if debiased:  # on a GPU, too
         return debiased_forward(student, teacher, mask, by_grams, gradients, eps, squared, group)
     if group is None and backend_for(student[0].device)[0] == "triton":
-        from ..kernels import cka as kernels
-
         means = [_empty_mean(x, t) for x, t in zip(student, teacher, strict=True)]
         factors = [_empty_factor(*pair, debiased) for pair in zip(student, teacher, gradients, strict=True)]
-        return kernels.cka_loss(student, teacher, mask, by_grams, means, factors, eps, squared), means, factors
+        return gpu_forward(student, teacher, mask, means, factors, by_grams, eps, squared), means, factors
     return torch_forward(student, teacher, mask, by_grams, gradients, eps, squared, group)
 
 
@@ -146,12 +145,9 @@ def _cka_loss_backward(
     grad_loss: Tensor,  # [pairs] float64
     debiased: bool = False,
 ) -> list[Tensor]:
-    if not debiased and backend_for(student[0].device)[0] == "triton":
-        from ..kernels import cka as kernels
-
-        return kernels.cka_loss_backward(student, teacher, mask, mean, factor, gradients, grad_loss)
     results = [in_huge_pages(_empty_gradient(x, wanted)) for x, wanted in zip(student, gradients, strict=True)]
-    backward_ = debiased_backward_ if debiased else torch_backward_
+    on_gpu = backend_for(student[0].device)[0] == "triton"
+    backward_ = debiased_backward_ if debiased else gpu_backward_ if on_gpu else torch_backward_
     backward_(student, teacher, mask, mean, factor, gradients, grad_loss, results)
     return results
 

@@ -28,6 +28,7 @@ __all__ = [
     "gram",
     "halves",
     "like_scores",
+    "loss_of_norms",
     "mirror_",
     "row_chunks",
     "statistics",
@@ -193,8 +194,10 @@ def gram(x: Tensor, mean: Tensor, mask: Tensor | None, like: Tensor, workspace: 
     return total
 
 
-def _loss(c: Tensor, s: Tensor, t: Tensor, count: Tensor, eps: float, squared: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a pair by its norms, and the gradient's alpha and beta: all 0-d float64."""
+def loss_of_norms(
+    c: Tensor, s: Tensor, t: Tensor, count: Tensor, eps: float, squared: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a pair by its norms, and the gradient's alpha and beta: float64, 0-d each or of several pairs."""
     power = 2 if squared else 1
     cka = (c / ((s + eps) * (t + eps)).sqrt()) ** power
     alpha = torch.where(c == 0, 0, power * cka / c.square())
@@ -208,7 +211,7 @@ def _from_grams(student, teacher, mask, mean, count, eps, squared, workspace: Me
     theirs = gram(teacher, mean[:width], mask, like, workspace)
     s, t = symmetric_norm(ours), symmetric_norm(theirs)
     c = (ours * theirs).sum(dtype=torch.float64).clamp_min(0).sqrt()
-    loss, alpha, beta = _loss(c, s, t, count, eps, squared)
+    loss, alpha, beta = loss_of_norms(c, s, t, count, eps, squared)
     return loss, ours.mul_(beta).sub_(theirs.mul_(alpha))
 
 
@@ -218,7 +221,7 @@ def _from_covariance(
     cross, ours, theirs = covariance[:width, width:], covariance[width:, width:], covariance[:width, :width]
     c = torch.stack([_square_sum(rows) for rows in cross.split(STRIP)]).sum().sqrt()
     s, t = symmetric_norm(ours), symmetric_norm(theirs)
-    loss, alpha, beta = _loss(c, s, t, count, eps, squared)
+    loss, alpha, beta = loss_of_norms(c, s, t, count, eps, squared)
     if not wanted:
         return loss, covariance.new_empty(0)
     mirror_(ours)
