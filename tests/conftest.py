@@ -7,6 +7,10 @@ import os
 import signal
 from collections.abc import Iterator
 
+# Of torch, NumPy's OpenBLAS and what tests start: their threads wait for each other by turning round, and on cores that
+# several test processes share they do nothing else for most of the time. Before any of them is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
@@ -21,7 +25,7 @@ hypothesis.settings.load_profile("unhurried")
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and the tool goes by that
 
-torch.set_num_threads(1)  # faster for tensors this small, and several test processes share the cores
+torch.set_num_threads(1)  # whatever is set
 
 
 @pytest.fixture(autouse=True)

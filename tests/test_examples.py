@@ -27,7 +27,7 @@ def test_each_fits_on_a_page() -> None:
 def forks() -> Iterator[Forks]:
     """A process that knows transformers, for all examples."""
     pytest.importorskip("transformers")
-    forks = Forks(*MODULES, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    forks = Forks(*MODULES, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     yield forks
     forks.end()
 

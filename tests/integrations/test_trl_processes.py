@@ -18,7 +18,7 @@ TRAINING = {"max_steps": 5, "gradient_accumulation_steps": 2, "learning_rate": 1
 
 def on_two(folder: Path) -> list[dict[Any, Any]]:
     """What each of two processes left."""
-    forks = Forks("tests.integrations.trl_cases", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    forks = Forks("tests.integrations.trl_cases", ACCELERATE_USE_CPU="true")
     ran = forks.run("-m", "tests.integrations.trl_processes", folder, json.dumps(TRAINING), processes=2)
     forks.end()
     assert ran.returncode == 0, ran.stderr[-6000:]
