@@ -6,6 +6,7 @@ of scores, what is written and what may be read, and how much memory it takes.
 
 from __future__ import annotations
 
+import importlib
 import weakref
 
 import pytest
@@ -37,6 +38,7 @@ from .cases import (
 )
 
 pytest.importorskip("triton", reason="Triton is not installed")
+rows = importlib.import_module("fastkd.kernels.rows")  # ours: a failure to import it is a failure
 
 T, V = 20, 103
 # One rounding of the gradient's dtype, of an element of the scores' gradient and of the sum that it is multiplied into.
@@ -340,6 +342,21 @@ def test_memory_is_the_workspace(
     masked = student.hidden.numel() * student.hidden.element_size()
     assert memory.peak - beside <= workspace + accumulator + masked + numbers_of_tokens
     assert memory.peak >= min(workspace, 2 * 4 * tokens * vocabulary) // 2  # it was looked at
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_launch_makes_loss_and_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    launched = []
+    kernel = rows.rows_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(rows, "rows_kernel", Counted())
+    run(inputs_of(dtype=dtype), **everything())
+    assert launched == [(T,)]
 
 
 def test_fp16_gradients_are_lifted_into_range():

@@ -170,11 +170,12 @@ def gpu_forward(
     from ...kernels import cka as kernels
 
     losses: dict[int, Tensor] = {}
-    for grams, forward in ((True, _grams_forward), (False, kernels.cka_loss)):
+    forms: Any = (True, _grams_forward), (False, kernels.cka_loss)
+    for grams, forward in forms:
         members = [n for n, chosen in enumerate(by_grams) if chosen == grams]
         if members:
             lists: list[Any] = [[each[n] for n in members] for each in (student, teacher, mask, mean, factor)]
-            losses.update(zip(members, forward(*lists, eps=eps, squared=squared), strict=True))
+            losses.update(zip(members, forward(*lists, eps, squared), strict=True))
     return torch.stack([losses[n] for n in range(len(student))])
 
 

@@ -55,20 +55,18 @@ class Call(NamedTuple):
         teacher: Tensor | None,  # [n, vocabulary]
         coefficient: Tensor,  # [n]
         labels: Tensor | None,  # [n]
-        loss: Tensor | None,  # [n]
-        stats: Tensor | None,  # [n, 7], given where there is no loss
+        loss: Tensor,  # [n]
         gradient: Tensor | None,  # [n, columns], may be the student
         *objective: Any,
         metrics: Tensor | None = None,  # [n, 6]
     ) -> None:
-        """Writes losses, statistics and metrics of rows, and their gradients: of these what is given."""
+        """Writes losses and metrics of rows, and coefficient * d loss / d student: of these what is given."""
         if not self.in_parts:
-            divergence_rows(student, teacher, coefficient, labels, loss, stats, gradient, *objective, metrics=metrics)
+            divergence_rows(student, teacher, coefficient, labels, loss, None, gradient, *objective, metrics=metrics)
             return
         block = RowBlock(slice(0, len(coefficient)), student, teacher)
-        stats = coefficient.new_empty(len(coefficient), STATS) if stats is None else stats
-        if loss is not None:
-            whole_row_stats([block], coefficient, labels, loss, stats, self.group, *objective, metrics=metrics)
+        stats = coefficient.new_empty(len(coefficient), STATS)
+        whole_row_stats([block], coefficient, labels, loss, stats, self.group, *objective, metrics=metrics)
         if gradient is not None:
             whole_row_gradient(block, stats, coefficient, labels, gradient, *objective)
 

@@ -168,7 +168,7 @@ def on_cpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
             s, t = scores[part], None if target is None else target[part]
             part_labels, told = (None if x is None else x[part] for x in (labels, metrics))
             with_loss = s, t, coefficient[part], part_labels, loss[part]
-            call.rows(*with_loss, None, s if wanted else None, *objective, metrics=told)
+            call.rows(*with_loss, s if wanted else None, *objective, metrics=told)
 
         caps = call.student.softcap, None if teacher is None else teacher.softcap
         capped_(scores, target, caps, wanted, call.group is not None, of_some)

@@ -1,8 +1,8 @@
 """linear_kl on a GPU: scores of some tokens in fp32, straight from the GEMM, and the row primitive.
 
-An element of the scores costs 8 bytes to write and 8 to read for both models, and with gradients 8 to read again and 2
-to write for 16-bit operands. Written over the scores, 4 bytes, the gradient would take another pass to be narrowed.
-Gradients of wider operands stay where they are.
+An element of the scores costs 8 bytes to write and 8 to read for both models, and 2 to write the gradient for 16-bit
+operands: one launch makes the loss and it, and reads again what it did not keep. Written over the scores, 4 bytes, the
+gradient would take another pass to be narrowed. Gradients of wider operands stay where they are.
 
 T tokens, V vocabulary, H hidden width.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ...quantized import QuantizedWeight, row_blocks
 from ..dtypes import fp16_lift, gradient_dtype, score_dtype
-from .divergence_rows import STATS
 from .linear_kl_call import Call, Projection, sum_over
 from .softcap import softcap
 
@@ -177,31 +176,22 @@ def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
             if teacher is not None:
                 both.append(scores[1, : part.stop - part.start, : call.vocabulary])
             slope = slopes[: part.stop - part.start] if sloped else None
-            for target, head in zip(both, (student, teacher), strict=False):
+            for made, head in zip(both, (student, teacher), strict=False):
                 assert head is not None
-                for vocabulary, weights in row_blocks(head.weight, target):
-                    multiply_(target[:, vocabulary], head.hidden[rows], weights.t(), head.scale)
+                for vocabulary, weights in row_blocks(head.weight, made):
+                    multiply_(made[:, vocabulary], head.hidden[rows], weights.t(), head.scale)
                 if head.bias is not None:
-                    target += head.bias[: target.shape[1]]
+                    made += head.bias[: made.shape[1]]
                 if head.softcap is not None:
-                    softcap(target, target, slope if head is student else None, head.softcap)
-            arguments = both[0], None if teacher is None else both[1]
-            row_labels = None if labels is None else labels[rows]
-            metrics = None if call.metrics is None else call.metrics[rows]
-            with_loss = *arguments, coefficient[rows], row_labels, loss[rows]
-            if wanted and in_place:
-                call.rows(*with_loss, None, both[0], *objective, metrics=metrics)
-                if slope is not None:
-                    both[0].mul_(slope)
-            else:
-                stats = coefficient.new_empty(part.stop - part.start, STATS)
-                call.rows(*with_loss, stats, None, *objective, metrics=metrics)
-                if wanted:
-                    target = narrow[part] if slope is None else both[0]
-                    call.rows(*arguments, lifted[rows], row_labels, None, stats, target, *objective)
-                    if slope is not None:
-                        torch.mul(target, slope, out=narrow[part])  # rounded once
+                    softcap(made, made, slope if head is student else None, head.softcap)
+            target = None if not wanted else both[0] if in_place or sloped else narrow[part]
+            call.rows(
+                both[0], None if teacher is None else both[1], lifted[rows], None if labels is None else labels[rows],
+                loss[rows], target, *objective, metrics=None if call.metrics is None else call.metrics[rows],
+            )  # fmt: skip
+            if slope is not None:
+                torch.mul(both[0], slope, out=both[0] if in_place else narrow[part])  # rounded once
         if wanted:
             grad = both[0] if in_place else narrow[: block.stop - block.start]
             total.add(block, grad)
-    return loss, *total.results()
+    return loss if lift is None else loss.div_(lift), *total.results()
