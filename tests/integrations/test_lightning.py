@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.cases import installed
+from tests.forks import free_port
 from tests.train import families
-from tests.train.several_processes import free_port
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, LR = 5, 8, 1e-3

@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 
 from fastkd.integrations.transformers import DistillTrainer
 from tests.cases import distance, end_process
+from tests.forks import free_port
 from tests.integrations.test_transformers import arguments, data, with_lora
 from tests.train import families
-from tests.train.several_processes import free_port
 
 RANKS, STEPS, ROWS = 2, 5, 2  # rows of a process's batch, of which two are accumulated
 # Of each: whether the head is the embedding, whether there are adapters, and what the arguments say.

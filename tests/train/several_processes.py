@@ -1,8 +1,9 @@
 """Runs fastkd-train in several gloo processes: `python -m tests.train.several_processes FOLDER`, for test_processes.py.
 
 FOLDER holds scenarios.json, a list of {name, processes, argv}, and if need be what comes before: {copy, without, patch,
-environment}. They run one after the other; the exit code of each process, what it wrote to stderr, and how many
-seconds it took are left in NAME.RANK.json. What is imported is imported once, and the processes are forked.
+environment}. They run one after the other, those that are {aside} beside all of them, as they mostly sleep; the exit
+code of each process, what it wrote to stderr, and how many seconds it took are left in NAME.RANK.json. What is imported
+is imported once, and the processes are forked.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastkd.train.stages import caching, prepare
 from fastkd.train.training import parallel, trainer
 from tests.forks import free_port
 
-PATIENCE = 60  # seconds
+PATIENCE = 60  # seconds; with what sleeps, twice as much
 DISTURBED = 8  # steps that are done before something happens, two after a checkpoint
 
 
@@ -58,7 +59,7 @@ def signal_in_a_step() -> None:
     trainer.DistillTrainer.training_step = signalling  # type: ignore[method-assign]
 
 
-SLEEP = 25  # seconds, well beyond the patience of those who wait
+SLEEP = 55  # seconds, well beyond the patience of those who wait
 
 
 def sleep_over_data() -> None:
@@ -119,28 +120,44 @@ def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     os._exit(0)  # not through what others registered for a process's end
 
 
+def start(scenario: dict[str, Any], folder: Path) -> list[int]:
+    """Start the processes of a scenario."""
+    if "copy" in scenario:
+        shutil.copytree(folder / scenario["copy"], folder / scenario["name"])
+        for name in scenario["without"]:
+            shutil.rmtree(folder / scenario["name"] / name)
+    port, children = free_port(), []
+    for rank in range(scenario["processes"]):
+        child = os.fork()
+        if child == 0:
+            run(scenario, rank, port, folder)
+        children.append(child)
+    return children
+
+
+def wait(children: list[int], patience: float) -> None:
+    """Wait for processes, and kill what is left of them then."""
+    deadline = time.monotonic() + patience
+    while children and time.monotonic() < deadline:
+        children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
+        time.sleep(0.02)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def main(folder: Path) -> None:
     """Run all scenarios of the folder."""
     torch.set_num_threads(1)
-    for scenario in json.loads((folder / "scenarios.json").read_text()):
-        if "copy" in scenario:
-            shutil.copytree(folder / scenario["copy"], folder / scenario["name"])
-            for name in scenario["without"]:
-                shutil.rmtree(folder / scenario["name"] / name)
-        port, children = free_port(), []
-        for rank in range(scenario["processes"]):
-            child = os.fork()
-            if child == 0:
-                run(scenario, rank, port, folder)
-            children.append(child)
-        deadline = time.monotonic() + PATIENCE
-        while children and time.monotonic() < deadline:
-            children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
-            time.sleep(0.02)
-        print(f"{scenario['name']}: {time.monotonic() - deadline + PATIENCE:.1f} s", flush=True)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    scenarios = json.loads((folder / "scenarios.json").read_text())
+    asleep = [start(scenario, folder) for scenario in scenarios if "aside" in scenario]
+    for scenario in scenarios:
+        if "aside" not in scenario:
+            began = time.monotonic()
+            wait(start(scenario, folder), PATIENCE)
+            print(f"{scenario['name']}: {time.monotonic() - began:.1f} s", flush=True)
+    for children in asleep:
+        wait(children, 2 * PATIENCE)
 
 
 if __name__ == "__main__":
