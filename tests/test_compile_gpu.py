@@ -1,15 +1,9 @@
 """GPU code is compiled for GPUs that are not here, and what the compilers say of it is checked.
 
-Triton, rows: every divergence in fp32 on sm_90, in one kernel and in two; bf16, fp16, fp64, mixed dtypes, no teacher;
-and for sm_80, sm_100 and gfx942 the kernels most likely to spill. Left out, but compiled by `python -m
-tests.compile_rows --all`: the other pairings of dtypes, divergences and targets. Strided columns and unaligned rows are
-not compiled here. Of those left out, some fp64 kernels are known to spill on gfx942.
-
-Triton, attention: what tests/compile_attention.py chooses; all of it by `python -m tests.compile_attention --all`.
-
-Triton, rows of top-k teachers: what tests/compile_topk.py chooses; all of it by `python -m tests.compile_topk --all`.
-
-Triton, cka: what tests/compile_cka.py chooses; all of it by `python -m tests.compile_cka --all`.
+Triton: what the modules of benchmarks/gpu/compile choose, for sm_90 the variety, for sm_80, sm_100 and gfx942 the
+kernels most likely to spill; all of it by `python -m benchmarks.gpu.compile.rows --all`, and likewise of the others.
+Strided columns and unaligned rows are not compiled here. Of rows left out, some fp64 kernels are known to spill on
+gfx942.
 
 nvcc: all of csrc/cuda, for sm_80 and sm_90.
 
@@ -42,8 +36,8 @@ def _printed(*arguments: str):
 
 
 def _compiled(module: str):
-    """What a module found."""
-    return _printed("-m", f"tests.{module}", "--json")
+    """What a module of benchmarks/gpu/compile found."""
+    return _printed("-m", f"benchmarks.gpu.compile.{module}", "--json")
 
 
 def _show(name: str, table: str) -> None:
@@ -58,20 +52,20 @@ def test_every_kernel_compiles_for_hopper_and_none_spills():
     """One case of each, and all that matter of the smallest; the others are long."""
     code = """
 import json
-from tests import compile_attention, compile_cka, compile_rows, compile_softcap, compile_topk
-from tests.compile_common import SHARED_LIMIT, TARGETS
-cases = [(compile_rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in compile_rows.PASSES]
-cases += [(compile_topk, ("sm_90", "fused", "fp32", 64, "labels, temperature"))]
-cases += [(compile_topk, ("sm_90", which, "fp32", 65, "plain")) for which in compile_topk.SHARD_PASSES]
-cases += [(compile_cka, ("sm_90", "bf16", 2))]
-cases += [(compile_attention, ("sm_90", op, "forward_kl", "bf16", 64, 64, False)) for op in ("relation", "diagonals")]
-cases += [(compile_softcap, (target, dtype, True)) for target in TARGETS for dtype in ("fp32", "fp64")]
-cases += [(compile_softcap, ("sm_90", "fp32", False))]
+from benchmarks.gpu.compile import attention, cka, rows, softcap, topk
+from benchmarks.gpu.compile.common import SHARED_LIMIT, TARGETS
+cases = [(rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in rows.PASSES]
+cases += [(topk, ("sm_90", "fused", "fp32", 64, "labels, temperature"))]
+cases += [(topk, ("sm_90", which, "fp32", 65, "plain")) for which in topk.SHARD_PASSES]
+cases += [(cka, ("sm_90", "bf16", 2))]
+cases += [(attention, ("sm_90", op, "forward_kl", "bf16", 64, 64, False)) for op in ("relation", "diagonals")]
+cases += [(softcap, (target, dtype, True)) for target in TARGETS for dtype in ("fp32", "fp64")]
+cases += [(softcap, ("sm_90", "fp32", False))]
 found = {}
 for module, case in cases:
     measured = module.measure(case)
     for one in measured if isinstance(measured, list) else [measured]:
-        name = f"{module.__name__.removeprefix('tests.compile_')}: {one.get('kernel') or one['pass']} {case[0]}"
+        name = f"{module.__name__.split('.')[-1]}: {one.get('kernel') or one['pass']} {case[0]}"
         found[name] = one["local"], one["shared"] <= SHARED_LIMIT["sm_90"]
 print(json.dumps(found))
 """
@@ -83,17 +77,17 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    return _compiled("compile_rows")
+    return _compiled("rows")
 
 
 @pytest.fixture(scope="module")
 def attention() -> list:
-    return _compiled("compile_attention")
+    return _compiled("attention")
 
 
 @pytest.mark.long
 def test_nothing_spills(compiled: dict):
-    from .compile_rows import table
+    from benchmarks.gpu.compile.rows import table
 
     _show("rows", table(compiled["kernels"]))
     spilling = [kernel for kernel in compiled["kernels"] if kernel["local"] != 0]
@@ -119,13 +113,13 @@ def test_two_sum_survives(compiled: dict):
 
 @pytest.fixture(scope="module")
 def topk() -> list:
-    return _compiled("compile_topk")
+    return _compiled("topk")
 
 
 @pytest.mark.long
 def test_no_topk_kernel_spills(topk: list):
     """On NVIDIA's. AMD's compiler puts scalars aside."""
-    from .compile_topk import table
+    from benchmarks.gpu.compile.topk import table
 
     _show("topk", table(topk))
     spilling = [kernel for kernel in topk if kernel["target"].startswith("sm_") and kernel["local"] != 0]
@@ -144,7 +138,7 @@ def test_sixteen_topk_warps_fit_a_multiprocessor(topk: list):
 
 @pytest.mark.long
 def test_no_attention_kernel_spills(attention: list):
-    from .compile_attention import table
+    from benchmarks.gpu.compile.attention import table
 
     _show("attention", table(attention))
     spilling = [kernel for kernel in attention if kernel["local"] != 0]
@@ -160,14 +154,14 @@ def test_attention_multiplies_by_warp_group(attention: list):
 
 @pytest.fixture(scope="module")
 def cka() -> list:
-    return _compiled("compile_cka")
+    return _compiled("cka")
 
 
 @pytest.mark.long
 def test_no_cka_kernel_spills(cka: list):
     """On NVIDIA's. AMD's compiler puts scalars aside that tell the pairs of a launch apart."""
-    from .compile_cka import table
-    from .compile_common import FAILS_ON_SM_100
+    from benchmarks.gpu.compile.cka import table
+    from benchmarks.gpu.compile.common import FAILS_ON_SM_100
 
     _show("cka", table(cka))
     spilling = [kernel for kernel in cka if kernel["target"].startswith("sm_") and kernel["local"] != 0]
@@ -188,7 +182,7 @@ def test_cka_multiplies_by_warp_group(cka: list):
 @pytest.mark.long
 @pytest.mark.parametrize("op", ["compiled", "attention", "cka", "topk"])
 def test_shared_memory_fits(op: str, request: pytest.FixtureRequest):
-    from .compile_common import SHARED_LIMIT
+    from benchmarks.gpu.compile.common import SHARED_LIMIT
 
     found = request.getfixturevalue(op)
     kernels = found["kernels"] if op == "compiled" else found
@@ -204,12 +198,12 @@ def test_shared_memory_fits(op: str, request: pytest.FixtureRequest):
 def cuda() -> list:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    return _compiled("compile_cuda")
+    return _compiled("cuda")
 
 
 @pytest.mark.long
 def test_no_cuda_kernel_spills(cuda: list):
-    from .compile_cuda import table
+    from benchmarks.gpu.compile.cuda import table
 
     _show("cuda", table(cuda))
     assert len(cuda) == 2 * 7 * 3  # targets, divergences and the cross-entropy alone, dtypes

@@ -7,7 +7,7 @@ from triton.compiler import ASTSource
 
 from fastkd.kernels import softcap
 
-from .compile_common import TARGETS, resources
+from .common import TARGETS, resources
 
 
 def measure(case: tuple[str, str, bool]) -> dict:

@@ -1,9 +1,9 @@
 """Compiles kernels/attention_kl.py for GPUs that need not be here, and tells what each binary uses of them.
 
-    python -m tests.compile_attention                     # the table of what test_compile_gpu.py checks
-    python -m tests.compile_attention --all               # every width, bias and target
-    python -m tests.compile_attention --all --target sm_80
-    python -m tests.compile_attention --candidates        # and whatever tuning.autotune would time, which may spill
+    python -m benchmarks.gpu.compile.attention                # the table of what tests/test_compile_gpu.py checks
+    python -m benchmarks.gpu.compile.attention --all          # every width, bias and target
+    python -m benchmarks.gpu.compile.attention --all --target sm_80
+    python -m benchmarks.gpu.compile.attention --candidates   # and whatever tuning.autotune would time, which may spill
 
 The functions are called as on a GPU, with tensors that nobody reads: kernels are compiled as their launches specialise
 them, and not started. Not under TRITON_INTERPRET=1, where kernels are Python functions.
@@ -21,21 +21,23 @@ from fastkd.divergence import DIVERGENCES, beta_of
 from fastkd.kernels import attention_kl as kernels
 from fastkd.kernels import tuning
 
-from .compile_common import DTYPES, FAILS_ON_SM_100, TARGETS, in_parallel, launches, main, of_launch
+from .common import DTYPES, FAILS_ON_SM_100, TARGETS, Launched, in_parallel, launches, main, of_launch
 
 BATCH, HEADS, LENGTH = 2, 4, 512
 # Of all six members the gradient of a relation spills 168 bytes of a thread's.
 MIX = {"forward_kl": 0.5, "reverse_kl": 0.5}
 
 
-def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: int, causal: bool) -> None:
+def call(
+    op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: int, causal: bool, masked: bool = True
+) -> None:
     """relation_kl, or attention_kl without a bias, with a dense one, with diagonals or grouped: with all gradients.
 
     Grouped are four heads of queries on two of the student's keys and one of the teacher's.
     """
     x, y = (torch.empty(BATCH, LENGTH, HEADS * width, dtype=dtype) for width in (width_s, width_t))
     coefficient = torch.empty(BATCH, HEADS, LENGTH, dtype=torch.float64)
-    mask = torch.empty(BATCH, LENGTH, dtype=torch.bool)
+    mask = torch.empty(BATCH, LENGTH, dtype=torch.bool) if masked else None
     objective = Objective(MIX if divergence == "mix" else divergence, 0.5, 1.0, 1.0, 0.0)
     code, beta = objective.code, beta_of(0.5, *objective.weights)
     if op == "relation":
@@ -55,19 +57,19 @@ def call(op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: in
     )
 
 
-def measure(case: tuple) -> list[dict]:
-    """Compiles one case: (target, op, divergence, dtype, student's and teacher's head width, causal)."""
+def binaries(case: tuple) -> list[Launched]:
+    """Compiles one case: (target, op, divergence, dtype, student's and teacher's head width, causal, masked or not)."""
     target, op, divergence, dtype, *rest = case
     with launches(target) as found:
         call(op, divergence, DTYPES[dtype], *rest)
+    whose = [" of q" * options.get("AS_QUERY", False) + " of k" * options.get("AS_KEY", False) for *_, options in found]
+    return [(kernel + of, binary, options) for (kernel, binary, options), of in zip(found, whose, strict=True)]
+
+
+def measure(case: tuple) -> list[dict]:
     names = ("target", "op", "divergence", "dtype", "width_s", "width_t", "causal")
     named = dict(zip(names, case, strict=True))
-    results = []
-    for kernel, binary, options in found:
-        if kernel == "gradient":
-            kernel += " of q" * options["AS_QUERY"] + " of k" * options["AS_KEY"]
-        results.append({**named, "kernel": kernel, **of_launch(target, binary, options)})
-    return results
+    return [{**named, "kernel": name, **of_launch(case[0], *launch)} for name, *launch in binaries(case)]
 
 
 def measure_candidates(case: tuple) -> list[dict]:

@@ -1,23 +1,22 @@
 """Compiles kernels/topk_rows.py for GPUs that need not be here, and tells what each binary uses of them.
 
-    python -m tests.compile_topk                     # the table of what test_compile_gpu.py checks
-    python -m tests.compile_topk --all               # every pass, dtype, number of ids, option and target
-    python -m tests.compile_topk --all --target sm_80
+    python -m benchmarks.gpu.compile.topk                     # the table of what tests/test_compile_gpu.py checks
+    python -m benchmarks.gpu.compile.topk --all               # every pass, dtype, number of ids, option and target
+    python -m benchmarks.gpu.compile.topk --all --target sm_80
 
-One binary serves every divergence: their weights are arguments. Otherwise as tests/compile_rows.py.
+One binary serves every divergence: their weights are arguments. Otherwise as benchmarks/gpu/compile/rows.py.
 """
 
 from __future__ import annotations
 
 import itertools
 
-import triton
 from triton.compiler import ASTSource
 
 from fastkd.divergence import DIVERGENCES
 from fastkd.kernels import topk_rows
 
-from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
+from .common import DTYPES, TARGETS, Launched, in_parallel, launched, main, resources
 
 PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
 SHARD_PASSES = ("shard stats", "shard gradient")  # where the vocabulary is spread; ids are K, and the label
@@ -71,10 +70,13 @@ def source(target: str, which: str, dtype: str, entries: int, options: str) -> t
     return ASTSource(kernel, signature, constexprs=constants, attrs=aligned), launch
 
 
-def measure(case: tuple) -> dict:
+def binaries(case: tuple) -> list[Launched]:
     """Compiles one case: (target, pass, dtype, ids, options)."""
-    kernel, launch = source(*case)
-    compiled = triton.compile(kernel, target=TARGETS[case[0]], options=launch)
+    return [launched(case[0], case[1], *source(*case))]
+
+
+def measure(case: tuple) -> dict:
+    ((_, compiled, launch),) = binaries(case)
     named = dict(zip(("target", "pass", "dtype", "entries", "options"), case, strict=True))
     moves_16_bytes = any(x in compiled.asm.get("ptx", "") for x in ("global.v4.b32", "global.v2.b64"))
     return {**named, "warps": launch["num_warps"], "wide": moves_16_bytes, **resources(case[0], compiled)}

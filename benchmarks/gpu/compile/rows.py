@@ -1,10 +1,10 @@
 """Compiles kernels/rows.py for GPUs that need not be here, and tells what each binary uses of them.
 
-    python -m tests.compile_rows                     # the table of what test_compile_gpu.py checks
-    python -m tests.compile_rows --all               # every divergence, dtype, pass and target: half an hour
-    python -m tests.compile_rows --all --target sm_80
+    python -m benchmarks.gpu.compile.rows                     # the table of what tests/test_compile_gpu.py checks
+    python -m benchmarks.gpu.compile.rows --all               # every divergence, dtype, pass and target: half an hour
+    python -m benchmarks.gpu.compile.rows --all --target sm_80
 
-Not under TRITON_INTERPRET=1, where kernels are Python functions: test_compile_gpu.py starts a process of its own.
+Not under TRITON_INTERPRET=1, where kernels are Python functions: tests/test_compile_gpu.py starts a process of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from fastkd.divergence import DIVERGENCES, divergence_code
 from fastkd.kernels import rows
 
-from .compile_common import DTYPES, TARGETS, in_parallel, main, resources
+from .common import DTYPES, TARGETS, Launched, in_parallel, launched, main, resources
 
 # Loss and gradient; loss and statistics; by them the gradient; loss, statistics and metrics.
 PASSES = ("fused", "stats", "gradient", "metrics")
@@ -55,10 +55,13 @@ def source(
     return ASTSource(rows.rows_kernel, signature, constexprs=constants, attrs=aligned), options
 
 
-def measure(case: tuple) -> dict:
+def binaries(case: tuple) -> list[Launched]:
     """Compiles one case: (target, pass, divergence, student dtype, teacher dtype or None, with cross-entropy)."""
-    kernel, options = source(*case)
-    compiled = triton.compile(kernel, target=TARGETS[case[0]], options=options)
+    return [launched(case[0], case[1], *source(*case))]
+
+
+def measure(case: tuple) -> dict:
+    ((_, compiled, options),) = binaries(case)
     names = ("target", "pass", "divergence", "student", "teacher", "cross_entropy")
     named = dict(zip(names, case, strict=True))
     return {**named, "warps": options["num_warps"], **resources(case[0], compiled)}

@@ -1,11 +1,11 @@
 """Compiles kernels/cka.py for GPUs that need not be here, and tells what each binary uses of them.
 
-    python -m tests.compile_cka                     # the table of what test_compile_gpu.py checks
-    python -m tests.compile_cka --all               # every dtype and target
-    python -m tests.compile_cka --all --target sm_80
-    python -m tests.compile_cka --candidates        # and whatever tuning.autotune would time, which may spill
+    python -m benchmarks.gpu.compile.cka                     # the table of what tests/test_compile_gpu.py checks
+    python -m benchmarks.gpu.compile.cka --all               # every dtype and target
+    python -m benchmarks.gpu.compile.cka --all --target sm_80
+    python -m benchmarks.gpu.compile.cka --candidates        # and whatever tuning.autotune would time, which may spill
 
-As in tests/compile_attention.py, kernels are compiled as their launches specialise them, and not started.
+As in benchmarks/gpu/compile/attention.py, kernels are compiled as their launches specialise them, and not started.
 """
 
 from __future__ import annotations
@@ -20,29 +20,33 @@ from fastkd.backend import interpret_triton
 from fastkd.checks import numbers
 from fastkd.kernels import tuning
 
-from .compile_common import DTYPES, FAILS_ON_SM_100, TARGETS, in_parallel, launches, main, of_launch
+from .common import DTYPES, FAILS_ON_SM_100, TARGETS, Launched, in_parallel, launches, main, of_launch
 
 WIDTHS = 512, 768
 
 
-def call(dtype: torch.dtype, pairs: int) -> None:
-    """Forward and backward, with masks."""
+def call(dtype: torch.dtype, pairs: int, masked: bool = True) -> None:
+    """Forward and backward."""
     tokens = 4096
     student, teacher = ([torch.empty(tokens, width, dtype=dtype)] * pairs for width in WIDTHS)
-    mask = [torch.empty(tokens, dtype=torch.bool)] * pairs
+    mask = [torch.empty(tokens, dtype=torch.bool) if masked else None] * pairs
     wanted = [True] * pairs
     with interpret_triton():  # sends CPU tensors to the kernels, which `launches` does not start
         loss, mean, factor = torch.ops.fastkd.cka_loss(student, teacher, mask, wanted, numbers(1e-8), False)
         torch.ops.fastkd.cka_loss_backward(student, teacher, mask, mean, factor, wanted, loss)
 
 
-def measure(case: tuple) -> list[dict]:
-    """Compiles one case: (target, dtype, how many pairs)."""
+def binaries(case: tuple) -> list[Launched]:
+    """Compiles one case: (target, dtype, how many pairs, masked or not)."""
     target, dtype, *rest = case
     with launches(target) as found:
         call(DTYPES[dtype], *rest)
+    return found
+
+
+def measure(case: tuple) -> list[dict]:
     named = dict(zip(("target", "dtype", "pairs"), case, strict=True))
-    return [{**named, "kernel": kernel, **of_launch(target, binary, options)} for kernel, binary, options in found]
+    return [{**named, "kernel": name, **of_launch(case[0], *launch)} for name, *launch in binaries(case)]
 
 
 def measure_candidates(case: tuple) -> list[dict]:

@@ -1,7 +1,7 @@
 """Compiles csrc/cuda for GPUs that need not be here, and tells what each kernel uses of them.
 
-python -m tests.compile_cuda                     # the table of what test_compile_gpu.py checks
-python -m tests.compile_cuda --target sm_80
+python -m benchmarks.gpu.compile.cuda                     # the table of what tests/test_compile_gpu.py checks
+python -m benchmarks.gpu.compile.cuda --target sm_80
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import triton
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import ROOT
+
+from .common import TOOLS
+
 TARGETS = ("sm_80", "sm_90")
 FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas=-v"]  # as in setup.py
 # Instructions that move 16 bytes: from device to shared memory, past registers, and from registers to device memory.
@@ -25,7 +27,7 @@ WIDE_COPY, WIDE_STORE = "LDGSTS.E.BYPASS.128", "STG.E.128"
 DTYPES = {"float": "fp32", "BFloat16": "bf16", "Half": "fp16"}
 
 
-def _kernel_of(symbol: str) -> tuple[str, str]:
+def kernel_of(symbol: str) -> tuple[str, str]:
     """(divergence, dtype) of a mangled rows_kernel<D, T>."""
     found = re.fullmatch(r".*rows_kernelI(?:NS_\d+(\w+?)E|(v))(?:(f)|N3c10\d+(\w+?)E)EEvNS0_9ArgumentsE", symbol)
     assert found is not None, symbol
@@ -34,8 +36,9 @@ def _kernel_of(symbol: str) -> tuple[str, str]:
 
 def _instructions(binary: Path) -> dict[str, dict[str, int]]:
     """How often each kernel's machine code moves 16 bytes at a time, by its symbol."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "--dump-sass", binary], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        [TOOLS / "cuobjdump", "--dump-sass", binary], check=True, capture_output=True, text=True
+    ).stdout
     found = {}
     for function in text.split("Function : ")[1:]:
         counts = {"copies": function.count(WIDE_COPY), "stores": function.count(WIDE_STORE)}
@@ -43,21 +46,25 @@ def _instructions(binary: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+def build(target: str, output: Path, what: str = "-c") -> str:
+    """What the assembler says of the kernels. what: "-c" for an object file, "-cubin" for machine code alone."""
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    gencode = f"-gencode=arch=compute_{target[3:]},code={target}"
+    unit = ROOT / "csrc" / "cuda" / "divergence_rows.cu"
+    run = subprocess.run(["nvcc", *FLAGS, gencode, *includes, what, unit, "-o", output], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stderr
+
+
 def measure(target: str) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "rows.o"
-        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-        gencode = f"-gencode=arch=compute_{target[3:]},code={target}"
-        unit = ROOT / "csrc" / "cuda" / "divergence_rows.cu"
-        run = subprocess.run(
-            ["nvcc", *FLAGS, gencode, *includes, "-c", unit, "-o", binary], capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
+        said = build(target, binary)
         instructions = _instructions(binary)
     entry = r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes.*?Used (\d+)"
     results = []
-    for symbol, stack, stores, loads, registers in re.findall(entry, run.stderr, re.DOTALL):
-        divergence, dtype = _kernel_of(symbol)
+    for symbol, stack, stores, loads, registers in re.findall(entry, said, re.DOTALL):
+        divergence, dtype = kernel_of(symbol)
         spilled = {"stack": int(stack), "spilled": int(stores) + int(loads), "registers": int(registers)}
         results.append({"target": target, "divergence": divergence, "dtype": dtype, **spilled, **instructions[symbol]})
     return sorted(results, key=lambda r: (r["divergence"], r["dtype"]))

@@ -8,16 +8,18 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from packaging.version import Version
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -29,6 +31,7 @@ TARGETS = {
 }
 # Passes of Triton's own fail there on diagonals and on all of CKA, as docs/limits.md says.
 FAILS_ON_SM_100 = Version(triton.__version__) < Version("3.9")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory a block may have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -50,9 +53,18 @@ class _Device:
         return self.target
 
 
+Launched = tuple[str, Any, dict[str, Any]]  # a kernel's name, its binary, its constants and launch options
+
+
+def launched(target: str, name: str, source: ASTSource, options: dict[str, Any]) -> Launched:
+    """A kernel compiled from the types of its arguments."""
+    constants = {source.fn.arg_names[place]: value for (place,), value in source.constants.items()}
+    return name, triton.compile(source, target=TARGETS[target], options=options), {**constants, **options}
+
+
 @contextmanager
-def launches(target: str):
-    """A list of (kernel, binary, launch options) that fills up where kernels would have been launched."""
+def launches(target: str) -> Iterator[list[Launched]]:
+    """A list of Launched that fills up where kernels would have been launched."""
     found, run = [], JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **options):
@@ -82,15 +94,26 @@ def resources(target: str, compiled) -> dict[str, int]:
         spilled = int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"])
         local = 4 * spilled + int(found["private_segment_fixed_size"])
         return {"registers": int(found["vgpr_count"]), "local": local, "shared": compiled.metadata.shared}
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    (found,) = resource_usage(compiled.asm["cubin"]).values()
+    return {**found, "shared": compiled.metadata.shared}
+
+
+def read_binary(tool: str, option: str, cubin: bytes) -> str:
+    """What cuobjdump or nvdisasm, which Triton brings, prints of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text[text.index("REG:") :])}
-    return {"registers": found["REG"], "local": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
+        return subprocess.run([TOOLS / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def resource_usage(cubin: bytes) -> dict[str, dict[str, int]]:
+    """Registers, and bytes spilled or otherwise in local memory, of every kernel by its symbol."""
+    kernels = {}
+    text = read_binary("cuobjdump", "--dump-resource-usage", cubin)
+    for symbol, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", text):
+        found = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", line)}
+        kernels[symbol] = {"registers": found["REG"], "local": found["STACK"] + found["LOCAL"]}
+    return kernels
 
 
 def of_launch(target: str, compiled, options: dict) -> dict[str, object]:
