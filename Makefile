@@ -8,6 +8,7 @@
 # make wheel   one wheel for Python 3.10 and later and torch 2.11 and later, and a source distribution, in build/dist
 # make lock    renew the versions that all of these install, within pyproject's ranges: $(LOCK)
 # make test-floor  set up with the lowest versions that pyproject allows, in build/floor, then make test there
+# make gpu-count  what the inner loops of the GPU kernels execute, from their machine code: needs no GPU (ten minutes)
 # make gpu     on a machine with a GPU: build, test and measure there, with its own Python and without a network
 #              (PARTS="tests bench" makes some of it, ARGS=--list tells what there is)
 #
@@ -27,7 +28,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(LOC
 resolve = echo '$(2)' | $(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url $(3) \
 	--extra train --extra test --extra docs --extra encoder --extra wheel -o $(1) pyproject.toml -
 
-.PHONY: demo demo-encoder test test-all test-floor wheel lock bench lint docs gpu clean
+.PHONY: demo demo-encoder test test-all test-floor wheel lock bench lint docs gpu gpu-count clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -86,6 +87,10 @@ docs: $(VENV)/.docs
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
+
+# Counts of sm_90 go to benchmarks/results, where git shows what changed.
+gpu-count: $(VENV)/.test
+	$(BIN)/python -m benchmarks.gpu.count --json benchmarks/results/gpu-count-sm_90.json $(ARGS)
 
 # torch first: the extension is built against it, in this environment and not in one of its own. The other stages name the
 # installed package, so that pip adds what the extra needs and builds nothing again.

@@ -8,6 +8,8 @@ trainer/              train_step, cached_step, causal_step, prune; integrations:
                       processes send each other
 studies/              whole trainings over seeds: means and deviations, a figure, a verdict in words
 gpu/                  `make gpu`; roofline and table make a picture and a table of its results
+  compile/              kernels compiled for GPUs that need not be here
+  count/                what their inner loops execute, from the machine code (`make gpu-count`)
 harness/              how it is measured and told; limits: what a machine does at best
 results/              every sample that README's and docs/performance.md's figures come from, or what a run printed
 """

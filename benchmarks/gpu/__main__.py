@@ -30,7 +30,7 @@ BUILD = ROOT / "build"  # ignored by git
 OVERLAY = BUILD / "gpu-venv"
 SKIPPED = -1
 # By their names: what runs kernels, and neither compiles for other GPUs nor tests this.
-TESTS = "(gpu or triton or cuda or tuning) and not compile_gpu and not benchmarks"
+TESTS = "(gpu or triton or cuda or tuning) and not compile_gpu and not gpu_count and not benchmarks"
 # Of a part's time, what starting Python and the last problem may take beyond what bench is told.
 BENCH_MARGIN = 75
 

@@ -1,0 +1,141 @@
+"""What is counted: kernels, which of their loops, what an element is, today's figures and budgets.
+
+A loop is found by what its normal trip executes (`via`): the shortest trip that executes that much is the normal one.
+Careful branches, rescaling when a maximum moves and unaligned ends of rows are longer and stay out. Where several loops
+have such a trip, the shortest are counted: plain, and not careful, variants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+TRITON = "3.7"  # of which `at_most` is; another compiles other machine code
+SCORES = ("BLOCK_M", "BLOCK_N")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kernel of an op."""
+
+    title: str
+    module: str  # of benchmarks/gpu/compile
+    case: tuple[Any, ...]  # of that module, without the target
+    kernel: str  # its name there; of csrc/cuda (divergence, dtype)
+    tile: tuple[str | int, ...]  # elements of a trip of a block: constants of the launch, or numbers, multiplied
+    at_most: tuple[float, float, int]  # on sm_90 today: lane-instructions and exponentials an element, barriers a trip
+    via: tuple[tuple[str, int], ...] = (("MUFU.EX2", 1),)
+    loops: int = 1  # how many to add up
+
+
+@dataclass(frozen=True)
+class Op:
+    """What one call does, in one or more kernels."""
+
+    name: str
+    element: str
+    elements: float  # of `problem`
+    problem: str
+    parts: tuple[Part, ...]
+    floor: tuple[float, float, float]  # what an element takes at least: bytes of device memory, FLOPs, exponentials
+    budget: float | None = None  # lane-instructions an element
+    exponentials: float | None = None  # the same
+
+
+def _rows(dtype: str, which: str, at_most: tuple[float, float, int]) -> Part:
+    return Part(which, "rows", (which, "forward_kl", dtype, dtype, False), which, ("BLOCK",), at_most)
+
+
+def _cuda(dtype: str, which: str, at_most: tuple[float, float, int]) -> Part:
+    """A thread's trip is a chunk of 16 bytes. Statistics copy chunks that are to come, gradients read rows kept."""
+    columns = 4 if dtype == "fp32" else 8
+    via = {"MUFU.EX2": 2 * columns}
+    if which == "statistics":
+        via |= {"LDGSTS.E.BYPASS.128": 2, "STG": 0}
+    else:  # of the rows' dtype
+        via |= {"STG": 1, "F2FP": 0} if dtype == "fp32" else {"STG": 1, "F2FP.BF16": 1}
+    return Part(which, "cuda", (), f"ForwardKL {dtype}", (256, columns), at_most, tuple(via.items()))
+
+
+def _attention(
+    title: str, op: str, divergence: str, widths: tuple[int, int], kernel: str, at_most: tuple[float, float, int],
+    masked: bool = False, loops: int = 1,
+) -> Part:  # fmt: skip
+    tile = ("BLOCK", "BLOCK") if kernel == "diagonals" else SCORES
+    case = (op, divergence, "bf16", *widths, False, masked)
+    return Part(title, "attention", case, kernel, tile, at_most, loops=loops)
+
+
+def _heads(op: str, masked: bool, *figures: tuple[float, float, int]) -> tuple[Part, ...]:
+    """attention_kl between heads of 64."""
+    kernels = ("forward", "gradient of q", "gradient of k", "diagonals")
+    titles = ("forward", "gradient of queries", "gradient of keys", "gradient of the bias")
+    return tuple(
+        _attention(title, op, "forward_kl", (64, 64), kernel, figure, masked)
+        for title, kernel, figure in zip(titles, kernels, figures, strict=False)
+    )
+
+
+def _relation(divergence: str, masked: bool, *figures: tuple[float, float, int]) -> tuple[Part, ...]:
+    """relation_kl from heads of 24 to heads of 12, as of MiniLM."""
+    kernels = {"forward": "forward", "gradient": "gradient of q of k"}
+    return tuple(
+        _attention(
+            title, "relation", divergence, (12, 24), kernel, figure, masked,
+            loops=2 if divergence == "jsd" and title == "forward" else 1,
+        )
+        for (title, kernel), figure in zip(kernels.items(), figures, strict=True)
+    )  # fmt: skip
+
+
+LOGITS = "T 8192, V 128256"
+SEQUENCES = "B 32, A 32, L 512"
+N_LOGITS, N_SCORES = 8192 * 128256.0, 32 * 32 * 512 * 512.0
+# Of 12 layers in tiles of 128: 6 x 4 of C, and the upper half of 4 x 4 of S and 6 x 6 of T; in steps of 64 tokens.
+N_STEPS = 12 * (24 + 10 + 21) * 16384 / 64
+
+
+def _logits(name: str, part: Part, floor_bytes: float, budget: float | None = None) -> Op:
+    return Op(name, "column", N_LOGITS, LOGITS, (part,), (floor_bytes, 0, 2), budget)
+
+
+def _scores(
+    name: str, parts: tuple[Part, ...], flops: float, budget: float | None = None, exponentials: float | None = None
+) -> Op:
+    return Op(name, "score", N_SCORES, SEQUENCES, parts, (0, flops, 4), budget, exponentials)
+
+
+OPS = (
+    _logits("logit_kl statistics, fp32", _rows("fp32", "stats", (83.3, 2, 21)), 8, 35),
+    _logits("logit_kl statistics, bf16", _rows("bf16", "stats", (84.8, 2, 21)), 4, 35),
+    _logits("logit_kl gradient, fp32", _rows("fp32", "gradient", (42.9, 2, 0)), 12, 28),
+    _logits("logit_kl gradient, bf16", _rows("bf16", "gradient", (44.8, 2, 0)), 6, 28),
+    _logits("logit_kl statistics, C++, fp32", _cuda("fp32", "statistics", (45, 2, 0)), 8),
+    _logits("logit_kl statistics, C++, bf16", _cuda("bf16", "statistics", (36.3, 2, 0)), 4),
+    _logits("logit_kl gradient, C++, fp32", _cuda("fp32", "gradient", (27.8, 2, 0)), 4),
+    _logits("logit_kl gradient, C++, bf16", _cuda("bf16", "gradient", (24.2, 2, 0)), 2),
+    _scores("relation_kl", _relation("forward_kl", False, (22.5, 2.25, 2), (47.6, 4, 2)), 192, 50, 4),
+    _scores("relation_kl, mask", _relation("forward_kl", True, (24.7, 2.25, 2), (52.1, 4, 2)), 192),
+    _scores("relation_kl JSD", _relation("jsd", False, (217.7, 6.25, 4), (286.4, 4, 3)), 192, 200),
+    _scores("attention_kl", _heads("attention", False, (23.7, 2.25, 2), (26.5, 2, 2), (29.6, 2, 2)), 768, 60),
+    _scores(
+        "attention_kl, T5's bias",
+        _heads("diagonals", False, (108.7, 4, 8), (50.7, 2, 2), (50.5, 2, 2), (59.7, 2, 18)),
+        768,
+        85,
+        4,
+    ),
+    _scores(
+        "attention_kl, T5's bias, mask",
+        _heads("diagonals", True, (111.4, 4, 8), (55, 2, 2), (55, 2, 2), (68.2, 2, 18)),
+        768,
+    ),
+    Op(
+        "cka_loss, step of 128 x 128 x 64",
+        "step",
+        N_STEPS,
+        "12 layers, N 16384, 768 and 512",
+        (Part("covariance", "cka", ("bf16", 12, False), "covariance", (1,), (88320, 0, 2), (("HGMMA", 1),)),),
+        (0, 2 * 128 * 128 * 64, 0),
+    ),
+)
