@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import fastkd
 
 from .cases import distance, end_process, furthest
-from .test_heads import OF_TRANSFORMERS, logits_of, model_of, peft, with_lora
+from .test_heads import OF_TRANSFORMERS, logits_of, model_of, peft, transformers, with_lora
 
 V = 61
 
@@ -265,3 +266,94 @@ def test_weights_on_all_ranks_are_those_of_one_process(tmp_path: Path, monkeypat
                 if parameter.requires_grad:
                     assert not torch.equal(parameter, before[name])
                     assert distance(weights[name], parameter.detach()) <= 1e-5, (wrapper, name)
+
+
+# ---- tensor parallelism ---------------------------------------------------------------------------------------------
+
+WAYS = ("head", "layers", "transformers")  # what is sharded, by torch's styles or by a model's own plan
+
+
+def _pair(folder: str) -> list[Any]:
+    """A student and a teacher of which every matrix can be halved but the heads, which have an odd number of rows."""
+    return [transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/{kind}") for kind in ("gemma2", "llama")]
+
+
+def _parallel(model: Any, way: str, mesh: Any, folder: str) -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    if way == "transformers":
+        auto = transformers.AutoModelForCausalLM
+        return auto.from_pretrained(f"{folder}/{model.config.model_type}", tp_plan="auto", device_mesh=mesh)
+    columns, rows = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+    plan: dict[str, Any] = {"lm_head": RowwiseParallel() if way == "rows" else ColwiseParallel()}
+    if way == "layers":
+        plan |= {
+            f"model.layers.*.{part}.{name}": ColwiseParallel() for part in ("self_attn", "mlp") for name in columns
+        }
+        plan |= {f"model.layers.*.{part}.{name}": RowwiseParallel() for part in ("self_attn", "mlp") for name in rows}
+    return parallelize_module(model, mesh, plan)
+
+
+def _distilled(student: Any, teacher: Any, sharding: Any = None, teachers: Any = None) -> dict[str, Tensor]:
+    """A loss and its gradients, whole."""
+    batch = batch_of(student)
+    with torch.no_grad():
+        its = fastkd.hidden_states(teacher, **batch)
+    hidden, head = fastkd.hidden_states(student, **batch), fastkd.head(student, sharding=sharding)
+    where = fastkd.targets(student, batch["labels"])
+    loss: Any = fastkd.linear_kl(hidden, head, its, fastkd.head(teacher, sharding=teachers), ce_weight=0.5, **where)
+    found = {"loss": loss, **gradients(student, loss)}
+    return {n: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for n, x in found.items()}
+
+
+def _tensor_parallel(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # transformers reads them
+    mesh, found = init_device_mesh("cpu", (RANKS,)), {}
+    for way in WAYS:
+        student, teacher = (_parallel(model, way, mesh, folder) for model in _pair(folder))
+        assert type(student.lm_head.weight).__name__ == type(teacher.lm_head.weight).__name__ == "DTensor"
+        found[way, "vocabulary"] = _distilled(student, teacher, "vocabulary", "vocabulary")
+        found[way, "data"] = _distilled(student, _pair(folder)[1], "data")
+    refused = {
+        "unsaid": (student, teacher),
+        "a whole teacher": (student, _pair(folder)[1], "vocabulary"),
+        "rows": (_parallel(_pair(folder)[0], "rows", mesh, folder), teacher, "vocabulary", "vocabulary"),
+    }
+    for name, call in refused.items():
+        try:
+            _distilled(*call)
+        except ValueError as error:
+            found[name] = str(error)
+    torch.save(found, f"{folder}/{rank}")
+    end_process()
+
+
+@pytest.mark.long
+def test_heads_that_tensor_parallelism_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On both ranks the loss and all gradients of one process, also where only the student is sharded, and gathered."""
+    if not dist.is_available():
+        pytest.skip("this build of torch has no torch.distributed")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for kind in ("gemma2", "llama"):
+        model_of(kind, tie_word_embeddings=False).save_pretrained(tmp_path / kind)
+    mp.spawn(_tensor_parallel, (str(tmp_path),), nprocs=RANKS)
+    expected = _distilled(*_pair(str(tmp_path)))
+    says = {
+        "unsaid": 'sharding: expected "data" or "vocabulary", as the head is a DTensor',
+        "a whole teacher": "teacher_weight: expected a DTensor of placements (Shard(0),), as student_weight is one",
+        "rows": "student_weight: expected placements (Shard(0),), the vocabulary over a one-dimensional mesh",
+    }
+    for rank in range(RANKS):
+        found = torch.load(tmp_path / str(rank))
+        for name, start in says.items():
+            assert found.pop(name).startswith(start)
+        assert len(found) == 2 * len(WAYS)
+        for name, results in found.items():
+            assert results.keys() == expected.keys(), name
+            for parameter, x in expected.items():
+                assert distance(results[parameter], x) <= 1e-5, (name, parameter)
