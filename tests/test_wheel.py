@@ -1,4 +1,4 @@
-"""What is published: the wheel's contents, what its extension asks of a system, an installation without a compiler."""
+"""What is published: its contents, what its extension asks of a system, an installation without a compiler."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
             inside = f"{package}/{path.relative_to(ROOT / top).as_posix()}"
             assert inside in names and files.read(inside) == path.read_bytes(), f"{inside}: make wheel"
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastkd"}
+
+
+@pytest.mark.long
+def test_the_source_distribution_holds_the_examples(wheel: Path) -> None:
+    top = f"fastkd-{fastkd.__version__}"
+    with tarfile.open(wheel.with_name(f"{top}.tar.gz")) as files:
+        for path in [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.ipynb")]:
+            found = files.extractfile(f"{top}/examples/{path.name}")
+            assert found is not None and found.read() == path.read_bytes(), f"{path.name}: make wheel"
+        assert not [name for name in files.getnames() if "checkpoint.ipynb" in name or name.startswith(f"{top}/tests")]
 
 
 @pytest.mark.long
