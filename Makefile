@@ -9,8 +9,8 @@
 # make lock    renew the versions that all of these install, within pyproject's ranges: $(LOCK)
 # make test-floor  set up with the lowest versions that pyproject allows, in build/floor, then make test there
 # make gpu-count  what the inner loops of the GPU kernels execute, from their machine code: needs no GPU (ten minutes)
-# make gpu     on a machine with a GPU: build, test and measure there, with its own Python and without a network
-#              (PARTS="tests bench" makes some of it, ARGS=--list tells what there is)
+# make gpu     on a machine with a GPU: is it right and how fast, in fifteen minutes, with its own Python, no network
+#              (RUN=right or RUN=peers makes half of it, ARGS=--list tells what there is)
 #
 # But for gpu, everything is installed into $(VENV), in the versions of $(LOCK); LOCK= takes the newest that pyproject
 # allows, but of torch. PYTHON, VENV, LOCK and TORCH can be overridden. TORCH is what pip is given to install: on Linux
@@ -18,6 +18,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+RUN    ?= right peers
 LOCK   ?= constraints.txt
 TORCH  ?= torch==2.13.0
 FLOOR  ?= torch==2.11.0
@@ -86,7 +87,7 @@ docs: $(VENV)/.docs
 	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
+	$(PYTHON) -m benchmarks.device --run $(RUN) $(ARGS)
 
 # Counts of sm_90 go to benchmarks/results, where git shows what changed.
 gpu-count: $(VENV)/.test

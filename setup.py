@@ -5,6 +5,8 @@ FASTKD_BUILD says what to build:
   cpu   the CPU kernels
   cuda  the CPU and CUDA kernels
   none  nothing: a pure-Python install, which works, on the reference implementations and Triton
+
+FASTKD_ARCHITECTURES names the GPUs to compile for instead, as "90" or "80 90".
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from setuptools import setup
 MODES = ("auto", "none", "cpu", "cuda")
 CXX_FLAGS = ["-O2", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CXX_FLAGS += ["-g0"]  # over the -g of Python's own flags, whose notes for debuggers are most of the file
-# Machine code for A100 and for H100/H200, whose blocks form clusters; from the latter's PTX, drivers make the rest.
-ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+# Machine code for A100 and for H100/H200, whose blocks form clusters; from the last one's PTX, drivers make the rest.
+*FIRST, LAST = os.environ.get("FASTKD_ARCHITECTURES", "80 90").split()
+ARCHITECTURES = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in FIRST]
+ARCHITECTURES += [f"-gencode=arch=compute_{LAST},code=[sm_{LAST},compute_{LAST}]"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "--threads=2", "--split-compile=0", *ARCHITECTURES]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 PYTHON_ABI = "cp310"

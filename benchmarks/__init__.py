@@ -7,7 +7,8 @@ ops/                  a file for each op, under its name: its problems, its peer
 trainer/              train_step, cached_step, causal_step, prune; integrations: in other packages' loops; scaling: what
                       processes send each other
 studies/              whole trainings over seeds: means and deviations, a figure, a verdict in words
-gpu/                  `make gpu`; roofline and table make a picture and a table of its results
+device/               `make gpu`: fifteen minutes with a GPU, in two runs; what they find becomes results at home
+gpu/                  roofline and table make a picture and a table of results of GPUs
   compile/              kernels compiled for GPUs that need not be here
   count/                what their inner loops execute, from the machine code (`make gpu-count`)
 harness/              how it is measured and told; limits: what a machine does at best

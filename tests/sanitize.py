@@ -79,12 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--divergences", nargs="+", choices=list(DIVERGENCES), default=list(DIVERGENCES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="by name; all of them by default")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     dtypes, done = [DTYPES[name] for name in options.dtypes], 0
     with running_on("triton") as (impl, device):
         long_rows = LONG_ROWS if device.type == "cuda" else ()
         for op, dtype, sizes, keywords in calls(options.divergences, dtypes, long_rows):
+            if options.ops and op.name not in options.ops:
+                continue
             inputs = to(op.make(UNRELATED, **sizes), dtype, device)
             keywords = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
             for name, way in ways(op).items():

@@ -1,4 +1,4 @@
-"""The benchmarks run, their memory meter measures, and what `make gpu` makes of results is right."""
+"""The benchmarks run, their memory meter measures, and what is made of results of GPUs is right."""
 
 from __future__ import annotations
 
@@ -146,87 +146,7 @@ def test_memory_against_length(tmp_path: Path) -> None:
     assert (tmp_path / "relation_kl_memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-# ---- make gpu --------------------------------------------------------------------------------------------------------
-
-
-def gpu(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """`make gpu` on a machine where no GPU is visible."""
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
-        cwd=ROOT,
-        timeout=120,
-    )
-
-
-def test_gpu_needs_one(tmp_path: Path) -> None:
-    done = gpu("--out", tmp_path)
-    assert done.returncode == 2
-    assert re.fullmatch(r"make gpu: no GPU is visible to torch \S+\n", done.stdout)
-    assert not list(tmp_path.iterdir())
-
-
-def test_gpu_prints_its_commands(tmp_path: Path) -> None:
-    done = gpu("--dry-run", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    commands = [line.removeprefix("$ ") for line in done.stdout.splitlines() if line.startswith("$ ")]
-    for text in (
-        "pip install",
-        "-m fastkd.doctor",
-        "pytest",
-        "--tool racecheck",
-        "harness.limits",
-        f"--json {tmp_path}",
-    ):
-        assert any(text in command for command in commands), text
-    scripts = re.findall(r"tests/\w+\.py", "\n".join(commands))
-    modules = re.findall(r"-m ((?:benchmarks|tests)\.\S+)", "\n".join(commands))
-    assert len(scripts) > 10 and len(set(modules)) == 5
-    for script in (*scripts, *(name.replace(".", "/") + ".py" for name in modules)):
-        assert (ROOT / script).is_file(), script
-    assert not list(tmp_path.iterdir())
-    some = gpu("--dry-run", "--out", tmp_path, "table", "doctor").stdout
-    assert re.findall(r"^==== (\w+)", some, re.MULTILINE) == ["table", "doctor"]
-
-
-def test_gpu_fits_in_its_time() -> None:
-    listed = dict(re.findall(r"^(\w+) +(\d+) s", gpu("--list").stdout, re.MULTILINE))
-    assert list(listed) == ["build", "doctor", "tests", "sanitize", "limits", "bench", "roofline", "table"]
-    assert sum(map(int, listed.values())) <= 25 * 60
-    assert max(map(int, listed.values())) <= 9 * 60
-
-
-@pytest.mark.long
-def test_gpu_stops_what_takes_too_long_and_goes_on(tmp_path: Path) -> None:
-    """A part that hangs, with a process of its own, one that fails, one that works, and one with no time left."""
-    code = f"""
-import sys
-from benchmarks.gpu import __main__ as gpu
-def run(code):
-    return lambda session: session.run(sys.executable, "-c", code)
-gpu.PARTS = {{run("import subprocess; subprocess.run(['sleep', '600'])"): 6, run("exit(3)"): 20,
-             lambda session: gpu.SKIPPED: 20, run("print('said')"): 20, run("print('unsaid')"): 1}}
-for part, name in zip(gpu.PARTS, ("hangs", "fails", "skips", "works", "late")):
-    part.__name__ = name
-gpu.gpu_problem = lambda: None
-sys.argv = ["gpu", "--out", {str(tmp_path)!r}]
-print("code", gpu.main())
-"""
-    output = python("-c", code)
-    verdicts = re.findall(r"^(hangs|fails|skips|works|late) +(.+?)  +\d+ s of", output, re.MULTILINE)
-    assert verdicts == [
-        ("hangs", "OUT OF TIME"),
-        ("fails", "FAILED (3)"),
-        ("skips", "skipped"),
-        ("works", "ok"),
-        ("late", "OUT OF TIME"),
-    ]
-    assert output.endswith("code 1\n")
-    log = (tmp_path / "gpu.log").read_text()
-    assert "said\n" in log and "unsaid\n" not in log
-    assert log.rstrip() == output.removesuffix("code 1\n").rstrip()
+# ---- what came back from a GPU ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

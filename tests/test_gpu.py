@@ -8,10 +8,9 @@ T tokens, V vocabulary, B batch, L length, A heads, H hidden width, d head width
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
 
 from .cases import (
     ATTENTION_KL,
-    ATTENTION_OPS,
     CKA_LOSS,
     LINEAR_KL,
     LOGIT_KL,
@@ -45,114 +43,17 @@ from .cases import (
     running_on,
     to,
 )
+from .place import Place, arguments, same, value_and_gradients
 from .sanitize import main as call_everything
 from .sanitize import ways
 
 NEAR = Regime("near", 5.0, 0.01)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-Run = Callable[[], tuple[Tensor, ...]]
 
 pytestmark = interpreted
 
 
 # ---- a GPU, or what stands for one -----------------------------------------------------------------------------------
-
-
-class Place:
-    """Where a test runs. In a rehearsal nothing is queued, captured or metered: the same code runs as it is."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.real = device, device.type == "cuda"
-        self.compiler = "inductor" if self.real else "aot_eager"
-
-    def size(self, real: Any, rehearsed: Any) -> Any:
-        return real if self.real else rehearsed
-
-    def some(self, values: Sequence) -> Sequence:
-        """All of them, or one in a rehearsal."""
-        return self.size(values, values[:1])
-
-    def rehearses(self, this: bool) -> None:
-        """Skips a rehearsal of anything else."""
-        if not self.real and not this:
-            pytest.skip("other rehearsals are enough")
-
-    def needs(self, size: int) -> None:
-        """Skips the test where less memory is free."""
-        free = torch.cuda.mem_get_info(self.device)[0] if self.real else size
-        if free < size:
-            pytest.skip(f"needs {size / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} GiB are free")
-
-    def synchronize(self) -> None:
-        if self.real:
-            torch.cuda.synchronize()
-
-    @contextlib.contextmanager
-    def no_waiting(self) -> Iterator[None]:
-        """Whatever makes the host wait for the device raises RuntimeError."""
-        self.synchronize()
-        if self.real:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            if self.real:
-                torch.cuda.set_sync_debug_mode("default")
-
-    @contextlib.contextmanager
-    def another_stream(self) -> Iterator[None]:
-        """What is queued here starts a tenth of a second after what is queued elsewhere."""
-        self.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()) if self.real else contextlib.nullcontext():
-            if self.real:
-                torch.cuda._sleep(200_000_000)
-            yield
-        self.synchronize()
-
-    @contextlib.contextmanager
-    def under_load(self) -> Iterator[None]:
-        """Matrix products on another stream, all the while."""
-        side, matrix = 0, torch.zeros(0)
-        if self.real:
-            side, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device=self.device)
-        with torch.cuda.stream(side) if self.real else contextlib.nullcontext():
-            for _ in range(self.size(50, 0)):
-                matrix = torch.mm(matrix, matrix).clamp(-1, 1)
-        yield
-        self.synchronize()
-
-    def captured(self, run: Run) -> Run:
-        """The run as a CUDA graph: calling it replays what the device was told to do."""
-        if not self.real:
-            return run
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = run()
-
-        def replay() -> tuple[Tensor, ...]:
-            graph.replay()
-            return outputs
-
-        return replay
-
-    def peak(self, run: Run) -> int:
-        """The most bytes that a run held beyond its inputs and what it returns; 0 in a rehearsal."""
-        self.synchronize()
-        before = 0
-        if self.real:
-            run()  # compiles; libraries take memory for good
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        outputs = run()
-        self.synchronize()
-        most = torch.cuda.max_memory_allocated() if self.real else sum(x.nbytes for x in outputs)
-        return most - before - sum(x.nbytes for x in outputs)
 
 
 @pytest.fixture(params=["gpu", "rehearsal"])
@@ -168,52 +69,10 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
         torch.cuda.empty_cache()  # other processes may test on this GPU
 
 
-# ---- calls -----------------------------------------------------------------------------------------------------------
-
-
 def over(ops: Sequence[Op]) -> Any:
     """Parametrizes a test by op and by way of computing it."""
     pairs = [pytest.param(op, way, id=f"{op.name}-{way}".rstrip("-")) for op in ops for way in ways(op)]
     return pytest.mark.parametrize(("op", "way"), pairs)
-
-
-def value_and_gradients(op: Op, inputs: Inputs, impl: str = "fused", **options) -> tuple[Tensor, ...]:
-    """The loss, and the gradients of the student's inputs. The upstream gradient does not come from the host."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in op.student if name in inputs}
-    loss = op.function(**{**inputs, **leaves}, impl=impl, **options)
-    return (loss.detach(), *torch.autograd.grad(loss.sum(), list(leaves.values())))
-
-
-def arguments(op: Op, place: Place, dtype: torch.dtype = torch.float32) -> tuple[Inputs, dict[str, Any]]:
-    """Inputs of usual size, and options that use every tensor an op takes."""
-    sizes = {
-        "logit_kl": {"tokens": place.size(64, 5), "vocabulary": place.size(32100, 67)},
-        "linear_kl": {
-            "tokens": place.size(300, 5), "vocabulary": place.size(32100, 67), "width": place.size(128, 16),
-        },
-        "attention_kl": {"batch": place.size(2, 1), "queries": place.size(507, 9)},
-        "relation_kl": {"batch": place.size(2, 1), "queries": place.size(507, 9)},
-        "cka_loss": {"tokens": place.size(507, 20)},
-    }[op.name]  # fmt: skip
-    inputs, options = op.make(UNRELATED, **sizes), {}
-    if op in TOKEN_OPS:
-        count, last = sizes["tokens"], sizes["vocabulary"] - 1
-        labels = torch.randint(0, last, (count,))
-        labels[1], labels[2] = -100, last
-        weight = torch.rand(count)
-        weight[3] = 0
-        options = {"labels": labels, "weight": weight, "ce_weight": 0.5, "temperature": 2.0, "divergence": "jsd"}
-    elif op in ATTENTION_OPS:
-        length = sizes["queries"]
-        lengths = torch.tensor([[length // 2], [length]][: sizes["batch"]])
-        options = {"key_mask": torch.arange(length) < lengths, "causal": True}
-    else:
-        options = {"mask": torch.arange(sizes["tokens"]) % 5 != 2}
-    return to(inputs, dtype, place.device), placed(options, place.device)
-
-
-def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
 
 
 # ---- the host and the device -----------------------------------------------------------------------------------------
@@ -322,7 +181,7 @@ def test_compiles_without_a_graph_break(place: Place, op: Op, way: str):
 @over(OPS)
 def test_autocast_casts_as_linear_does(place: Place, op: Op, way: str):
     """Logits are no input of a linear layer, and a bias is added in the scores' precision."""
-    place.rehearses("rows" not in way)  # what multiplies there without a GPU would be cast as well
+    place.rehearses(op is not LINEAR_KL)  # what multiplies there without a GPU would be cast as well
     inputs, options = arguments(op, place)
     cast = {name: x if name.endswith(("logits", "table")) else x.bfloat16() for name, x in inputs.items()}
     with ways(op)[way]():

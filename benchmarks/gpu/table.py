@@ -17,7 +17,12 @@ PAGE = ROOT / "docs" / "performance.md"
 BEGIN = "<!-- what was measured on GPUs: python -m benchmarks.gpu.table writes this -->"
 END = "<!-- end of what was measured on GPUs -->"
 NOTHING = "Nothing has been measured on a GPU yet, and no figure for one appears here."
-PEERS = {"eager": ("eager", "reference"), "torch.compile": ("torch.compile",), "Liger": ("Liger", "Liger, Triton")}
+PEERS = {
+    "eager": ("eager", "reference"),
+    "torch.compile": ("torch.compile",),
+    "Liger": ("Liger", "Liger, Triton"),
+    "orda-kernel": ("orda-kernel",),
+}
 HEADER = ("", "fastkd", "as called", "share of the limit", "memory", "error", *PEERS, "meant to reach")
 
 

@@ -23,7 +23,7 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").is_file():
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         cpu = found[1] if found else cpu
-    packages = ("torch", "fastkd", "liger-kernel", "triton")
+    packages = ("torch", "fastkd", "liger-kernel", "orda-kernel", "triton")
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),

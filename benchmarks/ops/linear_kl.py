@@ -39,7 +39,7 @@ from benchmarks.harness.timing import fastest
 from fastkd.ops.drivers.divergence_rows import gpu_row_kernels
 
 IMPLEMENTATIONS = ("fastkd", "reference", "torch.compile", "Liger")
-GPU_ROWS = ("eager", "Liger, Triton")
+GPU_ROWS = ("eager", "Liger, Triton", "orda-kernel")
 LIMIT = "bare GEMMs"
 CHUNKS = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
 TARGETS = (Target(LIMIT, 1.10), Target("torch.compile", 1.0), Target("Liger", 1.0), Target("memory", 130))
@@ -91,6 +91,18 @@ def liger_in_triton(ready: Callable[[Callable[..., Tensor]], Run], device: torch
     on_gpu(device)
     loss = peer("liger_kernel.transformers", "LigerFusedLinearJSD")(jsd_beta=0.0)
     return ready(lambda *x: loss(*x, None))
+
+
+def orda(ready: Callable[[Callable[..., Tensor]], Run], tokens: int, device: torch.device) -> Run:
+    """Its Triton kernels; without a GPU it holds all logits."""
+    loss, teacher = peer("orda_kernel", "distillation_loss"), peer("orda_kernel", "SeparateTeacher")
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)  # only ignore_index is looked for in them
+    weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0}
+
+    def of_both(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+        return loss(hidden, weight, labels, teacher(hidden=teacher_hidden, weight=teacher_weight), **weights).loss
+
+    return ready(of_both)
 
 
 def gemms(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Run:
@@ -146,6 +158,7 @@ def prepare(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[[], 
         "Liger": lambda: liger(ready, T, device),
         "eager": lambda: ready(plain_loss),
         "Liger, Triton": lambda: liger_in_triton(ready, device),
+        "orda-kernel": lambda: orda(ready, T, device),
         LIMIT: lambda: gemms(*inputs),
     }
     for name, context in gpu_row_kernels().items():
