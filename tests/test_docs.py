@@ -7,6 +7,7 @@ every word is read by the program that it is for.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -222,6 +223,27 @@ def anchors(page: Path) -> set[str]:
     """What its headings are called in links."""
     titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\s-]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+FOREIGN = {  # of torch and transformers
+    "index out of range in self",
+    "aten.mm.default got mixed torch.Tensor and DTensor",
+    "Your setup doesn't support bf16/gpu",
+    "cannot import name 'get_kernel' from 'kernels'",
+}
+
+
+def test_messages_that_are_explained_are_said() -> None:
+    """What docs/troubleshooting.md quotes has words of the sources, between the names and numbers that differ."""
+    nodes = [node for path in (ROOT / "fastkd").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    said = FOREIGN | {text for string in strings if len(text := string.strip(": ")) >= 12 and " " in text}
+    tables = re.findall(r"^\| message \|.*\n\|.*\n((?:\|.*\n)+)", prose(DOCS / "troubleshooting.md"), re.MULTILINE)
+    messages = [message.rstrip(" .") for message in re.findall(r"^\| `(.*?)`", "".join(tables), re.MULTILINE)]
+    assert len(messages) > 30
+    assert [message for message in messages if not any(x in message or message in x for x in said)] == []
 
 
 # ---- the reference --------------------------------------------------------------------------------------------------

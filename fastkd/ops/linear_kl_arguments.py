@@ -24,6 +24,11 @@ def _is_given(value: Any, default: Any) -> bool:
     return value is not default and (isinstance(value, Tensor) or value != default)
 
 
+def _shown(value: Any) -> Any:
+    """A number as it is; of a tensor, whose numbers may be thousands, what it is."""
+    return value if isinstance(value, int | float) else type(value).__name__
+
+
 def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Head:
     """One model's head: what is given as its weight, where that is one already, and nothing beside it then."""
     if not isinstance(weight, Head):
@@ -33,7 +38,7 @@ def as_head(model: str, weight: Any, bias: Any, scale: Any, softcap: Any) -> Hea
         if _is_given(value, default):
             raise ValueError(
                 f"{model}_{name}: expected nothing, as {model}_weight is a Head with a {name} of its own, got "
-                f"{value!r}; head._replace({name}=...) makes another Head"
+                f"{_shown(value)}; head._replace({name}=...) makes another Head"
             )
     return weight
 
@@ -43,10 +48,9 @@ def check_alone(weight: Any, bias: Any, scale: Any, softcap: Any) -> None:
     beside = {"weight": (weight, None), "bias": (bias, None), "scale": (scale, 1.0), "softcap": (softcap, None)}
     for name, (value, default) in beside.items():
         if _is_given(value, default):
-            got = value if isinstance(value, int | float) else type(value).__name__
             raise ValueError(
                 f"teacher_{name}: expected {default}, as the teacher is a TopK, whose log-probabilities are what its "
-                f"head has made of hidden states already, got {got}; "
+                f"head has made of hidden states already, got {_shown(value)}; "
                 f"leave it out: where TopK.from_hidden makes the TopK, it is part of the fastkd.Head given there"
             )
 
