@@ -32,7 +32,7 @@ from trl.experimental import gkd, server_distillation
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.server_distillation import ServerDistillationConfig
 
-from ..heads import head, head_module, known
+from ..heads import head
 from ..ops.linear_kl import linear_kl
 from ..ops.logit_kl import logit_kl
 from ..states import hidden_states, targets
@@ -189,12 +189,13 @@ class _OnFastkd:
         self.remove_callback(student)
         _check_parallel(self.accelerator)
         models = [self.model, *([] if self.teacher_model is None else [self.teacher_model])]
-        for model in models:
-            head_module(known(model))  # raises for one that is not known
+        with torch.no_grad():  # raises for one that is not known
+            for model in models:
+                head(model)
         self._vocabulary = _shared_vocabulary(models, self.processing_class)
-        if self._vocabulary is not None:  # what pads the student's head is nothing that the teacher can read
-            padding = range(self._vocabulary, models[0].config.get_text_config().vocab_size)
-            self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *padding] or None
+        if self._vocabulary is not None:  # what pads one head is nothing that the other model can read
+            padding = range(self._vocabulary, max(model.config.get_text_config().vocab_size for model in models))
+            self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *padding]
 
     def _states(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """What the heads of student and teacher are given, [B, L, H] each."""

@@ -78,6 +78,44 @@ def test_training_logs_what_trls_does(name: str, tmp_path: Path) -> None:
     assert name == "gkd" or {"entropy", "eval_entropy"} <= {key for entry in logs[1] for key in entry}
 
 
+def given(way: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a user may give a trainer: settings of its config, and arguments."""
+    if way == "folders":
+        for where, made in (("student", cases.model()), ("teacher", cases.teacher())):
+            made.save_pretrained(folder / where)
+        models = {"model": str(folder / "student"), "teacher_model": str(folder / "teacher")}
+        settings = {"model_init_kwargs": {"attn_implementation": "eager"}, "teacher_model_init_kwargs": {"dtype": None}}
+        return settings, models
+    if way == "the teacher's answers":
+        return {"lmbda": 0.0, "seq_kd": True}, {}
+    peft = pytest.importorskip("peft")
+    if way == "prefixes":
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        return {"lmbda": 0.0, "gradient_checkpointing": False}, {"peft_config": config}  # which TRL fails under
+    torch.manual_seed(0)
+    lora = {"target_modules": "all-linear", "modules_to_save": ["lm_head"], "init_lora_weights": False}
+    return {}, {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", **lora)}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, way) for name in TOGETHER for way in ("folders", "adapters")),
+        *(("gkd", way) for way in ("the teacher's answers", "prefixes")),
+    ],
+)
+def test_training_with_what_users_give(name: str, way: str, tmp_path: Path) -> None:
+    logs = []
+    for stock in (True, False):
+        settings, arguments = given(way, tmp_path)
+        one = cases.trainer(name, stock, tmp_path, arguments=arguments, beta=0.5, max_steps=1, **settings)
+        one.train()
+        one.evaluate(one.train_dataset.select(range(2)))
+        logs.append([*cases.told(one)])
+    for theirs, ours in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_under_autocast_the_loss_is_near_that_of_float32(tmp_path: Path) -> None:
     for name in TOGETHER:
         whole, half = (
@@ -130,6 +168,16 @@ def test_a_token_that_the_teacher_cannot_read_is_an_error(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"input_ids: expected tokens below 488, .* got 500"):
         ours.compute_loss(ours.model, inputs)
     assert ours.generation_config.suppress_tokens == [*range(488, 512)]
+
+
+def test_a_teacher_that_answers_writes_nothing_that_the_student_cannot_read(tmp_path: Path) -> None:
+    teacher = cases.teacher(vocabulary=512)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[488:] *= 50  # so that it would write little else
+    student = cases.model(vocabulary=488)
+    ours = cases.trainer("gkd", False, tmp_path, student, teacher, lmbda=0.0, seq_kd=True, max_steps=1)
+    ours.train()
+    assert ours.state.log_history[0]["loss"] > 0
 
 
 @pytest.mark.parametrize("name", TOGETHER)

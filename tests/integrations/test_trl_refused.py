@@ -92,6 +92,15 @@ def test_models_whose_head_is_not_known(side: str, tmp_path: Path) -> None:
         cases.trainer("distillation", False, tmp_path, **{side: transformers.FalconForCausalLM(config)})
 
 
+@pytest.mark.parametrize("name", TOGETHER)
+def test_adapters_that_no_weight_of_a_head_stands_for(name: str, tmp_path: Path) -> None:
+    """Before anything is trained."""
+    peft = pytest.importorskip("peft")
+    config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "lm_head"], feedforward_modules=[])
+    with pytest.raises(TypeError, match=r"expected LoRA or modules_to_save on the head, got peft.tuners.ia3"):
+        cases.trainer(name, False, tmp_path, arguments={"peft_config": config})
+
+
 def test_a_reduction_that_is_none(tmp_path: Path) -> None:
     logits = torch.randn(2, 3, 5)
     with pytest.raises(
