@@ -14,7 +14,7 @@ from .cases import DEVICE, distance, interpreted, running_on
 
 pytest.importorskip("triton", reason="Triton is not installed")
 tuning = importlib.import_module("fastkd.kernels.tuning")  # ours: a failure to import it is a failure
-attention = importlib.import_module("fastkd.kernels.attention_kl")
+attention = importlib.import_module("fastkd.kernels.attention")
 
 ANY_WIDTH = ("covariance", "cka_gradient")
 Config = tuning.Config

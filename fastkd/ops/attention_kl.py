@@ -1,7 +1,7 @@
 """attention_kl: the divergence between the attention distributions of two models, without an [Lq, Lk] matrix.
 
 On a CPU scores stay in the second-level cache (drivers/attention_kl_cpu.py), on a GPU in registers
-(kernels/attention_kl.py).
+(kernels/attention/).
 
 As in linear_kl, a scalar loss has its gradients made in the forward pass, and losses per row run the op again.
 
@@ -86,7 +86,7 @@ def _attention_kl(
     number, student_scale, teacher_scale, *weights = numbers.tolist()
     beta = beta_of(number, *weights)
     if backend_for(student_q.device)[0] == "triton":
-        from ..kernels import attention_kl as kernels
+        from ..kernels import attention as kernels
 
         return kernels.attention_kl(
             student_q, student_k, teacher_q, teacher_k, student_bias, teacher_bias, coefficient, key_mask, causal,

@@ -83,7 +83,7 @@ def _relation_kl(
 ) -> tuple[list[Tensor], list[Tensor]]:
     number = beta_of(*beta.tolist())
     if backend_for(student[0].device)[0] == "triton":
-        from ..kernels import attention_kl as kernels
+        from ..kernels import attention as kernels
 
         return kernels.relation_kl(
             student, teacher, coefficient, key_mask, causal, num_heads, gradients, divergence, number

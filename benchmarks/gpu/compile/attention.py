@@ -1,4 +1,4 @@
-"""Compiles kernels/attention_kl.py for GPUs that need not be here, and tells what each binary uses of them.
+"""Compiles kernels/attention/ for GPUs that need not be here, and tells what each binary uses of them.
 
     python -m benchmarks.gpu.compile.attention                # the table of what tests/test_compile_gpu.py checks
     python -m benchmarks.gpu.compile.attention --all          # every width, bias and target
@@ -18,7 +18,7 @@ import torch
 
 from fastkd.checks import Objective
 from fastkd.divergence import DIVERGENCES, beta_of
-from fastkd.kernels import attention_kl as kernels
+from fastkd.kernels import attention as kernels
 from fastkd.kernels import tuning
 
 from .common import DTYPES, FAILS_ON_SM_100, TARGETS, Launched, in_parallel, launches, main, of_launch

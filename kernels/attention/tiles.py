@@ -1,0 +1,265 @@
+"""What the kernels of attention_kl and relation_kl have in common: heads in memory, scores and gradients of a tile."""
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    FORWARD_KL,
+    MIX,
+    REVERSE_KL,
+    TVD,
+    _coslope,
+    _dot,
+    _double,
+    _load_valid,
+    _pair_of,
+    _slope,
+    _unmasked,
+)  # fmt: skip
+
+# The score of a masked key: low enough for a probability of exactly zero, and finite, so that differences are too.
+MASKED = tl.constexpr(-1e30)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# What a row is kept as: coefficient, the logarithms log_s and log_t of both models' sums of exponentials, what rounding
+# took from log_t - log_s, mean of u, saturated, and for TVD the sign of q - p at the key with most of q (or 0).
+STATS = tl.constexpr(7)
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+# A matrix is (pointer, batch stride, row stride), and (pointer, row stride) once batch and head are known.
+
+
+@triton.jit
+def choose_head(index, matrices, b, a, WIDTH: tl.constexpr):
+    """Head `a` of sequence `b` of matrices[index]."""
+    pointer, batch_stride, row_stride = matrices[0]
+    for n in tl.static_range(1, len(matrices)):
+        pointer = tl.where(index == n, matrices[n][0], pointer)
+        batch_stride = tl.where(index == n, matrices[n][1], batch_stride)
+        row_stride = tl.where(index == n, matrices[n][2], row_stride)
+    return pointer + b * batch_stride + a * WIDTH, row_stride
+
+
+@triton.jit
+def head_of(matrix, b, a, WIDTH: tl.constexpr):
+    pointer, batch_stride, row_stride = matrix
+    return pointer + b * batch_stride + a * WIDTH, row_stride
+
+
+@triton.jit
+def head_pointers(matrix, start, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to rows [BLOCK, PADDED] of one head, and which columns exist. Offsets inside a block stay below 2^31."""
+    pointer, stride = matrix
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, PADDED)[None, :]
+    return pointer + tl.cast(start, tl.int64) * stride + (row * stride + column), column < WIDTH
+
+
+@triton.jit
+def load_head(matrix, start, used, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [BLOCK, PADDED] of one head, zero where they are not used: a masked NaN times zero would still be NaN."""
+    pointers, exists = head_pointers(matrix, start, WIDTH, PADDED, BLOCK)
+    return tl.load(pointers, mask=used[:, None] & exists, other=0)
+
+
+@triton.jit
+def load_stats(stats, position, queries):
+    """The statistics of a block of rows. Rows that do not exist have a coefficient of zero."""
+    pointers, exists = stats + position, position < queries
+    return (
+        tl.load(pointers, mask=exists, other=0),
+        tl.load(pointers + queries, mask=exists),
+        tl.load(pointers + 2 * queries, mask=exists),
+        tl.load(pointers + 3 * queries, mask=exists),
+        tl.load(pointers + 4 * queries, mask=exists),
+        tl.load(pointers + 5 * queries, mask=exists),
+        tl.load(pointers + 6 * queries, mask=exists),
+    )
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+# They and all logarithms are base 2, the GPU's own: scales carry log2(e), and an exponential is one instruction.
+# A bias of one sequence and head is (pointer, query stride, key stride) or, by distance, (pointer, reach), or () where
+# there is none.
+
+
+@triton.jit
+def log2_scale(scale, F: tl.constexpr):
+    return (_double(scale) * LOG2E).to(F)
+
+
+@triton.jit
+def bias_of_head(bias, b, a):
+    if bias is None:
+        head = ()
+    elif len(bias) == 2:
+        head = bias[0] + a * (2 * bias[1] + 1), bias[1]
+    else:
+        head = bias[0] + b * bias[1] + a * bias[2], bias[3], bias[4]
+    return head
+
+
+@triton.jit
+def _load_bias(bias, query_start, key_start, query, key, used, F: tl.constexpr):
+    """The bias of a tile: of query_start + query and key_start + key."""
+    if len(bias) == 2:
+        pointer, reach = bias
+        distance = (key_start - query_start) + (key - query)
+        pointers = pointer + reach + tl.minimum(tl.maximum(distance, -reach), reach)
+    else:
+        pointer, query_stride, key_stride = bias
+        pointer += tl.cast(query_start, tl.int64) * query_stride + tl.cast(key_start, tl.int64) * key_stride
+        pointers = pointer + (query * query_stride + key * key_stride)
+    return tl.load(pointers, mask=used, other=0).to(F)
+
+
+@triton.jit
+def tile_scores(own, other, scale, bias, query_start, key_start, query, key, used, F: tl.constexpr):
+    """[own, other] scores; `used` says which of them matter."""
+    s = scale * _dot(own, tl.trans(other), F)
+    if len(bias) > 0:
+        s = _unmasked(s + _load_bias(bias, query_start, key_start, query, key, used, F) * LOG2E)
+    return s
+
+
+@triton.jit
+def _log_probabilities(s, t, row):
+    """log q, log p and log(p / q). The statistics of their rows have been broadcast along keys."""
+    _, log_s, log_t, rounded, _, _, _ = row
+    log_q, log_p = s - log_s, t - log_t
+    return log_q, log_p, log_p - log_q - rounded
+
+
+@triton.jit
+def tile_pair(s, t, row):
+    log_q, log_p, log_ratio = _log_probabilities(s, t, row)
+    return _pair_of(tl.exp2(tl.maximum(log_q, log_p)), log_ratio * LN2)
+
+
+@triton.jit
+def _exp2_minus1(x):
+    """2^x - 1 for |x| < 1/2, accurate near 0."""
+    if x.dtype == tl.float64:
+        x *= LN2
+        poly = x * 0 + 1
+        for k in tl.static_range(14, 1, -1):
+            poly = 1 + x * poly / k
+    else:  # relative error 1e-8
+        poly = 1.540351223e-4 * x + 1.339073526e-3
+        poly = poly * x + 9.618237615e-3
+        poly = poly * x + 5.550357327e-2
+        poly = poly * x + 2.402264923e-1
+        poly = poly * x + 6.931471825e-1
+    return x * poly
+
+
+@triton.jit
+def _difference(s, t, row):
+    """q - p, to full relative accuracy."""
+    log_q, log_p, log_ratio = _log_probabilities(s, t, row)
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
+    return tl.where(tl.abs(log_ratio) < 0.5, p * _exp2_minus1(-log_ratio), q - p)
+
+
+@triton.jit
+def along(row, AXIS: tl.constexpr):
+    """The statistics of a block of rows, broadcast along axis `AXIS` of a tile."""
+    coefficient, log_s, log_t, rounded, mean, saturated, sign = row
+    return (
+        tl.expand_dims(coefficient, AXIS),
+        tl.expand_dims(log_s, AXIS),
+        tl.expand_dims(log_t, AXIS),
+        tl.expand_dims(rounded, AXIS),
+        tl.expand_dims(mean, AXIS),
+        tl.expand_dims(saturated, AXIS),
+        tl.expand_dims(sign, AXIS),
+    )
+
+
+@triton.jit
+def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
+    """coefficient * dD/ds for a tile, zero where it is not used, whatever the scores are there."""
+    coefficient, _, _, _, mean, saturated, sign = row
+    if DIVERGENCE == FORWARD_KL:
+        gradient = _difference(s, t, row)
+    elif DIVERGENCE == REVERSE_KL:
+        log_q, _, log_ratio = _log_probabilities(s, t, row)
+        gradient = -tl.exp2(log_q) * (log_ratio + mean)
+    else:
+        pair = tile_pair(s, t, row)
+        # of a mix tvd, and forward and reverse KL, stay apart
+        OTHERS: tl.constexpr = MIX + DIVERGENCE % 32 // 4 * 4 if DIVERGENCE >= MIX else DIVERGENCE
+        slope, coslope = _slope(pair, beta, OTHERS), _coslope(pair, beta, OTHERS)
+        if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
+            # It jumps at p = q, and every kernel rounds scores in its own way. Where nearly all of q is at one key,
+            # the mean is u there: taken with the other sign here, it would not cancel.
+            q = pair[1]
+            of_tvd = tl.where(q > 0.5, 0.5 * sign * q, _slope(pair, beta, TVD))
+            counter = tl.where(q > 0.5, 0.5 * (q - sign * q), _coslope(pair, beta, TVD))
+            if DIVERGENCE == TVD:
+                slope, coslope = of_tvd, counter
+            else:
+                slope, coslope = slope + beta[4][5] * of_tvd, coslope + beta[4][5] * counter
+        slope = tl.where(saturated != 0, -coslope, slope)
+        if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:  # centred before it is rounded
+            gradient = slope - pair[1] * beta[4][1] * (pair[3] + mean / beta[4][1])
+        else:
+            gradient = slope - pair[1] * mean
+        if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
+            gradient += beta[4][0] * pair[2]
+    return tl.where(used, coefficient * gradient, 0)
+
+
+# ---- both models -----------------------------------------------------------------------------------------------------
+# Here a model is (its block of queries, all of the head's keys, scale, bias).
+
+
+@triton.jit
+def model_of(
+    q,
+    k,
+    b,
+    a,
+    start,
+    exists,
+    scale,
+    bias,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile = load_head(head_of(q, b, a, WIDTH), start, exists, WIDTH, PADDED, BLOCK)
+    return tile, head_of(k, b, a // GROUP, WIDTH), scale, bias_of_head(bias, b, a)
+
+
+@triton.jit
+def both_scores(
+    student,
+    teacher,
+    key_mask,
+    query_start,
+    alive,
+    start,
+    keys,
+    CAUSAL: tl.constexpr,
+    WIDTH_S: tl.constexpr,
+    WIDTH_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Both models' scores for a tile of keys, and which of them are not masked."""
+    q, k, scale, bias = student
+    tq, tk, teacher_scale, teacher_bias = teacher
+    i, j = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
+    key = start + tl.arange(0, BLOCK_N)
+    valid = _load_valid(key_mask, key, keys)[None, :]
+    if CAUSAL:
+        valid = valid & (start + j <= query_start + i)
+    used = valid
+    if len(bias) > 0 or len(teacher_bias) > 0:
+        used = valid & alive[:, None]
+    key_rows = load_head(k, start, key < keys, WIDTH_S, q.shape[1], BLOCK_N)
+    s = tile_scores(q, key_rows, scale, bias, query_start, start, i, j, used, F)
+    key_rows = load_head(tk, start, key < keys, WIDTH_T, tq.shape[1], BLOCK_N)
+    t = tile_scores(tq, key_rows, teacher_scale, teacher_bias, query_start, start, i, j, used, F)
+    return s, t, valid
