@@ -27,6 +27,27 @@ if hasattr(signal, "SIGHUP"):
 
 torch.set_num_threads(1)  # whatever is set
 
+# The files that take longest, of the long tests and of the others: one that is begun last leaves the other cores idle.
+FIRST = (
+    "tests/test_compile_gpu.py",
+    "tests/train/test_processes.py",
+    "tests/test_benchmarks.py",
+    "tests/test_examples.py",
+    "tests/test_contract.py",
+    "tests/test_cka_loss.py",
+    "tests/train/test_minidisc.py",
+    "tests/train/test_tool.py",
+    "tests/train/test_plan.py",
+    "tests/train/test_faults.py",
+    "tests/test_triton_attention.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with them; the others stay in their order."""
+    place = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(FIRST)))
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
