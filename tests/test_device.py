@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.device import __main__ as device
-from benchmarks.device import checks, results
+from benchmarks.device import carried, checks, prepare, results
 from benchmarks.device.lines import Lines, read
 from benchmarks.device.phases import PHASES, RUNS
 from benchmarks.device.pool import Worker, answers
@@ -237,3 +240,79 @@ def test_rehearsal(tmp_path: Path) -> None:
     text = done.stdout.split("\n\n")[-1]
     assert re.search(r"^triton: ok, \d+ s; 7 right, 0 wrong, 0 not reached", text, re.MULTILINE), text
     assert re.search(r"^cuda: (ok|skipped), ", text, re.MULTILINE) and "cka_loss N 200" in text
+
+
+# ---- what is carried -------------------------------------------------------------------------------------------------
+
+
+def test_what_was_carried_is_put_where_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carried, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(carried, "CACHE", tmp_path / "cache")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "before")
+    (tmp_path / "root" / "fastkd").mkdir(parents=True)
+    notes, _ = carried.unpacked(tmp_path / "none")
+    assert notes == [f"carried: nothing, as nothing is in {tmp_path / 'none'}"]
+    folder = tmp_path / "carried"
+    (folder / "triton" / "KEY").mkdir(parents=True)
+    (folder / "triton" / "KEY" / "rows_kernel.cubin").write_bytes(b"binary")
+    (folder / "wheels").mkdir()
+    with zipfile.ZipFile(folder / "wheels" / "peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer/__init__.py", "")
+    (folder / carried.EXTENSION).write_bytes(b"\x7fELF .nv_fatbin")
+    notes, variables = carried.unpacked(folder)
+    assert notes == ["carried: peer-1.0, the compiled extension, 1 binaries of Triton"]
+    assert variables["TRITON_CACHE_DIR"] == str(tmp_path / "cache")
+    assert (tmp_path / "cache" / "KEY" / "rows_kernel.cubin").read_bytes() == b"binary"
+    site, before = variables["PYTHONPATH"].split(":")
+    assert (Path(site) / "peer" / "__init__.py").is_file() and before == "before"
+    assert not carried.to_be_built()  # one with CUDA is there
+
+
+def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def made(folder: Path) -> str:
+        (folder / "file").write_bytes(bytes(2**20))
+        return "one file"
+
+    def refused(folder: Path) -> str:
+        return prepare._run(sys.executable, "-c", "raise SystemExit('error: no such package')")
+
+    monkeypatch.setattr(prepare, "PARTS", (refused, made))
+    assert prepare.prepare(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert re.match(r"refused +could not be had: error: no such package \(\d s\)\nmade +one file \(\d s\)\n", said)
+    assert said.endswith(f"{tmp_path}: 1.0 MiB\n")
+    monkeypatch.setattr(prepare, "PARTS", (made,))
+    assert prepare.prepare(tmp_path) == 0
+    monkeypatch.setattr(prepare, "MOST", 1000)
+    assert prepare.prepare(tmp_path) == 1
+
+
+@pytest.mark.long
+def test_kernels_are_compiled_ahead(tmp_path: Path) -> None:
+    """Without a GPU and without a launch, and are found again by the same name; by another Triton's they would not be."""
+    triton = pytest.importorskip("triton")
+    there = Path(triton.__file__).parents[1]
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(
+        there / "triton", other / "triton", ignore=lambda folder, names: [n for n in names if n == "nvidia"]
+    )
+    with (other / "triton" / "runtime" / "cache.py").open("a") as file:
+        file.write("# another Triton\n")
+    cases = "cka_loss 0\nlogit_kl; triton; float32; forward_kl\n"
+    counts = []
+    for folder in (there, there, other):
+        environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0",
+                       "FASTKD_TRITON_THERE": str(folder)}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.device.ahead"], input=cases, cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | environment, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        _, *answers = map(json.loads, done.stdout.splitlines())
+        assert [answer["problem"] for answer in answers] == [None, None]
+        assert all(answer["launches"] >= 2 for answer in answers)
+        counts.append((sum(answer["hits"] for answer in answers), sum(answer["misses"] for answer in answers)))
+    (_, compiled), again, elsewhere = counts
+    assert compiled >= 3 and again[0] >= compiled and again[1] == 0 and elsewhere[1] == compiled

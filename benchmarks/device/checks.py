@@ -9,11 +9,8 @@ the bit; a CUDA graph replays it with other inputs; on a side stream inputs come
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +22,7 @@ from torch import Tensor
 
 import fastkd
 from benchmarks.device.phases import Here, Skipped
-from benchmarks.device.pool import Worker, answers
+from benchmarks.device.pool import Worker, answers, serve
 from fastkd.divergence import DIVERGENCES
 from tests import interpreter
 from tests.cases import (
@@ -188,26 +185,11 @@ def counting() -> dict[str, int]:
 
 
 def main() -> None:
-    """Answers cases until there are no more. What is printed otherwise goes to stderr, which is the log."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         interpreter.adapt(pytest.MonkeyPatch())
-    counts = counting()
     with running_on("triton") as (_, device):
         place = Place(torch.device("cuda", 0) if device.type == "cuda" else device)
-        print(json.dumps({"problem": None}), file=out, flush=True)  # ready
-        for line in sys.stdin:
-            begin, counts["hits"], counts["misses"] = time.monotonic(), 0, 0
-            name = line.rstrip("\n")
-            try:
-                found = examine(Case(*name.split("; ")), place)
-            except Exception as error:
-                traceback.print_exc()
-                found = {"problem": f"{type(error).__name__}: {error}"[:300]}
-            found |= {**counts, "seconds": round(time.monotonic() - begin, 2)}
-            print(json.dumps(found), file=out, flush=True)
+        serve(lambda name: examine(Case(*name.split("; ")), place), counting())
 
 
 def check(here: Here, names: Sequence[str]) -> bool:

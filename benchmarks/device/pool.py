@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import select
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
@@ -23,9 +26,14 @@ SPOILT = ("CUDA error", "illegal", "misaligned", "device-side assert", "unspecif
 class Worker:
     """A process that says when it is ready, is told a case in a line, and answers in one, all in JSON."""
 
-    def __init__(self, command: Sequence[str | Path]) -> None:
+    def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
         )
         self.ready = False
 
@@ -58,6 +66,23 @@ class Worker:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def serve(examine: Callable[[str], dict], counts: dict[str, int]) -> None:
+    """Is such a process, until it is told no more. What is printed otherwise goes to stderr, which is the log."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps({"problem": None}), file=out, flush=True)  # ready
+    for line in sys.stdin:
+        begin = time.monotonic()
+        counts.update(dict.fromkeys(counts, 0))
+        try:
+            found = examine(line.rstrip("\n"))
+        except Exception as error:
+            traceback.print_exc()
+            found = {"problem": f"{type(error).__name__}: {error}"[:300]}
+        found |= {**counts, "seconds": round(time.monotonic() - begin, 2)}
+        print(json.dumps(found), file=out, flush=True)
 
 
 def answers(
