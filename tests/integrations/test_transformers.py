@@ -287,6 +287,8 @@ def test_teachers_that_cannot_be_frozen_or_placed(tmp_path: Path) -> None:
 
     refused(None, r"teacher: this method .* needs one, got None")
     refused("gpt2", "teacher: expected a model, as from_pretrained loads one, got 'gpt2'")
+    refused(torch.nn.Linear(2, 2), r"expected a model of one of T5 .*, got None")
+    refused(families.model("bert"), "teacher: expected a causal model, as the student is, got Bert.*, which is masked")
     refused(student, r"teacher: expected weights of its own, .* load it once more")
     teacher.hf_device_map = {"transformer": 0, "lm_head": "cpu"}
     refused(teacher, r"teacher: expected one device, got 0, cpu; load it without device_map, and let fsdp")

@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..common.errors import InputError, RunError
 from ..common.family import family_of
 from ..common.processes import count, of_all, patient_group
+from ..models.anatomy import kind
 from .checkpoints import last_checkpoint
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
@@ -72,9 +73,15 @@ def check_served(given: Mapping[str, Any]) -> None:
 
 
 def check_teacher(teacher: Any, student: Any) -> None:
-    """Raise ValueError for a teacher that cannot be frozen and placed beside its student."""
+    """Raise ValueError for a teacher that is no match for its student, or cannot be frozen and placed beside it."""
     if not isinstance(teacher, torch.nn.Module):
         raise ValueError(f"teacher: expected a model, as from_pretrained loads one, got {teacher!r}")
+    family_of(getattr(teacher, "config", None))
+    if (its := kind(teacher)) != (mine := kind(student)):
+        raise ValueError(
+            f"teacher: expected a {mine} model, as the student is, got {type(teacher).__name__}, which is {its}: their "
+            "states do not tell of the same tokens"
+        )
     if not {id(weight) for weight in teacher.parameters()}.isdisjoint(map(id, student.parameters())):
         raise ValueError(
             "teacher: expected weights of its own, as it is frozen, got some of the student's; load it once more "
