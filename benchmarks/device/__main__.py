@@ -149,7 +149,7 @@ def run_all(todo: Sequence[Phase], options: argparse.Namespace, architecture: st
             session.run(phase, limit)
     finally:  # also where the whole is told to end
         lines = [line for run in RUNS for line in read(out / f"{run}.jsonl")]
-        names = [phase.name for phase in todo]
+        names = [*(["build"] if session.building else []), *(phase.name for phase in todo)]
         print("\n" + summary([line for line in lines if line["phase"] in names], names), flush=True)
     return 0 if all(outcome.well for outcome in session.outcomes.values()) else 1
 

@@ -7,6 +7,7 @@ itself, in the wheel for the Python that is there: that wheel's files give the n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import types
@@ -22,6 +23,7 @@ from benchmarks.device.pool import serve
 from benchmarks.gpu.compile.common import launches
 from benchmarks.ops import attention_kl, cka_loss, linear_kl, logit_kl, relation_kl
 from fastkd import backend
+from fastkd.kernels import tuning
 from tests.place import Place, arguments, value_and_gradients
 
 TRITON_THERE = "FASTKD_TRITON_THERE"  # the folder of that wheel's files
@@ -53,7 +55,8 @@ def names() -> list[str]:
     """Of what can be compiled, first what is needed most: the benchmarks' problems, by module and number, and cases."""
     counts = {name: len(module.problems(torch.device("cuda"))) for name, module in MODULES.items()}
     problems = [f"{name} {i}" for name, count in counts.items() for i in range(count)]
-    return [*problems, *(case.name for case in checks.cases("triton", False))]
+    tuned = [f"{name}, tuned" for name in problems if not name.startswith(("logit", "linear"))]
+    return [*problems, *(case.name for case in checks.cases("triton", False)), *tuned]
 
 
 def of_problem(name: str) -> Callable[[], object]:
@@ -75,10 +78,16 @@ def of_case(name: str) -> Callable[[], object]:
     return lambda: value_and_gradients(checks.BY_NAME[case.op], inputs, **options)
 
 
+def untimed(run: Callable[[], object]) -> float:
+    run()
+    return 0.0
+
+
 def compiled(name: str) -> dict:
-    """How many launches there are in a case or a problem, all of them compiled."""
+    """How many launches there are in a case or a problem, all of them compiled; where it is tuned, every candidate."""
+    name, _, tuned = name.partition(", ")
     run = of_case(name) if ";" in name else of_problem(name)
-    with launches(TARGET) as found:
+    with launches(TARGET) as found, tuning.autotune(untimed) if tuned else contextlib.nullcontext():
         run()
     return {"problem": None, "launches": len(found)}
 

@@ -43,6 +43,8 @@ def of_phase(name: str, lines: Sequence[dict]) -> list[str]:
     wrong = [f"  {line['case']}: {line['problem']}" for line in lines if line["kind"] == "check" and line["problem"]]
     text += [line[:200] for line in wrong[:MOST_WRONG]]
     text += [f"  ... and {len(wrong) - MOST_WRONG} more"] if len(wrong) > MOST_WRONG else []
+    text += [f"  not all of {line['case']}" for line in lines if line["kind"] == "left"]
+    text += [f"  {line['line'][:150]}" for line in lines if line["kind"] == "launch"]
     if "machine" in kinds:
         host = kinds["machine"]["machine"]
         text.append("  " + ", ".join(f"{k} {v}" for k, v in {"gpu": host["gpu"], **host["versions"]}.items() if v))

@@ -155,22 +155,35 @@ def _on_the_host(run: Callable[[], object]) -> float:
 
 
 def autotune(here: Here) -> bool:
-    """Every candidate of kernels/tuning.py on the benchmarks' shapes: lines to paste into its table."""
+    """Candidates of kernels/tuning.py on the benchmarks' shapes, as far as time goes: lines to paste into its table."""
     from fastkd.kernels import tuning
     from tests.cases import running_on
 
-    timer = (_on_the_host,) if here.rehearsed else ()
-    with running_on("triton"), tuning.autotune(*timer) as found:
+    measure = _on_the_host if here.rehearsed else tuning._milliseconds
+    told: list[str] = []
+
+    def tell() -> None:
+        for line in found.lines().splitlines()[len(told) :]:
+            told.append(line)
+            here.lines.write("launch", line=line)
+            print(line, flush=True)
+
+    def timer(run: Callable[[], object]) -> float:
+        tell()  # of the kinds of launches before
+        if here.left < 2:
+            raise TimeoutError
+        return measure(run)
+
+    counts = counting()
+    with running_on("triton"), tuning.autotune(timer) as found:
         for module in (relation_kl, attention_kl, cka_loss):
-            problems = _of(here, module, lambda title: True)
-            for problem in problems:
-                if here.left < 2:
-                    here.lines.write("left", problem=problem.title)
-                    return False
-                rows, _ = problem.prepare()
-                rows[OURS]()()
-                for text in found.lines().splitlines():
-                    print(text)
-                here.lines.write("launches", problem=problem.title, table=found.lines().splitlines())
-                del rows
-    return bool(found.found)
+            for problem in _of(here, module, lambda title: True):
+                try:
+                    rows, _ = problem.prepare()
+                    rows[OURS]()()
+                except TimeoutError:
+                    here.lines.write("left", case=problem.title)
+                    print(f"no time for all of {problem.title}")
+                tell()
+    here.lines.write("cache", **counts)
+    return bool(told)
