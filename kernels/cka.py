@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import _choose, _dot, _double, _load_valid, _rounded
+from .common import _choose, _dot, _double, _load_valid, _rounded, for_products
 from .tuning import launch
 
 __all__ = ["cka_loss", "cka_loss_backward_"]
@@ -446,8 +446,8 @@ def _matrices(xs: list[Tensor], setting: _Setting) -> tuple:
     return tuple((x, x.stride(0), x.shape[1]) for x in xs)
 
 
-def _masks(masks: list[Tensor | None]) -> tuple | None:
-    return None if masks[0] is None else tuple(mask.contiguous() for mask in masks if mask is not None)
+def _masks(masks: list[Tensor | None], student: Tensor) -> tuple | None:
+    return None if masks[0] is None else tuple(for_products(x, student).contiguous() for x in masks if x is not None)
 
 
 def _launches(settings: list[tuple]) -> list[list[int]]:
@@ -480,7 +480,7 @@ def _launch_forward(
         tuple(x.shape[0] for x in student),
         tuple((x.shape[1], t.shape[1]) for x, t in zip(student, teacher, strict=True)),
     )
-    common = _matrices(student, setting), _matrices(teacher, setting), _masks(mask), tuple(mean), tokens
+    common = _matrices(student, setting), _matrices(teacher, setting), _masks(mask, student[0]), tuple(mean), tokens
     counts = mean[0].new_empty(len(student), dtype=torch.float64)
     columns = max(sum(triton.cdiv(width, MEAN_TILE["BLOCK_D"]) for width in pair) for pair in widths)
     means_kernel[(columns, len(student))](
@@ -541,7 +541,7 @@ def _launch_backward(
         programs = max(triton.cdiv(x.shape[0], rows) * triton.cdiv(x.shape[1], columns) for x in student)
         gradient_kernel[(programs, len(student))](
             *matrices,
-            _masks(mask),
+            _masks(mask, student[0]),
             tuple(mean),
             tuple(x.shape[0] for x in student),
             tuple(factor),

@@ -6,8 +6,10 @@ Functions have the names and order of that file. All of them work on tiles of an
 import ctypes
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Triton's interpreter would multiply the bits of bf16 operands.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -100,6 +102,16 @@ def _load_valid(mask, position, count):
     if mask is not None:
         valid &= tl.load(mask + position, mask=valid, other=0) != 0
     return valid
+
+
+def for_products(x: Tensor, student: Tensor) -> Tensor:
+    """A mask, a teacher's matrix or a bias as kernels take it: beside fp64 students in 32 bits at least.
+
+    Triton lays operands out by the narrowest load that they depend on, and compiles no fp64 product of 8 or 16 bits.
+    """
+    if student.dtype != torch.float64 or x.dtype.itemsize >= 4:
+        return x
+    return x.to(torch.int32 if x.dtype == torch.bool else torch.float32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.dtypes import fp16_lift, gradient_dtype, score_dtype
-from ..common import JSD, MIX, beta_arguments
+from ..common import JSD, MIX, beta_arguments, for_products
 from ..tuning import launch
 from .bias import bias_kernel, diagonals_kernel
 from .forward import forward_kernel
@@ -99,11 +99,12 @@ def _entry(
     )
     lifted = grad and student_q.dtype == torch.float16
     lift = fp16_lift(coefficient.abs().amax(), divergence, beta).float() if lifted else None
-    matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in (student_q, student_k, teacher_q, teacher_k)]
+    matrices = [for_products(x, student_q) for x in (student_q, student_k, teacher_q, teacher_k)]
+    matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in matrices]
     return _Entry(
         *matrices,
         coefficient.contiguous(),
-        None if key_mask is None else key_mask.contiguous(),
+        None if key_mask is None else for_products(key_mask, student_q).contiguous(),
         torch.empty_like(coefficient, memory_format=torch.contiguous_format),
         stats if grad else None,
         lift,
@@ -114,10 +115,11 @@ def _matrices(xs: list[Tensor]) -> tuple:
     return tuple((x, x.stride(0), x.stride(1)) for x in xs)
 
 
-def _bias(bias: Tensor | None, coefficient: Tensor, keys: int) -> Bias:
+def _bias(bias: Tensor | None, coefficient: Tensor, keys: int, student: Tensor) -> Bias:
     """As the kernels take it: by distance (diagonals, reach), or (tensor, its four strides)."""
     if bias is None:
         return None
+    bias = for_products(bias, student)
     if bias.dim() == 2:
         return bias.contiguous(), bias.shape[1] // 2
     return bias, *bias.expand(*coefficient.shape, keys).stride()
@@ -320,7 +322,7 @@ def attention_kl(
         student_q.dtype,
         teacher_q.dtype,
     )
-    biases = _bias(student_bias, coefficient, student_k.shape[1]), _bias(teacher_bias, coefficient, student_k.shape[1])
+    biases = [_bias(x, coefficient, student_k.shape[1], student_q) for x in (student_bias, teacher_bias)]
     grad_q, grad_k, grad_bias = (_no_gradient(student_q) for _ in range(3))  # outputs of an op may not alias
     with torch.cuda.device_of(student_q):
         _launch_forward([entry], setting, *biases)

@@ -28,14 +28,15 @@ BATCH, HEADS, LENGTH = 2, 4, 512
 MIX = {"forward_kl": 0.5, "reverse_kl": 0.5}
 
 
-def call(
-    op: str, divergence: str, dtype: torch.dtype, width_s: int, width_t: int, causal: bool, masked: bool = True
-) -> None:
+def call(op: str, divergence: str, dtypes: str, width_s: int, width_t: int, causal: bool, masked: bool = True) -> None:
     """relation_kl, or attention_kl without a bias, with a dense one, with diagonals or grouped: with all gradients.
 
-    Grouped are four heads of queries on two of the student's keys and one of the teacher's.
+    Grouped are four heads of queries on two of the student's keys and one of the teacher's. dtypes: all tensors', or
+    the student's, "/", and that of the teacher and the bias.
     """
-    x, y = (torch.empty(BATCH, LENGTH, HEADS * width, dtype=dtype) for width in (width_s, width_t))
+    dtype, _, other = (DTYPES.get(name) for name in dtypes.partition("/"))
+    other = other or dtype
+    x, y = (torch.empty(BATCH, LENGTH, HEADS * w, dtype=d) for w, d in ((width_s, dtype), (width_t, other)))
     coefficient = torch.empty(BATCH, HEADS, LENGTH, dtype=torch.float64)
     mask = torch.empty(BATCH, LENGTH, dtype=torch.bool) if masked else None
     objective = Objective(MIX if divergence == "mix" else divergence, 0.5, 1.0, 1.0, 0.0)
@@ -47,7 +48,7 @@ def call(
         return
     bias = None
     if op == "dense":
-        bias = torch.empty(1, HEADS, LENGTH, LENGTH, dtype=dtype)
+        bias = torch.empty(1, HEADS, LENGTH, LENGTH, dtype=other)
     elif op == "diagonals":
         bias = torch.empty(HEADS, 257)
     wanted = [True, True, bias is not None]
@@ -58,10 +59,10 @@ def call(
 
 
 def binaries(case: tuple) -> list[Launched]:
-    """Compiles one case: (target, op, divergence, dtype, student's and teacher's head width, causal, masked or not)."""
-    target, op, divergence, dtype, *rest = case
+    """Compiles one case: (target, op, divergence, dtypes, head widths, causal, masked or not)."""
+    target, *rest = case
     with launches(target) as found:
-        call(op, divergence, DTYPES[dtype], *rest)
+        call(*rest)
     whose = [" of q" * options.get("AS_QUERY", False) + " of k" * options.get("AS_KEY", False) for *_, options in found]
     return [(kernel + of, binary, options) for (kernel, binary, options), of in zip(found, whose, strict=True)]
 
@@ -96,6 +97,8 @@ def chosen() -> list[tuple]:
         ("sm_90", "relation", divergence, "bf16", 64, 64, False) for divergence in (*tuple(DIVERGENCES)[2:], "mix")
     ]
     cases += [("gfx942", "relation", divergence, "bf16", 64, 32, False) for divergence in ("forward_kl", "jsd")]
+    cases += [("sm_90", op, "forward_kl", "fp64", 64, 64, False) for op in ("relation", "diagonals")]
+    cases.append(("sm_90", "dense", "forward_kl", "fp64/bf16", 64, 64, False))
     return cases
 
 
@@ -108,12 +111,12 @@ def everything() -> list[tuple]:
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'target':8}{'op':10}{'kernel':19}{'divergence':16}{'dtype':6}{'d':>4}/{'d':<4}{'causal':7}"
+        f"{'target':8}{'op':10}{'kernel':19}{'divergence':16}{'dtypes':10}{'d':>4}/{'d':<4}{'causal':7}"
         f"{'tile':>8}{'warps':>6}{'stages':>7}{'regs':>6}{'local':>7}{'shared':>8}  wgmma  tma"
     ]
     for r in results:
         lines.append(
-            f"{r['target']:8}{r['op']:10}{r['kernel']:19}{r['divergence']:16}{r['dtype']:6}{r['width_s']:4}/"
+            f"{r['target']:8}{r['op']:10}{r['kernel']:19}{r['divergence']:16}{r['dtype']:10}{r['width_s']:4}/"
             f"{r['width_t']:<4}{'yes' if r['causal'] else 'no':7}{r['tile']:>8}{r['warps']:6}{r['stages']:7}"
             f"{r['registers']:6}{r['local']:7}{r['shared']:8}  {'yes' if r['wgmma'] else 'no':5}  "
             f"{'yes' if r['tma'] else 'no'}"

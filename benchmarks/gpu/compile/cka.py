@@ -59,7 +59,7 @@ def chosen() -> list[tuple]:
     """What the tests compile."""
     nvidia = ["sm_80", "sm_90"] + ["sm_100"] * (not FAILS_ON_SM_100)
     cases = [(target, "bf16", 12) for target in nvidia]
-    return [*cases, ("sm_80", "fp32", 2), ("sm_90", "fp32", 2), ("gfx942", "bf16", 2)]
+    return [*cases, ("sm_80", "fp32", 2), ("sm_90", "fp32", 2), ("sm_90", "fp64", 2), ("gfx942", "bf16", 2)]
 
 
 def everything() -> list[tuple]:
