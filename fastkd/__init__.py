@@ -99,7 +99,7 @@ def __dir__() -> list[str]:
 
 # In the source tree `fastkd.kernels` lies beside this folder and not in it (see pyproject.toml).
 _kernels = _Path(__file__).parents[1] / "kernels" / "__init__.py"
-if not (_Path(__file__).parent / "kernels").is_dir() and (_kernels.parent / "rows.py").is_file():
+if not (_Path(__file__).parent / "kernels").is_dir() and (_kernels.parent / "common.py").is_file():
     _spec = _import.spec_from_file_location(
         "fastkd.kernels", _kernels, submodule_search_locations=[str(_kernels.parent)]
     )

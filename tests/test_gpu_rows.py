@@ -42,6 +42,7 @@ from .cases import oracle as op_oracle
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
+common = importlib.import_module("fastkd.kernels.common")
 rows = importlib.import_module("fastkd.kernels.rows")  # ours: a failure to import it is a failure
 
 # Relative Frobenius error of a gradient: some roundings in the working precision and one to the dtype. Mostly 1e-7 in
@@ -222,11 +223,11 @@ def test_accuracy_in_fp64(divergence: str):
 @triton.jit
 def _elementary_kernel(x, minus1, tail, log_1p, log_1p_positive, N: tl.constexpr):
     i = tl.arange(0, N)
-    _, m, t = rows._exp_nonpositive(tl.load(x + i))
-    tl.store(log_1p_positive + i, rows._log_1p(-tl.load(x + i)))
+    _, m, t = common._exp_nonpositive(tl.load(x + i))
+    tl.store(log_1p_positive + i, common._log_1p(-tl.load(x + i)))
     tl.store(minus1 + i, m)
     tl.store(tail + i, t)
-    tl.store(log_1p + i, rows._log_1p(tl.load(x + i) / 128))
+    tl.store(log_1p + i, common._log_1p(tl.load(x + i) / 128))
 
 
 @over_triton_alone

@@ -22,7 +22,8 @@ from .cases import DEVICE, INF, NAN, distance, interpreted, running_on
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
 driver = importlib.import_module("fastkd.ops.drivers.cka_loss_gpu")
-kernels = importlib.import_module("fastkd.kernels.cka")  # ours: a failure to import it is a failure
+forward = importlib.import_module("fastkd.kernels.cka.forward")
+kernels = importlib.import_module("fastkd.kernels.cka.host")  # ours: a failure to import it is a failure
 
 EPS = 1e-8
 # (tokens, widths of student and teacher): Grams and covariances, one tile and several, at and off their edges
@@ -285,7 +286,7 @@ class _Counted:
 
 @triton.jit
 def tiles_kernel(out, blocks):
-    i, j = kernels._upper_tile(tl.program_id(0), blocks)
+    i, j = forward.upper_tile(tl.program_id(0), blocks)
     tl.store(out + 2 * tl.program_id(0), i)
     tl.store(out + 2 * tl.program_id(0) + 1, j)
 

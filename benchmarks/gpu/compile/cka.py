@@ -1,4 +1,4 @@
-"""Compiles kernels/cka.py for GPUs that need not be here, and tells what each binary uses of them.
+"""Compiles kernels/cka/ for GPUs that need not be here, and tells what each binary uses of them.
 
     python -m benchmarks.gpu.compile.cka                     # the table of what tests/test_compile_gpu.py checks
     python -m benchmarks.gpu.compile.cka --all               # every dtype and target

@@ -1,4 +1,4 @@
-"""Compiles kernels/rows.py for GPUs that need not be here, and tells what each binary uses of them.
+"""Compiles kernels/rows/ for GPUs that need not be here, and tells what each binary uses of them.
 
     python -m benchmarks.gpu.compile.rows                     # the table of what tests/test_compile_gpu.py checks
     python -m benchmarks.gpu.compile.rows --all               # every divergence, dtype, pass and target: half an hour
@@ -17,7 +17,8 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from fastkd.divergence import DIVERGENCES, divergence_code
-from fastkd.kernels import rows
+from fastkd.kernels.rows import column
+from fastkd.kernels.rows import host as rows
 
 from .common import DTYPES, TARGETS, Launched, in_parallel, launched, main, resources
 
@@ -99,11 +100,11 @@ def everything() -> list[tuple]:
 @triton.jit
 def two_sum_kernel(s, t, out, high, low):
     i = tl.arange(0, 32)
-    tl.store(out + i, rows._shifted_ratio(tl.load(s + i), tl.load(t + i), high, low, 0.5))
+    tl.store(out + i, column.shifted_ratio(tl.load(s + i), tl.load(t + i), high, low, 0.5))
 
 
 def two_sum_operations() -> dict[str, int]:
-    """Floating-point instructions of one `_shifted_ratio` in sm_90 assembly: what a compiler may have simplified."""
+    """Floating-point instructions of one `shifted_ratio` in sm_90 assembly: what a compiler may have simplified."""
     signature = {"s": "*fp32", "t": "*fp32", "out": "*fp32", "high": "fp32", "low": "fp32"}
     options = {"num_warps": 1, "enable_fp_fusion": True}
     compiled = triton.compile(ASTSource(two_sum_kernel, signature), target=TARGETS["sm_90"], options=options)

@@ -1,4 +1,4 @@
-"""Compiles kernels/topk_rows.py for GPUs that need not be here, and tells what each binary uses of them.
+"""Compiles kernels/topk_rows/ for GPUs that need not be here, and tells what each binary uses of them.
 
     python -m benchmarks.gpu.compile.topk                     # the table of what tests/test_compile_gpu.py checks
     python -m benchmarks.gpu.compile.topk --all               # every pass, dtype, number of ids, option and target
@@ -14,7 +14,7 @@ import itertools
 from triton.compiler import ASTSource
 
 from fastkd.divergence import DIVERGENCES
-from fastkd.kernels import topk_rows
+from fastkd.kernels.topk_rows import host as topk_rows
 
 from .common import DTYPES, TARGETS, Launched, in_parallel, launched, main, resources
 

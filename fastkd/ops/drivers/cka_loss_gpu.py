@@ -1,4 +1,4 @@
-"""cka_loss on a GPU: by covariances in Triton (kernels/cka.py), by N x N Grams, which are small, in torch's products.
+"""cka_loss on a GPU: by covariances in Triton (kernels/cka/), by N x N Grams, which are small, in torch's products.
 
 Of Grams, pairs of the same shapes go together, as many as a workspace holds, and one by blocks of its columns where it
 alone is larger. fastkd/ops/cka_loss.py has the mathematics.

@@ -5,7 +5,7 @@ For student scores s and teacher scores t, both [R, V], row by row:
     loss = coefficient * (kd_weight * temperature^2 * D(softmax(t / temperature), softmax(s / temperature))
                           + ce_weight * cross_entropy(s, label))
 
-The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows.py in Triton, which takes anything, and
+The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows/ in Triton, which takes anything, and
 csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once and knows no mix.
 
 One operator writes what it is given of loss, statistics, gradient and metrics. Statistics are what the gradient needs
@@ -92,7 +92,7 @@ for _name in ("divergence_rows", *_SHARD_OPS):
 
 
 class CudaRows:
-    """csrc/cuda/divergence_rows.cu, with the functions of kernels/rows.py.
+    """csrc/cuda/divergence_rows.cu, with the functions of kernels/rows/.
 
     `blocks` overrides how a row is shared out among multiprocessors; see that file.
     """

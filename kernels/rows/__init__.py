@@ -1,0 +1,27 @@
+"""The row primitive in Triton, for GPUs: what csrc/cpu/divergence_rows.cpp is for CPUs, with the same arguments.
+
+One program takes one row, in blocks of columns: once for the running maxima and sums of exponentials (online softmax of
+both models at once), once more for the divergences that need normalised probabilities, and once for the gradient. The
+fused kernel makes all passes one after the other, so that the later ones find the row in the second-level cache.
+
+The mathematics is that of csrc/divergence.h, whose comments derive it; functions have its names and order. It differs
+in one respect: every row is computed with care, since a choice by row would cost a GPU both variants' registers. Three
+things make the sums of the first pass good enough for rows of any kind (see `first_pass`):
+
+- each block adds its sums up in the working precision, and the row adds up the blocks in fp64;
+- in a block whose models nearly agree, the student's sum is the teacher's plus the summed difference, which has more
+  digits than the difference of two sums;
+- there, too, a divergence's moment is summed up as p log(p / q) + q - p, which is small of second order like the
+  divergence itself. The q - p in it cancels when the row is complete, and its rounding error with it.
+
+Rows may be shards of longer ones, whose other columns are on other GPUs: `shard_kernel` makes the statistics of a shard
+alone, fastkd/ops/vocabulary_shards.py those of the whole row from all of them, and `rows_kernel` the gradient.
+
+R rows, V columns. coefficient [R] float64, labels [R] int64, loss [R] float64, stats [R, 7] float64, metrics [R, 6]
+float64 (fastkd/ops/drivers/divergence_rows.py says of what). Number of columns and strides are run-time arguments; the
+block size follows the vocabulary and the dtype. Nothing waits for the device.
+"""
+
+from .host import divergence_rows, divergence_shard_stats, divergence_shard_sums
+
+__all__ = ["divergence_rows", "divergence_shard_stats", "divergence_shard_sums"]
