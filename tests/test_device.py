@@ -260,6 +260,8 @@ def test_what_was_carried_is_put_where_it_is_looked_for(tmp_path: Path, monkeypa
     with zipfile.ZipFile(folder / "wheels" / "peer-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("peer/__init__.py", "")
     (folder / carried.EXTENSION).write_bytes(b"\x7fELF .nv_fatbin")
+    notes, _ = carried.unpacked(folder, for_gpu=False)
+    assert notes == ["carried: peer-1.0, 1 binaries of Triton"] and not carried.built_extensions()
     notes, variables = carried.unpacked(folder)
     assert notes == ["carried: peer-1.0, the compiled extension, 1 binaries of Triton"]
     assert variables["TRITON_CACHE_DIR"] == str(tmp_path / "cache")

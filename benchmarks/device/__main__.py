@@ -72,7 +72,15 @@ class Session:
         lines.write("begin", limit=limit, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"), rehearsed=self.rehearsed)
         with open(self.out / f"{phase.run}.log", "a", encoding="utf-8", errors="replace") as log:
             print(f"\n==== {phase.name}: {phase.what} (at most {limit:.0f} s)", file=log, flush=True)
-            command = [sys.executable, "-m", "benchmarks.device.phase", phase.name, phase.function, "--lines", path]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.device.phase",
+                phase.name,
+                phase.function,
+                "--lines",
+                str(path),
+            ]
             command += ["--seconds", f"{0.95 * limit - 1:.1f}", *(["--rehearse"] if self.rehearsed else [])]
             outcome = watched(command, limit, Log(log), self.environment, ROOT)
         self.outcomes[phase] = outcome
@@ -135,7 +143,7 @@ def run_all(todo: Sequence[Phase], options: argparse.Namespace, architecture: st
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit's; it ends as Ctrl-C does
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    notes, environment = carried.unpacked(options.carried.resolve())
+    notes, environment = carried.unpacked(options.carried.resolve(), not options.rehearse)
     if options.rehearse:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     print("\n".join(notes), flush=True)

@@ -24,7 +24,7 @@ from benchmarks.gpu.compile.common import launches
 from benchmarks.ops import attention_kl, cka_loss, linear_kl, logit_kl, relation_kl
 from fastkd import backend
 from fastkd.kernels import tuning
-from tests.place import Place, arguments, value_and_gradients
+from tests.place import Place, Run, arguments, value_and_gradients
 
 TRITON_THERE = "FASTKD_TRITON_THERE"  # the folder of that wheel's files
 TARGET = "sm_90"
@@ -59,16 +59,17 @@ def names() -> list[str]:
     return [*problems, *(case.name for case in checks.cases("triton", False)), *tuned]
 
 
-def of_problem(name: str) -> Callable[[], object]:
+def of_problem(name: str) -> Run:
     module, i = name.split()
-    problem = MODULES[module].problems(torch.device("cuda"))[int(i)]
-    shape: Any = problem.prepare.args[0]  # type: ignore[attr-defined]
+    problem: Any = MODULES[module].problems(torch.device("cuda"))[int(i)]
+    shape: Any = problem.prepare.args[0]
     shape = replace(shape, **SMALL[module])
-    rows, _ = problem.prepare.func(shape, torch.device("cpu"))  # type: ignore[attr-defined]
-    return rows["fastkd"]()
+    rows, _ = problem.prepare.func(shape, torch.device("cpu"))
+    run: Run = rows["fastkd"]()
+    return run
 
 
-def of_case(name: str) -> Callable[[], object]:
+def of_case(name: str) -> Run:
     case = checks.Case(*name.split("; "))
     place = Place(torch.device("cpu"))
     place.real = True  # its sizes

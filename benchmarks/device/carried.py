@@ -33,8 +33,11 @@ def to_be_built() -> bool:
     return shutil.which("nvcc") is not None and not any(map(has_cuda, built_extensions()))
 
 
-def unpacked(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Puts everything where it is looked for: (lines that say so, variables for the phases)."""
+def unpacked(folder: Path, for_gpu: bool = True) -> tuple[list[str], dict[str, str]]:
+    """Puts everything where it is looked for: (lines that say so, variables for the phases).
+
+    Without a GPU but for the extension, which a torch without CUDA cannot load.
+    """
     found = []
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja is there, often
     variables = {"PATH": path, "PYTHONUNBUFFERED": "1", "TRITON_STORE_BINARY_ONLY": "1"}
@@ -49,7 +52,7 @@ def unpacked(folder: Path) -> tuple[list[str], dict[str, str]]:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
         found += ["-".join(wheel.name.split("-")[:2]) for wheel in wheels]
     extension = folder / EXTENSION
-    if extension.is_file() and not any(map(has_cuda, built_extensions())):
+    if for_gpu and extension.is_file() and not any(map(has_cuda, built_extensions())):
         shutil.copy2(extension, ROOT / "fastkd" / EXTENSION)
         found.append("the compiled extension")
     if (folder / "triton").is_dir():

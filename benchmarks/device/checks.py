@@ -52,11 +52,11 @@ def _top(logits: Tensor) -> fastkd.TopK:
     return fastkd.TopK(indices, log_probs.float())
 
 
-def _logit_topk(student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
+def _logit_topk(student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> Any:
     return fastkd.logit_kl(student_logits, _top(teacher_logits), **options)
 
 
-def _linear_topk(teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, **options: Any) -> Tensor:
+def _linear_topk(teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, **options: Any) -> Any:
     teacher = _top(teacher_hidden.double() @ teacher_weight.double().T + teacher_bias.double())
     return fastkd.linear_kl(teacher_hidden=teacher, **options)
 

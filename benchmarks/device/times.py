@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,14 @@ def bench(here: Here, problems: Sequence[Problem]) -> bool:
     return well and all("samples_s" in row and row["error"] < 0.05 for row in rows)
 
 
-def _of(here: Here, module, chosen: Callable[[str], bool]) -> list[Problem]:  # module: of benchmarks.ops
+def _of(here: Here, module: Any, chosen: Callable[[str], bool]) -> list[Problem]:
     """A module's problems whose titles are chosen; in a rehearsal the first of its small ones."""
+    problems: list[Problem]
     if here.rehearsed:
-        return module.problems(torch.device("cpu"), quick=True)[:1]
-    return [problem for problem in module.problems(torch.device("cuda")) if chosen(problem.title)]
+        problems = module.problems(torch.device("cpu"), quick=True)
+        return problems[:1]
+    problems = module.problems(torch.device("cuda"))
+    return [problem for problem in problems if chosen(problem.title)]
 
 
 # ---- against whom ----------------------------------------------------------------------------------------------------
