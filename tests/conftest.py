@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 # Of torch, NumPy's OpenBLAS and what tests start: their threads wait for each other by turning round, and on cores that
 # several test processes share they do nothing else for most of the time. Before any of them is imported.
@@ -41,6 +42,18 @@ FIRST = (
     "tests/train/test_faults.py",
     "tests/test_triton_attention.py",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays: no garbage is looked for meanwhile, nor in it later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
