@@ -96,6 +96,17 @@ def _choose(index, choices):
 
 
 @triton.jit
+def _choose_matrix(index, matrices):
+    """matrices[index], each of three: a pointer and two numbers."""
+    pointer, first, second = matrices[0]
+    for n in tl.static_range(1, len(matrices)):
+        pointer = tl.where(index == n, matrices[n][0], pointer)
+        first = tl.where(index == n, matrices[n][1], first)
+        second = tl.where(index == n, matrices[n][2], second)
+    return pointer, first, second
+
+
+@triton.jit
 def _load_valid(mask, position, count):
     """Which keys, or tokens, exist and are not masked."""
     valid = position < count

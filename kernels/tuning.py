@@ -10,7 +10,7 @@ compute the same up to rounding.
 The table was found by compiling: nothing spills on sm_80, sm_90 and sm_100 (tests/test_compile_gpu.py). Candidates may.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from .common import INTERPRETED
 
-__all__ = ["Config", "Tuner", "autotune", "launch"]
+__all__ = ["Config", "Tuner", "autotune", "launch", "together"]
 
 T = TypeVar("T")
 
@@ -138,6 +138,14 @@ def launch(kernel: str, size: int, width: int, case: Hashable, run: Callable[[di
     if _tuner is not None:
         config = _tuner.fastest(line, case, config, run)
     return run(_options(line, config))
+
+
+def together(settings: Sequence[Hashable], at_most: int) -> list[list[int]]:
+    """Which entries go by one launch: those of equal settings, and no more than it takes."""
+    alike: dict[Hashable, list[int]] = {}
+    for n, setting in enumerate(settings):
+        alike.setdefault(setting, []).append(n)
+    return [members[i : i + at_most] for members in alike.values() for i in range(0, len(members), at_most)]
 
 
 def _options(line: tuple, config: Config) -> dict[str, Any]:

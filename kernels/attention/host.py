@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops.dtypes import fp16_lift, gradient_dtype, score_dtype
 from ..common import JSD, MIX, beta_arguments, for_products
-from ..tuning import launch
+from ..tuning import launch, together
 from .bias import bias_kernel, diagonals_kernel
 from .forward import forward_kernel
 from .gradient import gradient_kernel
@@ -355,24 +355,19 @@ def relation_kl(
         for s, t, c, mask, grad in zip(student, teacher, coefficient, key_mask, gradients, strict=True)
     ]
     found = [_no_gradient(x) for x in student]
-    together: dict[tuple, list[int]] = {}
+    settings = []  # what a launch must have in common
     for n, (entry, is_causal) in enumerate(zip(entries, causal, strict=True)):
         width_s, width_t = student[n].shape[2] // num_heads, teacher[n].shape[2] // num_heads
         scales = width_s**-0.5, width_t**-0.5
         dtypes = student[n].dtype, teacher[n].dtype
         setting = _Setting(num_heads, width_s, width_t, 1, 1, *scales, is_causal, divergence, _hashable(beta), *dtypes)
-        # what a launch must have in common
-        key = setting, len(coefficient[n]), entry.key_mask is None, entry.stats is None
-        together.setdefault(key, []).append(n)
-    for (setting, *_), members in together.items():
-        for i in range(0, len(members), ENTRIES):
-            group = members[i : i + ENTRIES]
-            with torch.cuda.device_of(student[group[0]]):
-                _launch_forward([entries[n] for n in group], setting, None, None)
-                if gradients[group[0]]:
-                    launched = _launch_gradient(
-                        [entries[n] for n in group], setting, None, None, as_query=True, as_key=True
-                    )
-                    for n, gradient in zip(group, launched, strict=True):
-                        found[n] = gradient
+        settings.append((setting, len(coefficient[n]), entry.key_mask is None, entry.stats is None))
+    for members in together(settings, ENTRIES):
+        setting, group = settings[members[0]][0], [entries[n] for n in members]
+        with torch.cuda.device_of(student[members[0]]):
+            _launch_forward(group, setting, None, None)
+            if gradients[members[0]]:
+                launched = _launch_gradient(group, setting, None, None, as_query=True, as_key=True)
+                for n, gradient in zip(members, launched, strict=True):
+                    found[n] = gradient
     return [entry.loss for entry in entries], found

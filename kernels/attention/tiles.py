@@ -8,6 +8,7 @@ from ..common import (
     MIX,
     REVERSE_KL,
     TVD,
+    _choose_matrix,
     _coslope,
     _dot,
     _double,
@@ -32,11 +33,7 @@ STATS = tl.constexpr(7)
 @triton.jit
 def choose_head(index, matrices, b, a, WIDTH: tl.constexpr):
     """Head `a` of sequence `b` of matrices[index]."""
-    pointer, batch_stride, row_stride = matrices[0]
-    for n in tl.static_range(1, len(matrices)):
-        pointer = tl.where(index == n, matrices[n][0], pointer)
-        batch_stride = tl.where(index == n, matrices[n][1], batch_stride)
-        row_stride = tl.where(index == n, matrices[n][2], row_stride)
+    pointer, batch_stride, row_stride = _choose_matrix(index, matrices)
     return pointer + b * batch_stride + a * WIDTH, row_stride
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import for_products
-from ..tuning import launch
+from ..tuning import launch, together
 from .forward import covariance_kernel, loss_kernel, means_kernel
 from .gradient import gradient_kernel
 from .tiles import FEW_BLOCKS, GROUP, NORMS
@@ -56,14 +56,6 @@ def _matrices(xs: list[Tensor], setting: _Setting) -> tuple:
 
 def _masks(masks: list[Tensor | None], student: Tensor) -> tuple | None:
     return None if masks[0] is None else tuple(for_products(x, student).contiguous() for x in masks if x is not None)
-
-
-def _launches(settings: list[tuple]) -> list[list[int]]:
-    """Which pairs go together: equal settings, and no more than a launch takes."""
-    together: dict[tuple, list[int]] = {}
-    for n, setting in enumerate(settings):
-        together.setdefault(setting, []).append(n)
-    return [members[i : i + ENTRIES] for members in together.values() for i in range(0, len(members), ENTRIES)]
 
 
 def _programs_of_upper_half(blocks: int) -> int:
@@ -182,7 +174,7 @@ def cka_loss(
     ]
     losses: dict[int, Tensor] = {}
     with torch.cuda.device_of(student[0]):
-        for members in _launches(settings):
+        for members in together(settings, ENTRIES):
             setting, wanted = settings[members[0]]
             lists = [[xs[n] for n in members] for xs in (student, teacher, mask, mean, factor)]
             found = _launch_forward(setting, *lists[:4], lists[4] if wanted else None, eps, squared)
@@ -202,6 +194,6 @@ def cka_loss_backward_(
     """Writes the gradients of the students."""
     settings = [(_setting(*pair),) for pair in zip(student, teacher, mask, strict=True)]
     with torch.cuda.device_of(student[0]):
-        for members in _launches(settings):
+        for members in together(settings, ENTRIES):
             lists = [[xs[n] for n in members] for xs in (student, teacher, mask, mean, factor, results)]
             _launch_backward(settings[members[0]][0], *lists, torch.stack([grad_loss[n] for n in members]))

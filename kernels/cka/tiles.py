@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import _choose, _rounded
+from ..common import _choose, _choose_matrix, _rounded
 
 # Blocks of columns that a launch goes through together, for what they read to be in the second-level cache: up to so
 # many that is all of them.
@@ -21,21 +21,10 @@ NORMS = tl.constexpr(3)
 
 
 @triton.jit
-def _choose_matrix(index, matrices, means, first):
-    """matrices[index], whose means start at `first`."""
-    pointer, stride, width = matrices[0]
-    for n in tl.static_range(1, len(matrices)):
-        pointer = tl.where(index == n, matrices[n][0], pointer)
-        stride = tl.where(index == n, matrices[n][1], stride)
-        width = tl.where(index == n, matrices[n][2], width)
-    return pointer, stride, width, _choose(index, means) + first
-
-
-@triton.jit
 def choose_pair(index, students, teachers, means):
     """(student, teacher) of a pair"""
-    teacher = _choose_matrix(index, teachers, means, 0)
-    return _choose_matrix(index, students, means, teacher[2]), teacher
+    student, teacher, mean = _choose_matrix(index, students), _choose_matrix(index, teachers), _choose(index, means)
+    return (student[0], student[1], student[2], mean + teacher[2]), (teacher[0], teacher[1], teacher[2], mean)
 
 
 @triton.jit
