@@ -57,6 +57,13 @@ def _cuda(dtype: str, which: str, at_most: tuple[float, float, int]) -> Part:
     return Part(which, "cuda", (), f"ForwardKL {dtype}", (256, columns), at_most, tuple(via.items()))
 
 
+def _topk(which: str, at_most: tuple[float, float, int]) -> Part:
+    """Blocks that hold none of the teacher's ids, as most do."""
+    via = {"MUFU.EX2": 16} | ({"STG.E.128": 4} if which == "gradient" else {})
+    case = (which, "fp32", 64, "plain")
+    return Part(which, "topk", case, which, ("GROUPS", "WIDTH"), at_most, tuple(via.items()))
+
+
 def _attention(
     title: str, op: str, divergence: str, widths: tuple[int, int], kernel: str, at_most: tuple[float, float, int],
     masked: bool = False, loops: int = 1,
@@ -95,8 +102,8 @@ N_LOGITS, N_SCORES = 8192 * 128256.0, 32 * 32 * 512 * 512.0
 N_STEPS = 12 * (24 + 10 + 21) * 16384 / 64
 
 
-def _logits(name: str, part: Part, floor_bytes: float, budget: float | None = None) -> Op:
-    return Op(name, "column", N_LOGITS, LOGITS, (part,), (floor_bytes, 0, 2), budget)
+def _logits(name: str, part: Part, floor_bytes: float, budget: float | None = None, exponentials: float = 2) -> Op:
+    return Op(name, "column", N_LOGITS, LOGITS, (part,), (floor_bytes, 0, exponentials), budget)
 
 
 def _scores(
@@ -114,6 +121,8 @@ OPS = (
     _logits("logit_kl statistics, C++, bf16", _cuda("bf16", "statistics", (36.3, 2, 0)), 4),
     _logits("logit_kl gradient, C++, fp32", _cuda("fp32", "gradient", (27.8, 2, 0)), 4),
     _logits("logit_kl gradient, C++, bf16", _cuda("bf16", "gradient", (24.2, 2, 0)), 2),
+    _logits("logit_kl of a top-k, statistics", _topk("stats", (12.4, 1.25, 0)), 4, exponentials=1),
+    _logits("logit_kl of a top-k, gradient", _topk("gradient", (5.9, 1, 0)), 8, exponentials=1),
     _scores("relation_kl", _relation("forward_kl", False, (22.5, 2.25, 2), (47.6, 4, 2)), 192, 50, 4),
     _scores("relation_kl, mask", _relation("forward_kl", True, (24.7, 2.25, 2), (52.1, 4, 2)), 192),
     _scores("relation_kl JSD", _relation("jsd", False, (217.7, 6.25, 4), (286.4, 4, 3)), 192, 200),
@@ -137,5 +146,13 @@ OPS = (
         "12 layers, N 16384, 768 and 512",
         (Part("covariance", "cka", ("bf16", 12, False), "covariance", (1,), (88320, 0, 2), (("HGMMA", 1),)),),
         (0, 2 * 128 * 128 * 64, 0),
+    ),
+    Op(
+        "cka_loss, step of 128 x 128 x 32",
+        "step",
+        12 * 16384 / 128 * 4 * (512 + 768) / 32,
+        "12 layers, N 16384, 768 and 512",
+        (Part("gradient", "cka", ("bf16", 12, False), "gradient", (1,), (45312, 0, 2), (("HGMMA", 1),)),),
+        (0, 2 * 128 * 128 * 32, 0),
     ),
 )
