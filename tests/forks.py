@@ -38,7 +38,7 @@ class Forks:
         self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
 
     def run(self, *words: str | Path, cwd: Path = ROOT, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        """What became of `python WORDS`, a script's or `-m MODULE`; of several processes, as torchrun starts them."""
+        """What became of `python WORDS`, a script, module or code; of several processes, as torchrun starts them."""
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(processes)]
         ranks = ranks if processes > 1 else [{}]
@@ -83,7 +83,9 @@ def program(request: dict[str, Any], rank: int, environment: dict[str, str]) -> 
         os.dup2(os.open(f"{request['folder']}/{rank}.{number}", os.O_CREAT | os.O_WRONLY), number)
     os.environ.update(environment)
     os.chdir(request["cwd"])
-    if request["words"][0] == "-m":
+    if request["words"][0] == "-c":
+        exec(request["words"][1], {"__name__": "__main__"})
+    elif request["words"][0] == "-m":
         _, module, *sys.argv[1:] = request["words"]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:

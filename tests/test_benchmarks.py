@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from benchmarks.run import MODULES
+
+from .forks import Forks
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,16 +40,33 @@ on_linux = pytest.mark.skipif(
 )
 
 
-def python(*arguments: str | Path) -> str:
-    """Runs Python on the arguments, where benchmarks/ is; its output."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=600)
+# What takes benchmarks seconds to import.
+HEAVY = ["torch._inductor.compile_fx"]
+if importlib.util.find_spec("transformers") is not None:
+    HEAVY += ["transformers.trainer", "transformers.models.t5.modeling_t5"]
+
+
+FORKS: dict[tuple[str, ...], Forks] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end() -> Iterator[None]:
+    yield
+    while FORKS:
+        FORKS.popitem()[1].end()
+
+
+def python(*arguments: str | Path, knowing: Sequence[str] = ("torch",)) -> str:
+    """Runs Python on the arguments, where benchmarks/ is, with modules imported; its output."""
+    forks = FORKS.get(tuple(knowing)) or FORKS.setdefault(tuple(knowing), Forks(*knowing))
+    done = forks.run(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def module(name: str, *arguments: str | Path) -> str:
     """Runs one of the benchmarks; its output."""
-    return python("-m", f"benchmarks.{name}", *arguments)
+    return python("-m", f"benchmarks.{name}", *arguments, knowing=("torch",) if name.startswith("gpu.") else HEAVY)
 
 
 @functools.cache
