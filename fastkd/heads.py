@@ -118,6 +118,12 @@ def _projection(module: Any, sharding: str | None, by_fsdp: bool) -> _Projection
             f"model: expected a head that is a torch.nn.Linear, got {type(module).__name__}, whose forward may do "
             "more; fastkd.Head(weight, bias, scale, softcap) says what it does"
         )
+    # Some versions of transformers keep a rank's rows as a plain tensor, and this name beside it alone tells.
+    if getattr(module, "_hf_tp_plan", None) is not None and not is_dtensor(module.weight):
+        raise ValueError(
+            f"model: expected a head that is whole or a DTensor, got {len(module.weight)} rows of one that "
+            "transformers has spread over ranks as a plain tensor; fastkd.Head(weight) and vocab_group take those"
+        )
     weight, bias = (_whole(x, sharding, by_fsdp) for x in (module.weight, module.bias))
     return _Projection(weight, bias)
 
