@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 
 from fastkd.integrations.transformers import METHODS, DistillTrainer
+from fastkd.train.common.errors import RunError
 from tests.cases import distance, furthest, installed
 from tests.train import families
 
@@ -277,6 +278,26 @@ def test_what_is_not_served_is_refused(tmp_path: Path) -> None:
         made().compute_loss(student, {**collate(rows[:2]), "position_ids": torch.arange(7)[None]})
 
 
+def test_a_training_in_which_nothing_is_learnt_does_not_end_well(tmp_path: Path) -> None:
+    rows, collate = data("gpt2")
+
+    def train(rows: Any = rows, method: Any = "kd", model: Any = None) -> None:
+        student = families.model("gpt2") if model is None else model
+        teacher = None if isinstance(method, dict) else families.model("gpt2", seed=1)
+        DistillTrainer(student, arguments(tmp_path), collate, rows, teacher=teacher, method=method).train()
+
+    with pytest.raises(RunError, match="every gradient of this training was 0; look for labels that are all -100"):
+        train([{**row, "labels": [-100] * len(row["input_ids"])} for row in rows])
+    with pytest.raises(RunError, match=r"every gradient .* weights of terms that are 0"):
+        train(method={"ce": 0.0})
+    with pytest.raises(ValueError, match="model: expected weights that learn, got a student that is frozen"):
+        train(model=families.model("gpt2").requires_grad_(False))
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    classes = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(vocab_size=96, **settings))
+    with pytest.raises(ValueError, match="expected a model with a vocabulary head, got Qwen2ForSequenceClassification"):
+        train(model=classes, method={"ce": 1.0})
+
+
 def test_teachers_that_cannot_be_frozen_or_placed(tmp_path: Path) -> None:
     rows, collate = data("gpt2")
     student, teacher = families.model("gpt2"), families.model("gpt2", seed=1)
@@ -286,6 +307,8 @@ def test_teachers_that_cannot_be_frozen_or_placed(tmp_path: Path) -> None:
             DistillTrainer(model, arguments(tmp_path), collate, rows, teacher=teacher, method="kd")
 
     refused(None, r"teacher: this method .* needs one, got None")
+    larger = families.model("gpt2", vocab_size=families.model("gpt2").config.vocab_size + 1025)
+    refused(larger, r"teacher: expected the student's vocabulary, \d+ but for padding up to 1024, got \d+")
     refused("gpt2", "teacher: expected a model, as from_pretrained loads one, got 'gpt2'")
     refused(torch.nn.Linear(2, 2), r"expected a model of one of T5 .*, got None")
     refused(families.model("bert"), "teacher: expected a causal model, as the student is, got Bert.*, which is masked")

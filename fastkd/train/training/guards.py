@@ -21,6 +21,7 @@ from ..models.anatomy import kind
 from .checkpoints import last_checkpoint
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+PADDING = 1024  # rows of an embedding beyond another's of the same tokenizer: it may fill up to 128 for each of 8 ranks
 
 
 def check_arguments(args: Any, examples: Any = None) -> None:
@@ -93,6 +94,13 @@ def check_teacher(teacher: Any, student: Any) -> None:
                 f"{name}: expected one device, got {', '.join(sorted(devices))}; load it without device_map, and let "
                 "fsdp spread what one does not hold"
             )
+    models: list[Any] = [student, teacher]
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in models]
+    if abs(sizes[0] - sizes[1]) > PADDING:
+        raise ValueError(
+            f"teacher: expected the student's vocabulary, {sizes[0]} but for padding up to {PADDING}, got {sizes[1]}; "
+            "both read the same tokens"
+        )
 
 
 class Signals(TrainerCallback):

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from ..common.errors import RunError
 from ..common.family import PLACES, STACKS
 from ..common.processes import count
 from ..data.examples import Chunks, EpochSampler
@@ -34,8 +35,8 @@ class DistillTrainer(CheckpointingTrainer):
 
     method: the name of a row of METHODS, a `Method`, which may be a row with other settings by `dataclasses.replace`,
     or weights of terms, as {"ce": 0.5, "logit_kl": 0.5}. teacher: a model of a known family with the student's
-    vocabulary, or None if the method needs none; it is moved to the student's device, frozen, kept in evaluation mode
-    and never part of a checkpoint. Or a `teaching.cached.CachedTeacher`, whose training data is `Numbered`.
+    vocabulary, which a method that needs none leaves as it is; else it is moved to the student's device, frozen, kept
+    in evaluation mode and never part of a checkpoint. Or a `teaching.cached.CachedTeacher`, of `Numbered` data.
     workspace_mb: see `fastkd.linear_kl`. embedding_learning_rate: see `optimizer.set_own_rate`; None gives the
     embedding the rate of all other weights. projection_learning_rate: that of the matrix by which "hidden_linear"
     projects the student's hidden states to the teacher's width, one for all layers: `model.hidden_projection`, as a
@@ -52,7 +53,8 @@ class DistillTrainer(CheckpointingTrainer):
     (FSDP2); the numbers are those of one process with the whole batch. A teacher may be sharded in either case
     (`sharding.shard`).
     Raises ValueError if the method needs a teacher and none is given, is not known, or does not fit the two models, for
-    a model of another family, for what `guards.check_served` refuses, and for batches that hold more than is read.
+    a model of another family, for what `guards.check_served` and `check_teacher` refuse, and for batches that hold more
+    than is read; `train`, RunError if every gradient was 0.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class DistillTrainer(CheckpointingTrainer):
         self._own_rates = [(student.get_input_embeddings(), embedding_learning_rate)]
         self.cka_group = torch.distributed.group.WORLD if cka_over_processes and count() > 1 else None
         self.score = score
+        self._steepest: torch.Tensor | None = None  # the largest gradient norm of a training
         # Other names of weights that are shared, as T5's embedding is: FSDP would save a copy for each, and
         # transformers would miss them in a checkpoint.
         names = {name for name, _ in student.named_parameters()}
@@ -136,13 +139,23 @@ class DistillTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as CheckpointingTrainer does, with compiled blocks if `torch_compile` asks for them."""
-        if self.is_fsdp_enabled and not is_sharded(self.model):
+        student: Any = self.model
+        if not any(weight.requires_grad for weight in student.parameters()):
+            raise ValueError("model: expected weights that learn, got a student that is frozen")
+        self._steepest = None
+        if self.is_fsdp_enabled and not is_sharded(student):
             within = {} if self.method.vocabulary_terms else self.of_student.layers
-            shard_student(self.model, self.args.device, self.accelerator.state.fsdp_plugin, within)
+            shard_student(student, self.args.device, self.accelerator.state.fsdp_plugin, within)
         teacher = None if isinstance(self.teacher, CachedTeacher) else self.teacher
-        models = (self.model, self.of_student), (teacher, self.of_teacher)
+        models = (student, self.of_student), (teacher, self.of_teacher)
         with compiled_blocks(models, self.args) if self.args.torch_compile else contextlib.nullcontext():
-            return super().train(*args, **kwargs)
+            trained = super().train(*args, **kwargs)
+        if self._steepest is not None and not self._steepest:
+            raise RunError(
+                "every gradient of this training was 0; look for labels that are all -100, weights of terms that are "
+                "0, rows of one token"
+            )
+        return trained
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimizer, with the embedding's own learning rate if there is one."""
@@ -225,6 +238,8 @@ class DistillTrainer(CheckpointingTrainer):
             if self.accelerator.scaler is None:  # which skips steps whose gradients are not finite
                 watched = {f"the gradient of the {name}": norm for name, norm in norms.items()}
                 self._non_finite.watch(watched, self.state.global_step + 1)
+            steepest = torch.stack(list(norms.values())).max()
+            self._steepest = steepest if self._steepest is None else torch.maximum(self._steepest, steepest)
             norms = {f"grad_norm_{name}": norm for name, norm in norms.items() if name in STACKS}
             self._window.add(norms)
             self._window.peak({f"{name}_max": norm for name, norm in norms.items()})
