@@ -61,7 +61,7 @@ def projections(model: Any, place: str, layer: int) -> list[Any]:
 def head_module(model: Any) -> Any:
     """Return the layer that makes logits: of the vocabulary, or of classes."""
     path = family(model).classifier if kind(model) == "classifier" else ""
-    return heads.unwrapped(model).get_submodule(path) if path else heads.head_module(model)
+    return heads.unwrapped(model).get_submodule(path) if path else model.get_output_embeddings()
 
 
 def head_of(model: Any) -> heads.Head:

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from ...heads import head_module
 from ..common.errors import InputError, RunError
 from ..common.family import family_of
 from ..common.processes import count, of_all, patient_group
@@ -46,7 +47,7 @@ def check_arguments(args: Any, examples: Any = None) -> None:
 def check_served(given: Mapping[str, Any]) -> None:
     """Raise ValueError for arguments of transformers' Trainer, by name, that would do nothing here, or something else.
 
-    And for a model of a family that is not known.
+    And for a model of a family that is not known, or without a head.
     """
     model, args, metrics = given.get("model"), given.get("args"), given.get("compute_metrics")
     refused = {
@@ -71,6 +72,8 @@ def check_served(given: Mapping[str, Any]) -> None:
     if started > 1 and getattr(args, "world_size", started) == 1:
         raise ValueError(f"{started} processes that would each train alone: without GPUs give use_cpu=True")
     family_of(getattr(model, "config", None))
+    if kind(model) != "classifier":
+        head_module(model)
 
 
 def check_teacher(teacher: Any, student: Any) -> None:
