@@ -167,6 +167,23 @@ def test_steps_from_a_cache_are_what_was_measured() -> None:
     assert len(lines) == 2
 
 
+def test_steps_in_other_loops_are_what_was_measured() -> None:
+    _, _, *lines = table_of("of the memory")
+    found = []
+    for problem, *cells in lines:
+        rows = rows_of(f"{XEON}-integrations", problem)
+        ours, stock = rows["fastkd"], rows["stock"]
+        assert seconds(cells[0], ours) and seconds(cells[1], stock), problem
+        assert agrees(cells[3], ours["peak_mib"]) and agrees(cells[4], stock["peak_mib"]), problem
+        parts = [ours[name] / stock[name] for name in ("min_s", "peak_mib")]
+        assert agrees(cells[2], parts[0]) and agrees(cells[5], parts[1]), problem
+        found.append(parts)
+    assert len(found) == 6
+    text = " ".join((ROOT / "README.md").read_text().split())
+    (low, high), (least, most) = [(min(part), max(part)) for part in zip(*found, strict=True)]
+    assert f"{low:.2f} to {high:.2f} of the time and {least:.2f} to {most:.2f} of the memory" in text
+
+
 def test_memory_against_length_is_what_was_measured() -> None:
     (_, *lengths), _, *lines = table_of("L")
     names = {"fastkd": "fastkd", "torch.compile": "torch.compile", "plain torch": "reference"}
