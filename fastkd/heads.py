@@ -37,6 +37,10 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
+# How many rows vocabularies of one tokenizer may differ by, as padding: those that are filled up to a multiple of 128
+# for each of 8 ranks stay below.
+PADDING = 1024
+
 # What follows the head, by model_type: nothing, but for the last four. Models of images and text are the last row but
 # one of those with nothing: also where their text model alone would cap its logits. The last row are masked models,
 # whose head here is what follows the layer with an activation and a norm.

@@ -32,7 +32,7 @@ from trl.experimental import gkd, server_distillation
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.server_distillation import ServerDistillationConfig
 
-from ..heads import head
+from ..heads import PADDING, head
 from ..ops.linear_kl import linear_kl
 from ..ops.logit_kl import logit_kl
 from ..states import hidden_states, targets
@@ -53,9 +53,6 @@ NO_INPUTS = frozenset((
     "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "num_items_in_batch", "num_images",
     "num_tiles",
 ))  # fmt: skip
-PADDING = 1024
-"""How many rows a head may have beyond its tokenizer's tokens to count as padded, of vocabularies that differ in size:
-those that are filled up to a multiple of 128 for each of 8 ranks stay below."""
 
 # ---- their conventions ----------------------------------------------------------------------------------------------
 

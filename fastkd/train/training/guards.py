@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from ...heads import head_module
+from ...heads import PADDING, head_module
 from ..common.errors import InputError, RunError
 from ..common.family import family_of
 from ..common.processes import count, of_all, patient_group
@@ -22,7 +22,6 @@ from ..models.anatomy import kind
 from .checkpoints import last_checkpoint
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
-PADDING = 1024  # rows of an embedding beyond another's of the same tokenizer: it may fill up to 128 for each of 8 ranks
 
 
 def check_arguments(args: Any, examples: Any = None) -> None:

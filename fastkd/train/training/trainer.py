@@ -234,7 +234,7 @@ class DistillTrainer(CheckpointingTrainer):
         """Measure the gradients when they are complete: after the last accumulated batch, before they are clipped."""
         loss = self._backward(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            norms = gradient_norms(self.accelerator.unwrap_model(model), self.accelerator.scaler)
+            norms = gradient_norms(model, self.accelerator.scaler)
             if self.accelerator.scaler is None:  # which skips steps whose gradients are not finite
                 watched = {f"the gradient of the {name}": norm for name, norm in norms.items()}
                 self._non_finite.watch(watched, self.state.global_step + 1)
