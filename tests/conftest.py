@@ -28,6 +28,8 @@ if hasattr(signal, "SIGHUP"):
 
 torch.set_num_threads(1)  # whatever is set
 
+HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM") if hasattr(signal, name)]
+
 # The files that take longest, of the long tests and of the others: one that is begun last leaves the other cores idle.
 FIRST = (
     "tests/test_compile_gpu.py",
@@ -65,6 +67,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_signals() -> Iterator[None]:
+    """A handler that a test leaves behind is that test's failure, not one of whichever comes next in its process."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    left = {number: signal.getsignal(number) for number in HANDLED}
+    for number in HANDLED:
+        signal.signal(number, before[number] or signal.SIG_DFL)
+    assert left == before
 
 
 @pytest.fixture(scope="session", autouse=True)

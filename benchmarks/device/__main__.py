@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from benchmarks.device.lines import Lines, read
 from benchmarks.device.phases import PHASES, RUNS, Phase
 from benchmarks.device.summary import summary
 from benchmarks.device.watchdog import Log, Outcome, watched
+from benchmarks.harness.ending import interruptible
 
 OUT = ROOT / "build" / "device"
 REHEARSED_S, REHEARSAL_S = 120, 600  # of a phase of a rehearsal, and of all of it
@@ -136,11 +136,11 @@ def main(arguments: Sequence[str] | None = None, phases: Sequence[Phase] = PHASE
     if problem:
         print(f"benchmarks.device: {problem}")
         return 2
-    return run_all(todo, options, architecture)
+    with interruptible():
+        return run_all(todo, options, architecture)
 
 
 def run_all(todo: Sequence[Phase], options: argparse.Namespace, architecture: str) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit's; it ends as Ctrl-C does
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     notes, environment = carried.unpacked(options.carried.resolve(), not options.rehearse)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
 import time
 import traceback
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.harness import limits
+from benchmarks.harness.ending import interruptible
 from benchmarks.harness.machine import machine, titled
 from benchmarks.harness.measure import FEWEST, MOST, NOT_REACHED, measure, not_measured
 from benchmarks.harness.problem import OURS, Problem, Unavailable
@@ -121,7 +121,6 @@ def main(problems: Callable[[torch.device, bool], list[Problem]], description: s
     if not selected:
         titles = "\n  ".join(p.title for p in problems(options.device, options.quick))
         parser.error(f"--only {options.only!r} matches none of:\n  {titles}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit's; it ends as Ctrl-C does
     host = machine()
     name = host["gpu"] if options.device.type == "cuda" else f"{host['cpu']}, {host['threads']} threads"
     path = options.json
@@ -143,7 +142,8 @@ def main(problems: Callable[[torch.device, bool], list[Problem]], description: s
 
     most = FEWEST if options.quick else MOST
     try:
-        code = 0 if measured(selected, record, options.seconds, options.budget, most, show) else 1
+        with interruptible():
+            code = 0 if measured(selected, record, options.seconds, options.budget, most, show) else 1
     except KeyboardInterrupt:
         code = INTERRUPTED
         record.save()
