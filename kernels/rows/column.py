@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
-from ..common import FORWARD_KL, MIX, REVERSE_KL, _coslope, _double, _pair_of, _slope, _weight
+from ..common import FORWARD_KL, MIX, REVERSE_KL, _coslope, _double, _pair_of, _slope, _unmasked, _weight
 
 LOWEST = tl.constexpr(float("-inf"))
-# Models nearly agree in a block where the sums of their exponentials differ by less than this share of the teacher's.
-NEARLY_EQUAL = tl.constexpr(0.5)
+LOG2E = tl.constexpr(1.4426950408889634)
+# Divergence, in nats, under which a row is computed with care: csrc/cpu/row_kernel.h says why.
+NEARLY_EQUAL = tl.constexpr(0.1)
 # Divergence over which the mean of log(q / p) is refined: one so large is summed up with its own last digit's error.
 FAR_APART = tl.constexpr(16.0)
 # The label of a row that is a shard of a longer one, in another shard of which the label lies.
@@ -22,8 +23,8 @@ def _split(x, F: tl.constexpr):
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
-# The statistics of a row are (max_s, sum_s, max_t, sum_t, mean, saturated, sum_1), all fp64; RowStats in divergence.h
-# explains them. `saturated` is its `careful`, and the maximum of a row of nothing but -inf is 0 here.
+# The statistics of a row are (max_s, sum_s, max_t, sum_t, mean, careful, sum_1), all fp64; RowStats in divergence.h
+# explains them. The maximum of a row of nothing but -inf is 0 here.
 
 
 @triton.jit
@@ -49,6 +50,7 @@ def row_constants(stats, tau, unit, F: tl.constexpr):
         max_t.to(F),
         (1 / sum_t).to(F),
         (1 / tau).to(F),
+        (1 / tau * LOG2E).to(F),
         shift_high,
         shift_low,
         centred_high,
@@ -62,7 +64,7 @@ def running_constants(max_s, max_t, inv_tau, F: tl.constexpr):
     """The same while the sums are not known yet: with sums of 1, probabilities are the plain exponentials."""
     one = tl.full((), 1, F)
     high, low = _split(max_t - max_s, F)
-    return max_s.to(F), one, max_t.to(F), one, inv_tau.to(F), high, low, high, low, one
+    return max_s.to(F), one, max_t.to(F), one, inv_tau.to(F), (inv_tau * LOG2E).to(F), high, low, high, low, one
 
 
 # ---- one column ------------------------------------------------------------------------------------------------------
@@ -80,35 +82,36 @@ def shifted_ratio(s, t, shift_high, shift_low, inv_tau):
 @triton.jit
 def column_pair(s, t, row):
     """What `_pair_of` says of a column's scores."""
-    max_s, inv_sum_s, max_t, inv_sum_t, inv_tau, shift_high, shift_low, _, _, _ = row
+    max_s, inv_sum_s, max_t, inv_sum_t, inv_tau, scale, shift_high, shift_low, _, _, _ = row
     log_ratio = shifted_ratio(s, t, shift_high, shift_low, inv_tau)
     teacher_larger = log_ratio >= 0
     top = tl.where(teacher_larger, t - max_t, s - max_s)
-    return _pair_of(tl.exp(top * inv_tau) * tl.where(teacher_larger, inv_sum_t, inv_sum_s), log_ratio)
+    return _pair_of(tl.exp2(top * scale) * tl.where(teacher_larger, inv_sum_t, inv_sum_s), log_ratio)
 
 
 @triton.jit
-def column_gradient(s, t, b, row, DIVERGENCE: tl.constexpr, SATURATED: tl.constexpr):
-    """q (u - mean): tau times the gradient of D in s."""
-    max_s, inv_sum_s, _, _, inv_tau, _, _, centred_high, centred_low, mean = row
-    if DIVERGENCE == REVERSE_KL:
-        q = tl.exp((s - max_s) * inv_tau) * inv_sum_s
-        gradient = -q * shifted_ratio(s, t, centred_high, centred_low, inv_tau)
+def column_gradient(s, t, b, row, DIVERGENCE: tl.constexpr, CAREFUL: tl.constexpr):
+    """q (u - mean): tau times the gradient of D in s. `b` are D's constants."""
+    max_s, inv_sum_s, max_t, inv_sum_t, inv_tau, scale, _, _, centred_high, centred_low, mean = row
+    if DIVERGENCE == FORWARD_KL and not CAREFUL:
+        q = tl.exp2((s - max_s) * scale) * inv_sum_s
+        gradient = q - tl.exp2((t - max_t) * scale) * inv_sum_t
     else:
-        pair = column_pair(s, t, row)
-        if DIVERGENCE == FORWARD_KL:
-            gradient = pair[2]
-        elif DIVERGENCE >= MIX:
-            BOUNDED: tl.constexpr = DIVERGENCE // 4 * 4
-            gradient = -_coslope(pair, b, BOUNDED) if SATURATED else _slope(pair, b, BOUNDED)
-            if DIVERGENCE % 2 == 1:
-                gradient += b[4][0] * pair[2]
-            if DIVERGENCE // 2 % 2 == 1:
-                gradient -= b[4][1] * pair[1] * shifted_ratio(s, t, centred_high, centred_low, inv_tau)
-            else:
-                gradient -= pair[1] * mean
-        elif SATURATED:
-            gradient = -_coslope(pair, b, DIVERGENCE) - pair[1] * mean
+        s, t = _unmasked(s), _unmasked(t)
+        if DIVERGENCE == REVERSE_KL:
+            q = tl.exp2((s - max_s) * scale) * inv_sum_s
+            gradient = -q * shifted_ratio(s, t, centred_high, centred_low, inv_tau)
         else:
-            gradient = _slope(pair, b, DIVERGENCE) - pair[1] * mean
+            pair = column_pair(s, t, row)
+            if DIVERGENCE == FORWARD_KL:
+                gradient = pair[2]
+            else:
+                BOUNDED: tl.constexpr = DIVERGENCE // 4 * 4 if DIVERGENCE >= MIX else DIVERGENCE
+                gradient = -_coslope(pair, b, BOUNDED) if CAREFUL else _slope(pair, b, BOUNDED)
+                if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
+                    gradient += b[4][0] * pair[2]
+                if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:
+                    gradient -= b[4][1] * pair[1] * shifted_ratio(s, t, centred_high, centred_low, inv_tau)
+                else:
+                    gradient -= pair[1] * mean
     return gradient

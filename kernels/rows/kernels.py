@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import JSD, REVERSE_KL, _beta_constants, _double
+from ..common import REVERSE_KL, _beta_constants, _double
 from .passes import first_pass, label_of, loss_of_row, refined, value_sums, write_block, write_gradient
 
 
@@ -92,12 +92,7 @@ def rows_kernel(
             max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
             row_stats = (max_s, sum_s, max_t, sum_t, tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6))
         if gradient is not None:
-            if DIVERGENCE < JSD or teacher is None:
-                write_gradient(
-                    student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
-                    ce_weight, DIVERGENCE, False, F, BLOCK,
-                )  # fmt: skip
-            elif row_stats[5] != 0:
+            if row_stats[5] != 0:
                 write_gradient(
                     student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
                     ce_weight, DIVERGENCE, True, F, BLOCK,

@@ -21,6 +21,7 @@ from ..common import (
 from .column import (
     ELSEWHERE,
     FAR_APART,
+    LOG2E,
     LOWEST,
     NEARLY_EQUAL,
     column_gradient,
@@ -147,7 +148,7 @@ def first_pass(
             row = running_constants(top_s, top_t, inv_tau, F)
             p, q, difference, log_ratio, _, _, _ = column_pair(s, _unmasked(t), row)
             student_sum, teacher_sum, gap = _sum(q), _sum(p), _sum(difference)
-            nearly_equal = tl.abs(gap) < teacher_sum * NEARLY_EQUAL
+            nearly_equal = tl.abs(gap) < teacher_sum * 0.5
             sum_s += tl.where(nearly_equal, teacher_sum + gap, student_sum)
             sum_t += teacher_sum
             if METRICS:
@@ -243,7 +244,7 @@ def loss_of_row(
     FIRST: tl.constexpr = REVERSE_KL if MIXED_REVERSE else DIVERGENCE
     SECOND: tl.constexpr = DIVERGENCE - 2 if MIXED_REVERSE else DIVERGENCE
     divergence, stats, own = first_pass(student, teacher, label, columns, tau, FIRST, SEPARATE, METRICS, F, BLOCK)
-    max_s, sum_s, max_t, sum_t, mean, saturated, sum_1 = stats
+    max_s, sum_s, max_t, sum_t, mean, careful, sum_1 = stats
     entropy_s, entropy_t, position_s, position_t = own
     loss, kd, cross_entropy = _double(0.0), _double(0.0), _double(0.0)
     if teacher is not None:
@@ -252,10 +253,12 @@ def loss_of_row(
         if FIRST == REVERSE_KL:
             divergence = refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
             mean = _with_infinity(divergence)
+        elif FIRST == FORWARD_KL:
+            careful = (divergence < NEARLY_EQUAL).to(tl.float64)
         if DIVERGENCE >= JSD:
             b = _beta_constants(beta, weights, F)
             value, slope, coslope = value_sums(student, teacher, columns, stats, b, tau, SECOND, F, BLOCK)
-            saturated = (coslope < slope).to(tl.float64)
+            careful = (coslope < slope).to(tl.float64)
             second_mean = tl.where(coslope < slope, -coslope, slope)
             if MIXED_REVERSE:
                 unit = _weight(weights, REVERSE_KL)
@@ -274,7 +277,7 @@ def loss_of_row(
         loss += ce_weight * cross_entropy
     return (
         loss,
-        (max_s, sum_s, max_t, sum_t, mean, saturated, sum_1),
+        (max_s, sum_s, max_t, sum_t, mean, careful, sum_1),
         (kd, cross_entropy, entropy_s, entropy_t, position_s, position_t),
     )
 
@@ -294,17 +297,17 @@ def write_gradient(
     kd_weight,
     ce_weight,
     DIVERGENCE: tl.constexpr,
-    SATURATED: tl.constexpr,
+    CAREFUL: tl.constexpr,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Pass 3: coefficient * d loss / d s, written to `gradient`, which may be `student`."""
-    max_s, sum_s, max_t, sum_t, mean, saturated, sum_1 = stats
+    max_s, sum_s, max_t, sum_t, mean, careful, sum_1 = stats
     if teacher is not None:
         empty = (sum_s == 0) | (sum_t == 0)
         sum_s, sum_t = tl.where(empty, 1.0, sum_s), tl.where(empty, 1.0, sum_t)
         unit = mean_unit(weights, DIVERGENCE)
-        row = row_constants((max_s, sum_s, max_t, sum_t, mean, saturated, sum_1), tau, unit, F)
+        row = row_constants((max_s, sum_s, max_t, sum_t, mean, careful, sum_1), tau, unit, F)
         b = _beta_constants(beta, weights, F)
         kd_scale = tl.where(empty, 0.0, coefficient * kd_weight * tau).to(F)
     if label is not None:
@@ -315,12 +318,12 @@ def write_gradient(
         at_label = tl.where(sum_1 == 0, 0.0, at_label).to(F)
         ce_scale, top_s = ce_scale.to(F), max_s.to(F)
     for start in range(0, columns, BLOCK):
-        s = _unmasked(_read(student, start, columns, F, BLOCK))
+        s = _read(student, start, columns, F, BLOCK)
         g = tl.zeros_like(s)
         if teacher is not None:
-            t = _unmasked(_read(teacher, start, columns, F, BLOCK))
-            g = kd_scale * column_gradient(s, t, b, row, DIVERGENCE, SATURATED)
+            t = _read(teacher, start, columns, F, BLOCK)
+            g = kd_scale * column_gradient(s, t, b, row, DIVERGENCE, CAREFUL)
         if label is not None:
             column = start + tl.arange(0, BLOCK)
-            g += tl.where(column == label_column, at_label, ce_scale * tl.exp(s - top_s))
+            g += tl.where(column == label_column, at_label, ce_scale * tl.exp2((s - top_s) * LOG2E))
         write_block(gradient, start, columns, g, BLOCK)
