@@ -8,6 +8,6 @@
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* extension = PyModule_Create(&module);
-  if (extension != nullptr) PyModule_AddIntConstant(extension, "interface", 7);
+  if (extension != nullptr) PyModule_AddIntConstant(extension, "interface", 8);
   return extension;
 }

@@ -36,6 +36,23 @@ inline void check_vector(const Tensor& x, int64_t rows, ScalarType dtype, const 
   STD_TORCH_CHECK(x.scalar_type() == dtype, "fastkd: ", name, " has the wrong dtype");
 }
 
+// What a tensor [rows], or [rows, columns], holds; nullptr where there is none.
+template <class T>
+T* vector_of(const std::optional<Tensor>& x, int64_t rows, ScalarType dtype, const char* name) {
+  if (!x) return nullptr;
+  check_vector(*x, rows, dtype, name);
+  return static_cast<T*>(x->data_ptr());
+}
+
+template <class T>
+T* matrix_of(const std::optional<Tensor>& x, int64_t rows, int64_t columns, ScalarType dtype, const char* name) {
+  if (!x) return nullptr;
+  check_matrix(*x, rows, columns, name);
+  STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == dtype, "fastkd: ", name,
+                  " must be contiguous and of its dtype");
+  return static_cast<T*>(x->data_ptr());
+}
+
 // Of a function of the C shim. Torch's own macro for it has one name in 2.11 and another since.
 inline void check_call(int32_t error, const char* what) {
   STD_TORCH_CHECK(error == 0, "fastkd: torch failed at ", what);

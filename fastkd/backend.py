@@ -22,7 +22,7 @@ IMPLS = ("auto", "reference", "fused")
 
 
 # Of the operators' arguments, and of what they may be: raised here and in csrc/module.cpp where these change.
-INTERFACE = 7
+INTERFACE = 8
 
 
 def _load_extension() -> str | None:

@@ -54,7 +54,7 @@ def test_every_kernel_compiles_for_hopper_and_none_spills():
 import json
 from benchmarks.gpu.compile import attention, cka, rows, softcap, topk
 from benchmarks.gpu.compile.common import SHARED_LIMIT, TARGETS
-cases = [(rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in rows.PASSES]
+cases = [(rows, ("sm_90", which, "jsd", "fp32", "fp32", True)) for which in rows.PASSES + rows.SHARD_PASSES]
 cases += [(topk, ("sm_90", "fused", "fp32", 64, "labels, temperature"))]
 cases += [(topk, ("sm_90", which, "fp32", 65, "plain")) for which in topk.SHARD_PASSES]
 cases += [(cka, ("sm_90", dtype, 2)) for dtype in ("bf16", "fp64")]

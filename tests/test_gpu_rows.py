@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.divergence import divergence_code
-from fastkd.ops.drivers.divergence_rows import STATS, CudaRows, cuda_rows_problem, gpu_rows
+from fastkd.ops.drivers.divergence_rows import ELSEWHERE, STATS, CudaRows, cuda_rows_problem, gpu_rows
 
 from . import emulated
 from .cases import (
@@ -356,6 +356,15 @@ def test_label_out_of_range(label: int):
     for loss, gradient in (fused(*arguments, *options), in_two_steps(*arguments, *options)):
         assert loss.isnan().tolist() == [True, False]
         assert gradient.isnan().any(1).tolist() == [True, False]
+
+
+def test_a_label_in_another_shard_leaves_the_gradient_a_softmax():
+    student = torch.randn(2, 301)
+    arguments = student, None, ones(2), torch.tensor([ELSEWHERE, 300]), *objective("jsd", kd_weight=0.0, ce_weight=1.0)
+    _, gradient = in_two_steps(*arguments)
+    wanted = student.double().softmax(1)
+    wanted[1, 300] -= 1
+    assert distance(gradient, wanted) <= 1e-6
 
 
 @over_divergences

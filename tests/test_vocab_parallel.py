@@ -24,7 +24,7 @@ from torch.library import opcheck
 import fastkd
 from fastkd.checks import Objective
 from fastkd.divergence import DIVERGENCES, divergence_code
-from fastkd.ops.drivers.divergence_rows import ELSEWHERE, divergence_rows, divergence_shard_gradient
+from fastkd.ops.drivers.divergence_rows import ELSEWHERE, divergence_rows
 from fastkd.ops.vocabulary_shards import VocabularyShard, _checksum
 
 from .cases import (
@@ -566,7 +566,7 @@ def test_a_label_in_another_shard_adds_its_softmax_alone(backend: str):
         x, t, labels, coefficient = (tensor.to(device) for tensor in (student, teacher, labels, coefficient))
         loss, stats, gradient = torch.empty_like(coefficient), coefficient.new_empty(4, 7), torch.empty_like(x)
         divergence_rows(x, t, coefficient, labels, loss, stats, None, *objective)
-        divergence_shard_gradient(x, t, stats, coefficient, labels, gradient, *objective)
+        divergence_rows(x, t, coefficient, labels, None, stats, gradient, *objective)
     wanted = student.double().softmax(1)
     wanted[0, 5] -= 1
     assert loss.isnan().tolist() == [False, True, True, True]
@@ -579,10 +579,10 @@ def test_opcheck():
     coefficient, labels = torch.tensor([1.0, 0.5, 0.0, 2.0]).double(), torch.tensor([0, ELSEWHERE, 3, 32])
     stats, sums = coefficient.new_empty(4, 7), coefficient.new_empty(4, 3)
     objective = (divergence_code("jsd"), 0.3, 2.0, 0.6, 0.4)
-    ops = torch.ops.fastkd
-    opcheck(ops.divergence_shard_stats.default, (student, teacher, coefficient, labels, stats, *objective))
-    ops.divergence_shard_stats(student, teacher, coefficient, labels, stats, *objective)
-    opcheck(ops.divergence_shard_sums.default, (student, teacher, stats, coefficient, sums, *objective))
+    op, rows = torch.ops.fastkd.divergence_rows.default, (student, teacher, coefficient, labels)
+    opcheck(op, (*rows, None, stats, None, *objective))
+    op(*rows, None, stats, None, *objective)
+    opcheck(op, (*rows, None, stats, None, *objective), {"sums": sums})
 
 
 def test_labels_count_from_the_first_column_of_a_shard():

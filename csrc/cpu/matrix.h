@@ -13,6 +13,12 @@ inline bool is_float(ScalarType dtype) {
          dtype == ScalarType::BFloat16;
 }
 
+inline void check_scores(const std::optional<Tensor>& x, int64_t rows, int64_t columns, const char* name) {
+  if (!x) return;
+  check_matrix(*x, rows, columns, name);
+  STD_TORCH_CHECK(is_float(x->scalar_type()), "fastkd: ", name, " must be of a floating dtype");
+}
+
 template <class F>
 constexpr ScalarType kScalarType = sizeof(F) == 4 ? ScalarType::Float : ScalarType::Double;
 

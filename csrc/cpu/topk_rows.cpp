@@ -11,41 +11,23 @@
 namespace fastkd {
 namespace {
 
-template <class T>
-T* vector_of(const std::optional<Tensor>& x, int64_t rows, ScalarType dtype, const char* name) {
-  if (!x) return nullptr;
-  check_vector(*x, rows, dtype, name);
-  return static_cast<T*>(x->data_ptr());
-}
-
-template <class T>
-T* matrix_of(const Tensor& x, int64_t rows, int64_t columns, ScalarType dtype, const char* name) {
-  check_matrix(x, rows, columns, name);
-  STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == dtype, "fastkd: ", name,
-                  " must be contiguous and of its dtype");
-  return static_cast<T*>(x.data_ptr());
-}
-
 void topk_rows(Tensor student, Tensor ids, Tensor log_probs, std::optional<Tensor> tail_log_prob, Tensor coefficient,
                std::optional<Tensor> labels, std::optional<Tensor> loss, std::optional<Tensor> stats,
                std::optional<Tensor> gradient, std::vector<double> divergences, bool conditional, double beta,
                double temperature, double kd_weight, double ce_weight, std::optional<Tensor> metrics) {
   STD_TORCH_CHECK(student.dim() == 2 && ids.dim() == 2, "fastkd: student and ids must be matrices");
   const int64_t rows = student.size(0), columns = student.size(1), k = ids.size(1);
-  STD_TORCH_CHECK(is_float(student.scalar_type()), "fastkd: student must be of a floating dtype");
+  check_scores(student, rows, columns, "student");
   const auto* weights = vector_of<const double>(coefficient, rows, ScalarType::Double, "coefficient");
   STD_TORCH_CHECK(loss || stats, "fastkd: stats are needed where no loss is asked for");
   STD_TORCH_CHECK(loss || !metrics, "fastkd: metrics of rows go with a loss");
   STD_TORCH_CHECK(labels || ce_weight == 0, "fastkd: labels are needed unless ce_weight is 0");
   auto* losses = vector_of<double>(loss, rows, ScalarType::Double, "loss");
-  auto* row_stats =
-      stats ? matrix_of<TailStats>(*stats, rows, TailStats::kCount, ScalarType::Double, "stats") : nullptr;
-  auto* row_metrics =
-      metrics ? matrix_of<TopKMetrics>(*metrics, rows, TopKMetrics::kCount, ScalarType::Double, "metrics") : nullptr;
+  auto* row_stats = matrix_of<TailStats>(stats, rows, TailStats::kCount, ScalarType::Double, "stats");
+  auto* row_metrics = matrix_of<TopKMetrics>(metrics, rows, TopKMetrics::kCount, ScalarType::Double, "metrics");
   bool in_place = false;
   if (gradient) {
-    check_matrix(*gradient, rows, columns, "gradient");
-    STD_TORCH_CHECK(is_float(gradient->scalar_type()), "fastkd: gradient must be of a floating dtype");
+    check_scores(gradient, rows, columns, "gradient");
     in_place = gradient->data_ptr() == student.data_ptr();
     if (!in_place) advise_huge_pages(*gradient);
   }
@@ -120,7 +102,7 @@ void topk_shard_stats(Tensor student, Tensor ids, Tensor coefficient, Tensor sta
     if (out[row].sum != 0) out[row].sum = kernel.careful_sum(row, out[row], scratch);
     if (temperature == 1) out[row].sum_1 = out[row].sum;
   };
-  STD_TORCH_CHECK(is_float(student.scalar_type()), "fastkd: student must be of a floating dtype");
+  check_scores(student, student.size(0), student.size(1), "student");
   student.scalar_type() == ScalarType::Double ? for_shards<double>(student, ids, coefficient, temperature, false, write)
                                               : for_shards<float>(student, ids, coefficient, temperature, false, write);
 }
@@ -128,9 +110,8 @@ void topk_shard_stats(Tensor student, Tensor ids, Tensor coefficient, Tensor sta
 void topk_shard_gradient(Tensor student, Tensor ids, Tensor coefficient, Tensor stats, Tensor factors, Tensor at_ids,
                          Tensor gradient, double temperature) {
   const int64_t rows = student.size(0), k = ids.size(1);
-  check_matrix(gradient, rows, student.size(1), "gradient");
-  STD_TORCH_CHECK(is_float(student.scalar_type()) && is_float(gradient.scalar_type()),
-                  "fastkd: student and gradient must be of a floating dtype");
+  check_scores(student, rows, student.size(1), "student");
+  check_scores(gradient, rows, student.size(1), "gradient");
   const auto* own = matrix_of<const TailStats>(stats, rows, TailStats::kCount, ScalarType::Double, "stats");
   const auto* both = matrix_of<const double>(factors, rows, 2, ScalarType::Double, "factors");
   const auto* values = matrix_of<const double>(at_ids, rows, k, ScalarType::Double, "at_ids");

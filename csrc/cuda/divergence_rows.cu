@@ -41,33 +41,25 @@ void check_rows(const Tensor& x, const Tensor& student, const char* name) {
 Arguments arguments_of(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& coefficient,
                        const std::optional<Tensor>& labels, const std::optional<Tensor>& loss,
                        const std::optional<Tensor>& stats, const std::optional<Tensor>& gradient) {
+  const int64_t rows = student.size(0);
   check_rows(student, student, "student");
   STD_TORCH_CHECK(student.size(1) > 0 && student.size(1) <= kMostColumns, "fastkd: too few or too many columns");
-  check_vector(coefficient, student.size(0), ScalarType::Double, "coefficient");
   if (teacher) {
     check_rows(*teacher, student, "teacher");
     STD_TORCH_CHECK(teacher->scalar_type() == student.scalar_type(), "fastkd: teacher must have the student's dtype");
-  }
-  if (labels) check_vector(*labels, student.size(0), ScalarType::Long, "labels");
-  if (loss) check_vector(*loss, student.size(0), ScalarType::Double, "loss");
-  if (stats) {
-    check_matrix(*stats, student.size(0), RowStats::kCount, "stats");
-    STD_TORCH_CHECK(stats->is_contiguous() && stats->scalar_type() == ScalarType::Double,
-                    "fastkd: stats must be contiguous float64");
   }
   STD_TORCH_CHECK(loss || stats, "fastkd: stats are needed where no loss is asked for");
   if (gradient) check_rows(*gradient, student, "gradient");
 
   Arguments a{};
-  a.student = student.data_ptr();
-  a.coefficient = static_cast<const double*>(coefficient.data_ptr());
-  a.student_stride = student.stride(0);
+  a.student = student.data_ptr(), a.student_stride = student.stride(0);
   a.columns = static_cast<int>(student.size(1));
+  a.coefficient = vector_of<const double>(coefficient, rows, ScalarType::Double, "coefficient");
+  a.labels = vector_of<const int64_t>(labels, rows, ScalarType::Long, "labels");
+  a.loss = vector_of<double>(loss, rows, ScalarType::Double, "loss");
+  a.stats = matrix_of<RowStats>(stats, rows, RowStats::kCount, ScalarType::Double, "stats");
   a.gradient_type = gradient_type(gradient);
   if (teacher) a.teacher = teacher->data_ptr(), a.teacher_stride = teacher->stride(0);
-  if (labels) a.labels = static_cast<const int64_t*>(labels->data_ptr());
-  if (loss) a.loss = static_cast<double*>(loss->data_ptr());
-  if (stats) a.stats = static_cast<RowStats*>(stats->data_ptr());
   if (gradient) a.gradient = gradient->data_ptr(), a.gradient_stride = gradient->stride(0);
   return a;
 }

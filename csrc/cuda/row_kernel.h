@@ -14,6 +14,7 @@
 // the row alone, so all threads of a row take the same ones.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -26,7 +27,9 @@
 namespace fastkd {
 namespace cuda {
 
-constexpr double kNearlyEqual = 0.1, kFarApart = 16;  // as in cpu/row_kernel.h
+// As in cpu/row_kernel.h.
+constexpr double kNearlyEqual = 0.1, kFarApart = 16;
+constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
 
 enum class GradientType { kNone, kFloat, kBFloat16, kHalf };
 
@@ -106,7 +109,7 @@ struct RowKernel {
   const T *student, *teacher;
   int head;           // columns of the first chunk that lie before the row
   int first, chunks;  // of this block
-  int label;          // a column that exists, or 0
+  int label;          // a column that exists; else 0, or -1 for one in another shard of the row
   bool label_exists;
   double label_score;
 
@@ -123,8 +126,8 @@ struct RowKernel {
   __device__ __forceinline__ void read_label() {
     if (a.labels != nullptr) {
       label_exists = a.labels[row] >= 0 && a.labels[row] < a.columns;
-      label = label_exists ? static_cast<int>(a.labels[row]) : 0;
-      label_score = static_cast<float>(student[label]);
+      label = label_exists ? static_cast<int>(a.labels[row]) : a.labels[row] == kElsewhere ? -1 : 0;
+      label_score = label_exists ? static_cast<float>(student[label]) : -INFINITY;
       block_barrier();  // every thread has read it before one overwrites it with its gradient
     }
   }

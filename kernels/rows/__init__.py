@@ -14,14 +14,11 @@ things make the sums of the first pass good enough for rows of any kind (see `fi
 - there, too, a divergence's moment is summed up as p log(p / q) + q - p, which is small of second order like the
   divergence itself. The q - p in it cancels when the row is complete, and its rounding error with it.
 
-Rows may be shards of longer ones, whose other columns are on other GPUs: `shard_kernel` makes the statistics of a shard
-alone, fastkd/ops/vocabulary_shards.py those of the whole row from all of them, and `rows_kernel` the gradient.
-
-R rows, V columns. coefficient [R] float64, labels [R] int64, loss [R] float64, stats [R, 7] float64, metrics [R, 6]
-float64 (fastkd/ops/drivers/divergence_rows.py says of what). Number of columns and strides are run-time arguments; the
-block size follows the vocabulary and the dtype. Nothing waits for the device.
+Rows may be shards of longer ones, whose other columns are on other GPUs. fastkd/ops/drivers/divergence_rows.py says
+what is computed of which arguments. Number of columns and strides are run-time arguments; the block size follows the
+vocabulary and the dtype. Nothing waits for the device.
 """
 
-from .host import divergence_rows, divergence_shard_stats, divergence_shard_sums
+from .host import divergence_rows
 
-__all__ = ["divergence_rows", "divergence_shard_stats", "divergence_shard_sums"]
+__all__ = ["divergence_rows"]

@@ -1,16 +1,15 @@
 """How rows are launched."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..common import MIX, TVD, beta_arguments
-from .kernels import rows_kernel, shard_kernel
+from .kernels import rows_kernel
 
-__all__ = ["divergence_rows", "divergence_shard_stats", "divergence_shard_sums"]
+__all__ = ["divergence_rows"]
 
 
 def block_and_options(columns: int, dtype: torch.dtype, nvidia: bool, mix: bool = False) -> tuple[int, dict]:
@@ -32,42 +31,13 @@ def block_and_options(columns: int, dtype: torch.dtype, nvidia: bool, mix: bool 
     return block, options
 
 
-def _check_matrix(name: str, x: Tensor, rows: int, columns: int) -> None:
-    if x.shape != (rows, columns) or not x.is_floating_point():
-        raise ValueError(f"{name}: expected floating [{rows}, {columns}], got {x.dtype} {list(x.shape)}")
-
-
-def _check_rows(name: str, x: Tensor, rows: int, dtype: torch.dtype, *trailing: int) -> None:
-    if x.shape != (rows, *trailing) or x.dtype != dtype or not x.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous {dtype} {[rows, *trailing]}, got {x.dtype} {list(x.shape)}")
-
-
-def _checked(
-    student: Tensor,
-    teacher: Tensor | None,
-    coefficient: Tensor,
-    labels: Tensor | None,
-    divergence: int,
-    kd_weight: float,
-    ce_weight: float,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher and the labels, each None where its weight is 0; raises for arguments that do not fit."""
-    if teacher is None and kd_weight != 0:
-        raise ValueError("teacher: needed unless kd_weight is 0")
-    if labels is None and ce_weight != 0:
-        raise ValueError("labels: needed unless ce_weight is 0")
-    if not 0 <= divergence <= TVD.value and not MIX.value < divergence < 2 * MIX.value:
-        raise ValueError(f"divergence: expected 0 to {TVD.value} or a mix's code, got {divergence}")
-    teacher = teacher if kd_weight != 0 else None
-    labels = labels if ce_weight != 0 else None
-    rows, columns = student.shape
-    for name, matrix in (("student", student), ("teacher", teacher)):
-        if matrix is not None:
-            _check_matrix(name, matrix, rows, columns)
-    _check_rows("coefficient", coefficient, rows, torch.float64)
-    if labels is not None:
-        _check_rows("labels", labels, rows, torch.int64)
-    return teacher, labels
+def _check(name: str, x: Tensor | None, dtype: torch.dtype | None, *shape: int) -> None:
+    """Raises unless it is of a dtype and contiguous, or of any floating dtype and stride for None."""
+    if x is None:
+        return
+    if x.shape != shape or (not x.is_floating_point() if dtype is None else x.dtype != dtype or not x.is_contiguous()):
+        wanted = f"contiguous {dtype}" if dtype else "floating"
+        raise ValueError(f"{name}: expected {wanted} {list(shape)}, got {x.dtype} {list(x.shape)}")
 
 
 def divergence_rows(
@@ -76,7 +46,7 @@ def divergence_rows(
     coefficient: Tensor,  # [R]
     labels: Tensor | None,  # [R]
     loss: Tensor | None,  # [R]
-    stats: Tensor | None,  # [R, 7], given where there is no loss
+    stats: Tensor | None,  # [R, 7]
     gradient: Tensor | None,  # [R, V], of any float dtype and stride; it may be the student
     divergence: int,
     beta: float | Sequence[float],
@@ -85,20 +55,32 @@ def divergence_rows(
     ce_weight: float,
     *,
     metrics: Tensor | None = None,  # [R, 6]
+    sums: Tensor | None = None,  # [R, 3]
 ) -> None:
-    """Writes each row's loss, statistics and metrics, and coefficient * d loss / d student: of these what is given."""
+    """Writes what is given, as fastkd/ops/drivers/divergence_rows.py says."""
     rows, columns = student.shape
-    teacher, labels = _checked(student, teacher, coefficient, labels, divergence, kd_weight, ce_weight)
-    if gradient is not None:
-        _check_matrix("gradient", gradient, rows, columns)
-    if loss is not None:
-        _check_rows("loss", loss, rows, torch.float64)
-    if stats is not None:
-        _check_rows("stats", stats, rows, torch.float64, 7)
-    if metrics is not None:
-        _check_rows("metrics", metrics, rows, torch.float64, 6)
-        if loss is None:
-            raise ValueError("metrics: expected None, because they go with a loss, and there is none")
+    shard = loss is None and gradient is None and sums is None
+    if teacher is None and kd_weight != 0:
+        raise ValueError("teacher: needed unless kd_weight is 0")
+    if labels is None and ce_weight != 0:
+        raise ValueError("labels: needed unless ce_weight is 0")
+    if loss is None and stats is None:
+        raise ValueError("stats: needed where there is no loss")
+    if loss is None and metrics is not None and not shard:
+        raise ValueError("metrics: expected None, because they go with a loss, and there is none")
+    if sums is not None and (kd_weight == 0 or loss is not None):
+        raise ValueError("sums: expected a teacher and statistics of whole rows, and no loss")
+    if not 0 <= divergence <= TVD.value and not MIX.value < divergence < 2 * MIX.value:
+        raise ValueError(f"divergence: expected 0 to {TVD.value} or a mix's code, got {divergence}")
+    teacher = teacher if kd_weight != 0 else None
+    labels = labels if ce_weight != 0 else None
+    for name, x in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+        _check(name, x, None, rows, columns)
+    _check("labels", labels, torch.int64, rows)
+    for name, x in (("coefficient", coefficient), ("loss", loss)):
+        _check(name, x, torch.float64, rows)
+    for name, x, width in (("stats", stats, 7), ("metrics", metrics, 6), ("sums", sums, 3)):
+        _check(name, x, torch.float64, rows, width)
     if rows == 0:
         return
     nvidia = student.is_cuda and torch.version.hip is None
@@ -113,6 +95,7 @@ def divergence_rows(
             stats,
             gradient,
             metrics,
+            sums,
             columns,
             *student.stride(),
             *(teacher.stride() if teacher is not None else (0, 0)),
@@ -126,79 +109,3 @@ def divergence_rows(
             BLOCK=block,
             **options,
         )
-
-
-def _launch_shard(
-    student: Tensor,
-    teacher: Tensor | None,
-    coefficient: Tensor,
-    labels: Tensor | None,
-    stats: Tensor,
-    sums: Tensor | None,
-    metrics: Tensor | None,
-    divergence: int,
-    beta: float | Sequence[float],
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-) -> None:
-    rows, columns = student.shape
-    teacher, labels = _checked(student, teacher, coefficient, labels, divergence, kd_weight, ce_weight)
-    _check_rows("stats", stats, rows, torch.float64, 7)
-    if sums is not None:
-        _check_rows("sums", sums, rows, torch.float64, 3)
-    if metrics is not None:
-        _check_rows("metrics", metrics, rows, torch.float64, 6)
-    if rows == 0:
-        return
-    nvidia = student.is_cuda and torch.version.hip is None
-    block, options = block_and_options(columns, student.dtype, nvidia, divergence >= MIX.value)
-    with torch.cuda.device_of(student):
-        shard_kernel[(rows,)](
-            student,
-            teacher,
-            coefficient,
-            labels,
-            stats,
-            sums,
-            metrics,
-            columns,
-            *student.stride(),
-            *(teacher.stride() if teacher is not None else (0, 0)),
-            **beta_arguments(beta),
-            tau=float(temperature),
-            DIVERGENCE=divergence,
-            SEPARATE=labels is not None and temperature != 1,
-            BLOCK=block,
-            **options,
-        )
-
-
-def divergence_shard_stats(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    stats: Tensor,  # [R, 7]
-    *objective: Any,
-    metrics: Tensor | None = None,  # [R, 6], 0
-) -> None:
-    """Writes the statistics of shards of rows, each of its shard alone; in the mean's place its own D.
-
-    And of metrics what a shard has alone: entropies and columns.
-    """
-    _launch_shard(student, teacher, coefficient, labels, stats, None, metrics, *objective)
-
-
-def divergence_shard_sums(
-    student: Tensor,  # [R, V]
-    teacher: Tensor,  # [R, V]
-    stats: Tensor,  # [R, 7]
-    coefficient: Tensor,  # [R]
-    sums: Tensor,  # [R, 3]
-    *objective: Any,
-) -> None:
-    """Writes what shards add to D, to the mean of u and to that of v, by the statistics of the whole rows."""
-    divergence, beta, temperature, kd_weight, _ = objective
-    numbers = int(divergence), beta, temperature, kd_weight, 0.0
-    _launch_shard(student, teacher, coefficient, None, stats, sums, None, *numbers)

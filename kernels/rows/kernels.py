@@ -1,4 +1,4 @@
-"""The kernels: one program takes one row, or a shard of one."""
+"""The kernel: one program takes one row, or a shard of one."""
 
 import triton
 import triton.language as tl
@@ -8,15 +8,45 @@ from .passes import first_pass, label_of, loss_of_row, refined, value_sums, writ
 
 
 @triton.jit
+def _write(to, numbers, N: tl.constexpr):
+    if to is not None:
+        for i in tl.static_range(N):
+            tl.store(to + i, numbers[i])
+
+
+@triton.jit
+def _shard_of_row(
+    student,
+    teacher,
+    label,
+    columns,
+    tau,
+    DIVERGENCE: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    METRICS: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics and metrics of a shard, as if it were all of the row, with its own D in the mean's place."""
+    divergence, stats, own = first_pass(student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, METRICS, F, BLOCK)
+    if teacher is not None and DIVERGENCE == REVERSE_KL:
+        divergence = refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
+    max_s, sum_s, max_t, sum_t, _, saturated, sum_1 = stats
+    zero = _double(0.0)
+    return (max_s, sum_s, max_t, sum_t, divergence, saturated, sum_1), (zero, zero, own[0], own[1], own[2], own[3])
+
+
+@triton.jit
 def rows_kernel(
     student,
     teacher,
     coefficient,
     labels,
-    loss,  # None: stats are read
+    loss,  # None: stats are read, or are those of a shard
     stats,  # None: they are not kept
     gradient,  # None: it is not wanted
     metrics,  # None: they are not wanted
+    sums,  # None: they are not wanted
     columns,
     student_row,  # strides
     student_column,
@@ -33,7 +63,8 @@ def rows_kernel(
     SEPARATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: loss, stats and metrics, unless they are given, and the gradient, if wanted."""
+    """One row: loss, stats and metrics, unless they are given, and gradient or sums, if wanted; or a shard's stats."""
+    SHARD: tl.constexpr = loss is None and gradient is None and sums is None
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     beta, tau, kd_weight, ce_weight = _double(beta), _double(tau), _double(kd_weight), _double(ce_weight)
     index = tl.program_id(0).to(tl.int64)
@@ -46,16 +77,18 @@ def rows_kernel(
         stats += index * 7
     if metrics is not None:
         metrics += index * 6
+    if sums is not None:
+        sums += index * 3
     weight = tl.load(coefficient + index)
     if weight == 0:  # the row is not read
+        zero = _double(0.0)
+        nothing = (zero, zero, zero, zero, zero, zero, zero)
         if loss is not None:
-            tl.store(loss + index, _double(0.0))
-            if stats is not None:
-                for i in tl.static_range(7):
-                    tl.store(stats + i, _double(0.0))
-            if metrics is not None:
-                for i in tl.static_range(6):
-                    tl.store(metrics + i, _double(0.0))
+            tl.store(loss + index, zero)
+        if loss is not None or SHARD:
+            _write(stats, nothing, 7)
+        _write(metrics, nothing, 6)
+        _write(sums, nothing, 3)
         if gradient is not None:
             for start in range(0, columns, BLOCK):
                 write_block(gradient, start, columns, tl.zeros((BLOCK,), F), BLOCK)
@@ -82,15 +115,23 @@ def rows_kernel(
                 BLOCK,
             )
             tl.store(loss + index, weight * row_loss)
-            if stats is not None:
-                for i in tl.static_range(7):
-                    tl.store(stats + i, row_stats[i])
-            if metrics is not None:
-                for i in tl.static_range(6):
-                    tl.store(metrics + i, row_metrics[i])
+            _write(stats, row_stats, 7)
+            _write(metrics, row_metrics, 6)
+        elif SHARD:
+            row_stats, row_metrics = _shard_of_row(
+                student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, metrics is not None, F, BLOCK
+            )
+            _write(stats, row_stats, 7)
+            _write(metrics, row_metrics, 6)
         else:
             max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
             row_stats = (max_s, sum_s, max_t, sum_t, tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6))
+        if sums is not None:
+            found = (_double(0.0), _double(0.0), _double(0.0))
+            if (row_stats[1] != 0) & (row_stats[3] != 0):
+                b = _beta_constants(beta, weights, F)
+                found = value_sums(student, teacher, columns, row_stats, b, tau, DIVERGENCE, F, BLOCK)
+            _write(sums, found, 3)
         if gradient is not None:
             if row_stats[5] != 0:
                 write_gradient(
@@ -102,68 +143,3 @@ def rows_kernel(
                     student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
                     ce_weight, DIVERGENCE, False, F, BLOCK,
                 )  # fmt: skip
-
-
-@triton.jit
-def shard_kernel(
-    student,
-    teacher,
-    coefficient,
-    labels,
-    stats,
-    sums,  # None: stats are written
-    metrics,  # None: they are not wanted
-    columns,
-    student_row,  # strides
-    student_column,
-    teacher_row,
-    teacher_column,
-    weights,  # of a mix, or None
-    beta: tl.float64,
-    tau: tl.float64,
-    DIVERGENCE: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One shard of a row: its statistics, as if it were all of the row, or by those of the row the sums of pass 2."""
-    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
-    beta, tau = _double(beta), _double(tau)
-    index = tl.program_id(0).to(tl.int64)
-    student = (student + index * student_row, student_column)
-    if teacher is not None:
-        teacher = (teacher + index * teacher_row, teacher_column)
-    stats += index * 7
-    kept = tl.load(coefficient + index) != 0  # of others the row is not read
-    if sums is None:
-        if kept:
-            label = None
-            if labels is not None:
-                label = label_of(student, tl.load(labels + index), columns)
-            divergence, row_stats, own = first_pass(
-                student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, metrics is not None, F, BLOCK
-            )
-            if teacher is not None and DIVERGENCE == REVERSE_KL:
-                divergence = refined(divergence, student, teacher, columns, row_stats, tau, F, BLOCK)
-            max_s, sum_s, max_t, sum_t, _, saturated, sum_1 = row_stats
-            row_stats = (max_s, sum_s, max_t, sum_t, divergence, saturated, sum_1)
-            for i in tl.static_range(7):
-                tl.store(stats + i, row_stats[i])
-            if metrics is not None:
-                for i in tl.static_range(4):
-                    tl.store(metrics + index * 6 + 2 + i, own[i])
-        else:
-            for i in tl.static_range(7):
-                tl.store(stats + i, _double(0.0))
-    else:
-        sums += index * 3
-        max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
-        if kept & (sum_s != 0) & (sum_t != 0):
-            zero = _double(0.0)
-            row_stats = (max_s, sum_s, max_t, sum_t, zero, zero, zero)
-            b = _beta_constants(beta, weights, F)
-            found = value_sums(student, teacher, columns, row_stats, b, tau, DIVERGENCE, F, BLOCK)
-            for i in tl.static_range(3):
-                tl.store(sums + i, found[i])
-        else:
-            for i in tl.static_range(3):
-                tl.store(sums + i, _double(0.0))

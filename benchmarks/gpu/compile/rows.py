@@ -24,6 +24,7 @@ from .common import DTYPES, TARGETS, Launched, in_parallel, launched, main, reso
 
 # Loss and gradient; loss and statistics; by them the gradient; loss, statistics and metrics.
 PASSES = ("fused", "stats", "gradient", "metrics")
+SHARD_PASSES = ("shard", "sums")  # statistics and metrics of a shard; what it adds to D and means of the whole row
 
 VOCABULARY = 32128
 MIX = dict.fromkeys(DIVERGENCES, 0.5)  # all members, which takes the most registers
@@ -39,10 +40,11 @@ def source(
         "teacher": teacher and f"*{teacher}",
         "coefficient": "*fp64",
         "labels": "*i64" if ce else None,
-        "loss": "*fp64" if which != "gradient" else None,
+        "loss": "*fp64" if which not in ("gradient", *SHARD_PASSES) else None,
         "stats": "*fp64" if which != "fused" else None,
-        "gradient": f"*{student}" if which not in ("stats", "metrics") else None,
-        "metrics": "*fp64" if which == "metrics" else None,
+        "gradient": f"*{student}" if which in ("fused", "gradient") else None,
+        "metrics": "*fp64" if which in ("metrics", "shard") else None,
+        "sums": "*fp64" if which == "sums" else None,
         **dict.fromkeys(("columns", "student_row", "teacher_row", "gradient_row"), "i32"),
         "weights": ("fp32",) * (3 * len(DIVERGENCES)) if divergence == "mix" else None,
         **dict.fromkeys(("beta", "tau", "kd_weight", "ce_weight"), "fp64"),
@@ -81,6 +83,8 @@ def chosen() -> list[tuple]:
         ("sm_90", "metrics", "reverse_kl", "bf16", "bf16", True),
         ("sm_90", "metrics", "jsd", "fp64", "fp64", True),
     ]
+    others += [("sm_90", "shard", name, "fp32", "fp32", True) for name in ("reverse_kl", "jsd")]
+    others += [("sm_90", "sums", name, dtype, dtype, False) for name, dtype in (("jsd", "fp32"), ("tvd", "bf16"))]
     for target in ("sm_80", "sm_100", "gfx942"):
         others += [(target, "fused", name, "fp32", "fp32", True) for name in ("forward_kl", "jsd", "skew_reverse_kl")]
         others += [(target, which, "reverse_kl", "bf16", "bf16", False) for which in ("stats", "gradient")]

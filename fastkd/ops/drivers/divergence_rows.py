@@ -8,19 +8,25 @@ For student scores s and teacher scores t, both [R, V], row by row:
 The CPU kernels are csrc/cpu/divergence_rows.cpp. GPUs have two: kernels/rows/ in Triton, which takes anything, and
 csrc/cuda/divergence_rows.cu in CUDA C++, which reads a row once and knows no mix.
 
-One operator writes what it is given of loss, statistics, gradient and metrics. Statistics are what the gradient needs
-of a row; without a loss they are given, of a pass before. The gradient may be written over the student. Metrics go with
-a loss, and say of a row (temperature^2 * D, cross-entropy, the student's entropy, the teacher's, the column of the
-student's highest score, of the teacher's): at the temperature but for the cross-entropy, in nats. Columns count from
-1; of some that are as high it is the first. All are 0 where a term has no weight, a row is skipped, or a model has no
-distribution there.
+One operator writes what it is given of loss, statistics, gradient, metrics and sums. Statistics are what the gradient
+needs of a row; without a loss they are given, of a pass before. The gradient may be written over the student. Metrics
+go with a loss, and say of a row (temperature^2 * D, cross-entropy, the student's entropy, the teacher's, the column of
+the student's highest score, of the teacher's): at the temperature but for the cross-entropy, in nats. Columns count
+from 1; of some that are as high it is the first. All are 0 where a term has no weight, a row is skipped, or a model has
+no distribution there.
 
-A row may also be a shard of a longer one. Two more functions make what of its statistics takes one shard; what they are
-of the whole row is in ../vocabulary_shards.py.
+A row may also be a shard of a longer one, whose label counts from the shard's first column, or is ELSEWHERE. There is
+no loss then, and whole_rows.py says what comes of the shards:
 
-R rows, V columns. coefficient [R] float64, 0 skips the row (it is not read; loss and gradient are 0); labels [R] int64;
-loss [R] float64; stats [R, 7] float64, private to each kernel; gradient [R, V] of any float dtype and stride; metrics
-[R, 6] float64.
+ -  With statistics alone, they are those of the shard as if it were the row: (max_s, sum_s, max_t, sum_t, D,
+    unspecified, sum_1); with metrics beside them, these have the shard's own entropies and columns.
+ -  Of divergences from JSD on, sums are what the shard adds to the row's D, mean of u and mean of v: by the statistics
+    of the whole row, as the gradient is.
+ -  Of shards without columns nothing is written.
+
+R rows, V columns. coefficient [R] float64, 0 skips the row (it is not read; what is written of it is 0); labels [R]
+int64; loss [R] float64; stats [R, 7] float64, private to each kernel; gradient [R, V] of any float dtype and stride;
+metrics [R, 6] and sums [R, 3] float64.
 """
 
 from __future__ import annotations
@@ -43,9 +49,6 @@ __all__ = [
     "CudaRows",
     "cuda_rows_problem",
     "divergence_rows",
-    "divergence_shard_gradient",
-    "divergence_shard_stats",
-    "divergence_shard_sums",
     "gpu_row_kernels",
     "gpu_rows",
 ]
@@ -55,38 +58,25 @@ METRICS = 6
 # The label of a shard of a row, in another shard of which the label lies.
 ELSEWHERE = -(2**63)
 
-# `beta` is a number or, of a mix, a list: beta and every divergence's weight.
-_OBJECTIVE = "int divergence, float[1] beta, float temperature, float kd_weight, float ce_weight"
-
 # ---- schema ---------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
+# `beta` is a number or, of a mix, a list: beta and every divergence's weight.
 _ROWS = (
     "Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!)? loss, Tensor(b!)? stats, "
-    f"Tensor(c!)? gradient, {_OBJECTIVE}"
+    "Tensor(c!)? gradient, int divergence, float[1] beta, float temperature, float kd_weight, float ce_weight"
 )
-_library.define(f"divergence_rows({_ROWS}, Tensor(d!)? metrics=None) -> ()")
+_library.define(f"divergence_rows({_ROWS}, Tensor(d!)? metrics=None, Tensor(e!)? sums=None) -> ()")
 # The same on a GPU, for rows that the kernel in CUDA C++ is made for; it knows no mix.
 _library.define(f"divergence_rows_cuda({_ROWS}, int blocks) -> ()".replace("float[1]", "float"))
-_library.define(
-    "divergence_shard_stats(Tensor student, Tensor? teacher, Tensor coefficient, Tensor? labels, Tensor(a!) stats, "
-    f"{_OBJECTIVE}, Tensor(b!)? metrics=None) -> ()"
-)
-_library.define(
-    "divergence_shard_sums(Tensor student, Tensor? teacher, Tensor stats, Tensor coefficient, Tensor(a!) sums, "
-    f"{_OBJECTIVE}) -> ()"
-)
 
 # ---- fake -----------------------------------------------------------------------------------------------------------
 
 
-def _fake(*_: object, **__: object) -> None:
-    """All of them write into tensors they are given."""
+@torch.library.register_fake("fastkd::divergence_rows", lib=_library)
+def _(*_: object, **__: object) -> None:
+    """It writes into tensors it is given."""
 
-
-_SHARD_OPS = ("divergence_shard_stats", "divergence_shard_sums")
-for _name in ("divergence_rows", *_SHARD_OPS):
-    torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
 
 # ---- implementation: the extension registers its own for CPU tensors ------------------------------------------------
 
@@ -104,12 +94,8 @@ class CudaRows:
         torch.ops.fastkd.divergence_rows_cuda(*arguments, cls.blocks)
 
     @staticmethod
-    def takes(
-        student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None, metrics: Tensor | None = None
-    ) -> bool:
-        """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side, no metrics."""
-        if metrics is not None:
-            return False
+    def takes(student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None) -> bool:
+        """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side."""
         given = [x for x in (student, teacher, gradient) if x is not None]
         return all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.stride(1) == 1 for x in given) and (
             teacher is None or teacher.dtype == student.dtype
@@ -150,36 +136,22 @@ def gpu_row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManage
     return {name: functools.partial(gpu_rows, name) for name in names}
 
 
-def _in_triton(name: str, *arguments: object, **metrics: Tensor | None) -> None:
-    from ...kernels import rows
-
-    getattr(rows, name)(*arguments, **metrics)
-
-
-def _on_gpu(student: Tensor, teacher: Tensor | None, *arguments: Any, metrics: Tensor | None = None) -> None:
-    _, _, _, _, gradient, divergence, *_ = arguments
-    if _preferred == "cuda" and divergence < MIX and CudaRows.takes(student, teacher, gradient, metrics):
+def _on_gpu(
+    student: Tensor, teacher: Tensor | None, *arguments: Any, metrics: Tensor | None = None, sums: Tensor | None = None
+) -> None:
+    _, _, loss, _, gradient, divergence, *_ = arguments
+    whole = (loss is not None or gradient is not None) and metrics is None and sums is None
+    if _preferred == "cuda" and whole and divergence < MIX and CudaRows.takes(student, teacher, gradient):
         CudaRows.divergence_rows(student, teacher, *arguments)
     else:
-        _in_triton("divergence_rows", student, teacher, *arguments, metrics=metrics)
+        from ...kernels import rows
+
+        rows.divergence_rows(student, teacher, *arguments, metrics=metrics, sums=sums)
 
 
 _library.impl("divergence_rows", _on_gpu, "CUDA")
-for _name in _SHARD_OPS:
-    _library.impl(_name, functools.partial(_in_triton, _name), "CUDA")
 
-
-def _call_shard(name: str, student: Tensor, *arguments: object, **metrics: Tensor | None) -> None:
-    """On a GPU in Triton, whatever is preferred: the kernel in CUDA C++ knows whole rows only."""
-    if student.shape[1] == 0:
-        return
-    if backend_for(student.device)[0] == "triton":
-        _in_triton(name, student, *arguments, **metrics)
-    else:
-        getattr(torch.ops.fastkd, name)(student, *arguments, **metrics)
-
-
-# ---- functions for the other ops ------------------------------------------------------------------------------------
+# ---- function for the other ops ------------------------------------------------------------------------------------
 
 
 def divergence_rows(
@@ -192,52 +164,11 @@ def divergence_rows(
     gradient: Tensor | None,  # [R, V]
     *objective: Any,
     metrics: Tensor | None = None,  # [R, 6]
+    sums: Tensor | None = None,  # [R, 3]
 ) -> None:
-    """Writes each row's loss, statistics and metrics, and coefficient * d loss / d student: of these what is given."""
+    """Writes what is given, but statistics, which are read where there is a gradient or sums and no loss."""
+    if loss is None and student.shape[1] == 0:
+        return
     call = _on_gpu if backend_for(student.device)[0] == "triton" else torch.ops.fastkd.divergence_rows
-    call(student, teacher, coefficient, labels, loss, stats, gradient, *objective, metrics=metrics)
-
-
-# ---- of rows that are shards of longer ones --------------------------------------------------------------------------
-# Labels count from a shard's first column, or are ELSEWHERE. Of shards without columns nothing is written.
-
-
-def divergence_shard_stats(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    stats: Tensor,  # [R, 7]
-    *objective: Any,
-    metrics: Tensor | None = None,  # [R, 6]
-) -> None:
-    """Writes a shard's own statistics: (max_s, sum_s, max_t, sum_t, D, unspecified, sum_1), as if it were the row.
-
-    And of its own metrics, if wanted, the entropies and the columns.
-    """
-    _call_shard("divergence_shard_stats", student, teacher, coefficient, labels, stats, *objective, metrics=metrics)
-
-
-def divergence_shard_sums(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    stats: Tensor,  # [R, 7]
-    coefficient: Tensor,  # [R]
-    sums: Tensor,  # [R, 3]
-    *objective: Any,
-) -> None:
-    """Writes what a shard adds to the row's D, mean of u and mean of v, by the row's statistics, for JSD and after."""
-    _call_shard("divergence_shard_sums", student, teacher, stats, coefficient, sums, *objective)
-
-
-def divergence_shard_gradient(
-    student: Tensor,  # [R, V]
-    teacher: Tensor | None,  # [R, V]
-    stats: Tensor,  # [R, 7]
-    coefficient: Tensor,  # [R]
-    labels: Tensor | None,  # [R]
-    gradient: Tensor,  # [R, V]
-    *objective: Any,
-) -> None:
-    """The gradient by the statistics of the whole row; `gradient` may be `student`."""
-    _call_shard("divergence_rows", student, teacher, coefficient, labels, None, stats, gradient, *objective)
+    outputs = loss, stats, gradient
+    call(student, teacher, coefficient, labels, *outputs, *objective, metrics=metrics, sums=sums)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import distributed
 from ...divergence import divergence_code
 from ..dtypes import score_dtype
-from .divergence_rows import ELSEWHERE, divergence_shard_gradient, divergence_shard_stats, divergence_shard_sums
+from .divergence_rows import ELSEWHERE, divergence_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,13 +82,14 @@ def _own_stats(
     shared, columns = block.shared, block.student.shape[1]
     here = _labels_in(labels, 0, shared)
     student = block.student[:, :shared]
-    divergence_shard_stats(student, block.teacher, coefficient, here, stats, *objective, metrics=metrics)
+    divergence_rows(student, block.teacher, coefficient, here, None, stats, None, *objective, metrics=metrics)
     stats[:, 6].log_()
     if labels is None or columns == 0:
         return
     if shared < columns:
         tail, here = torch.zeros_like(stats), _labels_in(labels, shared, columns)
-        divergence_shard_stats(block.student[:, shared:], None, coefficient, here, tail, *_of_tail(*objective))
+        of_tail = block.student[:, shared:], None, coefficient, here
+        divergence_rows(*of_tail, None, tail, None, *_of_tail(*objective))
         _add_tail_(stats, tail)
     scores = block.student.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1).double()
     stats[:, 5] = torch.where(labels >= 0, scores, 0)
@@ -178,7 +179,8 @@ def _from_sums(
     sums = coefficient.new_zeros(coefficient.shape[0], 3)
     for rows, student, teacher in blocks:
         shared = student[:, : RowBlock(rows, student, teacher).shared]
-        divergence_shard_sums(shared, teacher, stats[rows], coefficient[rows], sums[rows], *objective)
+        of_rows = coefficient[rows], None, None, stats[rows], None
+        divergence_rows(shared, teacher, *of_rows, *objective[:-1], 0.0, sums=sums[rows])
     value, mean, comean = (sums if group is None else distributed.sum_(sums, group)).unbind(1)
     saturated = comean < mean
     stats[:, 4], stats[:, 5] = torch.where(saturated, -comean, mean), saturated
@@ -252,15 +254,9 @@ def whole_row_gradient(
     log_sum = stats[:, 6]
     of_shared = stats.clone()
     of_shared[:, 6] = log_sum.clamp_max(LARGEST).exp()
-    divergence_shard_gradient(
-        student[:, :shared],
-        teacher,
-        of_shared,
-        coefficient,
-        _labels_in(labels, 0, shared),
-        gradient[:, :shared],
-        *objective,
-    )
+    here = _labels_in(labels, 0, shared)
+    target = gradient[:, :shared]
+    divergence_rows(student[:, :shared], teacher, coefficient, here, None, of_shared, target, *objective)
     if shared == columns:
         return
     # A logarithm of the sum of exponentials is as good as a maximum: no score is larger. It is rounded to a score's
@@ -271,6 +267,5 @@ def whole_row_gradient(
     tail[:, 0] = log_sum.to(score_dtype(student))
     tail[:, 6] = (log_sum - tail[:, 0]).exp().masked_fill(nothing, 0)
     here = _labels_in(labels, shared, columns)
-    divergence_shard_gradient(
-        student[:, shared:], None, tail, coefficient, here, gradient[:, shared:], *_of_tail(*objective)
-    )
+    target = gradient[:, shared:]
+    divergence_rows(student[:, shared:], None, coefficient, here, None, tail, target, *_of_tail(*objective))
