@@ -41,8 +41,8 @@ TILE = {
     "mixture_gradient": _M_N,
     "mix_forward": _M_N,
     "mix_gradient": _M_N,
-    "bias": _M_N,
-    "diagonals": ("BLOCK",),
+    "scores": _M_N,
+    "mix_scores": _M_N,
     "covariance": _SQUARE,
     "cka_gradient": _M_N_K,
 }
@@ -74,13 +74,12 @@ TABLE = {
     ("mix_gradient", 2, 128, ANY): Config((64, 16), 8, 2, 255),
     ("mix_gradient", 2, 256, ANY): Config((32, 16), 8, 2, 255),
     ("mix_gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
-    ("bias", 2, 128, ANY): Config((64, 32), 8, 2, 255),
-    ("bias", 2, 256, ANY): Config((32, 32), 8, 2, 255),
-    ("bias", 2, 256, "gfx942"): Config((32, 16), 4, 1),
-    ("diagonals", 2, 128, ANY): Config((64,), 8, 2, 255),
-    ("diagonals", 2, 256, ANY): Config((32,), 8, 2, 255),
-    ("diagonals", 2, 64, "gfx942"): Config((32,), 8, 2),
-    ("diagonals", 2, 256, "gfx942"): Config((16,), 4, 1),
+    ("scores", 2, 128, ANY): Config((128, 32), 8, 3, 255),
+    ("scores", 2, 256, ANY): Config((64, 32), 8, 2, 255),
+    ("scores", 2, 256, "gfx942"): Config((64, 16), 4, 1),
+    ("mix_scores", 2, 128, ANY): Config((128, 16), 8, 3, 255),
+    ("mix_scores", 2, 256, ANY): Config((64, 16), 8, 2, 255),
+    ("mix_scores", 2, 256, "gfx942"): Config((64, 16), 4, 1),
     ("forward", 4, 64, ANY): Config((64, 16), 8, 2),
     ("forward", 4, 128, ANY): Config((64, 16), 8, 2, 128),
     ("forward", 4, 256, ANY): Config((32, 16), 8, 1),
@@ -90,16 +89,13 @@ TABLE = {
     ("mixture_gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
     ("mix_forward", 4, 256, ANY): Config((32, 16), 8, 1, 255),
     ("mix_gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
-    ("bias", 4, 32, ANY): Config((32, 16), 4, 1),
-    ("bias", 4, 128, ANY): Config((32, 16), 4, 2),
-    ("bias", 4, 256, ANY): Config((32, 16), 8, 1),
-    ("diagonals", 4, 128, ANY): Config((32,), 4, 2),
-    ("diagonals", 4, 256, ANY): Config((16,), 4, 1),
-    ("diagonals", 4, 256, "gfx942"): Config((16,), 4, 1),
+    ("scores", 4, 128, ANY): Config((64, 16), 8, 2),
+    ("scores", 4, 256, ANY): Config((32, 16), 8, 1),
+    ("mix_scores", 4, 128, ANY): Config((64, 16), 8, 2),
+    ("mix_scores", 4, 256, ANY): Config((32, 16), 8, 1, 255),
 }
-for _kernel in ("forward", "gradient", "mixture_gradient", "mix_forward", "mix_gradient", "bias"):
+for _kernel in ("forward", "gradient", "mixture_gradient", "mix_forward", "mix_gradient", "scores", "mix_scores"):
     TABLE[_kernel, 8, 64, ANY], TABLE[_kernel, 8, 256, ANY] = Config((32, 32), 8, 1), Config((16, 16), 4, 1)
-TABLE["diagonals", 8, 64, ANY], TABLE["diagonals", 8, 256, ANY] = Config((32,), 8, 1), Config((16,), 4, 1)
 # cka_loss, whose widths are no constants.
 TABLE |= {
     ("covariance", 2, 0, ANY): Config((128, 64), 8, 3),
@@ -172,8 +168,7 @@ CANDIDATES = {
         *(Config((64, columns), 4, stages, 255) for columns in (16, 32) for stages in (2, 3)),
     ],
     ("mixture_gradient", 2): [Config((64, 16), 4, 2, 255), Config((64, 16), 8, 2, 128)],
-    ("bias", 2): [Config((64, 64), 8, 2, 255), Config((128, 32), 8, 2, 255), Config((64, 32), 4, 2, 255)],
-    ("diagonals", 2): [Config((32,), 4, 2, 255), Config((64,), 4, 2, 255), Config((64,), 8, 3, 255)],
+    ("scores", 2): [Config((64, 64), 8, 2, 255), Config((128, 64), 8, 2, 255), Config((64, 32), 4, 3, 255)],
     ("covariance", 2): [
         *(Config((128, 64), 8, stages) for stages in (2, 4)),
         *(Config((128, 32), 8, stages) for stages in (3, 4)),

@@ -289,6 +289,18 @@ def test_gradient_of_diagonals(reach: int):
     check(run(tuple(arguments), "reverse_kl"), oracle(*arguments, "reverse_kl"))
 
 
+def test_a_dense_bias_of_more_than_2_to_the_31_numbers():
+    """Its third head begins at the 2^31st; of what lies between heads no page is touched."""
+    arguments = list(make(num_heads=3, bias=(0, 1, 1, 1)))
+    spread = torch.empty(2**31 + 37 * 70, dtype=torch.bfloat16).as_strided((1, 3, 37, 70), (0, 2**30, 70, 1))
+    arguments[4] = arguments[4].bfloat16()
+    plain = run(tuple(arguments), "forward_kl")
+    arguments[4] = spread.copy_(arguments[4])
+    loss, gradients = run(tuple(arguments), "forward_kl")
+    assert torch.equal(loss, plain[0])
+    assert all(torch.equal(mine, other) for mine, other in zip(gradients, plain[1], strict=True))
+
+
 def test_minus_infinity_in_a_bias_masks():
     """In both models it is a masked key, in the student alone an infinite divergence; a row of it is left out."""
     arguments = list(make(batch=1, masked=False))
@@ -382,6 +394,26 @@ def test_strides():
     assert all(torch.equal(x, y) for x, y in zip(plain[1], strided[1], strict=True))
 
 
+@pytest.mark.parametrize("bias", [None, (0, 1, 0, 1), (1, 0, 1, 1), "diagonals"], ids=str)
+@pytest.mark.parametrize(("rows", "parts"), [(160, 2), (80, 3), (40, 6), (13, 24)])
+def test_gradients_in_parts(monkeypatch: pytest.MonkeyPatch, bias, rows: int, parts: int):
+    """A workspace for two sequences, one, one of the two heads of keys, and some of their queries."""
+    from fastkd.kernels.attention import products
+
+    arguments = list(make(batch=3, queries=40, causal=True, num_heads=4, widths=(12, 12), bias=bias))
+    repeated = [x.clone() for x in (arguments[1], arguments[3])]
+    for x in repeated:
+        x[..., 12:24], x[..., 36:] = x[..., :12], x[..., 24:36]
+    wanted = oracle(arguments[0], repeated[0], arguments[2], repeated[1], *arguments[4:], "forward_kl")
+    wanted[1][1] = wanted[1][1].unflatten(2, (2, 2, 12)).sum(3).flatten(2)
+    arguments[1], arguments[3] = (x[..., [*range(12), *range(24, 36)]] for x in repeated)
+    launched, add = [], products.Gradients.add
+    monkeypatch.setattr(products, "WORKSPACE", rows * 2 * 48 * 4)
+    monkeypatch.setattr(products.Gradients, "add", lambda *args: (launched.append(args[1]), add(*args)))
+    check(run(tuple(arguments), "forward_kl"), wanted)
+    assert len(launched) == parts
+
+
 def test_results_do_not_depend_on_what_is_asked():
     """Nor on the run: bit by bit."""
     arguments = make(bias="diagonals")
@@ -397,6 +429,14 @@ def test_nothing_to_do():
     arguments = list(make(batch=0, num_heads=2, masked=False))
     loss, gradients = kernels.attention_kl(*map(moved, arguments), [True, True, False], 0, 0.5)[:2]
     assert loss.shape == (0, 2, 37) and gradients.shape == (0, 37, 24)
+    for queries, keys in ((0, 5), (5, 0)):
+        arguments = list(make(queries=max(queries, 4), keys=max(keys, 1), bias="diagonals", masked=False))
+        for n in (0, 2):
+            arguments[n], arguments[n + 1] = arguments[n][:, :queries], arguments[n + 1][:, :keys]
+        arguments[6] = 0 * arguments[6][..., :queries]
+        loss, *gradients = kernels.attention_kl(*map(moved, arguments), [True, True, True], 0, 0.5)
+        assert loss.shape == (1, 1, queries) and (loss == 0).all()
+        assert all((g == 0).all() and g.shape == arguments[n].shape for g, n in zip(gradients, (0, 1, 4), strict=True))
 
 
 @pytest.mark.parametrize("width", [16, 20, 64, 128])

@@ -95,22 +95,31 @@ def attend(causal: bool = True, queries: int = 70, divergence: str = "forward_kl
     return attention.attention_kl(x, x, y, y, *biases, *arguments)
 
 
-@pytest.mark.parametrize("kernel, bias, divergence", [
-    ("forward", "diagonals", "forward_kl"),
-    ("gradient", "diagonals", "reverse_kl"),
-    ("mixture_gradient", "dense", "jsd"),
-    ("bias", "dense", "forward_kl"),
-    ("diagonals", "diagonals", "forward_kl"),
+def relate(divergence: str) -> list:
+    torch.manual_seed(0)
+    x, y = (torch.randn(1, 70, 2 * width, device=DEVICE).bfloat16() for width in (12, 24))
+    coefficient = torch.rand(1, 2, 70, device=DEVICE).double()
+    lists = [x], [y], [coefficient], [None], [True]
+    losses, gradients = attention.relation_kl(*lists, 2, [True], divergence_code(divergence), 0.5)
+    return losses + gradients
+
+
+@pytest.mark.parametrize("kernel, call", [
+    ("forward", lambda: attend(divergence="forward_kl")),
+    ("scores", lambda: attend(divergence="reverse_kl")),
+    ("scores", lambda: attend(divergence="jsd", bias="dense")),
+    ("gradient", lambda: relate("reverse_kl")),
+    ("mixture_gradient", lambda: relate("jsd")),
 ])  # fmt: skip
 @pytest.mark.long
-def test_candidates_of_attention_agree(monkeypatch: pytest.MonkeyPatch, kernel: str, bias: str, divergence: str):
+def test_candidates_of_attention_agree(monkeypatch: pytest.MonkeyPatch, kernel: str, call):
     """Every one of them, put in the place of the table's."""
-    plain = attend(bias=bias, divergence=divergence)
+    plain = call()
     tiles = {config.tile: config for config in tuning.CANDIDATES[kernel, 2]}
     heuristic = tuning.heuristic
     for config in tiles.values():
         monkeypatch.setattr(tuning, "heuristic", lambda *line, c=config: c if line[0] == kernel else heuristic(*line))
-        for mine, other in zip(attend(bias=bias, divergence=divergence), plain, strict=True):
+        for mine, other in zip(call(), plain, strict=True):
             assert distance(mine, other) <= (1e-6 if other.dtype == torch.float64 else 4e-3), config
 
 
@@ -148,29 +157,29 @@ def test_the_fastest_is_used(monkeypatch: pytest.MonkeyPatch, used: list):
     timer = Timer(fastest=2)
     with tuning.autotune(timer) as found:
         tuned = attend(queries=33)
-        assert timer.calls == 3 + 3  # those of forward; the one there is for queries, keys and bias each
+        assert timer.calls == 3 + 1  # those of forward; the one there is for the gradient of scores
         del used[:]
         again = attend(queries=40)
-    assert timer.calls == 6 and [kernel for kernel, _ in used] == ["forward", "gradient", "gradient", "diagonals"]
+    assert timer.calls == 4 and [kernel for kernel, _ in used] == ["forward", "scores"]
     assert used[0][1] == Config((32, 32), 4, 2)
     assert all(config == tuning.heuristic(kernel, 2, 32, tuning._gpu()) for kernel, config in used[1:])
     for mine, other in zip(tuned, plain, strict=True):
         assert distance(mine, other) <= (1e-6 if other.dtype == torch.float64 else 4e-3)
     assert again[0].shape == (1, 2, 40)
     lines = found.lines().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 2
     table = eval("{" + lines[0].split("#")[0] + "}", {"Config": Config})
     assert table == {("forward", 2, 32, tuning._gpu()): Config((32, 32), 4, 2)}
     assert "1.0000 ms, 2.0000 by the table" in lines[0]
     del used[:]
     assert all(torch.equal(mine, other) for mine, other in zip(attend(queries=33), plain, strict=True))
-    assert used[0][1] == tuning.heuristic("forward", 2, 32, tuning._gpu()) and timer.calls == 6
+    assert used[0][1] == tuning.heuristic("forward", 2, 32, tuning._gpu()) and timer.calls == 4
 
 
 def test_what_is_timed_apart():
     """Causality and sizes beyond the next power of two; of equals the table's choice is taken."""
     with tuning.autotune(lambda run: 1.0) as found:
-        for causal, queries, kinds in [(True, 33, 4), (False, 33, 8), (False, 40, 8), (False, 17, 12)]:
+        for causal, queries, kinds in [(True, 33, 2), (False, 33, 4), (False, 40, 4), (False, 17, 6)]:
             attend(causal, queries)
             assert len(found.found) == kinds
     for (line, _, _), times in found.found.items():

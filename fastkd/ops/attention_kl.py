@@ -213,7 +213,7 @@ def attention_kl(
         num_kv_heads: how many heads the keys of both models have, with grouped queries: a divisor of num_heads, which
             is the default. Each is for num_heads / num_kv_heads neighbouring heads of queries; keys are
             [B, Lk, num_kv_heads * d], d wide as a head of their queries is, and only ``impl="reference"`` repeats
-            them. On a GPU their gradient is summed from one of the queries' heads each, [B, Lk, Hs] in float32.
+            them.
         teacher_num_kv_heads: the teacher's, where it has another number of them than the student.
         student_scale, teacher_scale: of the scores; by default 1 / sqrt(head width). T5 has 1.
         student_bias, teacher_bias: a tensor that broadcasts to [B, A, Lq, Lk], or ``fastkd.RelativeBias``, T5's,

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.dtypes import fp16_lift, gradient_dtype, score_dtype
+from ...ops.dtypes import fp16_lift, gradient_dtype
 from ..common import JSD, MIX, beta_arguments, for_products
 from ..tuning import launch, together
-from .bias import bias_kernel, diagonals_kernel
 from .forward import forward_kernel
 from .gradient import gradient_kernel
+from .products import Gradients, Part
+from .scores import scores_kernel
 from .tiles import STATS
 
 __all__ = ["attention_kl", "relation_kl"]
@@ -164,125 +165,79 @@ def _launch_forward(entries: list[_Entry], setting: _Setting, student_bias: Bias
     setting.launch(kernel, (batch, lengths, key_lengths, key_masks is None, stats is None, *biases), run)
 
 
-def _launch_gradient(
-    entries: list[_Entry], setting: _Setting, student_bias: Bias, teacher_bias: Bias, as_query: bool, as_key: bool
-) -> list[Tensor]:
-    """The gradients of the entries' queries, keys, or what is both."""
-    student = [e.student_q for e in entries], [e.student_k for e in entries]
-    teacher = [e.teacher_q for e in entries], [e.teacher_k for e in entries]
-    own, other = (0, 1) if as_query else (1, 0)
-    gradients = [_empty_gradient(x) for x in student[own]]
-    lengths, other_lengths = (tuple(x.shape[1] for x in student[side]) for side in (own, other))
-    batch = student[own][0].shape[0]
-    shared = not as_query and setting.group_s > 1
-    if shared:
-        gradients = [
-            x.new_empty(*x.shape[:2], setting.group_s * x.shape[2], dtype=score_dtype(x)) for x in student[own]
-        ]
+def _launch_gradient(entries: list[_Entry], setting: _Setting) -> list[Tensor]:
+    """The gradients of relations, whose queries are their keys."""
+    student, teacher = [e.student_q for e in entries], [e.teacher_q for e in entries]
+    gradients = [torch.empty(x.shape, dtype=gradient_dtype(x), device=x.device) for x in student]
+    lengths, batch = tuple(x.shape[1] for x in student), student[0].shape[0]
     key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
 
     def run(options: dict) -> None:
         blocks = triton.cdiv(max(lengths), options["BLOCK_M"])
         gradient_kernel[(blocks * batch * setting.num_heads, len(entries))](
-            _matrices(student[own]),
-            _matrices(student[other]),
-            _matrices(teacher[own]),
-            _matrices(teacher[other]),
+            _matrices(student),
+            _matrices(student),
+            _matrices(teacher),
+            _matrices(teacher),
             tuple(e.stats for e in entries),
             key_masks,
             None if entries[0].lift is None else tuple(e.lift for e in entries),
             tuple(gradients),
             lengths,
-            other_lengths,
-            student_bias,
-            teacher_bias,
+            lengths,
+            None,
+            None,
             setting.num_heads,
             blocks,
             CAUSAL=setting.causal,
-            AS_QUERY=as_query,
-            AS_KEY=as_key,
+            AS_QUERY=True,
+            AS_KEY=True,
             **setting.constants(),
             **options,
         )
 
     kernel = "mixture_gradient" if setting.divergence >= JSD.value else "gradient"
     kernel = "mix_gradient" if setting.divergence >= MIX.value else kernel
-    biases = _kind(student_bias), _kind(teacher_bias)
-    setting.launch(kernel, (batch, lengths, other_lengths, key_masks is None, as_query, as_key, *biases), run)
-    if shared:
-        parts = [g.unflatten(2, (-1, setting.group_s, setting.width_s)) for g in gradients]
-        gradients = [g.sum(3).flatten(2).to(gradient_dtype(x)) for g, x in zip(parts, student[own], strict=True)]
+    setting.launch(kernel, (batch, lengths, key_masks is None), run)
     return gradients
 
 
-def _launch_bias_gradient(
-    entry: _Entry, setting: _Setting, student_bias: Bias, teacher_bias: Bias, shape: torch.Size, out: torch.dtype
+def _launch_scores(
+    entry: _Entry, setting: _Setting, student_bias: Bias, teacher_bias: Bias, part: Part, columns: int
 ) -> Tensor:
+    """The gradient of some scores, [sequences, heads, queries, columns], times the lift."""
     batch, heads, queries = entry.coefficient.shape
     keys = entry.student_k.shape[1]
-    matrices = [
-        (x, x.stride(0), x.stride(1)) for x in (entry.student_q, entry.student_k, entry.teacher_q, entry.teacher_k)
-    ]
-    case = batch, queries, keys, entry.key_mask is None, tuple(shape), _kind(student_bias), _kind(teacher_bias)
-
-    def run_diagonals(options: dict) -> Tensor:
-        blocks = triton.cdiv(queries, options["BLOCK"])
-        partial = entry.stats.new_zeros(batch, heads, blocks, shape[1])
-        diagonals_kernel[(batch * heads * blocks,)](
-            *matrices,
-            entry.stats,
-            entry.key_mask,
-            partial,
-            queries,
-            keys,
-            student_bias,
-            teacher_bias,
-            heads,
-            blocks,
-            CAUSAL=setting.causal,
-            **setting.constants(),
-            **options,
-        )
-        return partial.sum((0, 2), dtype=torch.float64).to(out)
-
-    if len(shape) == 2:
-        return setting.launch("diagonals", case, run_diagonals)
-    gradient = torch.empty(shape, dtype=out, device=entry.student_q.device)
-    if shape[3] != keys:  # a row's gradients add up to zero
-        return gradient.zero_()
-    sum_queries = shape[2] != queries
+    sequences, some_heads, some_queries = part.shape
+    gradient = entry.student_q.new_empty(*part.shape, columns)
 
     def run(options: dict) -> None:
-        blocks, key_blocks = triton.cdiv(queries, options["BLOCK_M"]), triton.cdiv(keys, options["BLOCK_N"])
-        query_blocks, blocks_summed = (1, blocks) if sum_queries else (blocks, 1)
-        bias_kernel[(key_blocks * query_blocks * shape[0] * shape[1],)](
-            *matrices,
+        blocks = triton.cdiv(some_queries, options["BLOCK_M"])
+        scores_kernel[(sequences * some_heads * blocks,)](
+            *_matrices([entry.student_q, entry.student_k, entry.teacher_q, entry.teacher_k]),
             entry.stats,
             entry.key_mask,
+            entry.lift,
             gradient,
             queries,
             keys,
             student_bias,
             teacher_bias,
             heads,
-            key_blocks,
-            query_blocks,
-            shape[1],
-            batch // shape[0],
-            heads // shape[1],
-            blocks_summed,
+            *(x.start for x in part),
+            some_heads,
+            some_queries,
+            columns,
+            blocks,
             CAUSAL=setting.causal,
-            SUM_QUERIES=sum_queries,
             **setting.constants(),
             **options,
         )
 
-    setting.launch("bias", case, run)
+    kernel = "mix_scores" if setting.divergence >= MIX.value else "scores"
+    case = batch, *part.shape, keys, entry.key_mask is None, _kind(student_bias), _kind(teacher_bias)
+    setting.launch(kernel, case, run)
     return gradient
-
-
-def _empty_gradient(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=gradient_dtype(x), device=x.device)
 
 
 def _no_gradient(x: Tensor) -> Tensor:
@@ -323,19 +278,15 @@ def attention_kl(
         teacher_q.dtype,
     )
     biases = [_bias(x, coefficient, student_k.shape[1], student_q) for x in (student_bias, teacher_bias)]
-    grad_q, grad_k, grad_bias = (_no_gradient(student_q) for _ in range(3))  # outputs of an op may not alias
+    found = Gradients(
+        entry.student_q, entry.student_k, student_bias, coefficient, key_mask, setting.group_s, setting.student_scale,
+        causal, entry.lift, gradients,
+    )  # fmt: skip
     with torch.cuda.device_of(student_q):
         _launch_forward([entry], setting, *biases)
-        if gradients[0]:
-            (grad_q,) = _launch_gradient([entry], setting, *biases, as_query=True, as_key=False)
-        if gradients[1]:
-            (grad_k,) = _launch_gradient([entry], setting, *biases, as_query=False, as_key=True)
-        if gradients[2]:
-            assert student_bias is not None
-            grad_bias = _launch_bias_gradient(
-                entry, setting, *biases, shape=student_bias.shape, out=gradient_dtype(student_bias)
-            )
-    return entry.loss, grad_q, grad_k, grad_bias
+        for part in found.parts() if any(gradients) else ():
+            found.add(part, _launch_scores(entry, setting, *biases, part, found.columns))
+        return entry.loss, *found.results()
 
 
 def relation_kl(
@@ -367,7 +318,7 @@ def relation_kl(
         with torch.cuda.device_of(student[members[0]]):
             _launch_forward(group, setting, None, None)
             if gradients[members[0]]:
-                launched = _launch_gradient(group, setting, None, None, as_query=True, as_key=True)
+                launched = _launch_gradient(group, setting)
                 for n, gradient in zip(members, launched, strict=True):
                     found[n] = gradient
     return [entry.loss for entry in entries], found

@@ -91,7 +91,7 @@ def bias_of_head(bias, b, a):
     elif len(bias) == 2:
         head = bias[0] + a * (2 * bias[1] + 1), bias[1]
     else:
-        head = bias[0] + b * bias[1] + a * bias[2], bias[3], bias[4]
+        head = bias[0] + b * bias[1] + tl.cast(a, tl.int64) * bias[2], bias[3], bias[4]
     return head
 
 

@@ -29,7 +29,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Passes of Triton's own fail there on diagonals and on all of CKA, as docs/limits.md says.
+# Passes of Triton's own fail there on all of CKA, as docs/limits.md says.
 FAILS_ON_SM_100 = Version(triton.__version__) < Version("3.9")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory a block may have.

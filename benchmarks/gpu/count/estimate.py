@@ -41,5 +41,7 @@ def estimate(op: Op, parts: list[Counted]) -> Estimate:
         bound = max((clocks, unit) for unit, clocks in units(part.each, size / len(parts)).items())
         clocks += bound[0]
         slowest = max(slowest, bound)
+    moved, flops_after = op.products
+    clocks += max(moved / MEMORY, flops_after / TENSOR)
     least = max(size / MEMORY, flops / TENSOR, exponentials / (CLASSES["special"][0] or 1))
     return Estimate(clocks, slowest[1], least / clocks, op.elements * clocks / (MULTIPROCESSORS * CLOCK))

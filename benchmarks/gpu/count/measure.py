@@ -106,8 +106,7 @@ def _via(target: str, part: Part) -> dict[str, int]:
 def available(target: str, op: Op) -> str | None:
     """Why an op cannot be counted here, or None."""
     modules = {part.module for part in op.parts}
-    fails = "cka" in modules or any(part.kernel == "diagonals" for part in op.parts)
-    if target == "sm_100" and fails and common.FAILS_ON_SM_100:
+    if target == "sm_100" and "cka" in modules and common.FAILS_ON_SM_100:
         return "this Triton fails to compile it for sm_100"
     if "cuda" in modules and shutil.which("nvcc") is None:
         return "nvcc is not installed"
