@@ -276,6 +276,23 @@ def test_small_workspaces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
         assert distance(got_gradients[name], gradient) <= 1e-6 + ROUNDINGS[dtype], name
 
 
+@pytest.mark.parametrize("workspace_mb", [None, 0.001])
+def test_hidden_gradients_are_summed_up_in_fp32(workspace_mb: float | None, monkeypatch: pytest.MonkeyPatch):
+    """Where a GEMM that writes bf16 adds up parts of its sums in bf16, as on a GPU."""
+    monkeypatch.setattr(op, "GEMM_ROWS", 4)
+    inputs, options, multiply_ = inputs_of(dtype=torch.bfloat16, width=40), everything(), op.multiply_
+    _, gradients = run(inputs, workspace_mb=workspace_mb, **options)
+
+    def divided_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
+        parts = zip(a.split(8, 1), b.split(8, 0), strict=True)
+        for i, (x, y) in enumerate(parts if out.dtype == torch.bfloat16 else [(a, b)]):
+            multiply_(out, x, y, scale, add=add or i > 0)
+
+    monkeypatch.setattr(op, "multiply_", divided_)
+    _, got = run(inputs, workspace_mb=workspace_mb, **options)
+    assert torch.equal(got["student_hidden"], gradients["student_hidden"])
+
+
 def test_blocks_of_tokens():
     """Those of T 8192 and 1024, V 128256, H 4096, and of T 16384, V 32128, H 512, in bf16 and 768 MiB."""
     mebibytes = 768 * 2**20

@@ -66,6 +66,7 @@ TOP_OPS = [
     Op("linear_kl of a TopK", _linear_topk, LINEAR_KL.make, LINEAR_KL.student),
 ]
 BY_NAME = {op.name: op for op in [*OPS, *TOP_OPS]}
+LINEAR_OPS = [LINEAR_KL, TOP_OPS[1]]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -102,6 +103,17 @@ def cases(rows: str, rehearsed: bool) -> list[Case]:
 
 
 # ---- one case --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sums_in_bf16(allowed: bool) -> Iterator[None]:
+    """Whether GEMMs that write bf16 may add up parts of their sums in bf16: torch lets them unless told otherwise."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_bf16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction, allowed
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 @contextlib.contextmanager
@@ -154,6 +166,11 @@ def examine(case: Case, place: Place) -> dict:
         first = run()
         if not all(same(run(), first) for _ in range(REPEATS)):
             problems.append("repeats differ")
+        if op in LINEAR_OPS:
+            with sums_in_bf16(allowed=False):
+                alone = run()
+            if not same(alone[1:2], first[1:2]):
+                problems.append("hidden states' gradient: added up in bf16")
         with empties_of_nan():
             filled = run()
         found = list(errors(op, inputs, filled, options))

@@ -50,11 +50,25 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=scale, out=out)
 
 
+def multiply_and_round_(out: Tensor, a: Tensor, b: Tensor, scale: float, workspace: Tensor) -> None:
+    """The same into an `out` narrower than its sums: these are made in `workspace`, of their dtype, and rounded once.
+
+    A GEMM that writes bf16 itself may divide long sums, and add up the parts in bf16.
+    """
+    (count, width), wide = out.shape, workspace.view(-1)
+    if wide.numel() < min(count, GEMM_ROWS) * width:
+        wide = wide.new_empty(min(count, GEMM_ROWS) * width)
+    for rows in parts_of(count, max(1, wide.numel() // max(1, width))):
+        sums = wide[: (rows.stop - rows.start) * width].view(-1, width)
+        multiply_(sums, a[rows], b, scale)
+        out[rows] = sums
+
+
 class GpuGradients:
     """Multiplies gradients of scores into those of hidden states, weight and bias, a block of tokens at a time.
 
     Blocks write their tokens' gradients once and add up the weight's. What is added up is fp32, what is written once is
-    not: one block of all tokens writes the weight's once, too.
+    not: one block of all tokens writes the weight's once, too. Its sums are over tokens, and too short to be divided.
     """
 
     def __init__(
@@ -66,7 +80,9 @@ class GpuGradients:
         group: ProcessGroup | None,
         all_tokens: bool,  # in one block
         wanted: list[bool],  # of hidden states, weight, bias
+        workspace: Tensor,  # of any shape; what it holds is lost, but of wide operands
     ):
+        self.workspace = workspace
         self.student, self.lift, self.group, self.narrow = student, lift, group, gradient_dtype(student.weight)
         self.vocabulary = vocabulary
         self.hidden_grad: Tensor | None = None
@@ -95,8 +111,12 @@ class GpuGradients:
             self.bias_grad[: self.vocabulary] += scores_grad.sum(0, dtype=self.bias_grad.dtype)
         if self.hidden_grad is not None:
             shared = weight if isinstance(weight, QuantizedWeight) else weight[: self.vocabulary]
+            out, summed = self.hidden_grad[rows], self.hidden_grad.dtype == self.workspace.dtype
             for part, block in row_blocks(shared, scores_grad):
-                multiply_(self.hidden_grad[rows], scores_grad[:, part], block, scale, add=part.start > 0)
+                if summed:
+                    multiply_(out, scores_grad[:, part], block, scale, add=part.start > 0)
+                else:  # there is one part
+                    multiply_and_round_(out, scores_grad, block, scale, self.workspace)
         if self.weight_grad is not None:
             multiply_(self.weight_grad[: self.vocabulary], scores_grad.t(), hidden[rows], scale, add=rows.start > 0)
 
@@ -168,7 +188,8 @@ def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
     loss = torch.empty_like(coefficient)
     lift = _lift(call, *objective)
     lifted = coefficient if lift is None else coefficient * lift
-    total = GpuGradients(student, coefficient, columns, lift, call.group, gradient_rows >= tokens, gradients)
+    all_tokens = gradient_rows >= tokens
+    total = GpuGradients(student, coefficient, columns, lift, call.group, all_tokens, gradients, scores)
     for block in parts_of(tokens, gradient_rows):
         for part in parts_of(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)

@@ -59,12 +59,14 @@ def on_gpu(
     score_rows = min(score_rows, tokens)
     gradient_rows = min(gradient_rows, tokens) if gradient_row else score_rows
 
-    scores = hidden.new_empty(score_rows, padded, dtype=dtype)[:, :vocabulary]
+    workspace = hidden.new_empty(score_rows, padded, dtype=dtype)
+    scores = workspace[:, :vocabulary]
     slopes = torch.empty_like(scores) if sloped else None
     narrow = hidden.new_empty(gradient_rows if gradient_row else 0, padded)[:, :vocabulary]
     loss, lift = torch.empty_like(call.coefficient), _lift(student, call, gradients)
     lifted = call if lift is None else call._replace(coefficient=call.coefficient * lift)
-    total = GpuGradients(student, call.coefficient, vocabulary, lift, call.group, gradient_rows >= tokens, gradients)
+    all_tokens = gradient_rows >= tokens
+    total = GpuGradients(student, call.coefficient, vocabulary, lift, call.group, all_tokens, gradients, workspace)
     for block in parts_of(tokens, gradient_rows):
         for part in parts_of(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)
