@@ -276,6 +276,30 @@ def test_small_workspaces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
         assert distance(got_gradients[name], gradient) <= 1e-6 + ROUNDINGS[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [33, 103, 112])
+def test_rows_of_any_vocabulary_are_aligned(vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """And what comes of them is what it was of rows side by side."""
+    inputs, options = inputs_of(dtype=dtype, vocabulary=vocabulary), everything(vocabulary=vocabulary)
+    seen, call_rows = [], Call.rows
+
+    def spied(call: Call, student: Tensor, teacher: Tensor, *rest, **others) -> None:
+        seen.extend([student, teacher, rest[3]])
+        call_rows(call, student, teacher, *rest, **others)
+
+    monkeypatch.setattr(Call, "rows", spied)
+    loss, gradients = run(inputs, **options)
+    wanted = -(-vocabulary // 16) * 16
+    assert [(x.shape[1], x.stride()) for x in seen] == 3 * [(vocabulary, (wanted, 1))]
+    assert all(x.data_ptr() % 16 == 0 for x in seen)
+    monkeypatch.setattr(op, "PADDED", 1)
+    got, got_gradients = run(inputs, **options)
+    assert seen[3].stride() == (vocabulary, 1)
+    assert distance(got, loss) <= 1e-7
+    for name, gradient in gradients.items():
+        assert distance(got_gradients[name], gradient) <= 1e-6 + ROUNDINGS[dtype], name
+
+
 @pytest.mark.parametrize("workspace_mb", [None, 0.001])
 def test_hidden_gradients_are_summed_up_in_fp32(workspace_mb: float | None, monkeypatch: pytest.MonkeyPatch):
     """Where a GEMM that writes bf16 adds up parts of its sums in bf16, as on a GPU."""

@@ -2,7 +2,8 @@
 
 An element of the scores costs 8 bytes to write and 8 to read for both models, and 2 to write the gradient for 16-bit
 operands: one launch makes the loss and it, and reads again what it did not keep. Written over the scores, 4 bytes, the
-gradient would take another pass to be narrowed. Gradients of wider operands stay where they are.
+gradient would take another pass to be narrowed. Gradients of wider operands stay where they are. Rows of both begin at
+multiples of 32 bytes or more, so that GEMMs and kernels move 16 bytes at a time whatever the vocabulary.
 
 T tokens, V vocabulary, H hidden width.
 """
@@ -23,10 +24,12 @@ from .softcap import softcap
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GpuGradients", "multiply_", "on_gpu", "parts_of", "rows_at_once"]
+__all__ = ["GpuGradients", "multiply_", "on_gpu", "padded", "parts_of", "rows_at_once"]
 
 # A GPU's GEMM has tiles of so many rows.
 GEMM_ROWS = 128
+# Columns, to a multiple of which rows of scores are padded.
+PADDED = 16
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
@@ -130,6 +133,11 @@ class GpuGradients:
                 yield (grad if self.lift is None else grad.div_(self.lift)).to(self.narrow)
 
 
+def padded(columns: int) -> int:
+    """The stride of rows of scores."""
+    return -(-columns // PADDED) * PADDED
+
+
 def parts_of(count: int, at_most: int) -> Iterator[slice]:
     """A range in nearly equal parts of whole tiles of a GEMM."""
     parts = -(-count // at_most)
@@ -169,27 +177,29 @@ def on_gpu(call: Call, *objective: Any) -> tuple[Tensor, ...]:
     student, teacher, coefficient, labels, gradients = (
         call.student, call.teacher, call.coefficient, call.labels, call.gradients,
     )  # fmt: skip
-    hidden, weight, columns, widest = student.hidden, student.weight, call.columns, call.widest
+    hidden, weight, columns = student.hidden, student.weight, call.columns
+    stride, widest = padded(columns), padded(call.widest)
     tokens, dtype = coefficient.shape[0], score_dtype(hidden)
     buffers, in_place, wanted = 1 if teacher is None else 2, weight.dtype == dtype, any(gradients)
     gradient_row = 0 if in_place or not wanted else widest * hidden.itemsize
     sloped = wanted and student.softcap is not None
     score_row = (buffers + sloped) * widest * dtype.itemsize
-    weight_rows = weight.shape[0] if call.group is None else widest
+    weight_rows = weight.shape[0] if call.group is None else call.widest
     instead = weight_rows * weight.shape[1] * dtype.itemsize if gradients[1] and gradient_row else -1
     score_rows, gradient_rows = rows_at_once(tokens, score_row, gradient_row, instead, call.workspace_bytes)
     if gradient_row == 0:
         gradient_rows = score_rows
     score_rows, gradient_rows = min(score_rows, tokens), min(gradient_rows, tokens)
 
-    scores = hidden.new_empty(buffers, score_rows, columns, dtype=dtype)
-    narrow = hidden.new_empty(gradient_rows if gradient_row else 0, columns)
-    slopes = scores.new_empty(score_rows if sloped else 0, columns)
+    workspace = hidden.new_empty(buffers, score_rows, stride, dtype=dtype)
+    scores = workspace[..., :columns]
+    narrow = hidden.new_empty(gradient_rows if gradient_row else 0, stride)[:, :columns]
+    slopes = workspace.new_empty(score_rows if sloped else 0, stride)[:, :columns]
     loss = torch.empty_like(coefficient)
     lift = _lift(call, *objective)
     lifted = coefficient if lift is None else coefficient * lift
     all_tokens = gradient_rows >= tokens
-    total = GpuGradients(student, coefficient, columns, lift, call.group, all_tokens, gradients, scores)
+    total = GpuGradients(student, coefficient, columns, lift, call.group, all_tokens, gradients, workspace)
     for block in parts_of(tokens, gradient_rows):
         for part in parts_of(block.stop - block.start, score_rows):
             rows = slice(block.start + part.start, block.start + part.stop)

@@ -1,8 +1,8 @@
 """linear_kl with a top-k teacher on a GPU: by rows, whose scores go through memory a chunk at a time.
 
 A chunk is a GEMM into a workspace and one launch of the row primitive, which reads a row twice and writes its gradient.
-Gradients of 16-bit operands are held for more tokens than scores are, as in linear_kl_gpu.py. Rows of both begin at
-multiples of 64 bytes or more, so that GEMMs and kernels move 16 bytes at a time whatever the vocabulary.
+Gradients of 16-bit operands are held for more tokens than scores are, and rows of both are padded, as in
+linear_kl_gpu.py.
 
 T tokens, V vocabulary, H hidden width, K ids.
 """
@@ -15,15 +15,12 @@ from torch import Tensor
 from ...divergence import divergence_code
 from ..dtypes import fp16_lift, score_dtype
 from .linear_kl_call import Projection
-from .linear_kl_gpu import GpuGradients, multiply_, parts_of, rows_at_once
+from .linear_kl_gpu import GpuGradients, multiply_, padded, parts_of, rows_at_once
 from .softcap import softcap
 from .topk_call import TopKCall
 from .topk_shards import topk_call_rows
 
 __all__ = ["on_gpu"]
-
-# Columns, to a multiple of which rows are padded.
-PADDED = 32
 
 
 def _lift(student: Projection, call: TopKCall, gradients: list[bool]) -> Tensor | None:
@@ -49,7 +46,7 @@ def on_gpu(
     hidden, weight, bias, scale, cap = student
     dtype, (vocabulary, width), tokens = score_dtype(hidden), weight.shape, call.coefficient.shape[0]
     weight_rows = vocabulary if call.group is None else widest
-    padded, widest = (-(-columns // PADDED) * PADDED for columns in (vocabulary, widest))
+    stride, widest = padded(vocabulary), padded(widest)
     wanted, in_place = any(gradients), weight.dtype == dtype
     sloped = wanted and cap is not None
     gradient_row = widest * weight.itemsize if wanted and not in_place else 0
@@ -59,10 +56,10 @@ def on_gpu(
     score_rows = min(score_rows, tokens)
     gradient_rows = min(gradient_rows, tokens) if gradient_row else score_rows
 
-    workspace = hidden.new_empty(score_rows, padded, dtype=dtype)
+    workspace = hidden.new_empty(score_rows, stride, dtype=dtype)
     scores = workspace[:, :vocabulary]
     slopes = torch.empty_like(scores) if sloped else None
-    narrow = hidden.new_empty(gradient_rows if gradient_row else 0, padded)[:, :vocabulary]
+    narrow = hidden.new_empty(gradient_rows if gradient_row else 0, stride)[:, :vocabulary]
     loss, lift = torch.empty_like(call.coefficient), _lift(student, call, gradients)
     lifted = call if lift is None else call._replace(coefficient=call.coefficient * lift)
     all_tokens = gradient_rows >= tokens
