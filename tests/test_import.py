@@ -55,6 +55,7 @@ def python(*codes: str, path: str | None = None) -> str:
 def test_works_without_and_pulls_in_nothing_heavy():
     heavy = "import sys, fastkd; assert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     python(heavy, *(without(name) + LOSS for name in ("triton", "transformers", "fastkd._C")))
+    python(LOSS + "import sys; assert 'torch._dynamo' not in sys.modules", path=str(ROOT))  # it takes two seconds
 
 
 def test_functions_bring_their_operators_along():
