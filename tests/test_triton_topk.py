@@ -94,6 +94,7 @@ def run(
     gradient: Tensor | None = None,
     stats: Tensor | None = None,
     loss: bool = True,
+    metrics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, stats, gradient); without `loss` by the stats given."""
     rows = len(student)
@@ -114,6 +115,7 @@ def run(
         stats,
         gradient,
         *options,
+        metrics=metrics,
     )
     return losses.cpu(), stats, gradient.cpu()
 
@@ -347,9 +349,14 @@ def test_nan_is_not_hidden():
 
 @pytest.mark.long
 def test_labels_out_of_range():
+    """NaN is the cross-entropy, and with it the row. Its other metrics are those of the divergence."""
     student, teacher = rows_of()
-    loss, _, gradient = run(student, teacher, EVERYTHING, labels=torch.tensor([2**40, -5, V, 3]))
+    told, usual = torch.full((2, R, 6), NAN, dtype=torch.float64, device=DEVICE)
+    loss, _, gradient = run(student, teacher, EVERYTHING, labels=torch.tensor([2**40, -5, V, 3]), metrics=told)
     assert loss.isnan().tolist() == gradient.isnan().any(1).tolist() == [True, True, True, False]
+    assert told[:, 1].isnan().tolist() == loss.isnan().tolist()
+    run(student, teacher, EVERYTHING, labels=some_labels(teacher), metrics=usual)
+    assert distance(told[:, [0, 2, 3, 4, 5]], usual[:, [0, 2, 3, 4, 5]]) <= 1e-6
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ aside; the others are the rest. Two passes go over the row in blocks of columns:
 - the first makes the rest's maximum and sum of exponentials, every thread of its own columns: an element costs one
   exponential, a sum and a comparison, and the row one reduction. Which columns are set aside is asked only in blocks
   that have some, of a histogram of their ids: no search per element, and nothing that must be subtracted again;
-- the second writes one factor times each exponential, and the corrected columns after it.
+- the second writes one factor times each exponential in every column, and after that what is set aside over it.
 
 Between them the K + 1 categories, few beside the row, are computed with in fp64, where a tail of mass 1e-12 keeps its
 digits: no sum of all columns is ever taken that a tail would be a small part of. A row is read twice, the second time

@@ -1,4 +1,4 @@
-"""The K + 1 categories of a row, the ids' and the tail's, in fp64: divergences, masses, entropy, cross-entropy."""
+"""The K + 1 categories of a row, the ids' and the tail's, in fp64: masses, divergences, cross-entropy, metrics."""
 
 import triton
 import triton.language as tl
@@ -20,9 +20,58 @@ from ..common import (
     _value,
     _with_infinity,
 )
-from .rest import NO_MASS, NOTHING
+from .rest import NOTHING, NOWHERE
 
-# Lane k is the k-th id's, lane K the tail's; lanes of no category have no mass in either model.
+# The logarithm of no mass: differences stay finite, and a divergence beyond what it allows is infinite.
+NO_MASS = tl.constexpr(-1e100)
+
+# ---- one row ---------------------------------------------------------------------------------------------------------
+# Lane k is the k-th id's, lane K the tail's; lanes of no category have no mass in either model. Scores and columns of
+# lane K are the label's where it is none of the ids. A label is (its column, NOWHERE if out of range; its score, then
+# NaN; whether it is an id's). Logarithms of masses are relative to one score of the row.
+
+
+@triton.jit
+def label_beside(student, label, ids, columns):
+    """A row's label, beside the columns of its ids."""
+    exists = (label >= 0) & (label < columns)
+    column = tl.where(exists, label, NOWHERE).to(tl.int32)
+    score = tl.load(student[0] + tl.where(exists, label, 0) * student[1]).to(tl.float64)
+    return column, tl.where(exists, score, float("nan")), tl.sum((ids == column).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _log_mass(score, reference, tau):
+    return tl.where(score < NOTHING, NO_MASS, (score - reference) / tau)  # NaN passes
+
+
+@triton.jit
+def _log_sum(x, y):
+    """log(e^x + e^y)"""
+    return tl.maximum(x, y) + _log_1p(tl.exp(-tl.abs(x - y)))
+
+
+@triton.jit
+def log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, CONDITIONAL: tl.constexpr):
+    """Logarithms of masses: the student's, the teacher's, and (of the tail, of the label in it, the reference)."""
+    top, total, _ = rest
+    of_ids = tl.where(known, s, float("-inf"))
+    reference = tl.maximum(tl.max(of_ids, 0), NOTHING)
+    tail, own = _double(NO_MASS), _double(NO_MASS)
+    if not CONDITIONAL:
+        reference = tl.maximum(reference, tl.maximum(tl.max(s, 0), top))
+        tail = tl.where(total == 0, NO_MASS, (top - reference) / tau + tl.log(tl.where(total == 0, 1.0, total)))
+        if label is not None:
+            own = tl.where(label[2], NO_MASS, _log_mass(label[1], reference, tau))
+            tail = _log_sum(tail, own)
+    log_p = tl.where(known, log_p, NO_MASS)
+    if tail_log_p is not None:
+        tail_log_p = tl.where(tail_log_p == float("-inf"), NO_MASS, tail_log_p)
+        if tail < 0.5 * NO_MASS:  # the student has none: the ids share out what the teacher has
+            tail_log_p = _double(NO_MASS)
+            log_p = tl.where(known, log_p - tl.log(tl.sum(tl.exp(log_p), 0)), NO_MASS)
+        log_p = tl.where(of_tail, tail_log_p, log_p)
+    return tl.where(of_tail, tail, _log_mass(of_ids, reference, tau)), log_p, (tail, own, reference)
 
 
 @triton.jit
@@ -33,7 +82,9 @@ def _excluding(lane, index, x):
 
 @triton.jit
 def divergences(lane, log_weights, log_p, weights, beta):
-    """(weighted D, q (u - mean), q, log q) from logarithms: the student's unnormalised masses, the teacher's masses.
+    """(weighted D, q (u - mean), q, log q, whether it is empty), from logarithms: unnormalised q, and the teacher's p.
+
+    Empty is a row where one of the models has no mass at all: D and its gradient are 0.
 
     The largest of the student's masses is 1 less the others, and its gradient minus the sum of the others': what a
     confident student differs by from a certain one is in these alone.
@@ -64,54 +115,57 @@ def divergences(lane, log_weights, log_p, weights, beta):
             mean, comean = tl.sum(slope, 0), tl.sum(coslope, 0)
             slopes += weights[code] * tl.where(comean < mean, q * comean - coslope, slope - q * mean)
     slopes = tl.where(lane == largest, -_excluding(lane, largest, slopes), slopes)
-    return _with_infinity(value), slopes, q, log_q
-
-
-# ---- one row ---------------------------------------------------------------------------------------------------------
-# A label is (its column, NOWHERE if out of range; its score, then NaN; whether it is an id's). Logarithms of masses are
-# relative to one score of the row, and NO_MASS for none.
+    empty = (tl.max(log_weights, 0) < 0.5 * NO_MASS) | (tl.max(log_p, 0) < 0.5 * NO_MASS)
+    return tl.where(empty, 0.0, _with_infinity(value)), tl.where(empty, 0.0, slopes), q, log_q, empty
 
 
 @triton.jit
-def log_mass(score, reference, tau):
-    return tl.where(score < NOTHING, NO_MASS, (score - reference) / tau)  # NaN passes
+def shared_out(of_tail, slopes, tail, rest, tau, CONDITIONAL: tl.constexpr):
+    """The tail's slope on its columns: (what the rest's exponentials are multiplied with, slopes with the label's)."""
+    log_mass, own, reference = tail
+    top, total, _ = rest
+    of_rest, of_label = _double(0.0), _double(0.0)
+    if not CONDITIONAL:
+        at_tail = tl.sum(tl.where(of_tail, slopes, 0.0), 0)
+        of_rest = tl.where(total == 0, 0.0, at_tail * tl.exp((top - reference) / tau - log_mass))
+        of_label = at_tail * tl.exp(own - log_mass)
+    return of_rest, tl.where(of_tail, of_label, slopes)
 
 
 @triton.jit
-def _log_sum(x, y):
-    """log(e^x + e^y)"""
-    return tl.maximum(x, y) + _log_1p(tl.exp(-tl.abs(x - y)))
+def cross_entropy(s, column, label, rest):
+    """(loss, gradient at the columns set aside, and at the rest's maximum)"""
+    label_column, score, _ = label
+    top, _, total = rest
+    s = tl.where(column == label_column, float("-inf"), s)
+    top = tl.where(total == 0, float("-inf"), top)
+    highest = tl.maximum(tl.maximum(tl.max(s, 0), top), score)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    of_ids, of_rest, of_label = tl.exp(s - highest), tl.exp(top - highest), tl.exp(score - highest)
+    others = tl.sum(of_ids, 0) + total * of_rest  # beside them a confident student's label would hide the others
+    whole = others + of_label
+    loss = tl.where(score == highest, _log_1p(others), highest - score + tl.log(whole))
+    share = 1 / tl.where(whole == 0, 1.0, whole)
+    return loss, tl.where(column == label_column, -others * share, of_ids * share), of_rest * share
 
 
 @triton.jit
-def tail_of(label, top, total, reference, tau):
-    """Logarithms of the tail's mass, and of the label's in it."""
-    rest = tl.where(total == 0, NO_MASS, (top - reference) / tau + tl.log(tl.where(total == 0, 1.0, total)))
-    tail, own = rest, _double(NO_MASS)
-    if label is not None:
-        _, score, known = label
-        own = tl.where(known, NO_MASS, log_mass(score, reference, tau))
-        tail = _log_sum(rest, own)
-    return tail, own
-
-
-@triton.jit
-def lane_entropy(p, log_p):
+def _entropy(p, log_p):
     """-sum p log p over the lanes, in nats."""
     return tl.sum(tl.where(p == 0, 0.0, -p * log_p), 0)  # NaN passes
 
 
 @triton.jit
-def cross_entropy(s, column, label, top, total_1):
-    """(loss, gradient at the label's column, at the ids' others, and at the rest's maximum)"""
-    label_column, score, _ = label
-    s = tl.where(column == label_column, float("-inf"), s)
-    top = tl.where(total_1 == 0, float("-inf"), top)
-    highest = tl.maximum(tl.maximum(tl.max(s, 0), top), score)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    of_ids, of_rest, of_label = tl.exp(s - highest), tl.exp(top - highest), tl.exp(score - highest)
-    others = tl.sum(of_ids, 0) + total_1 * of_rest  # beside them a confident student's label would hide the others
-    whole = others + of_label
-    loss = tl.where(score == highest, _log_1p(others), highest - score + tl.log(whole))
-    share = 1 / tl.where(whole == 0, 1.0, whole)
-    return loss, -others * share, of_ids * share, of_rest * share
+def metrics_of(
+    lane, known, s, highest, q, log_q, log_p, value, kd_weight, cross_entropy, tau, empty, CONDITIONAL: tl.constexpr
+):
+    """(tau^2 D, cross-entropy, entropies of the student and of the teacher, agreement, the ids' share of q)"""
+    told, first = ~empty & (kd_weight != 0), tl.argmax(tl.where(known, log_p, float("-inf")), 0)
+    kd = tl.where(kd_weight == 0, 0.0, tau * tau / tl.where(kd_weight == 0, 1.0, kd_weight) * value)
+    entropy_q, entropy_p = (
+        tl.where(told, _entropy(q, log_q), 0.0),
+        tl.where(told, _entropy(tl.exp(log_p), log_p), 0.0),
+    )
+    agrees = told & (tl.sum(tl.where(lane == first, s, 0.0), 0) >= highest)
+    mass = _double(0.0) if CONDITIONAL else tl.where(told, tl.sum(tl.where(known, q, 0.0), 0), 0.0)
+    return kd, cross_entropy, entropy_q, entropy_p, tl.where(agrees, 1.0, 0.0), mass

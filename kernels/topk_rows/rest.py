@@ -1,4 +1,4 @@
-"""The rest of a row, beside what is set aside: its sums, and its gradient."""
+"""One row in passes over its blocks of columns: the sums of the rest, beside what is set aside, and the gradient."""
 
 import triton
 import triton.language as tl
@@ -9,10 +9,10 @@ from ..common import _double
 # e^(their difference) is 0, where -inf - -inf would be NaN.
 MASKED = tl.constexpr(-1e30)
 NOTHING = tl.constexpr(-1e29)
-# The logarithm of no mass: differences stay finite, and a divergence beyond what it allows is infinite.
-NO_MASS = tl.constexpr(-1e100)
 # The column of what is none.
 NOWHERE = tl.constexpr(2**31 - 1)
+
+# A row of a matrix is (pointer, column stride). `aside` [LANES] are the columns that are set aside.
 
 
 @triton.jit
@@ -30,142 +30,104 @@ def _exp_of(x, tau, EXACT: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _add(high, low, x):
-    """A sum carried as two numbers, with x added: what rounding takes from the first is in the second."""
+def _grown(top, high, low, moved, s, tau, F: tl.constexpr):
+    """Sums of e^((s - top) / tau), of which those so far were relative to what `top` has `moved` from.
+
+    A sum is carried as two numbers: what rounding takes from the first is in the second.
+    """
+    factor, x = _exp_of(moved, tau, True, F), tl.sum(_exp_of(s - top[:, None], tau, True, F), 1)
+    high, low = high * factor, low * factor
     total = high + x
     back = total - high
     return total, low + ((high - (total - back)) + (x - back))
 
 
 @triton.jit
-def _next_aside(ids, label, start):
+def _total(top, highest, high, low, tau):
+    """The threads' sums in one, relative to the highest of their maxima."""
+    return tl.sum((high.to(tl.float64) + low.to(tl.float64)) * tl.exp((top.to(tl.float64) - highest) / tau), 0)
+
+
+@triton.jit
+def _block_at(row, start, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of a block, and pointers to them. A thread moves a group at once."""
+    column = start + tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return column, row[0] + column.to(tl.int64) * row[1]
+
+
+@triton.jit
+def _next_aside(aside, start):
     """The first column, from `start` on, that is set aside."""
-    return tl.minimum(tl.min(tl.where(ids >= start, ids, NOWHERE), 0), tl.where(label >= start, label, NOWHERE))
+    return tl.min(tl.where(aside >= start, aside, NOWHERE), 0)
 
 
 @triton.jit
-def _columns(start, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    return start + tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-
-
-@triton.jit
-def _read(row, column, columns, MASK: tl.constexpr, F: tl.constexpr):
-    """A block's scores. Without MASK all its columns exist, and a thread reads a group at once."""
-    pointers = row[0] + column.to(tl.int64) * row[1]
-    s = tl.load(pointers, mask=column < columns, other=MASKED) if MASK else tl.load(pointers)
-    return s.to(F)
-
-
-@triton.jit
-def _grown(top, high, low, moved, s, tau, F: tl.constexpr):
-    """Sums of e^((s - top) / tau), of which those so far were relative to what `top` has `moved` from."""
-    factor = _exp_of(moved, tau, True, F)
-    return _add(high * factor, low * factor, tl.sum(_exp_of(s - top[:, None], tau, True, F), 1))
-
-
-@triton.jit
-def _set_aside(ids, label, start, column, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Which columns of a block are an id's or the label's."""
-    here = (ids >= start) & (ids < start + GROUPS * WIDTH)
-    count = tl.histogram(tl.where(here, ids - start, 0), GROUPS * WIDTH, mask=here)
-    return (tl.reshape(count, (GROUPS, WIDTH)) > 0) | (column == label)
-
-
-@triton.jit
-def _rest_of_block(
-    student, ids, label, aside, start, columns, tau, top, high, low, high_1, low_1,
-    SEPARATE: tl.constexpr, MASK: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Maxima and sums [GROUPS] with a block more, and the first column set aside after it."""
-    BLOCK: tl.constexpr = GROUPS * WIDTH
-    column = _columns(start, GROUPS, WIDTH)
-    s = _read(student, column, columns, MASK, F)
-    s = tl.maximum(s, MASKED, propagate_nan=tl.PropagateNan.ALL)
-    if aside < start + BLOCK:
-        s = tl.where(_set_aside(ids, label, start, column, GROUPS, WIDTH), MASKED, s)
-        aside = _next_aside(ids, label, start + BLOCK)
-    before, top = top, tl.maximum(top, tl.max(s, 1))
-    high, low = _grown(top, high, low, before - top, s, tau, F)
-    if SEPARATE:
-        high_1, low_1 = _grown(top, high_1, low_1, before - top, s, _double(1.0), F)
-    return aside, top, high, low, high_1, low_1
+def _set_aside(aside, start, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Which columns of a block are set aside."""
+    here = (aside >= start) & (aside < start + GROUPS * WIDTH)
+    count = tl.histogram(tl.where(here, aside - start, 0), GROUPS * WIDTH, mask=here)
+    return tl.reshape(count, (GROUPS, WIDTH)) > 0
 
 
 @triton.jit
 def sums_of_rest(
-    student, ids, label, columns, tau,
+    student, aside, columns, tau,
     SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: (maximum, sum of e^((s - maximum) / tau), sum of e^(s - maximum)) over the rest, in fp64."""
-    top = tl.full((GROUPS,), NOTHING, F)
+    BLOCK: tl.constexpr = GROUPS * WIDTH
+    one, top = _double(1.0), tl.full((GROUPS,), NOTHING, F)
     high, low = tl.zeros((GROUPS,), F), tl.zeros((GROUPS,), F)
     high_1, low_1 = high, low
-    aside = _next_aside(ids, label, 0)
-    whole = columns - columns % (GROUPS * WIDTH)
-    for start in range(0, whole, GROUPS * WIDTH):
-        aside, top, high, low, high_1, low_1 = _rest_of_block(
-            student, ids, label, aside, start, columns, tau, top, high, low, high_1, low_1,
-            SEPARATE, False, F, GROUPS, WIDTH,
-        )  # fmt: skip
-    if whole < columns:
-        aside, top, high, low, high_1, low_1 = _rest_of_block(
-            student, ids, label, aside, whole, columns, tau, top, high, low, high_1, low_1,
-            SEPARATE, True, F, GROUPS, WIDTH,
-        )  # fmt: skip
+    first, whole = _next_aside(aside, 0), columns - columns % BLOCK
+    for PART in tl.static_range(2):  # whole blocks, and the end of the row
+        for start in range(PART * whole, columns if PART else whole, BLOCK):
+            column, pointers = _block_at(student, start, GROUPS, WIDTH)
+            s = (tl.load(pointers, mask=column < columns, other=MASKED) if PART else tl.load(pointers)).to(F)
+            s = tl.maximum(s, MASKED, propagate_nan=tl.PropagateNan.ALL)
+            if first < start + BLOCK:
+                s = tl.where(_set_aside(aside, start, GROUPS, WIDTH), MASKED, s)
+                first = _next_aside(aside, start + BLOCK)
+            before, top = top, tl.maximum(top, tl.max(s, 1))
+            high, low = _grown(top, high, low, before - top, s, tau, F)
+            if SEPARATE:
+                high_1, low_1 = _grown(top, high_1, low_1, before - top, s, one, F)
     highest = tl.max(top, 0).to(tl.float64)
-    lower = top.to(tl.float64) - highest
-    total = tl.sum((high.to(tl.float64) + low.to(tl.float64)) * tl.exp(lower / tau), 0)
-    total_1 = total
-    if SEPARATE:
-        total_1 = tl.sum((high_1.to(tl.float64) + low_1.to(tl.float64)) * tl.exp(lower), 0)
-    return highest, total, total_1
-
-
-@triton.jit
-def _write_block(
-    student, gradient, ids, label, aside, start, columns, top, tau, of_tail, of_all,
-    READ: tl.constexpr, SEPARATE: tl.constexpr, MASK: tl.constexpr, F: tl.constexpr,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Writes a block, and returns the first column set aside after it."""
-    BLOCK: tl.constexpr = GROUPS * WIDTH
-    pointer, stride = gradient
-    column = _columns(start, GROUPS, WIDTH)
-    if READ:
-        s = _read(student, column, columns, MASK, F) - top
-        if SEPARATE:
-            g = of_tail * _exp_of(s, tau, False, F) + of_all * _exp_of(s, _double(1.0), False, F)
-        else:
-            g = (of_tail + of_all) * _exp_of(s, tau, False, F)
-    else:
-        g = tl.zeros((GROUPS, WIDTH), F)
-    pointers, g = pointer + column.to(tl.int64) * stride, g.to(pointer.dtype.element_ty)
-    if aside < start + BLOCK:
-        tl.store(pointers, g, mask=(column < columns) & ~_set_aside(ids, label, start, column, GROUPS, WIDTH))
-        aside = _next_aside(ids, label, start + BLOCK)
-    elif MASK:
-        tl.store(pointers, g, mask=column < columns)
-    else:
-        tl.store(pointers, g)
-    return aside
+    total = _total(top, highest, high, low, tau)
+    return highest, total, _total(top, highest, high_1, low_1, one) if SEPARATE else total
 
 
 @triton.jit
 def write_rest(
-    student, gradient, ids, label, columns, top, tau, of_tail, of_all,
+    student, gradient, columns, top, tau, of_tail, of_all,
     READ: tl.constexpr, SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2: of_tail e^((s - top) / tau) + of_all e^(s - top), the gradient of the rest's columns; without READ 0."""
-    top, of_tail, of_all = top.to(F), of_tail.to(F), of_all.to(F)
-    aside = _next_aside(ids, label, 0)
+    """of_tail e^((s - top) / tau) + of_all e^(s - top), in every column; without READ 0."""
+    top, of_tail, of_all, one = top.to(F), of_tail.to(F), of_all.to(F), _double(1.0)
     whole = columns - columns % (GROUPS * WIDTH)
-    for start in range(0, whole, GROUPS * WIDTH):
-        aside = _write_block(
-            student, gradient, ids, label, aside, start, columns, top, tau, of_tail, of_all,
-            READ, SEPARATE, False, F, GROUPS, WIDTH,
-        )  # fmt: skip
-    if whole < columns:
-        _write_block(
-            student, gradient, ids, label, aside, whole, columns, top, tau, of_tail, of_all,
-            READ, SEPARATE, True, F, GROUPS, WIDTH,
-        )  # fmt: skip
+    for PART in tl.static_range(2):
+        for start in range(PART * whole, columns if PART else whole, GROUPS * WIDTH):
+            column, pointers = _block_at(student, start, GROUPS, WIDTH)
+            mask = column < columns if PART else None
+            g = tl.zeros((GROUPS, WIDTH), F)
+            if READ:
+                s = tl.load(pointers, mask=mask).to(F) - top
+                if SEPARATE:
+                    g = of_tail * _exp_of(s, tau, False, F) + of_all * _exp_of(s, one, False, F)
+                else:
+                    g = (of_tail + of_all) * _exp_of(s, tau, False, F)
+            _, pointers = _block_at(gradient, start, GROUPS, WIDTH)
+            tl.store(pointers, g.to(gradient[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def write_gradient(
+    student, gradient, aside, slopes, columns, top, tau, of_tail, of_all,
+    READ: tl.constexpr, SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Pass 2: the rest's columns, and after them slopes [LANES] in those that are set aside."""
+    tl.debug_barrier()  # every thread has read the scores before one overwrites them with their gradients
+    write_rest(student, gradient, columns, top, tau, of_tail, of_all, READ, SEPARATE, F, GROUPS, WIDTH)
+    tl.debug_barrier()  # what the rest has written in columns set aside is overwritten
+    pointers, slopes = gradient[0] + aside.to(tl.int64) * gradient[1], slopes.to(F)
+    tl.store(pointers, slopes.to(gradient[0].dtype.element_ty), mask=aside != NOWHERE)

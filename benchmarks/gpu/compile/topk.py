@@ -33,7 +33,7 @@ def _types(which: str, dtype: str, options: str) -> dict[str, str | None]:
     if which in SHARD_PASSES:
         sizes = dict.fromkeys(("columns", "entries", "student_row", "gradient_row"), "i32")
         pointers = dict.fromkeys(("coefficient", "stats", "factors", "at_ids"), "*fp64")
-        return {"student": f"*{dtype}", "aside": "*i64", "gradient": f"*{dtype}", "tau": "fp64", **pointers, **sizes}
+        return {"student": f"*{dtype}", "ids": "*i64", "gradient": f"*{dtype}", "tau": "fp64", **pointers, **sizes}
     return {
         "student": f"*{dtype}",
         "ids": "*i64",
