@@ -5,7 +5,8 @@ with the running softmax statistics of both models side by side. That is the for
 row. The others recompute a tile of scores from them and have its gradient G = coefficient * dD/ds at once:
 
 - Of relation_kl, `gradient_kernel` owns a block of queries, which are keys, too. S is symmetric, so that one pass over
-  S_ij yields both G_ij and G_ji for the block's (G + G^T) x.
+  S_ij yields both G_ij and G_ji for the block's (G + G^T) x. Of forward_kl both come of the same two exponentials, by
+  factors of rows that `factors_kernel` makes of the statistics.
 - Of attention_kl, `scores_kernel` writes G of some heads or queries into a bounded workspace. Torch multiplies it by
   keys and queries (products.py) and sums it over what a bias is broadcast along; `diagonals_kernel` sums it along
   diagonals, for T5's bias of the distance between key and query.

@@ -1,4 +1,4 @@
-"""The gradients of queries and keys, by tiles of scores that are computed once more.
+"""The gradients of relations, whose queries are their keys, by tiles of scores that are computed once more.
 
 `own` is the block that a program sums up for, `other` what it goes through in tiles.
 """
@@ -6,19 +6,105 @@
 import triton
 import triton.language as tl
 
-from ..common import _beta_constants, _choose, _dot, _double, _load_valid
+from ..common import FORWARD_KL, _beta_constants, _choose, _dot, _double, _load_valid
 from .tiles import (
     STATS,
     along,
-    bias_of_head,
     choose_head,
+    exp2_minus1,
     head_pointers,
     load_head,
     load_stats,
     log2_scale,
     tile_gradient,
-    tile_scores,
 )  # fmt: skip
+
+# How far from a reference exponentials serve, base 2: what is lost of a probability is below 2^(REACH - 126).
+REACH = tl.constexpr(64.0)
+
+
+@triton.jit
+def factors_kernel(stats, key_masks, lifts, lengths, heads, BLOCK: tl.constexpr, F: tl.constexpr):
+    """What one exponential of each score makes G + G^T of, for forward_kl between relations: in place of statistics.
+
+    With e = 2^(s - top) and f = 2^(t - top), `top` one for all of a head, a row's coefficient * (q - p) is a e - b f,
+    that is f (a (e / f - 1) + w) with w = a - b; G + G^T adds up the a and w of both rows. Stored are a, w, and `top`
+    for rows that count, as queries and as keys, and are within reach of it; for others NaN.
+    """
+    entry, head = tl.program_id(1), tl.program_id(0)
+    rows = _choose(entry, lengths)
+    stats = _choose(entry, stats) + head.to(tl.int64) * STATS * rows
+    key_mask = None
+    if key_masks is not None:
+        key_mask = _choose(entry, key_masks) + (head // heads).to(tl.int64) * rows
+    lift = 1.0
+    if lifts is not None:
+        lift = tl.load(_choose(entry, lifts))
+    total, count = tl.zeros((), F), tl.zeros((), F)
+    for start in range(0, rows, BLOCK):
+        coefficient, log_s, log_t, _, _, _, _ = load_stats(stats, start + tl.arange(0, BLOCK), rows, 1.0)
+        total += tl.sum(tl.where(coefficient != 0, log_s + log_t, 0), 0)
+        count += tl.sum((coefficient != 0).to(F), 0)
+    top = 0.5 * total / tl.maximum(count, 1)
+    for start in range(0, rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        coefficient, log_s, log_t, rounded, _, _, _ = load_stats(stats, row, rows, lift)
+        near = _load_valid(key_mask, row, rows) & (coefficient != 0)
+        near &= tl.maximum(tl.abs(log_s - top), tl.abs(log_t - top)) < REACH
+        w = coefficient * tl.exp2(top - log_t) * exp2_minus1(log_t - log_s + rounded)
+        tl.store(stats + 4 * rows + row, coefficient * tl.exp2(top - log_s), mask=row < rows)
+        tl.store(stats + 5 * rows + row, w, mask=row < rows)
+        tl.store(stats + 6 * rows + row, tl.where(near, top, float("nan")), mask=row < rows)
+
+
+@triton.jit
+def _load_factors(stats, position, rows):
+    pointers, exists = stats + 4 * rows + position, position < rows
+    a, w = tl.load(pointers, mask=exists), tl.load(pointers + rows, mask=exists)
+    return a, w, tl.load(pointers + 2 * rows, mask=exists, other=float("nan"))
+
+
+@triton.jit
+def _near_gradient(s, t, own_factors, other_factors):
+    """A tile of G + G^T whose rows all have the same `top`."""
+    a, w, top = own_factors
+    other_a, other_w, _ = other_factors
+    s, t = s - top, t - top
+    return tl.exp2(t) * ((a[:, None] + other_a[None, :]) * exp2_minus1(s - t) + (w[:, None] + other_w[None, :]))
+
+
+@triton.jit
+def _masked_gradient(
+    s,
+    t,
+    own,
+    other,
+    key_mask,
+    start,
+    beta,
+    lift,
+    DIVERGENCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    AS_QUERY: tl.constexpr,
+    AS_KEY: tl.constexpr,
+):
+    """A tile of G, of G^T or of their sum."""
+    _, _, own_start, own_valid, own_row, _ = own
+    _, _, stats, rows = other
+    i, position = own_start + tl.arange(0, s.shape[0])[:, None], start + tl.arange(0, s.shape[1])
+    gradient = tl.zeros_like(s)
+    if AS_QUERY:
+        used = _load_valid(key_mask, position, rows)[None, :] & (own_row[0] != 0)[:, None]
+        if CAUSAL:
+            used &= position[None, :] <= i
+        gradient += tile_gradient(s, t, along(own_row, 1), beta, used, DIVERGENCE)
+    if AS_KEY:
+        row = load_stats(stats, position, rows, lift)
+        used = own_valid[:, None] & (row[0] != 0)[None, :]
+        if CAUSAL:
+            used &= i <= position[None, :]
+        gradient += tile_gradient(s, t, along(row, 0), beta, used, DIVERGENCE)
+    return gradient
 
 
 @triton.jit
@@ -28,7 +114,6 @@ def _accumulate(
     other,
     key_mask,  # not in `other`: in Triton 3.6 a tuple cannot hold None
     scales,
-    biases,
     beta,
     lift,
     first,
@@ -42,138 +127,111 @@ def _accumulate(
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
 ):
-    """Adds G x or G^T x or, in relation_kl, (G + G^T) x over tiles of x."""
-    own_x, own_y, own_start, own_valid, own_row = own
-    x, y, stats, others = other
-    i, j = tl.arange(0, own_x.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
+    """Adds G x or G^T x or (G + G^T) x over tiles of x."""
+    own_x, own_y, _, _, _, own_factors = own
+    x, y, stats, rows = other
     for start in range(first, last, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        if AS_QUERY:
-            valid = _load_valid(key_mask, position, others)
-            as_query = valid[None, :] & (own_row[0] != 0)[:, None]
-            read = valid
-            if CAUSAL:
-                as_query &= start + j <= own_start + i
-        if AS_KEY:
-            row = load_stats(stats, position, others)
-            alive = row[0] != 0
-            as_key = own_valid[:, None] & alive[None, :]
-            read = valid | alive if AS_QUERY else alive
-            if CAUSAL:
-                as_key &= own_start + i <= start + j
-
+        read = position < rows
+        if key_mask is not None:  # as keys or as queries
+            read = _load_valid(key_mask, position, rows) | (tl.load(stats + position, mask=read, other=0) != 0)
         other_x = load_head(x, start, read, WIDTH_S, own_x.shape[1], BLOCK_N)
         other_y = load_head(y, start, read, WIDTH_T, own_y.shape[1], BLOCK_N)
-        where = (own_start, start, i, j, as_query) if AS_QUERY else (start, own_start, j, i, as_key)
-        s = tile_scores(own_x, other_x, scales[0], biases[0], *where, F)
-        t = tile_scores(own_y, other_y, scales[1], biases[1], *where, F)
-        if AS_QUERY:
-            gradient = tile_gradient(s, t, along(own_row, 1), beta, as_query, DIVERGENCE)
-            if AS_KEY:
-                gradient += tile_gradient(s, t, along(row, 0), beta, as_key, DIVERGENCE)
+        s, t = _dot(own_x, tl.trans(other_x), F), _dot(own_y, tl.trans(other_y), F)
+        if DIVERGENCE == FORWARD_KL and AS_QUERY and AS_KEY and not CAUSAL:
+            factors = _load_factors(stats, position, rows)
+            if tl.min((factors[2] == own_factors[2]).to(tl.int32), 0) != 0:
+                gradient = _near_gradient(s * scales[0], t * scales[1], own_factors, factors)
+            else:
+                gradient = _masked_gradient(
+                    s * scales[0], t * scales[1], own, other, key_mask, start, beta, lift,
+                    DIVERGENCE, CAUSAL, AS_QUERY, AS_KEY,
+                )  # fmt: skip
         else:
-            gradient = tile_gradient(s, t, along(row, 0), beta, as_key, DIVERGENCE)
-        total += _dot((gradient * lift).to(other_x.dtype), other_x, F)
+            gradient = _masked_gradient(
+                s * scales[0], t * scales[1], own, other, key_mask, start, beta, lift,
+                DIVERGENCE, CAUSAL, AS_QUERY, AS_KEY,
+            )  # fmt: skip
+        total += _dot(gradient.to(other_x.dtype), other_x, F)
     return total
 
 
 @triton.jit
 def gradient_kernel(
-    student_own,  # tuples over entries
-    student_other,
-    teacher_own,
-    teacher_other,
-    stats,  # [B, A, STATS, Lq]
-    key_masks,  # [B, Lk], or no tuple but None
+    student,  # tuples over entries
+    teacher,
+    stats,  # [B, A, STATS, L]
+    key_masks,  # [B, L], or no tuple but None
     lifts,  # 0-d, or no tuple but None
-    gradients,  # [B, L, H], as wide as queries also for keys
-    lengths_own,
-    lengths_other,
-    student_bias,
-    teacher_bias,
+    gradients,  # [B, L, H]
+    lengths,
     heads,
-    blocks,  # of own rows, in the longest entry
+    blocks,  # of rows, in the longest entry
     student_scale: tl.float64,
     teacher_scale: tl.float64,
     weights,  # of a mix, or None
     beta: tl.float64,
     DIVERGENCE: tl.constexpr,
     CAUSAL: tl.constexpr,
-    AS_QUERY: tl.constexpr,
-    AS_KEY: tl.constexpr,
     WIDTH_S: tl.constexpr,
     WIDTH_T: tl.constexpr,
     PADDED_S: tl.constexpr,
     PADDED_T: tl.constexpr,
-    GROUP_S: tl.constexpr,
+    GROUP_S: tl.constexpr,  # 1
     GROUP_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
 ):
-    """The gradient of a block of one head's queries (AS_QUERY), keys (AS_KEY), or what is both.
-
-    Of keys that heads share it is the part that one head of queries gives.
-    """
+    """The gradient of a block of one head's rows."""
     entry, program = tl.program_id(1), tl.program_id(0)
     start, head = program % blocks * BLOCK_M, program // blocks
     b, a = (head // heads).to(tl.int64), head % heads
-    own_count, other_count = _choose(entry, lengths_own), _choose(entry, lengths_other)
-    queries = own_count if AS_QUERY else other_count
-    keys = other_count if AS_QUERY else own_count
+    rows = _choose(entry, lengths)
     position = start + tl.arange(0, BLOCK_M)
-    head_stats = _choose(entry, stats) + head.to(tl.int64) * STATS * queries
+    stats = _choose(entry, stats) + head.to(tl.int64) * STATS * rows
     key_mask = None
     if key_masks is not None:
-        key_mask = _choose(entry, key_masks) + b * keys
+        key_mask = _choose(entry, key_masks) + b * rows
     lift = 1.0
     if lifts is not None:
         lift = tl.load(_choose(entry, lifts))
 
-    row, valid = None, None
-    if AS_QUERY:
-        row = load_stats(head_stats, position, queries)
-        read = row[0] != 0
-    if AS_KEY:
-        valid = _load_valid(key_mask, position, keys)
-        read = read | valid if AS_QUERY else valid
-    own_s, other_s = (a, a // GROUP_S) if AS_QUERY else (a // GROUP_S, a)
-    own_t, other_t = (a, a // GROUP_T) if AS_QUERY else (a // GROUP_T, a)
-    x = load_head(choose_head(entry, student_own, b, own_s, WIDTH_S), start, read, WIDTH_S, PADDED_S, BLOCK_M)
-    y = load_head(choose_head(entry, teacher_own, b, own_t, WIDTH_T), start, read, WIDTH_T, PADDED_T, BLOCK_M)
-    own = x, y, start, valid, row
-    x = choose_head(entry, student_other, b, other_s, WIDTH_S)
-    y = choose_head(entry, teacher_other, b, other_t, WIDTH_T)
-    other = x, y, head_stats, other_count
+    row, valid = load_stats(stats, position, rows, lift), _load_valid(key_mask, position, rows)
+    read = valid | (row[0] != 0)
+    x, y = choose_head(entry, student, b, a, WIDTH_S), choose_head(entry, teacher, b, a, WIDTH_T)
+    factors = _load_factors(stats, position, rows)
+    top = tl.max(factors[2], 0)  # of all, or NaN
+    factors = factors[0], factors[1], tl.where(tl.min((factors[2] == top).to(tl.int32), 0) != 0, top, float("nan"))
+    own_x = load_head(x, start, read, WIDTH_S, PADDED_S, BLOCK_M)
+    own_y = load_head(y, start, read, WIDTH_T, PADDED_T, BLOCK_M)
+    own = own_x, own_y, start, valid, row, factors
+    other = x, y, stats, rows
     scales = log2_scale(student_scale, F), log2_scale(teacher_scale, F)
-    biases = bias_of_head(student_bias, b, a), bias_of_head(teacher_bias, b, a)
     b_constants = _beta_constants(beta, weights, F)
 
-    last = tl.where(tl.max(read.to(tl.int32), 0) == 0, 0, other_count)
+    last = tl.where(tl.max(read.to(tl.int32), 0) == 0, 0, rows)
     total = tl.zeros((BLOCK_M, PADDED_S), F)
     if not CAUSAL:
         total = _accumulate(
-            total, own, other, key_mask, scales, biases, b_constants, lift, 0, last,
-            DIVERGENCE, False, AS_QUERY, AS_KEY, WIDTH_S, WIDTH_T, BLOCK_N, F,
+            total, own, other, key_mask, scales, b_constants, lift, 0, last,
+            DIVERGENCE, False, True, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
     else:  # BLOCK_M is a multiple of BLOCK_N
-        diagonal = tl.minimum(start + BLOCK_M, last)
-        if AS_QUERY:
-            total = _accumulate(
-                total, own, other, key_mask, scales, biases, b_constants, lift, 0, tl.minimum(start, last),
-                DIVERGENCE, False, True, False, WIDTH_S, WIDTH_T, BLOCK_N, F,
-            )  # fmt: skip
         total = _accumulate(
-            total, own, other, key_mask, scales, biases, b_constants, lift, start, diagonal,
-            DIVERGENCE, True, AS_QUERY, AS_KEY, WIDTH_S, WIDTH_T, BLOCK_N, F,
+            total, own, other, key_mask, scales, b_constants, lift, 0, tl.minimum(start, last),
+            DIVERGENCE, False, True, False, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
-        if AS_KEY:
-            total = _accumulate(
-                total, own, other, key_mask, scales, biases, b_constants, lift, start + BLOCK_M, last,
-                DIVERGENCE, False, False, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
-            )  # fmt: skip
+        total = _accumulate(
+            total, own, other, key_mask, scales, b_constants, lift, start, tl.minimum(start + BLOCK_M, last),
+            DIVERGENCE, True, True, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
+        )  # fmt: skip
+        total = _accumulate(
+            total, own, other, key_mask, scales, b_constants, lift, start + BLOCK_M, last,
+            DIVERGENCE, False, False, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
+        )  # fmt: skip
     hidden = heads * WIDTH_S
-    gradient = _choose(entry, gradients) + b * own_count * hidden + a * WIDTH_S
+    gradient = _choose(entry, gradients) + b * rows * hidden + a * WIDTH_S
     pointers, exists = head_pointers((gradient, hidden), start, WIDTH_S, PADDED_S, BLOCK_M)
     total *= _double(student_scale).to(F) / lift
-    tl.store(pointers, total.to(gradient.dtype.element_ty), mask=(position < own_count)[:, None] & exists)
+    tl.store(pointers, total.to(gradient.dtype.element_ty), mask=(position < rows)[:, None] & exists)

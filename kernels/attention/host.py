@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.dtypes import fp16_lift, gradient_dtype
-from ..common import JSD, MIX, beta_arguments, for_products
+from ..common import FORWARD_KL, JSD, MIX, beta_arguments, for_products
 from ..tuning import launch, together
 from .forward import forward_kernel
-from .gradient import gradient_kernel
+from .gradient import factors_kernel, gradient_kernel
 from .products import Gradients, Part
 from .scores import scores_kernel
 from .tiles import STATS
@@ -171,28 +171,26 @@ def _launch_gradient(entries: list[_Entry], setting: _Setting) -> list[Tensor]:
     gradients = [torch.empty(x.shape, dtype=gradient_dtype(x), device=x.device) for x in student]
     lengths, batch = tuple(x.shape[1] for x in student), student[0].shape[0]
     key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
+    lifts = None if entries[0].lift is None else tuple(e.lift for e in entries)
+    stats, constants = tuple(e.stats for e in entries), setting.constants()
+    if setting.divergence == FORWARD_KL.value:
+        programs = batch * setting.num_heads, len(entries)
+        factors_kernel[programs](stats, key_masks, lifts, lengths, setting.num_heads, BLOCK=1024, F=constants["F"])
 
     def run(options: dict) -> None:
         blocks = triton.cdiv(max(lengths), options["BLOCK_M"])
         gradient_kernel[(blocks * batch * setting.num_heads, len(entries))](
             _matrices(student),
-            _matrices(student),
             _matrices(teacher),
-            _matrices(teacher),
-            tuple(e.stats for e in entries),
+            stats,
             key_masks,
-            None if entries[0].lift is None else tuple(e.lift for e in entries),
+            lifts,
             tuple(gradients),
             lengths,
-            lengths,
-            None,
-            None,
             setting.num_heads,
             blocks,
             CAUSAL=setting.causal,
-            AS_QUERY=True,
-            AS_KEY=True,
-            **setting.constants(),
+            **constants,
             **options,
         )
 

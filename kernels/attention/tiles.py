@@ -59,11 +59,11 @@ def load_head(matrix, start, used, WIDTH: tl.constexpr, PADDED: tl.constexpr, BL
 
 
 @triton.jit
-def load_stats(stats, position, queries):
+def load_stats(stats, position, queries, lift=1.0):
     """The statistics of a block of rows. Rows that do not exist have a coefficient of zero."""
     pointers, exists = stats + position, position < queries
     return (
-        tl.load(pointers, mask=exists, other=0),
+        tl.load(pointers, mask=exists, other=0) * lift,
         tl.load(pointers + queries, mask=exists),
         tl.load(pointers + 2 * queries, mask=exists),
         tl.load(pointers + 3 * queries, mask=exists),
@@ -133,7 +133,7 @@ def tile_pair(s, t, row):
 
 
 @triton.jit
-def _exp2_minus1(x):
+def _near_exp2_minus1(x):
     """2^x - 1 for |x| < 1/2, accurate near 0."""
     if x.dtype == tl.float64:
         x *= LN2
@@ -150,11 +150,16 @@ def _exp2_minus1(x):
 
 
 @triton.jit
+def exp2_minus1(x):
+    return tl.where(tl.abs(x) < 0.5, _near_exp2_minus1(x), tl.exp2(x) - 1)
+
+
+@triton.jit
 def _difference(s, t, row):
     """q - p, to full relative accuracy."""
     log_q, log_p, log_ratio = _log_probabilities(s, t, row)
     q, p = tl.exp2(log_q), tl.exp2(log_p)
-    return tl.where(tl.abs(log_ratio) < 0.5, p * _exp2_minus1(-log_ratio), q - p)
+    return tl.where(tl.abs(log_ratio) < 0.5, p * _near_exp2_minus1(-log_ratio), q - p)
 
 
 @triton.jit
