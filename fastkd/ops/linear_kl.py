@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import backend_for, use_fused
-from ..checks import Objective, TokenArguments, as_number, check_flag, is_finite, numbers
+from ..backend import backend_for
+from ..checks import Objective, numbers
 from ..divergence import Divergence, for_rows
 from ..quantized import any_quantized
 from ..teachers import TopK
@@ -37,7 +37,7 @@ from .drivers.linear_kl_cpu import on_cpu
 from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
 from .dtypes import gradient_dtype, score_dtype
-from .linear_kl_arguments import Inputs, as_head, as_softcap, as_workspace, check_alone, check_inputs, facts, flat
+from .linear_kl_arguments import Checked, as_head, check_alone, checked, flat, tensors_of
 from .linear_kl_functions import BEHIND, LinearKL, LinearKLPerToken
 from .metrics import averaged
 from .topk_kl import topk_linear_kl
@@ -47,9 +47,7 @@ from .vocabulary_shards import (
     SHARD_ARGUMENTS,
     agree,
     group_by_name,
-    local_tensor,
     local_tokens,
-    shard_on,
     vocabulary_group,
 )
 
@@ -256,52 +254,21 @@ def linear_kl(
     if isinstance(teacher_hidden, TopK):
         check_alone(teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
         return topk_linear_kl(
-            student_hidden,
-            student,
-            teacher_hidden,
-            workspace_mb=workspace_mb,
-            divergence=divergence,
-            beta=beta,
-            temperature=temperature,
-            weight=weight,
-            labels=labels,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            normalizer=normalizer,
-            vocab_group=vocab_group,
-            return_metrics=return_metrics,
-            impl=impl,
-        )
+            student_hidden, student, teacher_hidden, workspace_mb=workspace_mb, divergence=divergence, beta=beta,
+            temperature=temperature, weight=weight, labels=labels, ce_weight=ce_weight, kd_weight=kd_weight,
+            ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, vocab_group=vocab_group,
+            return_metrics=return_metrics, impl=impl,
+        )  # fmt: skip
     teacher = as_head("teacher", teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    heads = {
-        "student_weight": student.weight,
-        "student_bias": student.bias,
-        "teacher_weight": teacher.weight,
-        "teacher_bias": teacher.bias,
-    }
-    group = vocabulary_group(vocab_group, heads, 0)
+    group = vocabulary_group(vocab_group, tensors_of(student, teacher), 0)
 
-    def check() -> tuple[Inputs, Objective, TokenArguments, bool, dict[str, Any]]:
+    def check() -> Checked:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
         tokens = local_tokens(weight, labels, normalizer, ignore_index, reduction)
-        check_flag("return_metrics", return_metrics)
-        keywords: dict[str, Any] = {
-            "student_scale": as_number("student_scale", student.scale, "that is finite", is_finite),
-            "teacher_scale": as_number("teacher_scale", teacher.scale, "that is finite", is_finite),
-            "student_softcap": as_softcap("student_softcap", student.softcap),
-            "teacher_softcap": as_softcap("teacher_softcap", teacher.softcap),
-            "workspace_mb": as_workspace(workspace_mb),
-            "return_metrics": return_metrics,
-        }
-        shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
         hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
-        whole = {name: local_tensor(name, x) for name, x in hidden.items()}
-        inputs = check_inputs(Inputs(**whole, **shards), objective, tokens, group is not None)
-        return inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device), keywords
+        return checked(hidden, student, teacher, group, objective, tokens, workspace_mb, return_metrics, impl)
 
-    (inputs, objective, tokens, fused, keywords), shard = agree(group, check, lambda checked: facts(*checked))
+    (inputs, objective, tokens, fused, keywords), shard = agree(group, check, Checked.facts)
     workspace, _ = keywords.pop("workspace_mb"), keywords.pop("return_metrics")
 
     leading, device = inputs.student_hidden.shape[:-1], inputs.student_hidden.device

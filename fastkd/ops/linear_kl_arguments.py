@@ -5,19 +5,43 @@ T tokens, V vocabulary, Hs and Ht hidden widths.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import Objective, TokenArguments, as_number, check_same_device, check_tensor, is_positive
+from ..backend import use_fused
+from ..checks import (
+    Objective,
+    TokenArguments,
+    as_number,
+    check_flag,
+    check_same_device,
+    check_tensor,
+    is_finite,
+    is_positive,
+)
 from ..heads import Head
 from ..quantized import QuantizedWeight
 from .autograd import constant, differentiable, wants_gradient
 from .dtypes import autocast_like_linear
-from .vocabulary_shards import Facts
+from .vocabulary_shards import Facts, local_tensor, shard_on
 
-__all__ = ["Inputs", "as_head", "as_softcap", "as_workspace", "check_alone", "check_inputs", "facts", "flat"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "Checked",
+    "Inputs",
+    "as_head",
+    "as_softcap",
+    "as_workspace",
+    "check_alone",
+    "check_inputs",
+    "checked",
+    "flat",
+    "tensors_of",
+]
 
 
 def _is_given(value: Any, default: Any) -> bool:
@@ -131,26 +155,75 @@ def flat(hidden: Any) -> Any:
     return None if hidden is None else hidden.reshape(-1, hidden.shape[-1])
 
 
-def facts(inputs: Inputs, objective: Objective, tokens: TokenArguments, fused: bool, keywords: dict[str, Any]) -> Facts:
-    """What this rank tells the others that hold a shard of the vocabulary."""
-    hidden, teacher = inputs.student_hidden, inputs.teacher_hidden
-    others = {
-        **keywords,
-        "reduction": tokens.reduction,
-        "fused": fused,
-        "dtype": hidden.dtype,
-        "width": hidden.shape[-1],
-        "device": hidden.device.type,
-        "gradients": [wants_gradient(x) for x in inputs[:3]],
-        "teacher": teacher is not None,
+class Checked(NamedTuple):
+    """The arguments of the public function, checked, and of this rank alone."""
+
+    inputs: Inputs
+    objective: Objective
+    tokens: TokenArguments
+    fused: bool
+    keywords: dict[str, Any]
+
+    def facts(self) -> Facts:
+        """What this rank tells the others that hold a shard of the vocabulary."""
+        inputs, objective, tokens, fused, keywords = self
+        hidden, teacher = inputs.student_hidden, inputs.teacher_hidden
+        others = {
+            **keywords,
+            "reduction": tokens.reduction,
+            "fused": fused,
+            "dtype": hidden.dtype,
+            "width": hidden.shape[-1],
+            "device": hidden.device.type,
+            "gradients": [wants_gradient(x) for x in inputs[:3]],
+            "teacher": teacher is not None,
+        }
+        return Facts(
+            objective,
+            others,
+            inputs.student_weight.shape[0],
+            None if inputs.teacher_weight is None else inputs.teacher_weight.shape[0],
+            tokens,
+            flat(hidden),
+            flat(teacher),
+            tokens.coefficients(hidden.shape[:-1], hidden.device) != 0,
+        )
+
+
+def tensors_of(student: Head, teacher: Head) -> dict[str, Any]:
+    """The tensors of both heads by their names as arguments."""
+    return {
+        "student_weight": student.weight,
+        "student_bias": student.bias,
+        "teacher_weight": teacher.weight,
+        "teacher_bias": teacher.bias,
     }
-    return Facts(
-        objective,
-        others,
-        inputs.student_weight.shape[0],
-        None if inputs.teacher_weight is None else inputs.teacher_weight.shape[0],
-        tokens,
-        flat(hidden),
-        flat(teacher),
-        tokens.coefficients(hidden.shape[:-1], hidden.device) != 0,
-    )
+
+
+def checked(
+    hidden: dict[str, Any],  # by their names
+    student: Head,
+    teacher: Head,
+    group: ProcessGroup | None,
+    objective: Objective,
+    tokens: TokenArguments,
+    workspace_mb: Any,
+    return_metrics: Any,
+    impl: str,
+) -> Checked:
+    """Checks all arguments, and takes this rank's part of those that are DTensors."""
+    check_flag("return_metrics", return_metrics)
+    keywords: dict[str, Any] = {
+        "student_scale": as_number("student_scale", student.scale, "that is finite", is_finite),
+        "teacher_scale": as_number("teacher_scale", teacher.scale, "that is finite", is_finite),
+        "student_softcap": as_softcap("student_softcap", student.softcap),
+        "teacher_softcap": as_softcap("teacher_softcap", teacher.softcap),
+        "workspace_mb": as_workspace(workspace_mb),
+        "return_metrics": return_metrics,
+    }
+    shards = tensors_of(student, teacher)
+    if group is not None:
+        shards = {name: shard_on(group, name, x, 0) for name, x in shards.items()}
+    whole = {name: local_tensor(name, x) for name, x in hidden.items()}
+    inputs = check_inputs(Inputs(**whole, **shards), objective, tokens, group is not None)
+    return Checked(inputs, objective, tokens, use_fused(impl, inputs.student_hidden.device), keywords)
