@@ -303,6 +303,13 @@ def test_gradient_of_diagonals(reach: int):
     check(run(tuple(arguments), "reverse_kl"), oracle(*arguments, "reverse_kl"))
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(9, 330), (330, 9)])
+def test_diagonals_that_end_before_a_tile_begins(queries: int, keys: int):
+    """Tables are padded by so much as a tile needs, and no tile reads beyond."""
+    arguments = make(queries=queries, keys=keys, num_heads=2, bias="diagonals")
+    check(run(arguments, "forward_kl"), oracle(*arguments, "forward_kl"))
+
+
 def test_a_dense_bias_of_more_than_2_to_the_31_numbers():
     """Its third head begins at the 2^31st; of what lies between heads no page is touched."""
     arguments = list(make(num_heads=3, bias=(0, 1, 1, 1)))

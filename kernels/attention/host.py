@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.dtypes import fp16_lift, gradient_dtype
+from ...ops.dtypes import fp16_lift, gradient_dtype, score_dtype
 from ..common import FORWARD_KL, JSD, MIX, beta_arguments, for_products
 from ..tuning import launch, together
 from .forward import forward_kernel
 from .gradient import factors_kernel, gradient_kernel
 from .products import Gradients, Part
 from .scores import scores_kernel
-from .tiles import STATS
+from .tiles import LOG2E, MASKED, SPAN, STATS
 
 __all__ = ["attention_kl", "relation_kl"]
 
@@ -117,12 +117,14 @@ def _matrices(xs: list[Tensor]) -> tuple:
 
 
 def _bias(bias: Tensor | None, coefficient: Tensor, keys: int, student: Tensor) -> Bias:
-    """As the kernels take it: by distance (diagonals, reach), or (tensor, its four strides)."""
+    """As the kernels take it: by distance (log2(e) diagonals, padded; their number), or (tensor, its four strides)."""
     if bias is None:
         return None
-    bias = for_products(bias, student)
     if bias.dim() == 2:
-        return bias.contiguous(), bias.shape[1] // 2
+        table = (bias.double() * LOG2E.value).clamp(min=MASKED.value).to(score_dtype(student))
+        table = torch.nn.functional.pad(table, (2 * SPAN.value,) * 2, mode="replicate")
+        return table, table.shape[1]
+    bias = for_products(bias, student)
     return bias, *bias.expand(*coefficient.shape, keys).stride()
 
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..common import (
     FORWARD_KL,
+    INTERPRETED,
     MIX,
     REVERSE_KL,
     TVD,
@@ -25,6 +26,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # What a row is kept as: coefficient, the logarithms log_s and log_t of both models' sums of exponentials, what rounding
 # took from log_t - log_s, mean of u, saturated, and for TVD the sign of q - p at the key with most of q (or 0).
 STATS = tl.constexpr(7)
+# Tables by distance are padded by twice as much, so that no tile, which is at most as large, reads beyond.
+SPAN = tl.constexpr(128)
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 # A matrix is (pointer, batch stride, row stride), and (pointer, row stride) once batch and head are known.
@@ -75,8 +78,8 @@ def load_stats(stats, position, queries, lift=1.0):
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 # They and all logarithms are base 2, the GPU's own: scales carry log2(e), and an exponential is one instruction.
-# A bias of one sequence and head is (pointer, query stride, key stride) or, by distance, (pointer, reach), or () where
-# there is none.
+# A bias of one sequence and head is (pointer, query stride, key stride) or, by distance, in logarithms base 2, (pointer
+# to that of 0, the farthest that a tile begins from there), or () where there is none.
 
 
 @triton.jit
@@ -85,11 +88,27 @@ def log2_scale(scale, F: tl.constexpr):
 
 
 @triton.jit
+def look_up(pointers):
+    """Loads of a small table, in the layout of the scores.
+
+    tl.load would fetch neighbouring columns by neighbouring threads, and Triton then computes all else in that layout.
+    """
+    if not INTERPRETED and tl.target_info.is_cuda():
+        if pointers.dtype.element_ty == tl.float64:
+            found = tl.inline_asm_elementwise("ld.global.nc.f64 $0, [$1];", "=d,l", [pointers], tl.float64, True, 1)
+        else:
+            found = tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=f,l", [pointers], tl.float32, True, 1)
+    else:
+        found = tl.load(pointers)
+    return found
+
+
+@triton.jit
 def bias_of_head(bias, b, a):
     if bias is None:
         head = ()
     elif len(bias) == 2:
-        head = bias[0] + a * (2 * bias[1] + 1), bias[1]
+        head = bias[0] + a * bias[1] + bias[1] // 2, bias[1] // 2 - SPAN
     else:
         head = bias[0] + b * bias[1] + tl.cast(a, tl.int64) * bias[2], bias[3], bias[4]
     return head
@@ -97,16 +116,17 @@ def bias_of_head(bias, b, a):
 
 @triton.jit
 def _load_bias(bias, query_start, key_start, query, key, used, F: tl.constexpr):
-    """The bias of a tile: of query_start + query and key_start + key."""
+    """The bias of a tile, times log2(e): of query_start + query and key_start + key."""
     if len(bias) == 2:
-        pointer, reach = bias
-        distance = (key_start - query_start) + (key - query)
-        pointers = pointer + reach + tl.minimum(tl.maximum(distance, -reach), reach)
+        pointer, far = bias
+        distance = tl.minimum(tl.maximum(key_start - query_start, -far), far)
+        found = look_up(pointer + distance + (key - query))
     else:
         pointer, query_stride, key_stride = bias
         pointer += tl.cast(query_start, tl.int64) * query_stride + tl.cast(key_start, tl.int64) * key_stride
         pointers = pointer + (query * query_stride + key * key_stride)
-    return tl.load(pointers, mask=used, other=0).to(F)
+        found = _unmasked(tl.load(pointers, mask=used, other=0).to(F) * LOG2E)
+    return found
 
 
 @triton.jit
@@ -114,7 +134,7 @@ def tile_scores(own, other, scale, bias, query_start, key_start, query, key, use
     """[own, other] scores; `used` says which of them matter."""
     s = scale * _dot(own, tl.trans(other), F)
     if len(bias) > 0:
-        s = _unmasked(s + _load_bias(bias, query_start, key_start, query, key, used, F) * LOG2E)
+        s += _load_bias(bias, query_start, key_start, query, key, used, F)
     return s
 
 
