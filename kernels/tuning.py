@@ -34,7 +34,7 @@ class Config(NamedTuple):
     maxnreg: int | None = None  # registers of a thread, on NVIDIA
 
 
-_M_N, _SQUARE, _M_N_K = ("BLOCK_M", "BLOCK_N"), ("BLOCK", "BLOCK_K"), ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+_M_N = ("BLOCK_M", "BLOCK_N")
 TILE = {
     "forward": _M_N,
     "gradient": _M_N,
@@ -43,8 +43,6 @@ TILE = {
     "mix_gradient": _M_N,
     "scores": _M_N,
     "mix_scores": _M_N,
-    "covariance": _SQUARE,
-    "cka_gradient": _M_N_K,
 }
 ANY = "any"
 # (kernel, bytes of a number, padded head width up to, GPU). Where a GPU has lines of its own, only they count.
@@ -96,15 +94,6 @@ TABLE = {
 }
 for _kernel in ("forward", "gradient", "mixture_gradient", "mix_forward", "mix_gradient", "scores", "mix_scores"):
     TABLE[_kernel, 8, 64, ANY], TABLE[_kernel, 8, 256, ANY] = Config((32, 32), 8, 1), Config((16, 16), 4, 1)
-# cka_loss, whose widths are no constants.
-TABLE |= {
-    ("covariance", 2, 0, ANY): Config((128, 64), 8, 3),
-    ("cka_gradient", 2, 0, ANY): Config((128, 128, 32), 8, 3),
-    ("covariance", 4, 0, ANY): Config((128, 16), 8, 3),
-    ("cka_gradient", 4, 0, ANY): Config((128, 128, 16), 8, 3),
-    ("covariance", 8, 0, ANY): Config((32, 16), 8, 1),
-    ("cka_gradient", 8, 0, ANY): Config((32, 32, 16), 8, 1),
-}
 
 
 @lru_cache
@@ -169,14 +158,6 @@ CANDIDATES = {
     ],
     ("mixture_gradient", 2): [Config((64, 16), 4, 2, 255), Config((64, 16), 8, 2, 128)],
     ("scores", 2): [Config((64, 64), 8, 2, 255), Config((128, 64), 8, 2, 255), Config((64, 32), 4, 3, 255)],
-    ("covariance", 2): [
-        *(Config((128, 64), 8, stages) for stages in (2, 4)),
-        *(Config((128, 32), 8, stages) for stages in (3, 4)),
-    ],
-    ("cka_gradient", 2): [
-        *(Config((128, 128, 64), 8, stages) for stages in (2, 3)),
-        Config((128, 128, 32), 8, 4),
-    ],
 }
 
 

@@ -163,24 +163,12 @@ def cka() -> list:
 
 @pytest.mark.long
 def test_no_cka_kernel_spills(cka: list):
-    """On NVIDIA's. AMD's compiler puts scalars aside that tell the pairs of a launch apart."""
     from benchmarks.gpu.compile.cka import table
-    from benchmarks.gpu.compile.common import FAILS_ON_SM_100
 
     _show("cka", table(cka))
-    spilling = [kernel for kernel in cka if kernel["target"].startswith("sm_") and kernel["local"] != 0]
+    spilling = [kernel for kernel in cka if kernel["local"] != 0]
     assert not spilling, "\n" + table(spilling)
-    targets = {"sm_80", "sm_90", "gfx942"} | ({"sm_100"} if not FAILS_ON_SM_100 else set())
-    assert {kernel["target"] for kernel in cka} == targets
-
-
-@pytest.mark.long
-def test_cka_multiplies_by_warp_group(cka: list):
-    gemms = ("covariance", "gradient")
-    hopper = [kernel for kernel in cka if kernel["target"] == "sm_90" and kernel["dtype"] == "bf16"]
-    hopper = [kernel for kernel in hopper if kernel["kernel"] in gemms]
-    assert {kernel["kernel"] for kernel in hopper} == set(gemms)
-    assert all(kernel["wgmma"] for kernel in hopper), hopper
+    assert {kernel["target"] for kernel in cka} == {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
 @pytest.mark.long

@@ -55,7 +55,7 @@ def names() -> list[str]:
     """Of what can be compiled, first what is needed most: the benchmarks' problems, by module and number, and cases."""
     counts = {name: len(module.problems(torch.device("cuda"))) for name, module in MODULES.items()}
     problems = [f"{name} {i}" for name, count in counts.items() for i in range(count)]
-    tuned = [f"{name}, tuned" for name in problems if not name.startswith(("logit", "linear"))]
+    tuned = [f"{name}, tuned" for name in problems if not name.startswith(("logit", "linear", "cka"))]
     return [*problems, *(case.name for case in checks.cases("triton", False)), *tuned]
 
 

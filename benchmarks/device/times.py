@@ -180,7 +180,7 @@ def autotune(here: Here) -> bool:
 
     counts = counting()
     with running_on("triton"), tuning.autotune(timer) as found:
-        for module in (relation_kl, attention_kl, cka_loss):
+        for module in (relation_kl, attention_kl):
             for problem in _of(here, module, lambda title: True):
                 try:
                     rows, _ = problem.prepare()

@@ -3,8 +3,8 @@
 With centred hidden states A (student) and B (teacher), and c, s, t the Frobenius norms of B^T A, A^T A and B^T B, CKA
 is c / sqrt(s t), and a loss of it has the gradient beta A (A^T A) - alpha B (B^T A) with two numbers alpha and beta.
 
-- All three products are tiles of one symmetric matrix, (B|A)^T (B|A), of which the upper half is computed, from chunks
-  of tokens that are centred on their way into a workspace that every chunk reuses.
+- All three products are tiles of one symmetric matrix, (B|A)^T (B|A), of which a CPU computes the upper half, from
+  chunks of tokens that are centred on their way into a workspace that every chunk reuses.
 - Both terms of the gradient are one GEMM, of (B|A) with a small matrix, the factor, that the forward pass keeps. The
   backward pass is that GEMM: no gradient is held between the passes, and nothing is computed twice.
 - With fewer tokens than Ds + Dt the N x N Grams A A^T and B B^T are cheaper, forward and backward: c^2 is their inner

@@ -1,9 +1,8 @@
-"""Compiles kernels/cka/ for GPUs that need not be here, and tells what each binary uses of them.
+"""Compiles kernels/cka.py for GPUs that need not be here, and tells what each binary uses of them.
 
     python -m benchmarks.gpu.compile.cka                     # the table of what tests/test_compile_gpu.py checks
     python -m benchmarks.gpu.compile.cka --all               # every dtype and target
     python -m benchmarks.gpu.compile.cka --all --target sm_80
-    python -m benchmarks.gpu.compile.cka --candidates        # and whatever tuning.autotune would time, which may spill
 
 As in benchmarks/gpu/compile/attention.py, kernels are compiled as their launches specialise them, and not started.
 """
@@ -11,29 +10,25 @@ As in benchmarks/gpu/compile/attention.py, kernels are compiled as their launche
 from __future__ import annotations
 
 import itertools
-import sys
 
 import torch
 
-import fastkd.functions  # noqa: F401  # registers the operators
-from fastkd.backend import interpret_triton
-from fastkd.checks import numbers
-from fastkd.kernels import tuning
+from fastkd.kernels import cka
+from fastkd.ops.dtypes import score_dtype
 
-from .common import DTYPES, FAILS_ON_SM_100, TARGETS, Launched, in_parallel, launches, main, of_launch
+from .common import DTYPES, TARGETS, Launched, in_parallel, launches, main, of_launch
 
-WIDTHS = 512, 768
+TOKENS, WIDTH, WIDTHS = 4096, 512, 1280
 
 
 def call(dtype: torch.dtype, pairs: int, masked: bool = True) -> None:
-    """Forward and backward."""
-    tokens = 4096
-    student, teacher = ([torch.empty(tokens, width, dtype=dtype)] * pairs for width in WIDTHS)
-    mask = [torch.empty(tokens, dtype=torch.bool) if masked else None] * pairs
-    wanted = [True] * pairs
-    with interpret_triton():  # sends CPU tensors to the kernels, which `launches` does not start
-        loss, mean, factor = torch.ops.fastkd.cka_loss(student, teacher, mask, wanted, numbers(1e-8), False)
-        torch.ops.fastkd.cka_loss_backward(student, teacher, mask, mean, factor, wanted, loss)
+    """The kernels for one of two models."""
+    xs = [torch.empty(TOKENS, WIDTH, dtype=dtype)] * pairs
+    masks = [torch.empty(TOKENS, dtype=torch.bool) if masked else None] * pairs
+    means = [torch.empty(WIDTHS, dtype=torch.float64)[-WIDTH:]] * pairs
+    exact = score_dtype(xs[0])
+    cka.means_(xs, masks, means, exact)
+    cka.centre_(xs, masks, means, torch.empty(pairs, TOKENS, WIDTHS, dtype=dtype)[:, :, -WIDTH:], exact)
 
 
 def binaries(case: tuple) -> list[Launched]:
@@ -49,17 +44,10 @@ def measure(case: tuple) -> list[dict]:
     return [{**named, "kernel": name, **of_launch(case[0], *launch)} for name, *launch in binaries(case)]
 
 
-def measure_candidates(case: tuple) -> list[dict]:
-    """As measure, in every configuration that tuning would time."""
-    with tuning.autotune(lambda run: float(run() is not None)):
-        return measure(case)
-
-
 def chosen() -> list[tuple]:
     """What the tests compile."""
-    nvidia = ["sm_80", "sm_90"] + ["sm_100"] * (not FAILS_ON_SM_100)
-    cases = [(target, "bf16", 12) for target in nvidia]
-    return [*cases, ("sm_80", "fp32", 2), ("sm_90", "fp32", 2), ("sm_90", "fp64", 2), ("gfx942", "bf16", 2)]
+    cases = [(target, "bf16", 12) for target in TARGETS]
+    return [*cases, ("sm_80", "fp32", 2), ("sm_90", "fp32", 2), ("sm_90", "fp64", 2)]
 
 
 def everything() -> list[tuple]:
@@ -68,19 +56,15 @@ def everything() -> list[tuple]:
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'target':8}{'kernel':15}{'dtype':6}{'pairs':6}"
-        f"{'tile':>12}{'warps':>6}{'stages':>7}{'regs':>6}{'local':>7}{'shared':>8}  wgmma  tma"
+        f"{'target':8}{'kernel':8}{'dtype':6}{'pairs':6}{'tile':>12}{'warps':>6}{'stages':>7}{'regs':>6}{'local':>7}{'shared':>8}"
     ]
     for r in results:
         lines.append(
-            f"{r['target']:8}{r['kernel']:15}{r['dtype']:6}{r['pairs']:5} "
-            f"{r['tile']:>12}{r['warps']:6}{r['stages']:7}{r['registers']:6}{r['local']:7}{r['shared']:8}  "
-            f"{'yes' if r['wgmma'] else 'no':5}  {'yes' if r['tma'] else 'no'}"
+            f"{r['target']:8}{r['kernel']:8}{r['dtype']:6}{r['pairs']:5} "
+            f"{r['tile']:>12}{r['warps']:6}{r['stages']:7}{r['registers']:6}{r['local']:7}{r['shared']:8}"
         )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    of_case = measure_candidates if "--candidates" in sys.argv else measure
-    sys.argv = [argument for argument in sys.argv if argument != "--candidates"]
-    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(of_case, cases))), table)
+    main(chosen, everything, lambda cases: list(itertools.chain.from_iterable(in_parallel(measure, cases))), table)

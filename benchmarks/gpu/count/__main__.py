@@ -55,7 +55,7 @@ def _line(title: str, parts: list[Counted], op: Op | None) -> str:
 
 def table(target: str, found: dict[str, list[Counted]]) -> str:
     """A line for each op and, where it has several, its kernels; below it, what it comes to on an H200."""
-    lines = [f"{target}, Triton {triton.__version__}; by column, score or, of CKA, step of a tile", TITLES]
+    lines = [f"{target}, Triton {triton.__version__}; by column, score or, of CKA, number", TITLES]
     for op in OPS:
         if (parts := found.get(op.name)) is None:
             continue
@@ -96,7 +96,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"op: expected a part of one of {', '.join(op.name for op in OPS)}; got {options.op!r}")
     for target in targets:
-        reasons = {op.name: available(target, op) for op in chosen}
+        reasons = {op.name: available(op) for op in chosen}
         found = measure_all(target, tuple(op for op in chosen if reasons[op.name] is None))
         print(table(target, found), flush=True)
         for name, reason in reasons.items():

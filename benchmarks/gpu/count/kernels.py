@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRITON = "3.7"  # of which `at_most` is; another compiles other machine code
-SCORES = ("BLOCK_M", "BLOCK_N")
+SCORES, CENTRED = ("BLOCK_M", "BLOCK_N"), ("BLOCK_N", "BLOCK_D")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Part:
     tile: tuple[str | int, ...]  # elements of a trip of a block: constants of the launch, or numbers, multiplied
     at_most: tuple[float, float, int]  # on sm_90 today: lane-instructions and exponentials an element, barriers a trip
     via: tuple[tuple[str, int], ...] = (("MUFU.EX2", 1),)
-    loops: int = 1  # how many to add up
+    loops: int = 1  # how many to add up; of 0 it has none, and all of it is counted
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,6 @@ def _relation(divergence: str, masked: bool, *figures: tuple[float, float, int])
 LOGITS = "T 8192, V 128256"
 SEQUENCES = "B 32, A 32, L 512"
 N_LOGITS, N_SCORES = 8192 * 128256.0, 32 * 32 * 512 * 512.0
-# Of 12 layers in tiles of 128: 6 x 4 of C, and the upper half of 4 x 4 of S and 6 x 6 of T; in steps of 64 tokens.
-N_STEPS = 12 * (24 + 10 + 21) * 16384 / 64
 
 
 def _logits(name: str, part: Part, floor_bytes: float, budget: float | None = None, exponentials: float = 2) -> Op:
@@ -143,19 +141,15 @@ OPS = (
         768,
     ),
     Op(
-        "cka_loss, step of 128 x 128 x 64",
-        "step",
-        N_STEPS,
+        "cka_loss, means and centring",
+        "number",
+        12 * 16384 * (768 + 512),
         "12 layers, N 16384, 768 and 512",
-        (Part("covariance", "cka", ("bf16", 12, False), "covariance", (1,), (88320, 0, 2), (("HGMMA", 1),)),),
-        (0, 2 * 128 * 128 * 64, 0),
-    ),
-    Op(
-        "cka_loss, step of 128 x 128 x 32",
-        "step",
-        12 * 16384 / 128 * 4 * (512 + 768) / 32,
-        "12 layers, N 16384, 768 and 512",
-        (Part("gradient", "cka", ("bf16", 12, False), "gradient", (1,), (45312, 0, 2), (("HGMMA", 1),)),),
-        (0, 2 * 128 * 128 * 32, 0),
+        (
+            Part("means", "cka", ("bf16", 12, False), "means", CENTRED, (8.8, 0, 2), (("LDGSTS", 1),)),
+            Part("centring", "cka", ("bf16", 12, False), "centre", CENTRED, (10.5, 0, 0), loops=0),
+        ),
+        (6, 0, 0),
+        20,
     ),
 )

@@ -77,9 +77,11 @@ def _functions(cubin: bytes) -> dict[str, list[sass.Block]]:
 def counted(target: str, part: Part, kernel: Kernel) -> Counted:
     blocks = _functions(kernel.cubin)[kernel.symbol]
     found = sass.loops(blocks)
-    via = _via(target, part)
+    via = dict(part.via)
     trips = [(trip, loop) for loop in found if (trip := sass.way(blocks, loop, found, via)) is not None]
     trips = sorted(trips, key=lambda one: len(one[0]))[: part.loops]
+    if part.loops == 0:
+        trips = [([one for block in blocks for one in block.instructions], sass.Loop(0, frozenset(range(len(blocks)))))]
     if len(trips) < part.loops:
         raise ValueError(f"{part.title} of {kernel.symbol}: expected {part.loops} loops by {via}, found {len(trips)}")
     elements = math.prod(kernel.constants[x] if isinstance(x, str) else x for x in part.tile)
@@ -97,18 +99,9 @@ def counted(target: str, part: Part, kernel: Kernel) -> Counted:
     )
 
 
-def _via(target: str, part: Part) -> dict[str, int]:
-    """Products have other names where they are not Hopper's."""
-    names = {"sm_90": "HGMMA", "sm_100": "UTC", "sm_80": "HMMA"}
-    return {names[target] if name == "HGMMA" else name: number for name, number in part.via}
-
-
-def available(target: str, op: Op) -> str | None:
+def available(op: Op) -> str | None:
     """Why an op cannot be counted here, or None."""
-    modules = {part.module for part in op.parts}
-    if target == "sm_100" and "cka" in modules and common.FAILS_ON_SM_100:
-        return "this Triton fails to compile it for sm_100"
-    if "cuda" in modules and shutil.which("nvcc") is None:
+    if any(part.module == "cuda" for part in op.parts) and shutil.which("nvcc") is None:
         return "nvcc is not installed"
     return None
 
