@@ -201,7 +201,7 @@ def test_maxima_that_move_in_every_block(divergence: str, temperature: float):
 
 
 @over_divergences
-@pytest.mark.parametrize("deviation, distance_", [(5, 1e-3), (5, 1e-1), (30, 1.0), (30, 3.0)])
+@pytest.mark.parametrize("deviation, distance_", [(5, 1e-3), (5, 1e-1), (1, 0.5), (30, 1.0), (30, 3.0)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_accuracy(divergence: str, deviation: float, distance_: float, temperature: float):
     teacher = deviation * torch.randn(2, 2500)

@@ -6,6 +6,8 @@ import triton.language as tl
 from ..common import FORWARD_KL, MIX, REVERSE_KL, _coslope, _double, _pair_of, _slope, _unmasked, _weight
 
 LOWEST = tl.constexpr(float("-inf"))
+# The maximum of scores that are all masked, and so worked on as -1e30: e^(their difference) is 0.
+NOTHING = tl.constexpr(-1e29)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Divergence, in nats, under which a row is computed with care: csrc/cpu/row_kernel.h says why.
 NEARLY_EQUAL = tl.constexpr(0.1)

@@ -91,7 +91,7 @@ def rows_kernel(
         _write(sums, nothing, 3)
         if gradient is not None:
             for start in range(0, columns, BLOCK):
-                write_block(gradient, start, columns, tl.zeros((BLOCK,), F), BLOCK)
+                write_block(gradient, start + tl.arange(0, BLOCK), columns, tl.zeros((BLOCK,), F))
     else:
         label = None
         if labels is not None:

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    FORWARD_KL,
     JSD,
     MIX,
     REVERSE_KL,
@@ -24,6 +23,7 @@ from .column import (
     LOG2E,
     LOWEST,
     NEARLY_EQUAL,
+    NOTHING,
     column_gradient,
     column_pair,
     mean_unit,
@@ -43,53 +43,55 @@ def label_of(student, label, columns):
     elsewhere = label == ELSEWHERE
     column = tl.where(valid, label, 0)
     score = tl.load(pointer + column * stride).to(tl.float64)
-    return tl.where(elsewhere, -1, column), valid, tl.where(elsewhere, LOWEST, score)
+    return tl.where(elsewhere, -1, column).to(tl.int32), valid, tl.where(elsewhere, LOWEST, score)
 
 
 @triton.jit
-def _block_at(row, start, columns, BLOCK: tl.constexpr):
-    """Pointers to a block of columns, and which of them exist. Offsets pass 2^31 in transposed matrices."""
-    pointer, stride = row
-    column = start + tl.arange(0, BLOCK)
-    return pointer + column.to(tl.int64) * stride, column < columns
+def _columns(row, start, BLOCK: tl.constexpr):
+    """A block's, in groups of 16 bytes. A thread has a group to itself, and sums it up without the others."""
+    WIDTH: tl.constexpr = 128 // row[0].dtype.element_ty.primitive_bitwidth
+    return start + tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
-def _read(row, start, columns, F: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of scores [BLOCK] in the working precision; -inf past the end of the row."""
-    pointers, exists = _block_at(row, start, columns, BLOCK)
-    return tl.load(pointers, mask=exists, other=LOWEST).to(F)
+def _zeros(row, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """One for each group."""
+    return tl.zeros((BLOCK * row[0].dtype.element_ty.primitive_bitwidth // 128,), DTYPE)
 
 
 @triton.jit
-def write_block(row, start, columns, x, BLOCK: tl.constexpr):
-    pointers, exists = _block_at(row, start, columns, BLOCK)
-    tl.store(pointers, x.to(row[0].dtype.element_ty), mask=exists)
+def _read(row, column, columns, MASK: tl.constexpr, F: tl.constexpr):
+    """Scores in the working precision; -inf past the end of the row. Without MASK all columns are before it.
+
+    Offsets pass 2^31 in transposed matrices.
+    """
+    pointers = row[0] + column.to(tl.int64) * row[1]
+    x = tl.load(pointers, mask=column < columns, other=LOWEST) if MASK else tl.load(pointers)
+    return x.to(F)
 
 
 @triton.jit
-def _rescale(before, now, inv_tau):
-    """What sums of e^((x - before) / tau) are multiplied with when the running maximum moves to `now`."""
-    return tl.where(before == now, 1.0, tl.exp((before - now) * inv_tau))
-
-
-@triton.jit
-def _finite(maximum):
-    """The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf."""
-    return tl.where(maximum == LOWEST, 0.0, maximum)
+def write_block(row, column, columns, x):
+    tl.store(row[0] + column.to(tl.int64) * row[1], x.to(row[0].dtype.element_ty), mask=column < columns)
 
 
 @triton.jit
 def _sum(x):
-    return tl.sum(x, 0).to(tl.float64)
+    """Of each group."""
+    return tl.sum(x, 1).to(tl.float64)
 
 
 @triton.jit
-def _position(row, start, columns, maximum, F: tl.constexpr, BLOCK: tl.constexpr):
-    """The column, from 1, of the first score that is the maximum, in the block that it is in."""
-    x = _read(row, start, columns, F, BLOCK)
-    column = start + tl.arange(0, BLOCK)
-    return (tl.min(tl.where(x == maximum.to(F), column, columns), 0) + 1).to(tl.float64)
+def _total(x, factor):
+    return tl.sum(x.to(tl.float64) * factor.to(tl.float64), 0)
+
+
+@triton.jit
+def _position(row, tops, blocks, top, columns, F: tl.constexpr, BLOCK: tl.constexpr):
+    """The column, from 1, of the first score that is the maximum, from each group's and the blocks that they are in."""
+    column = tl.min(tl.where(tops == top, blocks, columns), 0) + tl.arange(0, BLOCK)
+    x = _read(row, column, columns, True, F)
+    return (tl.min(tl.where(x == top, column, columns), 0) + 1).to(tl.float64)
 
 
 @triton.jit
@@ -101,84 +103,119 @@ def _entropy(own, exponentials):
 
 
 @triton.jit
-def first_pass(
-    student,
-    teacher,
-    label,
-    columns,
-    tau,
-    DIVERGENCE: tl.constexpr,
-    SEPARATE: tl.constexpr,  # whether the cross-entropy needs exponentials of its own
-    METRICS: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Pass 1: running statistics of the row, and D where they give it: (D, stats, entropies and highest columns)."""
-    BY_STUDENT: tl.constexpr = DIVERGENCE == REVERSE_KL
-    zero, one = _double(0.0), _double(1.0)
-    inv_tau = 1 / tau
-    max_s, max_t = _double(LOWEST), _double(LOWEST)
-    sum_s, sum_t, sum_1, moment = zero, zero, zero, zero
-    own_s, own_t = zero, zero  # sums of q log q and p log p
-    block_s, block_t = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)  # where the maxima are
-    for start in range(0, columns, BLOCK):
-        s = _read(student, start, columns, F, BLOCK)
-        before_s, before_t = max_s, max_t
-        max_s = tl.maximum(max_s, tl.max(s, 0).to(tl.float64))
-        if teacher is not None:
-            t = _read(teacher, start, columns, F, BLOCK)
-            max_t = tl.maximum(max_t, tl.max(t, 0).to(tl.float64))
-        top_s, top_t = _finite(max_s), _finite(max_t)
-        if (max_s > before_s) | (max_t > before_t):  # seldom after the first few blocks
-            sum_1 *= _rescale(before_s, max_s, one)
-            s_factor, t_factor = _rescale(before_s, max_s, inv_tau), _rescale(before_t, max_t, inv_tau)
-            # log(p / q) is relative to both maxima, so its moment follows when either moves
-            moved = inv_tau * (_finite(before_t) - _finite(before_s) - top_t + top_s)
-            moment = s_factor * (moment - sum_s * moved) if BY_STUDENT else t_factor * (moment + sum_t * moved)
-            if METRICS:  # logarithms are lower by what the maximum is higher
-                own_s = s_factor * (own_s - sum_s * inv_tau * (top_s - _finite(before_s)))
-                own_t = t_factor * (own_t - sum_t * inv_tau * (top_t - _finite(before_t)))
-                block_s = tl.where(max_s > before_s, start, block_s)
-                block_t = tl.where(max_t > before_t, start, block_t)
-            sum_s *= s_factor
-            sum_t *= t_factor
-
-        s = _unmasked(s)
-        if teacher is not None:
-            row = running_constants(top_s, top_t, inv_tau, F)
-            p, q, difference, log_ratio, _, _, _ = column_pair(s, _unmasked(t), row)
-            student_sum, teacher_sum, gap = _sum(q), _sum(p), _sum(difference)
-            nearly_equal = tl.abs(gap) < teacher_sum * 0.5
-            sum_s += tl.where(nearly_equal, teacher_sum + gap, student_sum)
-            sum_t += teacher_sum
-            if METRICS:
-                own_s += inv_tau * _sum(q * (s - top_s.to(F)))
-                own_t += inv_tau * _sum(p * (_unmasked(t) - top_t.to(F)))
-            if DIVERGENCE == FORWARD_KL:
-                moment += tl.where(nearly_equal, _sum(_excess(p, q, log_ratio)) - gap, _sum(p * log_ratio))
-            elif DIVERGENCE == REVERSE_KL:
-                moment += tl.where(nearly_equal, _sum(_excess(q, p, -log_ratio)) + gap, _sum(-q * log_ratio))
-        if label is not None:
-            exponential = tl.exp(s - top_s.to(F)) if SEPARATE or teacher is None else q
-            sum_1 += _sum(tl.where(start + tl.arange(0, BLOCK) == label[0], 0, exponential))
-
-    divergence, mean = zero, zero
+def _grown(
+    sums, student, teacher, label, start, columns, scale, BY_STUDENT: tl.constexpr, SEPARATE: tl.constexpr,
+    METRICS: tl.constexpr, MASK: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each group's running maxima, and sums relative to them, by a block more."""
+    max_s, max_t, sum_s, sum_t, moment, sum_1, own_s, own_t, block_s, block_t = sums
+    column = _columns(student, start, BLOCK)
+    x = _unmasked(_read(student, column, columns, MASK, F))
+    before, max_s = max_s, tl.maximum(max_s, tl.max(x, 1))
+    down_s, x = before - max_s, x - max_s[:, None]
+    s_factor, q = tl.exp2(down_s * scale), tl.exp2(x * scale)
     if label is not None:
-        # The label's own exponential comes last and in fp64: beside it the others of a confident student would vanish.
-        sum_1 += tl.exp(label[2] - _finite(max_s))
+        factor, e = (tl.exp2(down_s * LOG2E), tl.exp2(x * LOG2E)) if SEPARATE else (s_factor, q)
+        sum_1 = sum_1 * factor + tl.sum(tl.where(column == label[0], 0, e), 1)
     if teacher is not None:
-        if DIVERGENCE == FORWARD_KL:
-            divergence = moment / sum_t + tl.log(sum_s / sum_t)
-        elif DIVERGENCE == REVERSE_KL:
-            divergence = moment / sum_s - tl.log(sum_s / sum_t)
-            mean = divergence
+        y = _unmasked(_read(teacher, column, columns, MASK, F))
+        before, max_t = max_t, tl.maximum(max_t, tl.max(y, 1))
+        down_t, y = before - max_t, y - max_t[:, None]
+        t_factor, p = tl.exp2(down_t * scale), tl.exp2(y * scale)
+        # log(p / q) is relative to both maxima, so its moment follows when either moves
+        if BY_STUDENT:
+            moment = s_factor * (moment + sum_s * (down_s - down_t)) + tl.sum(q * (x - y), 1)
+        else:
+            moment = t_factor * (moment + sum_t * (down_t - down_s)) + tl.sum(p * (y - x), 1)
+        if METRICS:  # logarithms are lower by what the maximum is higher
+            own_s = s_factor * (own_s + sum_s * down_s) + tl.sum(q * x, 1)
+            own_t = t_factor * (own_t + sum_t * down_t) + tl.sum(p * y, 1)
+            block_s, block_t = tl.where(down_s < 0, start, block_s), tl.where(down_t < 0, start, block_t)
+        sum_s, sum_t = sum_s * s_factor + tl.sum(q, 1), sum_t * t_factor + tl.sum(p, 1)
+    return max_s, max_t, sum_s, sum_t, moment, sum_1, own_s, own_t, block_s, block_t
+
+
+@triton.jit
+def _divergence(moment, sum_s, sum_t, BY_STUDENT: tl.constexpr):
+    """A KL divergence, from the moment of log(p / q), or for the student's of log(q / p)."""
+    log_sums = tl.log(sum_s / sum_t)
+    return moment / sum_s - log_sums if BY_STUDENT else moment / sum_t + log_sums
+
+
+@triton.jit
+def _careful_sums(
+    student, teacher, columns, max_s, max_t, inv_tau, BY_STUDENT: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(sum_s, sum_t, D) of a row whose models nearly agree, where both are small differences of what is summed up."""
+    row = running_constants(max_s, max_t, inv_tau, F)
+    sum_t = _zeros(student, tl.float64, BLOCK)
+    gap, excess = sum_t, sum_t
+    for start in range(0, columns, BLOCK):
+        column = _columns(student, start, BLOCK)
+        s, t = _unmasked(_read(student, column, columns, True, F)), _unmasked(_read(teacher, column, columns, True, F))
+        p, q, difference, log_ratio, _, _, _ = column_pair(s, t, row)
+        sum_t += _sum(p)
+        gap += _sum(difference)
+        excess += _sum(_excess(q, p, -log_ratio) if BY_STUDENT else _excess(p, q, log_ratio))
+    sum_t, gap, excess = tl.sum(sum_t, 0), tl.sum(gap, 0), tl.sum(excess, 0)
+    sum_s = sum_t + gap
+    moment = excess + gap if BY_STUDENT else excess - gap
+    return sum_s, sum_t, _divergence(moment, sum_s, sum_t, BY_STUDENT)
+
+
+@triton.jit
+def first_pass(
+    student, teacher, label, columns, tau, DIVERGENCE: tl.constexpr,
+    SEPARATE: tl.constexpr,  # whether the cross-entropy needs exponentials of its own
+    METRICS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pass 1: the row's statistics, and D where they give it: (D, stats, entropies and highest columns)."""
+    BY_STUDENT: tl.constexpr = DIVERGENCE == REVERSE_KL
+    zero, scale = _double(0.0), (1 / tau * LOG2E).to(F)
+    none, block = _zeros(student, F, BLOCK), _zeros(student, tl.int32, BLOCK)
+    sums = (none + NOTHING, none + NOTHING, none, none, none, none, none, none, block, block)
+    whole = columns - columns % BLOCK
+    for start in range(0, whole, BLOCK):
+        sums = _grown(
+            sums, student, teacher, label, start, columns, scale, BY_STUDENT, SEPARATE, METRICS, False, F, BLOCK
+        )
+    if whole < columns:
+        sums = _grown(
+            sums, student, teacher, label, whole, columns, scale, BY_STUDENT, SEPARATE, METRICS, True, F, BLOCK
+        )
+    tops_s, tops_t, sum_s, sum_t, moment, sum_1, own_s, own_t, block_s, block_t = sums
+    max_s, max_t = tl.max(tops_s, 0), tl.max(tops_t, 0)
+    down_s, down_t = tops_s - max_s, tops_t - max_t
+    s_factor, t_factor = tl.exp2(down_s * scale), tl.exp2(down_t * scale)
+    unit = scale.to(tl.float64) / LOG2E  # 1 / tau as the exponents have it, rounded
+    if BY_STUDENT:
+        moment = unit * _total(moment + sum_s * (down_s - down_t), s_factor)
+    else:
+        moment = unit * _total(moment + sum_t * (down_t - down_s), t_factor)
+    if METRICS:
+        own_s, own_t = _total(own_s + sum_s * down_s, s_factor), _total(own_t + sum_t * down_t, t_factor)
+    sum_s, sum_t = _total(sum_s, s_factor), _total(sum_t, t_factor)
     entropy_s, entropy_t, position_s, position_t = zero, zero, zero, zero
     if METRICS and teacher is not None:
         # of each model by itself: in a shard one may have a distribution where the other has none
-        entropy_s, entropy_t = _entropy(own_s, sum_s), _entropy(own_t, sum_t)
-        position_s = _position(student, block_s, columns, max_s, F, BLOCK)
-        position_t = _position(teacher, block_t, columns, max_t, F, BLOCK)
-    stats = (_finite(max_s), sum_s, _finite(max_t), sum_t, mean, zero, sum_1)
+        entropy_s, entropy_t = _entropy(unit * own_s, sum_s), _entropy(unit * own_t, sum_t)
+        position_s = _position(student, tops_s, block_s, max_s, columns, F, BLOCK)
+        position_t = _position(teacher, tops_t, block_t, max_t, columns, F, BLOCK)
+    # of a row of nothing but -inf it must not make -inf - -inf
+    max_s = tl.where(max_s == NOTHING, 0.0, max_s).to(tl.float64)
+    max_t = tl.where(max_t == NOTHING, 0.0, max_t).to(tl.float64)
+    # The label's own exponential comes last and in fp64: beside it the others of a confident student would vanish.
+    sum_1 = zero if label is None else _total(sum_1, tl.exp2(down_s * LOG2E)) + tl.exp(label[2] - max_s)
+    divergence, careful = zero, zero
+    if teacher is not None:
+        divergence, full = _divergence(moment, sum_s, sum_t, BY_STUDENT), (sum_s != 0) & (sum_t != 0)
+        careful = (full & (divergence < NEARLY_EQUAL)).to(tl.float64)
+        if careful != 0:
+            sum_s, sum_t, divergence = _careful_sums(
+                student, teacher, columns, max_s, max_t, 1 / tau, BY_STUDENT, F, BLOCK
+            )
+    mean = divergence if BY_STUDENT else zero
+    stats = (max_s, sum_s, max_t, sum_t, mean, careful, sum_1)
     return divergence, stats, (entropy_s, entropy_t, position_s, position_t)
 
 
@@ -186,12 +223,12 @@ def first_pass(
 def _mean_residual(student, teacher, columns, stats, tau, F: tl.constexpr, BLOCK: tl.constexpr):
     """What sum q (log(q / p) - mean) falls short of its true value, zero: the digits that a large mean lost."""
     row = row_constants(stats, tau, 1.0, F)
-    residual = _double(0.0)
+    residual = _zeros(student, tl.float64, BLOCK)
     for start in range(0, columns, BLOCK):
-        s = _unmasked(_read(student, start, columns, F, BLOCK))
-        t = _unmasked(_read(teacher, start, columns, F, BLOCK))
+        column = _columns(student, start, BLOCK)
+        s, t = _read(student, column, columns, True, F), _read(teacher, column, columns, True, F)
         residual += _sum(column_gradient(s, t, None, row, REVERSE_KL, False))
-    return residual
+    return tl.sum(residual, 0)
 
 
 @triton.jit
@@ -200,44 +237,33 @@ def value_sums(
 ):
     """Pass 2, for divergences without a closed form: (D, mean of u, mean of v)."""
     row = row_constants(stats, tau, 1.0, F)
-    value, mean, comean = _double(0.0), _double(0.0), _double(0.0)
+    value = _zeros(student, tl.float64, BLOCK)
+    mean, comean = value, value
     for start in range(0, columns, BLOCK):
-        s = _unmasked(_read(student, start, columns, F, BLOCK))
-        t = _unmasked(_read(teacher, start, columns, F, BLOCK))
+        column = _columns(student, start, BLOCK)
+        s, t = _unmasked(_read(student, column, columns, True, F)), _unmasked(_read(teacher, column, columns, True, F))
         pair = column_pair(s, t, row)
         value += _sum(_value(pair, b, DIVERGENCE))
         mean += _sum(_slope(pair, b, DIVERGENCE))
         comean += _sum(_coslope(pair, b, DIVERGENCE))
-    return value, mean, comean
+    return tl.sum(value, 0), tl.sum(mean, 0), tl.sum(comean, 0)
 
 
 @triton.jit
 def refined(divergence, student, teacher, columns, stats, tau, F: tl.constexpr, BLOCK: tl.constexpr):
     """A reverse KL, with the digits that a large one lost."""
-    max_s, sum_s, max_t, sum_t, _, saturated, sum_1 = stats
+    max_s, sum_s, max_t, sum_t, _, careful, sum_1 = stats
     if (divergence > FAR_APART) & (divergence < 1e20):
-        stats = (max_s, sum_s, max_t, sum_t, divergence, saturated, sum_1)
+        stats = (max_s, sum_s, max_t, sum_t, divergence, careful, sum_1)
         divergence += _mean_residual(student, teacher, columns, stats, tau, F, BLOCK)
     return divergence
 
 
 @triton.jit
 def loss_of_row(
-    student,
-    teacher,
-    label,
-    columns,
-    beta,
-    weights,
-    tau,
-    kd_weight,
-    ce_weight,
-    DIVERGENCE: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    METRICS: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, teacher, label, columns, beta, weights, tau, kd_weight, ce_weight, DIVERGENCE: tl.constexpr,
+    SEPARATE: tl.constexpr, METRICS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Passes 1 and 2: (the row's loss before its coefficient, its stats, its metrics)."""
     # a mix's reverse KL comes of the first pass
     MIXED_REVERSE: tl.constexpr = DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1
@@ -253,8 +279,6 @@ def loss_of_row(
         if FIRST == REVERSE_KL:
             divergence = refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
             mean = _with_infinity(divergence)
-        elif FIRST == FORWARD_KL:
-            careful = (divergence < NEARLY_EQUAL).to(tl.float64)
         if DIVERGENCE >= JSD:
             b = _beta_constants(beta, weights, F)
             value, slope, coslope = value_sums(student, teacher, columns, stats, b, tau, SECOND, F, BLOCK)
@@ -284,23 +308,9 @@ def loss_of_row(
 
 @triton.jit
 def write_gradient(
-    student,
-    teacher,
-    label,
-    gradient,
-    columns,
-    stats,
-    coefficient,
-    beta,
-    weights,
-    tau,
-    kd_weight,
-    ce_weight,
-    DIVERGENCE: tl.constexpr,
-    CAREFUL: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, teacher, label, gradient, columns, stats, coefficient, beta, weights, tau, kd_weight, ce_weight,
+    DIVERGENCE: tl.constexpr, CAREFUL: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Pass 3: coefficient * d loss / d s, written to `gradient`, which may be `student`."""
     max_s, sum_s, max_t, sum_t, mean, careful, sum_1 = stats
     if teacher is not None:
@@ -318,12 +328,12 @@ def write_gradient(
         at_label = tl.where(sum_1 == 0, 0.0, at_label).to(F)
         ce_scale, top_s = ce_scale.to(F), max_s.to(F)
     for start in range(0, columns, BLOCK):
-        s = _read(student, start, columns, F, BLOCK)
+        column = _columns(student, start, BLOCK)
+        s = _read(student, column, columns, True, F)
         g = tl.zeros_like(s)
         if teacher is not None:
-            t = _read(teacher, start, columns, F, BLOCK)
+            t = _read(teacher, column, columns, True, F)
             g = kd_scale * column_gradient(s, t, b, row, DIVERGENCE, CAREFUL)
         if label is not None:
-            column = start + tl.arange(0, BLOCK)
             g += tl.where(column == label_column, at_label, ce_scale * tl.exp2((s - top_s) * LOG2E))
-        write_block(gradient, start, columns, g, BLOCK)
+        write_block(gradient, column, columns, g)
