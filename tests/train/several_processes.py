@@ -1,9 +1,9 @@
 """Runs fastkd-train in several gloo processes: `python -m tests.train.several_processes FOLDER`, for test_processes.py.
 
 FOLDER holds scenarios.json, a list of {name, processes, argv}, and if need be what comes before: {copy, without, patch,
-environment}. They run one after the other, those that are {aside} beside all of them, as they mostly sleep; the exit
-code of each process, what it wrote to stderr, and how many seconds it took are left in NAME.RANK.json. What is imported
-is imported once, and the processes are forked.
+environment}. They run one after the other, those that are {aside} beside all of them, as they mostly wait; the exit
+code of each process, what it wrote to stderr, how many seconds it took and what it has seen are left in NAME.RANK.json.
+What is imported is imported once, and the processes are forked.
 """
 
 from __future__ import annotations
@@ -59,24 +59,32 @@ def signal_in_a_step() -> None:
     trainer.DistillTrainer.training_step = signalling  # type: ignore[method-assign]
 
 
-SLEEP = 55  # seconds, well beyond the patience of those who wait
+SEEN: list[bool] = []  # by a process that hung: whether process 1 has ended
 
 
-def sleep_over_data() -> None:
+def hang() -> None:
+    """Hang until process 1 has ended, or for 2.5 minutes."""
+    deadline, left = time.monotonic() + 150, Path(os.environ["LEFT_BY_1"])
+    while time.monotonic() < deadline and not left.is_file():
+        time.sleep(0.05)
+    SEEN.append(left.is_file())
+
+
+def hang_over_data() -> None:
     """Make process 0 hang while it alone prepares data for all."""
-    prepare.sides_of = lambda *_: time.sleep(SLEEP)  # type: ignore[assignment, return-value]
+    prepare.sides_of = lambda *_: hang()  # type: ignore[assignment, return-value]
 
 
-def sleep_over_a_step() -> None:
+def hang_over_a_step() -> None:
     """Make process 0 hang in the middle of training."""
     step = trainer.DistillTrainer.training_step
 
-    def sleeping(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def hanging(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == DISTURBED and self.args.process_index == 0:
-            time.sleep(SLEEP)
+            hang()
         return step(self, *args, **kwargs)
 
-    trainer.DistillTrainer.training_step = sleeping  # type: ignore[method-assign]
+    trainer.DistillTrainer.training_step = hanging  # type: ignore[method-assign]
 
 
 def nothing_stays() -> None:
@@ -94,8 +102,8 @@ PATCHES = {
     "kill": kill_in_a_step,
     "signal": signal_in_a_step,
     "nothing stays": nothing_stays,
-    "hang over data": sleep_over_data,
-    "hang over a step": sleep_over_a_step,
+    "hang over data": hang_over_data,
+    "hang over a step": hang_over_a_step,
 }
 
 
@@ -104,6 +112,7 @@ def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": scenario["processes"], "MASTER_PORT": port}
     settings = {**scenario.get("environment", {}), **own}
     os.environ.update({name: str(value) for name, value in settings.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["LEFT_BY_1"] = str(folder / f"{scenario['name']}.1.json")
     transformers.logging.set_verbosity_error()
     if scenario.get("patch"):
         PATCHES[scenario["patch"]]()
@@ -114,9 +123,11 @@ def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
         except BaseException as error:
             code = f"{type(error).__name__}: {error}"
     lines = [line for line in stderr.getvalue().splitlines() if "fastkd-train" in line]
-    (folder / f"{scenario['name']}.{rank}.json").write_text(
-        json.dumps({"code": code, "lines": lines, "seconds": time.monotonic() - began})
+    left = folder / f"{scenario['name']}.{rank}.json"
+    left.with_suffix(".writing").write_text(
+        json.dumps({"code": code, "lines": lines, "seconds": time.monotonic() - began, "seen": SEEN})
     )
+    left.with_suffix(".writing").rename(left)
     os._exit(0)  # not through what others registered for a process's end
 
 
