@@ -27,7 +27,6 @@ from torch import Tensor
 from ..dtypes import score_dtype
 from .chunks import equal_parts
 from .cka_loss_torch import Memory, loss_of_norms
-from .linear_kl_gpu import multiply_
 
 __all__ = ["gpu_backward_", "gpu_forward"]
 
@@ -128,9 +127,7 @@ def _batches(
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b of batches of matrices, summed up in the dtype of the total."""
-    if total.shape[0] == 1:  # an ordinary GEMM may split what few tiles sum up
-        multiply_(total[0], a[0], b[0], 1, add=True)
-    elif a.dtype == total.dtype or not a.is_cuda:  # Triton's interpreter, in tests
+    if a.dtype == total.dtype or not a.is_cuda:  # Triton's interpreter, in tests
         total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         torch.baddbmm(total, a, b, out_dtype=total.dtype, out=total)
