@@ -16,7 +16,9 @@ from .scores import diagonals_kernel
 
 __all__ = ["Gradients", "Part"]
 
-WORKSPACE = 2**26  # bytes of G
+# Bytes of G, and of what is multiplied and has been. Of so much a GPU's work should take longer, a quarter of a
+# millisecond, than the host takes to launch it.
+WORKSPACE = 2**27
 ROWS = 128  # of a GEMM's tile
 ALIGNED = 16  # columns, which are 32 bytes or more
 
@@ -55,12 +57,17 @@ class Gradients:
         lift: Tensor | None,
         wanted: list[bool],
     ):
-        self.q, self.k, self.bias, self.coefficient, self.key_mask = q, k, bias, coefficient, key_mask
-        self.group, self.scale, self.causal, self.lift, self.wanted = group, scale, causal, lift, wanted
-        self.keys = k.shape[1]
+        self.q, self.k, self.bias, self.coefficient = q, k, bias, coefficient
+        self.group, self.causal, self.lift, self.wanted = group, causal, lift, wanted
+        self.keys, self.factor = k.shape[1], scale if lift is None else scale / lift
+        self.unseen = None if key_mask is None else key_mask[:, None] == 0  # [B, 1, Lk]
+        self.dropped = coefficient == 0  # [B, A, Lq]
         self.columns = -(-self.keys // ALIGNED) * ALIGNED
-        self.at_once = max(1, WORKSPACE // max(1, group * self.columns * q.itemsize))  # queries of a group of heads
-        self.whole = self.at_once >= q.shape[1]  # heads: what their keys get is written once
+        operands = q.shape[2] // coefficient.shape[1] * (q.itemsize + score_dtype(q).itemsize)  # bytes of a row of both
+        of_query, of_keys = group * (self.columns * q.itemsize + operands), self.keys * operands
+        self.rows = max(1, (WORKSPACE - of_keys) // max(1, of_query))  # queries of a group of heads that fit
+        self.whole = self.rows >= q.shape[1]  # all of them: what keys get is written once
+        self.groups = max(1, WORKSPACE // (q.shape[1] * of_query + max(1, of_keys)))
         self.of_q = q.new_zeros(q.shape if wanted[0] else 0, dtype=gradient_dtype(q))
         narrow = gradient_dtype(k) if self.whole else score_dtype(k)
         self.of_k = k.new_zeros(k.shape if wanted[1] else 0, dtype=narrow)
@@ -75,12 +82,11 @@ class Gradients:
 
     def parts(self) -> Iterator[Part]:
         batch, heads, queries = self.coefficient.shape
-        rows = queries if self.whole else max(1, self.at_once // ROWS * ROWS or self.at_once)
-        groups = max(1, self.at_once // max(1, queries))
+        rows = queries if self.whole else self.rows // ROWS * ROWS or self.rows
         if queries == 0 or self.keys == 0:
             return
-        for b in equal_parts(batch, max(1, groups * self.group // max(1, heads))):
-            for a in equal_parts(heads // self.group, groups):
+        for b in equal_parts(batch, max(1, self.groups * self.group // heads)):
+            for a in equal_parts(heads // self.group, self.groups):
                 for i in range(0, queries, rows):
                     heads_here = slice(a.start * self.group, a.stop * self.group)
                     yield Part(b, heads_here, slice(i, min(queries, i + rows)))
@@ -92,15 +98,18 @@ class Gradients:
         groups = slice(heads.start // self.group, heads.stop // self.group)
         matrix = g.view(-1, self.group * g.shape[2], self.columns)[:, :, :reached]
         if self.wanted[0]:
-            masked = None if self.key_mask is None else self.key_mask[bs, None, :reached] == 0
+            masked = None if self.unseen is None else self.unseen[bs, :, :reached]
             k = self._matrix(self.k[bs, :reached], groups, 1, masked)
             product = _product(matrix, k).view(*g.shape[:3], -1).transpose(1, 2)
-            self.of_q[bs, rows].unflatten(2, (-1, k.shape[2]))[:, :, heads] = self._scaled(product)
+            torch.mul(product, self.factor, out=self.of_q[bs, rows].unflatten(2, (-1, k.shape[2]))[:, :, heads])
         if self.wanted[1]:
-            q = self._matrix(self.q[bs, rows], heads, self.group, self.coefficient[bs, heads, rows] == 0)
+            q = self._matrix(self.q[bs, rows], heads, self.group, self.dropped[bs, heads, rows])
             product = _product(matrix.transpose(1, 2), q).view(g.shape[0], -1, reached, q.shape[2]).transpose(1, 2)
             target = self.of_k[bs, :reached].unflatten(2, (-1, q.shape[2]))[:, :, groups]
-            target.copy_(self._scaled(product)) if self.whole else target.add_(self._scaled(product))
+            if self.whole:
+                torch.mul(product, self.factor, out=target)
+            else:
+                target += product * self.factor
         if self.wanted[2]:
             self._add_to_bias(part, g)
 
@@ -111,10 +120,6 @@ class Gradients:
         if masked is not None:
             x = x.masked_fill(masked[..., None], 0)
         return x.reshape(-1, group * x.shape[2], width)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        x *= self.scale
-        return x if self.lift is None else x.div_(self.lift)
 
     def _add_to_bias(self, part: Part, g: Tensor) -> None:
         assert self.bias is not None

@@ -51,7 +51,10 @@ def scores_kernel(
     b, a = tl.cast(first_b + head // some_heads, tl.int64), first_a + head % some_heads
     start = first_query + program % blocks * BLOCK_M
     exists = row < some_queries
-    row_stats = load_stats(stats + (b * heads + a) * STATS * queries, start + tl.arange(0, BLOCK_M), queries)
+    factor = 1.0
+    if lift is not None:
+        factor = tl.load(lift)
+    row_stats = load_stats(stats + (b * heads + a) * STATS * queries, start + tl.arange(0, BLOCK_M), queries, factor)
     alive = exists & (row_stats[0] != 0)
     scale, teacher_scale = log2_scale(student_scale, F), log2_scale(teacher_scale, F)
     student = model_of(
@@ -62,9 +65,6 @@ def scores_kernel(
     )
     if key_mask is not None:
         key_mask += b * keys
-    factor = 1.0
-    if lift is not None:
-        factor = tl.load(lift)
     b_constants = _beta_constants(beta, weights, F)
 
     column = tl.arange(0, BLOCK_N)
@@ -76,7 +76,7 @@ def scores_kernel(
             student, teacher, key_mask, start, alive, key_start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F
         )
         g = tile_gradient(s, t, along(row_stats, 1), b_constants, valid & alive[:, None], DIVERGENCE)
-        g = _rounded(g * factor, gradient.dtype.element_ty)
+        g = _rounded(g, gradient.dtype.element_ty)
         tl.store(pointers + key_start, g, mask=exists[:, None] & (key_start + column < columns)[None, :])
     zero = tl.zeros((BLOCK_M, BLOCK_N), gradient.dtype.element_ty)
     for key_start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, columns, BLOCK_N):
