@@ -13,7 +13,7 @@ The table was found by compiling: nothing spills on sm_80, sm_90 and sm_100 (tes
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,26 +24,14 @@ from .common import INTERPRETED
 
 __all__ = ["Config", "Tuner", "autotune", "launch", "together"]
 
-T = TypeVar("T")
-
 
 class Config(NamedTuple):
-    tile: tuple[int, ...]  # the sizes that TILE names
+    tile: tuple[int, int]  # BLOCK_M rows, BLOCK_N columns
     warps: int
     stages: int
     maxnreg: int | None = None  # registers of a thread, on NVIDIA
 
 
-_M_N = ("BLOCK_M", "BLOCK_N")
-TILE = {
-    "forward": _M_N,
-    "gradient": _M_N,
-    "mixture_gradient": _M_N,
-    "mix_forward": _M_N,
-    "mix_gradient": _M_N,
-    "scores": _M_N,
-    "mix_scores": _M_N,
-}
 ANY = "any"
 # (kernel, bytes of a number, padded head width up to, GPU). Where a GPU has lines of its own, only they count.
 #
@@ -116,13 +104,13 @@ def _gpu() -> str:
     return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
 
 
-def launch(kernel: str, size: int, width: int, case: Hashable, run: Callable[[dict[str, Any]], T]) -> T:
+def launch(kernel: str, size: int, width: int, case: Hashable, run: Callable[[dict[str, Any]], None]) -> None:
     """run(block sizes and launch options); `case` is all else that its speed depends on, numbers for sizes."""
     line = kernel, size, width, _gpu()
     config = heuristic(*line)
     if _tuner is not None:
         config = _tuner.fastest(line, case, config, run)
-    return run(_options(line, config))
+    run(_options(line, config))
 
 
 def together(settings: Sequence[Hashable], at_most: int) -> list[list[int]]:
@@ -134,10 +122,9 @@ def together(settings: Sequence[Hashable], at_most: int) -> list[list[int]]:
 
 
 def _options(line: tuple, config: Config) -> dict[str, Any]:
-    kernel, _, _, gpu = line
-    options = dict(zip(TILE[kernel], config.tile, strict=True))
+    options: dict[str, Any] = dict(zip(("BLOCK_M", "BLOCK_N"), config.tile, strict=True))
     options |= {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    if config.maxnreg is not None and gpu != "gfx942":
+    if config.maxnreg is not None and line[-1] != "gfx942":
         options["maxnreg"] = config.maxnreg
     return options
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import triton
@@ -19,8 +18,6 @@ from .scores import scores_kernel
 from .tiles import LOG2E, MASKED, SPAN, STATS
 
 __all__ = ["attention_kl", "relation_kl"]
-
-T = TypeVar("T")
 
 # Relations that one launch takes: queries, keys and values of a layer.
 ENTRIES = 3
@@ -45,10 +42,10 @@ class _Setting:
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
 
-    def launch(self, kernel: str, case: tuple, run: Callable[[dict], T]) -> T:
+    def launch(self, kernel: str, case: tuple, run: Callable[[dict], None]) -> None:
         size = max(self.student_dtype.itemsize, min(self.teacher_dtype.itemsize, 4))
         width = max(16, triton.next_power_of_2(max(self.width_s, self.width_t)))
-        return launch(kernel, size, width, (self, case), run)
+        launch(kernel, size, width, (self, case), run)
 
     def constants(self) -> dict:
         return {

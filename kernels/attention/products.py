@@ -124,7 +124,8 @@ class Gradients:
     def _add_to_bias(self, part: Part, g: Tensor) -> None:
         assert self.bias is not None
         if self.bias.dim() == 2:
-            count, (_, heads, rows) = g.shape[2] + self.keys - 1, part
+            _, heads, rows = part
+            count = rows.stop if self.causal else g.shape[2] + self.keys - 1  # those above the main one are zero
             sums = self.of_bias[heads, self.coefficient.shape[2] - rows.stop :]
             diagonals_kernel[(-(-count // 128), g.shape[1])](
                 g, sums, *g.shape[:3], self.keys, self.columns, sums.stride(0), BLOCK_M=32, BLOCK_N=128

@@ -84,6 +84,7 @@ def chosen() -> list[tuple]:
     cases += [
         ("sm_90", "relation", "reverse_kl", "bf16", 64, 32, True),
         ("sm_90", "dense", "forward_kl", "bf16", 64, 64, False),
+        ("sm_90", "diagonals", "mix", "bf16", 64, 64, False),
     ]
     for target in ("sm_80", "sm_90", "sm_100"):
         cases.append((target, "diagonals", "forward_kl", "bf16", 64, 64, False))
