@@ -204,12 +204,14 @@ def test_no_cuda_kernel_spills(cuda: list):
 
 
 @pytest.mark.long
-def test_cuda_kernels_move_16_bytes_at_a_time(cuda: list):
-    assert all(kernel["copies"] and kernel["stores"] for kernel in cuda), cuda
+def test_cuda_kernels_store_16_bytes_at_a_time(cuda: list):
+    """Gradients, in every loop that writes them: carefully and not, with the cross-entropy's and without."""
+    assert all(0 < kernel["gradients"] == kernel["wide"] for kernel in cuda), cuda
 
 
 @pytest.mark.long
 def test_several_blocks_fit_a_multiprocessor(cuda: list):
-    """Of 65536 registers: three blocks of fp32 rows, two of 16-bit ones."""
+    """Of 65536 registers: three blocks where statistics take one pass, two where they take more."""
     for kernel in cuda:
-        assert (3 if kernel["dtype"] == "fp32" else 2) * 256 * kernel["registers"] <= 65536, kernel
+        blocks = 3 if kernel["divergence"] in ("ForwardKL", "ReverseKL", "-") else 2
+        assert blocks * 256 * kernel["registers"] <= 65536, kernel

@@ -50,7 +50,7 @@ PHASES = (
     Phase("linear-large", 70, "linear_kl, V 128256, T 8192, against its peers", f"{TIMES}:linear_large", "peers"),
     Phase("linear-narrow", 35, "linear_kl, V 32128, of T5's widths", f"{TIMES}:linear_narrow", "peers"),
     Phase("linear-short", 25, "linear_kl, V 128256, T 1024", f"{TIMES}:linear_short", "peers"),
-    Phase("linear-odd", 25, "linear_kl, V 151643, whose rows are not aligned", f"{TIMES}:linear_odd", "peers"),
+    Phase("linear-odd", 25, "linear_kl, V 151643, whose rows are padded", f"{TIMES}:linear_odd", "peers"),
     Phase("logit", 45, "logit_kl against its peers", f"{TIMES}:logit", "peers"),
     Phase("relation", 45, "relation_kl against its peers", f"{TIMES}:relation", "peers"),
     Phase("attention", 25, "attention_kl against its peers", f"{TIMES}:attention", "peers"),

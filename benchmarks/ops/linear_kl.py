@@ -190,7 +190,7 @@ def problems(device: torch.device, quick: bool = False) -> list[Problem]:
     if device.type == "cuda":
         large = Shape(8192, 128256, 4096, 4096, torch.bfloat16)
         narrow = Shape(16384, 32128, 768, 512, torch.bfloat16)
-        odd = Shape(8192, 151643, 1024, 1024, torch.bfloat16)  # no row of scores begins at 16 bytes, but the first
+        odd = Shape(8192, 151643, 1024, 1024, torch.bfloat16)  # rows of scores are padded, so that they are aligned
         # chunks add up to the weight's gradient in fp32, which is counted with it
         memory = Target("memory", 1000 + 4 * large.vocabulary * large.student_width / MIB)
         return [

@@ -62,6 +62,23 @@ __device__ __forceinline__ void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
 }
 
+// Stores 8 bytes, or 16 at a time. Written out, for a compiler takes a struct apart.
+template <class P>
+__device__ __forceinline__ void store_whole(void* to, const P& from) {
+  uint32_t x[sizeof(P) / 4];
+  memcpy(x, &from, sizeof(P));
+  if constexpr (sizeof(P) == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x[0]), "r"(x[1]) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(P) / 4); i += 4) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<char*>(to) + 4 * i), "r"(x[i]),
+                   "r"(x[i + 1]), "r"(x[i + 2]), "r"(x[i + 3])
+                   : "memory");
+    }
+  }
+}
+
 __device__ __forceinline__ double from_lane_xor(double x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
 // Blocks of a cluster (sm_90) can read each other's shared memory. Elsewhere every block is a cluster of its own.

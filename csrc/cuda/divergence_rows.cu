@@ -70,34 +70,35 @@ struct Sharing {
   bool kept;
 };
 
-// The chunks that fall to each of so many blocks, wherever in its first chunk a row begins.
+// The chunks that fall to each of so many blocks, wherever in its first chunk a row begins: whole steps of all threads.
 template <class T>
 int chunks_of_block(int columns, int blocks) {
-  const int n = Chunk<T>::kSize;
-  return ((columns + 2 * n - 2) / n + blocks - 1) / blocks;
+  const int n = Chunk<T>::kSize, step = kTogether * kThreads;
+  return ((columns + 2 * n - 2) / n + blocks * step - 1) / (blocks * step) * step;
 }
 
 template <class T>
 Launch launch_of(const Arguments& a, int64_t rows, Sharing sharing, const Device& device) {
   const int models = a.teacher == nullptr ? 1 : 2;
-  const int chunks = sharing.kept ? chunks_of_block<T>(a.columns, sharing.blocks) : kRing * kThreads;
+  const int chunks = sharing.kept ? chunks_of_block<T>(a.columns, sharing.blocks) : kRing;
   const int shared_bytes = static_cast<int>(sizeof(Exchange)) + models * chunks * 16;
   return {rows * sharing.blocks, kThreads, sharing.blocks, shared_bytes, device.shared_memory};
 }
 
 // The fewest blocks that keep a row and leave room for others beside them, as many as rows_kernel is compiled for or else
-// fewer; and where even the largest cluster is too small for a row, one block that does not keep it.
+// fewer; and where even the largest cluster is too small for a row, or one pass is enough, one block that does not keep it.
 template <class D, class T>
 Sharing share_out(const Arguments& a, const Device& device, int blocks_asked_for) {
-  if (a.loss == nullptr) return {1, false};  // the gradient alone takes one pass
+  if (a.loss == nullptr) return {1, false};
   if (blocks_asked_for >= 0) return {std::max(1, blocks_asked_for), blocks_asked_for > 0};
+  if (a.gradient_type == GradientType::kNone && RowKernel<D, T>::kOnePass) return {1, false};
   const int most = device.major >= 9 ? kMostBlocks : 1;
   const auto room = [&](int blocks, int beside) {
     const Launch launch = launch_of<T>(a, 1, {blocks, true}, device);
     if (launch.shared_bytes > (device.shared_memory + kReserved) / beside - kReserved) return false;
     return blocks <= kPortableBlocks || fits(rows_kernel<D, T>, launch);
   };
-  for (int beside = kBeside<T>; beside > 0; --beside) {
+  for (int beside = RowKernel<D, T>::kBeside; beside > 0; --beside) {
     for (int blocks = 1; blocks <= most; blocks *= 2) {
       if (room(blocks, beside)) return {blocks, true};
     }

@@ -11,11 +11,7 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// Blocks on a multiprocessor: some compute while others wait for memory. The chunks of a 16-bit row are twice as many columns
-// and take the registers of a third block.
-template <class T>
-constexpr int kBeside = sizeof(T) == 4 ? 3 : 2;
-constexpr int kAhead = 4;  // chunks of each model that a thread has under way from device memory
+constexpr int kTogether = 2;  // chunks of each model that a thread works on at a time, while as many are under way
 
 // ---- chunks -----------------------------------------------------------------------------------------------------------
 
@@ -25,49 +21,73 @@ struct alignas(16) Chunk {
   T x[kSize];
 };
 
-template <class T, int N>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
-  T x[N];
+// Chunks of a model in shared memory where rows are not kept: those under way, and those that threads work on.
+constexpr int kRing = 2 * kTogether * kThreads;
+
+// What a thread works on at a time, of both models: chunks that lie kThreads chunks apart.
+template <class T>
+struct Step {
+  static constexpr int kWidth = Chunk<T>::kSize, kSize = kTogether * kWidth;
+  Chunk<T> s[kTogether], t[kTogether];
+  int column;  // where the first begins
+
+  __device__ __forceinline__ int at(int i) const { return column + i / kWidth * kThreads * kWidth + i % kWidth; }
+
+  // Calls body(s, t, i) for every column; those that do not exist have an -inf of both models.
+  template <class Body>
+  __device__ __forceinline__ void for_columns(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      body(static_cast<float>(s[i / kWidth].x[i % kWidth]), static_cast<float>(t[i / kWidth].x[i % kWidth]), i);
+    }
+  }
 };
 
-// Chunks in shared memory that a thread goes through where rows are not kept: those under way, and the one it works on.
-constexpr int kRing = kAhead + 1;
-
-template <class P>
-__device__ __forceinline__ bool is_aligned(const P* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % alignof(P) == 0;
+template <int kBytes>
+__device__ __forceinline__ bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kBytes == 0;
 }
 
-// Starts to copy the columns of a row from `column` on. -inf stands for columns that do not exist.
+// Starts to copy what a row has of a step that begins at `column`. -inf stands for columns that do not exist.
 template <class T>
-__device__ __forceinline__ void fetch(Chunk<T>* to, const T* row, int column, int columns) {
-  const auto* whole = reinterpret_cast<const Chunk<T>*>(row + column);
-  if (column >= 0 && column + Chunk<T>::kSize <= columns && is_aligned(whole)) {
-    copy_async_16(to, whole);
+__device__ __forceinline__ void fetch(Chunk<T>* to, const T* row, int column, int end) {
+  constexpr int n = Chunk<T>::kSize, apart = kThreads * n;
+  const bool aligned = is_aligned<16>(row + column);
+  if (aligned && column >= 0 && column + (kTogether - 1) * apart + n <= end) {
+#pragma unroll
+    for (int chunk = 0; chunk < kTogether; ++chunk) copy_async_16(to + chunk * kThreads, row + column + chunk * apart);
     return;
   }
 #pragma unroll 1
-  for (int i = 0; i < Chunk<T>::kSize; ++i) {
-    const int j = column + i;
-    to->x[i] = j >= 0 && j < columns ? row[j] : static_cast<T>(-INFINITY);
+  for (int chunk = 0; chunk < kTogether; ++chunk, to += kThreads, column += apart) {
+    if (aligned && column >= 0 && column + n <= end) {
+      copy_async_16(to, row + column);
+      continue;
+    }
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) {
+      const int j = column + i;
+      to->x[i] = j >= 0 && j < end ? row[j] : static_cast<T>(-INFINITY);
+    }
   }
 }
 
-template <class G, int N>
-__device__ __forceinline__ void store_as(void* gradient, int64_t offset, int column, int columns, const float (&g)[N]) {
-  G* row = static_cast<G*>(gradient) + offset;
-  auto* whole = reinterpret_cast<Pack<G, N>*>(row + column);
-  if (column >= 0 && column + N <= columns && is_aligned(whole)) {
-    Pack<G, N> pack;
+template <class G, class T>
+__device__ __forceinline__ void store_as(G* row, int column, int end, const float (&g)[Step<T>::kSize]) {
+  constexpr int n = Step<T>::kWidth;
 #pragma unroll
-    for (int i = 0; i < N; ++i) pack.x[i] = static_cast<G>(g[i]);
-    *whole = pack;
-    return;
-  }
+  for (int chunk = 0; chunk < kTogether; ++chunk, column += kThreads * n) {
+    G x[n];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int j = column + i;
-    if (j >= 0 && j < columns) row[j] = static_cast<G>(g[i]);
+    for (int i = 0; i < n; ++i) x[i] = static_cast<G>(g[chunk * n + i]);
+    if (column >= 0 && column + n <= end && is_aligned<sizeof(x) < 16 ? sizeof(x) : 16>(row + column)) {
+      store_whole(row + column, x);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (column + i >= 0 && column + i < end) row[column + i] = x[i];
+    }
   }
 }
 

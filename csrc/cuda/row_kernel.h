@@ -2,12 +2,13 @@
 //
 // Device memory is what a row costs: with one read of both models' scores and one write of the gradient, exponentials are
 // free. So a row stays in shared memory between passes, and a row too wide for one multiprocessor is shared out among the
-// blocks of a cluster, which exchange their sums. Where neither is to be had, later passes read the row again.
+// blocks of a cluster, which exchange their sums. Where neither is to be had, later passes read the row again, and where
+// one pass is enough, nothing is kept.
 //
 // A row is cut into chunks of 16 bytes, aligned as the student's are. A thread owns every 256th chunk of its block: it has
 // the chunk copied to shared memory, waits for no copies but its own, and later writes the chunk's gradient. So no barrier
-// guards what is kept, and the gradient may overwrite the scores. Sums run in fp32 over a chunk, in fp64 beyond, always in
-// the same order.
+// guards what is kept, and the gradient may overwrite the scores. It takes two chunks at a time, a step. Sums run in fp32
+// over a step, in fp64 beyond, always in the same order.
 //
 // Passes: 1. online maxima and sums of exponentials of both models; 2. of rows whose models nearly agree, the same with
 // care; 3. for divergences without a closed form, value and mean; 4. the gradient. The passes after the first depend on
@@ -45,7 +46,7 @@ struct Arguments {
   int columns;
   double beta, tau, kd_weight, ce_weight;
   GradientType gradient_type;
-  int chunks;  // of a row, in a block
+  int chunks;  // of a row, in a block: as many as whole steps of all threads have
   bool kept;   // whether a row stays in shared memory, or passes through
 };
 
@@ -77,20 +78,6 @@ struct RunningSums {
   static __device__ __forceinline__ float finite(float max) { return max == -INFINITY ? 0.0f : max; }
 };
 
-// A chunk of both models.
-template <class T>
-struct Step {
-  Chunk<T> s, t;
-  int column;  // where it begins
-
-  // Calls body(s, t, i) for every column; those that do not exist have an -inf of both models.
-  template <class Body>
-  __device__ __forceinline__ void for_columns(const Body& body) const {
-#pragma unroll
-    for (int i = 0; i < Chunk<T>::kSize; ++i) body(static_cast<float>(s.x[i]), static_cast<float>(t.x[i]), i);
-  }
-};
-
 // A row of one launch, as one thread sees it. D is the divergence, or void for the cross-entropy alone; T the dtype of both
 // models' scores.
 template <class D, class T>
@@ -100,6 +87,10 @@ struct RowKernel {
     if constexpr (kDivergence) return D::kMoment;
     return Moment::kNone;
   }();
+  // Whether statistics take one pass, but of rows whose models nearly agree.
+  static constexpr bool kOnePass = !kDivergence || kMoment != Moment::kNone;
+  // Blocks on a multiprocessor: some compute while others wait for memory. Most divergences take a third's registers.
+  static constexpr int kBeside = kOnePass ? 3 : 2;
   static constexpr int kColumns = Chunk<T>::kSize;
   using Sums = RunningSums<kMoment>;
   using Constants = RowConstants<float>;
@@ -107,8 +98,8 @@ struct RowKernel {
   const Arguments& a;
   int64_t row;
   const T *student, *teacher;
-  int head;           // columns of the first chunk that lie before the row
-  int first, chunks;  // of this block
+  int begin, end;     // columns of this block; of the first chunk some may lie before the row
+  int steps;          // of each thread
   int label;          // a column that exists; else 0, or -1 for one in another shard of the row
   bool label_exists;
   double label_score;
@@ -117,51 +108,55 @@ struct RowKernel {
     row = block_index() / cluster_size();
     student = static_cast<const T*>(a.student) + row * a.student_stride;
     if constexpr (kDivergence) teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
-    head = static_cast<int>(reinterpret_cast<uintptr_t>(student) % 16 / sizeof(T));
-    first = cluster_rank() * a.chunks;
-    const int left = (head + a.columns + kColumns - 1) / kColumns - first;
-    chunks = left < a.chunks ? left : a.chunks;
+    const int head = static_cast<int>(reinterpret_cast<uintptr_t>(student) % 16 / sizeof(T));
+    begin = cluster_rank() * a.chunks * kColumns - head;
+    end = begin + a.chunks * kColumns < a.columns ? begin + a.chunks * kColumns : a.columns;
+    steps = (end - begin + kThreads * Step<T>::kSize - 1) / (kThreads * Step<T>::kSize);
   }
 
   __device__ __forceinline__ void read_label() {
     if (a.labels != nullptr) {
       label_exists = a.labels[row] >= 0 && a.labels[row] < a.columns;
       label = label_exists ? static_cast<int>(a.labels[row]) : a.labels[row] == kElsewhere ? -1 : 0;
-      label_score = label_exists ? static_cast<float>(student[label]) : -INFINITY;
+      label_score = label >= 0 ? static_cast<float>(student[label]) : -INFINITY;
       block_barrier();  // every thread has read it before one overwrites it with its gradient
     }
   }
 
-  __device__ __forceinline__ int column_of(int chunk) const { return (first + chunk) * kColumns - head; }
+  // Where a thread's step begins.
+  __device__ __forceinline__ int column_of(int step) const {
+    return begin + (step * kTogether * kThreads + thread_index()) * kColumns;
+  }
 
-  // Calls body(step) for each of this thread's chunks. The first time, and where they are not kept, they come from device
-  // memory, and a thread works on one while the next are under way.
+  // Calls body(step) for each of this thread's steps. The first time, and where they are not kept, they come from device
+  // memory, and a thread works on one while the next is under way.
   template <bool kFirst, class Body>
   __device__ __forceinline__ void for_steps(const Body& body) const {
-    auto* const slots = reinterpret_cast<Chunk<T>*>(shared_memory() + sizeof(Exchange));
-    auto* const teacher_slots = slots + (a.kept ? a.chunks : kRing * kThreads);
+    auto* const slots = reinterpret_cast<Chunk<T>*>(shared_memory() + sizeof(Exchange)) + thread_index();
+    auto* const teacher_slots = slots + (a.kept ? a.chunks : kRing);
     const bool far = kFirst || !a.kept;
-    const int thread = thread_index();
-    const auto slot = [&](int n) { return (a.kept ? n : n % kRing) * kThreads + thread; };
-    const auto start = [&](int n) {
-      const int chunk = n * kThreads + thread;
-      if (chunk < chunks) {
-        fetch(slots + slot(n), student, column_of(chunk), a.columns);
-        if constexpr (kDivergence) fetch(teacher_slots + slot(n), teacher, column_of(chunk), a.columns);
+    const auto slot = [&](int step) { return (a.kept ? step : step % 2) * kTogether * kThreads; };
+    const auto start = [&](int step) {
+      if (step < steps) {
+        fetch(slots + slot(step), student, column_of(step), end);
+        if constexpr (kDivergence) fetch(teacher_slots + slot(step), teacher, column_of(step), end);
       }
       commit_copies();
     };
-    if (far) {
+    if (far) start(0);
 #pragma unroll 1
-      for (int n = 0; n < kAhead; ++n) start(n);
-    }
-    for (int n = 0; n * kThreads + thread < chunks; ++n) {
+    for (int n = 0; n < steps; ++n) {
       if (far) {
-        start(n + kAhead);
-        wait_for_all_but<kAhead>();
+        start(n + 1);
+        wait_for_all_but<1>();
       }
-      Step<T> step{slots[slot(n)], {}, column_of(n * kThreads + thread)};
-      if constexpr (kDivergence) step.t = teacher_slots[slot(n)];
+      Step<T> step{};
+      step.column = column_of(n);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        step.s[i] = slots[slot(n) + i * kThreads];
+        if constexpr (kDivergence) step.t[i] = teacher_slots[slot(n) + i * kThreads];
+      }
       body(step);
     }
   }
@@ -171,30 +166,31 @@ struct RowKernel {
   __device__ __forceinline__ void add(Sums& sums, const Step<T>& step, float log2e_over_tau) const {
     float top_s = sums.max_s, top_t = sums.max_t;
     step.for_columns([&](float s, float t, int) {
-      top_s = s > top_s ? s : top_s;
-      top_t = t > top_t ? t : top_t;
+      top_s = std::fmax(top_s, s);  // NaN is in the sums
+      top_t = std::fmax(top_t, t);
     });
     if (top_s > sums.max_s || top_t > sums.max_t) sums.move_to(top_s, top_t, log2e_over_tau);
     top_s = Sums::finite(top_s), top_t = Sums::finite(top_t);
     float sum_s = 0, sum_t = 0, moment = 0, sum_1 = 0;
-    step.for_columns([&](float s, float t, int i) {
-      const float x = unmasked(s) - top_s, y = unmasked(t) - top_t;
-      const float q = exp2_nonpositive(x * log2e_over_tau);
-      if constexpr (kDivergence) {
-        const float p = exp2_nonpositive(y * log2e_over_tau);
+    if constexpr (kDivergence) {
+      step.for_columns([&](float s, float t, int) {
+        const float x = unmasked(s) - top_s, y = unmasked(t) - top_t;
+        const float q = exp2_nonpositive(x * log2e_over_tau), p = exp2_nonpositive(y * log2e_over_tau);
         sum_s += q;
         sum_t += p;
         moment += (kMoment == Moment::kStudent ? -q : p) * (y - x);
-      }
-      if (a.labels != nullptr) {
-        const float e = a.tau == 1 ? q : exp2_nonpositive(x * static_cast<float>(kLog2E));
-        sum_1 += step.column + i == label ? 0.0f : e;
-      }
-    });
-    sums.sum_s += sum_s;
-    sums.sum_t += sum_t;
-    sums.moment += moment;
-    sums.sum_1 += sum_1;
+      });
+      sums.sum_s += sum_s;
+      sums.sum_t += sum_t;
+      sums.moment += moment;
+    }
+    if (a.labels != nullptr) {
+      step.for_columns([&](float s, float, int i) {
+        const float e = exp2_nonpositive((s - top_s) * static_cast<float>(kLog2E));
+        sum_1 += step.at(i) == label ? 0.0f : e;
+      });
+      sums.sum_1 += sum_1;
+    }
   }
 
   __device__ __forceinline__ static double divergence_of(double moment, const RowStats& stats) {
@@ -311,47 +307,52 @@ struct RowKernel {
 
   template <bool kCareful>
   __device__ __forceinline__ void gradient(const RowStats& stats, double coefficient) const {
-    const Constants constants(stats, a.tau);
+    const bool kd = kDivergence && !stats.empty(), ce = a.labels != nullptr && stats.sum_1 != 0;
+    const Constants constants(kd ? stats : RowStats{stats.max_s, 1, stats.max_t, 1, 0, 0, stats.sum_1}, a.tau);
     const Beta<float> beta(a.beta);
-    const bool kd = kDivergence && !stats.empty();
-    const bool ce = a.labels != nullptr && stats.sum_1 != 0;
-    const float kd_scale = static_cast<float>(coefficient * a.kd_weight * a.tau);
+    const float kd_scale = kd ? static_cast<float>(coefficient * a.kd_weight * a.tau) : 0.0f;
     const double ce_scale = coefficient * a.ce_weight / stats.sum_1, max_s = stats.max_s;
     // The label's own column is done in fp64: softmax - 1 would lose every digit of a confident student.
     const float at_label =
         label_exists ? static_cast<float>(ce_scale * (std::exp(label_score - max_s) - stats.sum_1)) : NAN;
     for_steps<false>([&](const auto& step) {
-      float g[kColumns] = {};
-      step.for_columns([&](float s, float t, int i) {
-        if constexpr (kDivergence) {
-          if (kd) g[i] = kd_scale * gradient_of<D, kCareful>(s, t, beta, constants);
-        }
-        if (ce) {
+      float g[Step<T>::kSize] = {};
+      if constexpr (kDivergence) {
+        step.for_columns([&](float s, float t, int i) {
+          g[i] = kd_scale * gradient_of<D, kCareful>(s, t, beta, constants);
+        });
+      }
+      if (ce) {
+        step.for_columns([&](float s, float, int i) {
           const float softmax = exp2_nonpositive((s - constants.max_s) * static_cast<float>(kLog2E));
-          g[i] += step.column + i == label ? at_label : static_cast<float>(ce_scale) * softmax;
-        }
-      });
+          g[i] += step.at(i) == label ? at_label : static_cast<float>(ce_scale) * softmax;
+        });
+      }
       store(step.column, g);
     });
   }
 
   __device__ __forceinline__ void zero_gradient() const {
-    const float zero[kColumns] = {};
-    for (int chunk = thread_index(); chunk < chunks; chunk += kThreads) store(column_of(chunk), zero);
+    const float zero[Step<T>::kSize] = {};
+    for (int n = 0; n < steps; ++n) store(column_of(n), zero);
   }
 
-  __device__ __forceinline__ void store(int column, const float (&g)[kColumns]) const {
-    const int64_t offset = row * a.gradient_stride;
+  template <class G>
+  __device__ __forceinline__ void store_in(int column, const float (&g)[Step<T>::kSize]) const {
+    store_as<G, T>(static_cast<G*>(a.gradient) + row * a.gradient_stride, column, end, g);
+  }
+
+  __device__ __forceinline__ void store(int column, const float (&g)[Step<T>::kSize]) const {
     switch (a.gradient_type) {
-      case GradientType::kFloat: return store_as<float>(a.gradient, offset, column, a.columns, g);
-      case GradientType::kHalf: return store_as<torch::headeronly::Half>(a.gradient, offset, column, a.columns, g);
-      default: return store_as<torch::headeronly::BFloat16>(a.gradient, offset, column, a.columns, g);
+      case GradientType::kFloat: return store_in<float>(column, g);
+      case GradientType::kHalf: return store_in<torch::headeronly::Half>(column, g);
+      default: return store_in<torch::headeronly::BFloat16>(column, g);
     }
   }
 };
 
 template <class D, class T>
-__global__ void __launch_bounds__(kThreads, kBeside<T>) rows_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, RowKernel<D, T>::kBeside) rows_kernel(const Arguments a) {
   RowKernel<D, T> kernel(a);
   const double coefficient = a.coefficient[kernel.row];
   const bool wanted = a.gradient_type != GradientType::kNone;

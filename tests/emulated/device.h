@@ -142,6 +142,11 @@ void wait_for_all_but() {
   }
 }
 
+template <class P>
+void store_whole(void* to, const P& from) {
+  std::memcpy(to, &from, sizeof(P));
+}
+
 inline double from_lane_xor(double x, int mask) {
   emulated::Thread& thread = *emulated::current;
   double* half = thread.block->lanes.data() + thread.exchanges++ % 2 * thread.block->barrier.expected;

@@ -18,12 +18,18 @@ from torch.utils import cpp_extension
 
 from benchmarks import ROOT
 
-from .common import TOOLS
+from ..count import sass
+from .common import read_binary
 
 TARGETS = ("sm_80", "sm_90")
 FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas=-v"]  # as in setup.py
-# Instructions that move 16 bytes: from device to shared memory, past registers, and from registers to device memory.
-WIDE_COPY, WIDE_STORE = "LDGSTS.E.BYPASS.128", "STG.E.128"
+# What a trip of the loop that writes the gradient, in the rows' dtype, executes at least: a thread works on two chunks
+# of 16 bytes at a time.
+GRADIENT = {
+    "fp32": {"MUFU.EX2": 8, "STG.E.128": 2, "F2F": 0},
+    "bf16": {"MUFU.EX2": 16, "STG.E.128": 2, "F2F": 1},
+    "fp16": {"MUFU.EX2": 16, "STG.E.128": 2, "F2F": 1},
+}
 DTYPES = {"float": "fp32", "BFloat16": "bf16", "Half": "fp16"}
 
 
@@ -34,50 +40,53 @@ def kernel_of(symbol: str) -> tuple[str, str]:
     return found[1] or "-", DTYPES[found[4] or "float"]
 
 
-def _instructions(binary: Path) -> dict[str, dict[str, int]]:
-    """How often each kernel's machine code moves 16 bytes at a time, by its symbol."""
-    text = subprocess.run(
-        [TOOLS / "cuobjdump", "--dump-sass", binary], check=True, capture_output=True, text=True
-    ).stdout
+def _loops(cubin: bytes) -> dict[str, dict[str, int]]:
+    """Of each kernel, by its symbol: loops that write gradients, and those of them that store 16 bytes at a time."""
     found = {}
-    for function in text.split("Function : ")[1:]:
-        counts = {"copies": function.count(WIDE_COPY), "stores": function.count(WIDE_STORE)}
-        found[function.split(maxsplit=1)[0]] = counts
+    for symbol, blocks in sass.functions(read_binary("nvdisasm", "-c", cubin)).items():
+        loops = sass.loops(blocks)
+        names = {loop: {one.name for number in loop.blocks for one in blocks[number].instructions} for loop in loops}
+        writing = [loop for loop in loops if {"MUFU", "STG"} <= names[loop]]
+        via = GRADIENT[kernel_of(symbol)[1]]
+        wide = [loop for loop in writing if sass.way(blocks, loop, loops, via) is not None]
+        found[symbol] = {"gradients": len(writing), "wide": len(wide)}
     return found
 
 
-def build(target: str, output: Path, what: str = "-c") -> str:
-    """What the assembler says of the kernels. what: "-c" for an object file, "-cubin" for machine code alone."""
+def build(target: str, output: Path) -> str:
+    """What the assembler says of the kernels, whose machine code is put there."""
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     gencode = f"-gencode=arch=compute_{target[3:]},code={target}"
     unit = ROOT / "csrc" / "cuda" / "divergence_rows.cu"
-    run = subprocess.run(["nvcc", *FLAGS, gencode, *includes, what, unit, "-o", output], capture_output=True, text=True)
+    run = subprocess.run(
+        ["nvcc", *FLAGS, gencode, *includes, "-cubin", unit, "-o", output], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     return run.stderr
 
 
 def measure(target: str) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "rows.o"
+        binary = Path(folder) / "rows.cubin"
         said = build(target, binary)
-        instructions = _instructions(binary)
+        loops = _loops(binary.read_bytes())
     entry = r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes.*?Used (\d+)"
     results = []
     for symbol, stack, stores, loads, registers in re.findall(entry, said, re.DOTALL):
         divergence, dtype = kernel_of(symbol)
         spilled = {"stack": int(stack), "spilled": int(stores) + int(loads), "registers": int(registers)}
-        results.append({"target": target, "divergence": divergence, "dtype": dtype, **spilled, **instructions[symbol]})
+        results.append({"target": target, "divergence": divergence, "dtype": dtype, **spilled, **loops[symbol]})
     return sorted(results, key=lambda r: (r["divergence"], r["dtype"]))
 
 
 def table(results: list[dict]) -> str:
-    """16 B: instructions that copy or store 16 bytes at a time."""
+    """wide: of the loops that write gradients, those that store 16 bytes at a time."""
     titles = (
-        f"{'target':8}{'divergence':15}{'dtype':6}{'regs':>6}{'stack':>7}{'spilled':>9}{'16 B copies':>13}{'stores':>8}"
+        f"{'target':8}{'divergence':15}{'dtype':6}{'regs':>6}{'stack':>7}{'spilled':>9}{'gradients':>11}{'wide':>6}"
     )
     lines = [titles]
     for r in results:
-        numbers = f"{r['registers']:6}{r['stack']:7}{r['spilled']:9}{r['copies']:13}{r['stores']:8}"
+        numbers = f"{r['registers']:6}{r['stack']:7}{r['spilled']:9}{r['gradients']:11}{r['wide']:6}"
         lines.append(f"{r['target']:8}{r['divergence']:15}{r['dtype']:6}{numbers}")
     return "\n".join(lines)
 

@@ -48,13 +48,13 @@ def _rows(dtype: str, which: str, at_most: tuple[float, float, int]) -> Part:
 
 
 def _cuda(dtype: str, which: str, at_most: tuple[float, float, int]) -> Part:
-    """A thread's trip is a chunk of 16 bytes. Statistics copy chunks that are to come, gradients read rows kept."""
-    columns = 4 if dtype == "fp32" else 8
+    """A thread's trip is two chunks of 16 bytes. Statistics copy those to come, gradients read rows kept."""
+    columns = 8 if dtype == "fp32" else 16
     via = {"MUFU.EX2": 2 * columns}
     if which == "statistics":
-        via |= {"LDGSTS.E.BYPASS.128": 2, "STG": 0}
+        via |= {"LDGSTS.E.BYPASS.128": 4, "STG": 0}
     else:  # of the rows' dtype
-        via |= {"STG": 1, "F2FP": 0} if dtype == "fp32" else {"STG": 1, "F2FP.BF16": 1}
+        via |= {"STG.E.128": 2, "F2FP": 0} if dtype == "fp32" else {"STG.E.128": 2, "F2FP.BF16": 1}
     return Part(which, "cuda", (), f"ForwardKL {dtype}", (256, columns), at_most, tuple(via.items()))
 
 
@@ -118,10 +118,10 @@ OPS = (
     _logits("logit_kl statistics, bf16", _rows("bf16", "stats", (19.5, 2.25, 0)), 4, 35),
     _logits("logit_kl gradient, fp32", _rows("fp32", "gradient", (13.3, 2, 0)), 12, 28),
     _logits("logit_kl gradient, bf16", _rows("bf16", "gradient", (15.2, 2, 0)), 6, 28),
-    _logits("logit_kl statistics, C++, fp32", _cuda("fp32", "statistics", (45, 2, 0)), 8),
-    _logits("logit_kl statistics, C++, bf16", _cuda("bf16", "statistics", (36.3, 2, 0)), 4),
-    _logits("logit_kl gradient, C++, fp32", _cuda("fp32", "gradient", (27.8, 2, 0)), 4),
-    _logits("logit_kl gradient, C++, bf16", _cuda("bf16", "gradient", (24.2, 2, 0)), 2),
+    _logits("logit_kl statistics, C++, fp32", _cuda("fp32", "statistics", (27.7, 2, 0)), 8),
+    _logits("logit_kl statistics, C++, bf16", _cuda("bf16", "statistics", (26.2, 2, 0)), 4),
+    _logits("logit_kl gradient, C++, fp32", _cuda("fp32", "gradient", (16.7, 2, 0)), 4),
+    _logits("logit_kl gradient, C++, bf16", _cuda("bf16", "gradient", (16.8, 2, 0)), 2),
     _logits("logit_kl of a top-k, statistics", _topk("stats", (12.4, 1.25, 0)), 4, exponentials=1),
     _logits("logit_kl of a top-k, gradient", _topk("gradient", (5.7, 1, 0)), 8, exponentials=1),
     _scores("relation_kl", _relation("forward_kl", False, (22.5, 2.25, 2), (25.7, 2, 2)), 192, 50, 4),

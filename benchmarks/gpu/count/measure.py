@@ -51,7 +51,7 @@ def _cuda_cubin(target: str) -> bytes:
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_suffix(".fresh")
-        cuda.build(target, fresh, "-cubin")
+        cuda.build(target, fresh)
         fresh.replace(kept)
     return kept.read_bytes()
 
