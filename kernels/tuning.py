@@ -144,7 +144,10 @@ CANDIDATES = {
         *(Config((64, columns), 4, stages, 255) for columns in (16, 32) for stages in (2, 3)),
     ],
     ("mixture_gradient", 2): [Config((64, 16), 4, 2, 255), Config((64, 16), 8, 2, 128)],
-    ("scores", 2): [Config((64, 64), 8, 2, 255), Config((128, 64), 8, 2, 255), Config((64, 32), 4, 3, 255)],
+    ("scores", 2): [
+        *(Config((128, 64), 8, 2, registers) for registers in (128, 255)),
+        *(Config((64, columns), 4, 3, 255) for columns in (32, 64)),
+    ],
 }
 
 

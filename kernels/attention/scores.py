@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common import _beta_constants, _rounded
-from .tiles import STATS, along, both_scores, load_stats, log2_scale, model_of, tile_gradient
+from .tiles import STATS, along, any_masked, both_scores, load_stats, log2_scale, model_of, tile_gradient
 
 
 @triton.jit(do_not_specialize=["first_b", "first_a", "first_query"])
@@ -67,6 +67,7 @@ def scores_kernel(
         key_mask += b * keys
     b_constants = _beta_constants(beta, weights, F)
 
+    some_dropped = tl.max((exists & (row_stats[0] == 0)).to(tl.int32), 0) != 0
     column = tl.arange(0, BLOCK_N)
     pointers = gradient + (tl.cast(head, tl.int64) * some_queries + row)[:, None] * columns + column[None, :]
     end = tl.minimum(keys, start + BLOCK_M) if CAUSAL else keys
@@ -75,7 +76,9 @@ def scores_kernel(
         s, t, valid = both_scores(
             student, teacher, key_mask, start, alive, key_start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F
         )
-        g = tile_gradient(s, t, along(row_stats, 1), b_constants, valid & alive[:, None], DIVERGENCE)
+        g = tile_gradient(s, t, along(row_stats, 1), b_constants, None, DIVERGENCE)
+        if some_dropped or any_masked(key_mask, key_start, keys, start, CAUSAL, BLOCK_N):
+            g = tl.where(valid & alive[:, None], g, 0)
         g = _rounded(g, gradient.dtype.element_ty)
         tl.store(pointers + key_start, g, mask=exists[:, None] & (key_start + column < columns)[None, :])
     zero = tl.zeros((BLOCK_M, BLOCK_N), gradient.dtype.element_ty)

@@ -199,7 +199,7 @@ def along(row, AXIS: tl.constexpr):
 
 @triton.jit
 def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
-    """coefficient * dD/ds for a tile, zero where it is not used, whatever the scores are there."""
+    """coefficient * dD/ds for a tile; zero where it is not used, whatever the scores are there. None: all of it is."""
     coefficient, _, _, _, mean, saturated, sign = row
     if DIVERGENCE == FORWARD_KL:
         gradient = _difference(s, t, row)
@@ -228,7 +228,10 @@ def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
             gradient = slope - pair[1] * mean
         if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
             gradient += beta[4][0] * pair[2]
-    return tl.where(used, coefficient * gradient, 0)
+    gradient *= coefficient
+    if used is not None:
+        gradient = tl.where(used, gradient, 0)
+    return gradient
 
 
 # ---- both models -----------------------------------------------------------------------------------------------------
@@ -252,6 +255,15 @@ def model_of(
 ):
     tile = load_head(head_of(q, b, a, WIDTH), start, exists, WIDTH, PADDED, BLOCK)
     return tile, head_of(k, b, a // GROUP, WIDTH), scale, bias_of_head(bias, b, a)
+
+
+@triton.jit
+def any_masked(key_mask, start, keys, query_start, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether any key of a tile is."""
+    some = start + BLOCK > (tl.minimum(keys, query_start + 1) if CAUSAL else keys)
+    if key_mask is not None:
+        some |= tl.min(_load_valid(key_mask, start + tl.arange(0, BLOCK), keys).to(tl.int32), 0) == 0
+    return some
 
 
 @triton.jit
