@@ -272,6 +272,29 @@ def test_relations_of_short_and_long_rows(near: float):
     assert distance(gradient, wanted[1]) <= 2 * distance(plain[1], wanted[1])
 
 
+@pytest.mark.parametrize("deviations", [(0.1, 2.0), (2.0, 2.5), (3.0, 1.0)])
+def test_relations_whose_sums_are_far_apart(deviations: tuple[float, float]):
+    """A row of one model has a much larger sum of exponentials than that of the other."""
+    student, teacher = (d * torch.randn(1, 128, 16) for d in deviations)
+    arguments = student, teacher, torch.rand(1, 1, 128).double(), None, False, 1, "forward_kl"
+    (loss,), (gradient,) = run_relations(*[[x] for x in arguments[:5]], *arguments[5:])
+    wanted = relation_oracle(*arguments)
+    check((loss, [gradient]), (wanted[0], [wanted[1]]))
+
+
+@pytest.mark.parametrize("apart", [100.0, 300.0])
+def test_relations_between_tokens_that_a_teacher_tells_apart(apart: float):
+    """Half of the teacher's scores are far below the student's, and their rows' sums near each other."""
+    student, teacher = (0.05 * torch.randn(1, 128, 16) for _ in range(2))
+    student[..., 0] += (2 * apart) ** 0.5
+    teacher[..., 0] += (2 * apart) ** 0.5
+    teacher[:, ::2, 0] *= -1
+    arguments = student, teacher, torch.rand(1, 1, 128).double(), None, False, 1, "forward_kl"
+    (loss,), (gradient,) = run_relations(*[[x] for x in arguments[:5]], *arguments[5:])
+    wanted = relation_oracle(*arguments)
+    check((loss, [gradient]), (wanted[0], [wanted[1]]))
+
+
 def test_fp16_gradients_are_not_flushed():
     """A thousandth of a probability over a million rows is far below what fp16 holds."""
     arguments = make(near=1e-3, dtype=torch.float16)

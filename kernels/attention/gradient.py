@@ -16,6 +16,7 @@ from .tiles import (
     load_head,
     load_stats,
     log2_scale,
+    near_exp2_minus1,
     tile_gradient,
 )  # fmt: skip
 
@@ -24,12 +25,12 @@ REACH = tl.constexpr(64.0)
 
 
 @triton.jit
-def factors_kernel(stats, key_masks, lifts, lengths, heads, BLOCK: tl.constexpr, F: tl.constexpr):
+def factors_kernel(stats, tops, key_masks, lifts, lengths, heads, BLOCK: tl.constexpr, F: tl.constexpr):
     """What one exponential of each score makes G + G^T of, for forward_kl between relations: in place of statistics.
 
     With e = 2^(s - top) and f = 2^(t - top), `top` one for all of a head, a row's coefficient * (q - p) is a e - b f,
-    that is f (a (e / f - 1) + w) with w = a - b; G + G^T adds up the a and w of both rows. Stored are a, w, and `top`
-    for rows that count, as queries and as keys, and are within reach of it; for others NaN.
+    and where e and f are near each other f (a (e / f - 1) + w) with w = a - b; G + G^T adds up those of both rows.
+    Stored are a, b and, for rows that count, as queries and as keys, and are within reach of `top`, w; for others NaN.
     """
     entry, head = tl.program_id(1), tl.program_id(0)
     rows = _choose(entry, lengths)
@@ -46,31 +47,41 @@ def factors_kernel(stats, key_masks, lifts, lengths, heads, BLOCK: tl.constexpr,
         total += tl.sum(tl.where(coefficient != 0, log_s + log_t, 0), 0)
         count += tl.sum((coefficient != 0).to(F), 0)
     top = 0.5 * total / tl.maximum(count, 1)
+    tl.store(_choose(entry, tops) + head, top)
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         coefficient, log_s, log_t, rounded, _, _, _ = load_stats(stats, row, rows, lift)
         near = _load_valid(key_mask, row, rows) & (coefficient != 0)
         near &= tl.maximum(tl.abs(log_s - top), tl.abs(log_t - top)) < REACH
-        w = coefficient * tl.exp2(top - log_t) * exp2_minus1(log_t - log_s + rounded)
+        b = coefficient * tl.exp2(top - log_t)
+        w = b * exp2_minus1(log_t - log_s + rounded)
         tl.store(stats + 4 * rows + row, coefficient * tl.exp2(top - log_s), mask=row < rows)
-        tl.store(stats + 5 * rows + row, w, mask=row < rows)
-        tl.store(stats + 6 * rows + row, tl.where(near, top, float("nan")), mask=row < rows)
+        tl.store(stats + 5 * rows + row, b, mask=row < rows)
+        tl.store(stats + 6 * rows + row, tl.where(near, w, float("nan")), mask=row < rows)
 
 
 @triton.jit
 def _load_factors(stats, position, rows):
     pointers, exists = stats + 4 * rows + position, position < rows
-    a, w = tl.load(pointers, mask=exists), tl.load(pointers + rows, mask=exists)
-    return a, w, tl.load(pointers + 2 * rows, mask=exists, other=float("nan"))
+    a, b = tl.load(pointers, mask=exists), tl.load(pointers + rows, mask=exists)
+    return a, b, tl.load(pointers + 2 * rows, mask=exists, other=float("nan"))
 
 
 @triton.jit
-def _near_gradient(s, t, own_factors, other_factors):
-    """A tile of G + G^T whose rows all have the same `top`."""
-    a, w, top = own_factors
-    other_a, other_w, _ = other_factors
+def _all_near(factors):
+    """Whether all rows are within reach of their head's `top`."""
+    return tl.min((factors[2] == factors[2]).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def _near_gradient(s, t, top, own_factors, other_factors):
+    """A tile of G + G^T whose rows are all within reach of `top`."""
+    a, b, w = own_factors
+    other_a, other_b, other_w = other_factors
+    a, b, w = a[:, None] + other_a[None, :], b[:, None] + other_b[None, :], w[:, None] + other_w[None, :]
     s, t = s - top, t - top
-    return tl.exp2(t) * ((a[:, None] + other_a[None, :]) * exp2_minus1(s - t) + (w[:, None] + other_w[None, :]))
+    e, f, x = tl.exp2(s), tl.exp2(t), s - t
+    return tl.where(tl.abs(x) < 0.5, f * (a * near_exp2_minus1(x) + w), a * e - b * f)
 
 
 @triton.jit
@@ -89,7 +100,7 @@ def _masked_gradient(
     AS_KEY: tl.constexpr,
 ):
     """A tile of G, of G^T or of their sum."""
-    _, _, own_start, own_valid, own_row, _ = own
+    _, _, own_start, own_valid, own_row, _, _, _ = own
     _, _, stats, rows = other
     i, position = own_start + tl.arange(0, s.shape[0])[:, None], start + tl.arange(0, s.shape[1])
     gradient = tl.zeros_like(s)
@@ -128,7 +139,7 @@ def _accumulate(
     F: tl.constexpr,
 ):
     """Adds G x or G^T x or (G + G^T) x over tiles of x."""
-    own_x, own_y, _, _, _, own_factors = own
+    own_x, own_y, _, _, _, own_factors, own_near, top = own
     x, y, stats, rows = other
     for start in range(first, last, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
@@ -140,8 +151,8 @@ def _accumulate(
         s, t = _dot(own_x, tl.trans(other_x), F), _dot(own_y, tl.trans(other_y), F)
         if DIVERGENCE == FORWARD_KL and AS_QUERY and AS_KEY and not CAUSAL:
             factors = _load_factors(stats, position, rows)
-            if tl.min((factors[2] == own_factors[2]).to(tl.int32), 0) != 0:
-                gradient = _near_gradient(s * scales[0], t * scales[1], own_factors, factors)
+            if own_near & _all_near(factors):
+                gradient = _near_gradient(s * scales[0], t * scales[1], top, own_factors, factors)
             else:
                 gradient = _masked_gradient(
                     s * scales[0], t * scales[1], own, other, key_mask, start, beta, lift,
@@ -161,6 +172,7 @@ def gradient_kernel(
     student,  # tuples over entries
     teacher,
     stats,  # [B, A, STATS, L]
+    tops,  # [B, A], or no tuple but None
     key_masks,  # [B, L], or no tuple but None
     lifts,  # 0-d, or no tuple but None
     gradients,  # [B, L, H]
@@ -200,12 +212,12 @@ def gradient_kernel(
     row, valid = load_stats(stats, position, rows, lift), _load_valid(key_mask, position, rows)
     read = valid | (row[0] != 0)
     x, y = choose_head(entry, student, b, a, WIDTH_S), choose_head(entry, teacher, b, a, WIDTH_T)
-    factors = _load_factors(stats, position, rows)
-    top = tl.max(factors[2], 0)  # of all, or NaN
-    factors = factors[0], factors[1], tl.where(tl.min((factors[2] == top).to(tl.int32), 0) != 0, top, float("nan"))
+    factors, top = _load_factors(stats, position, rows), tl.zeros((), F)
+    if tops is not None:
+        top = tl.load(_choose(entry, tops) + head)
     own_x = load_head(x, start, read, WIDTH_S, PADDED_S, BLOCK_M)
     own_y = load_head(y, start, read, WIDTH_T, PADDED_T, BLOCK_M)
-    own = own_x, own_y, start, valid, row, factors
+    own = own_x, own_y, start, valid, row, factors, _all_near(factors), top
     other = x, y, stats, rows
     scales = log2_scale(student_scale, F), log2_scale(teacher_scale, F)
     b_constants = _beta_constants(beta, weights, F)

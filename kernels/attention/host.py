@@ -171,10 +171,13 @@ def _launch_gradient(entries: list[_Entry], setting: _Setting) -> list[Tensor]:
     lengths, batch = tuple(x.shape[1] for x in student), student[0].shape[0]
     key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
     lifts = None if entries[0].lift is None else tuple(e.lift for e in entries)
-    stats, constants = tuple(e.stats for e in entries), setting.constants()
+    stats, constants, tops = tuple(e.stats for e in entries), setting.constants(), None
     if setting.divergence == FORWARD_KL.value:
         programs = batch * setting.num_heads, len(entries)
-        factors_kernel[programs](stats, key_masks, lifts, lengths, setting.num_heads, BLOCK=1024, F=constants["F"])
+        tops = tuple(x.new_empty(programs[0]) for x in stats)
+        factors_kernel[programs](
+            stats, tops, key_masks, lifts, lengths, setting.num_heads, BLOCK=1024, F=constants["F"]
+        )  # fmt: skip
 
     def run(options: dict) -> None:
         blocks = triton.cdiv(max(lengths), options["BLOCK_M"])
@@ -182,6 +185,7 @@ def _launch_gradient(entries: list[_Entry], setting: _Setting) -> list[Tensor]:
             _matrices(student),
             _matrices(teacher),
             stats,
+            tops,
             key_masks,
             lifts,
             tuple(gradients),

@@ -153,7 +153,7 @@ def tile_pair(s, t, row):
 
 
 @triton.jit
-def _near_exp2_minus1(x):
+def near_exp2_minus1(x):
     """2^x - 1 for |x| < 1/2, accurate near 0."""
     if x.dtype == tl.float64:
         x *= LN2
@@ -171,7 +171,7 @@ def _near_exp2_minus1(x):
 
 @triton.jit
 def exp2_minus1(x):
-    return tl.where(tl.abs(x) < 0.5, _near_exp2_minus1(x), tl.exp2(x) - 1)
+    return tl.where(tl.abs(x) < 0.5, near_exp2_minus1(x), tl.exp2(x) - 1)
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def _difference(s, t, row):
     """q - p, to full relative accuracy."""
     log_q, log_p, log_ratio = _log_probabilities(s, t, row)
     q, p = tl.exp2(log_q), tl.exp2(log_p)
-    return tl.where(tl.abs(log_ratio) < 0.5, p * _near_exp2_minus1(-log_ratio), q - p)
+    return tl.where(tl.abs(log_ratio) < 0.5, p * near_exp2_minus1(-log_ratio), q - p)
 
 
 @triton.jit
