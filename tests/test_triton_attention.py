@@ -326,9 +326,9 @@ def test_gradient_of_diagonals(reach: int):
     check(run(tuple(arguments), "reverse_kl"), oracle(*arguments, "reverse_kl"))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(9, 330), (330, 9)])
+@pytest.mark.parametrize(("queries", "keys"), [(40, 330), (330, 9)])
 def test_diagonals_that_end_before_a_tile_begins(queries: int, keys: int):
-    """Tables are padded by so much as a tile needs, and no tile reads beyond."""
+    """Tables are padded by so much as a tile needs, and no tile reads beyond. Some tiles of sums need no mask."""
     arguments = make(queries=queries, keys=keys, num_heads=2, bias="diagonals")
     check(run(arguments, "forward_kl"), oracle(*arguments, "forward_kl"))
 

@@ -128,7 +128,7 @@ class Gradients:
             count = rows.stop if self.causal else g.shape[2] + self.keys - 1  # those above the main one are zero
             sums = self.of_bias[heads, self.coefficient.shape[2] - rows.stop :]
             diagonals_kernel[(-(-count // 128), g.shape[1])](
-                g, sums, *g.shape[:3], self.keys, self.columns, sums.stride(0), BLOCK_M=32, BLOCK_N=128
+                g, sums, *g.shape[:3], self.keys, self.columns, sums.stride(0), BLOCK_M=16, BLOCK_N=128
             )
         elif self.bias.shape[3] == self.keys:  # else zero: a row's gradients add up to that
             shared = [n for n in range(3) if self.bias.shape[n] == 1]

@@ -109,10 +109,13 @@ def diagonals_kernel(
     for b in range(sequences):
         matrix = (tl.cast(b, tl.int64) * heads + a) * queries * columns
         for start in range(begin, end, BLOCK_M):
-            key = start + i + distance
-            used = (start + i < end) & (key >= 0) & (key < keys)
-            step = matrix + tl.cast(start, tl.int64) * (columns + 1)
-            total += tl.load(pointers + step, mask=used, other=0).to(total.dtype)
+            matrix_pointers = pointers + (matrix + tl.cast(start, tl.int64) * (columns + 1))
+            if (start + first >= 0) & (start + BLOCK_M + first + BLOCK_N <= keys) & (start + BLOCK_M <= end):
+                total += tl.load(matrix_pointers).to(total.dtype)
+            else:
+                key = start + i + distance
+                used = (start + i < end) & (key >= 0) & (key < keys)
+                total += tl.load(matrix_pointers, mask=used, other=0).to(total.dtype)
     pointers = sums + (tl.cast(a, tl.int64) * diagonals + place)
     exists = place < queries + keys - 1
     tl.store(pointers, tl.load(pointers, mask=exists) + tl.sum(total, 0), mask=exists)

@@ -130,14 +130,14 @@ OPS = (
     _scores("attention_kl", _heads("attention", False, (23.7, 2.25, 2), (25, 2, 2)), 768, 60, 4),
     _scores(
         "attention_kl, T5's bias",
-        _heads("diagonals", False, (27.4, 2.25, 2), (30.2, 2, 2), (11.4, 0, 0)),
+        _heads("diagonals", False, (27.4, 2.25, 2), (30.2, 2, 2), (7.5, 0, 0)),
         768,
         85,
         4,
     ),
     _scores(
         "attention_kl, T5's bias, mask",
-        _heads("diagonals", True, (29.9, 2.25, 2), (32.6, 2, 2), (11.4, 0, 0)),
+        _heads("diagonals", True, (29.9, 2.25, 2), (32.6, 2, 2), (7.5, 0, 0)),
         768,
     ),
     Op(
