@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(1800)  # the first that asks waits for all that is compiled
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -33,11 +34,6 @@ def _printed(*arguments: str):
     run = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
-
-
-def _compiled(module: str):
-    """What a module of benchmarks/gpu/compile found."""
-    return _printed("-m", f"benchmarks.gpu.compile.{module}", "--json")
 
 
 def _show(name: str, table: str) -> None:
@@ -77,45 +73,69 @@ print(json.dumps(found))
     assert not spilling, found
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
-    return _compiled("rows")
+MODULES = ("cuda", "attention", "cka", "rows", "topk")  # nvcc takes longest
 
 
 @pytest.fixture(scope="module")
-def attention() -> list:
-    return _compiled("attention")
+def compiled(request: pytest.FixtureRequest) -> dict:
+    """What the modules of benchmarks/gpu/compile found, that tests here ask for: one process and one pool."""
+    here = [item for item in request.session.items if item.path == request.path]
+    missing = {"cuda"} if shutil.which("nvcc") is None else set()
+    asked = {name for item in here for name in item.fixturenames} - missing
+    return _printed("-m", "benchmarks.gpu.compile.several", *(name for name in MODULES if name in asked))
+
+
+@pytest.fixture
+def rows(compiled: dict) -> list:
+    return compiled["rows"]
+
+
+@pytest.fixture
+def attention(compiled: dict) -> list:
+    return compiled["attention"]
+
+
+@pytest.fixture
+def topk(compiled: dict) -> list:
+    return compiled["topk"]
+
+
+@pytest.fixture
+def cka(compiled: dict) -> list:
+    return compiled["cka"]
+
+
+@pytest.fixture
+def cuda(compiled: dict) -> list:
+    if "cuda" not in compiled:
+        pytest.skip("nvcc is not installed")
+    return compiled["cuda"]
 
 
 @pytest.mark.long
-def test_nothing_spills(compiled: dict):
+def test_nothing_spills(rows: list):
     from benchmarks.gpu.compile.rows import table
 
-    _show("rows", table(compiled["kernels"]))
-    spilling = [kernel for kernel in compiled["kernels"] if kernel["local"] != 0]
+    _show("rows", table(rows))
+    spilling = [kernel for kernel in rows if kernel["local"] != 0]
     assert not spilling, table(spilling)
 
 
 @pytest.mark.long
-def test_two_blocks_fit_a_multiprocessor(compiled: dict):
+def test_two_blocks_fit_a_multiprocessor(rows: list):
     """65536 registers. With one block alone nothing would hide the waits inside its reductions."""
-    for kernel in compiled["kernels"]:
+    for kernel in rows:
         if kernel["target"].startswith("sm_") and kernel["student"] != "fp64":
             assert 2 * 32 * kernel["warps"] * kernel["registers"] <= 65536, kernel
 
 
 @pytest.mark.long
-def test_two_sum_survives(compiled: dict):
+def test_two_sum_survives(rows: list, compiled: dict):
     """t - s - shift loses its correction if a compiler reasons that (a - b) - a is -b. Nine sums and a product."""
     count = compiled["two_sum"]
     assert sum(number for name, number in count.items() if name.startswith(("add", "sub"))) == 9, count
     assert sum(number for name, number in count.items() if name.startswith("mul")) == 1, count
     assert not any(name.startswith("fma") for name in count), count
-
-
-@pytest.fixture(scope="module")
-def topk() -> list:
-    return _compiled("topk")
 
 
 @pytest.mark.long
@@ -156,11 +176,6 @@ def test_attention_multiplies_by_warp_group(attention: list):
     assert hopper and all(kernel["wgmma"] for kernel in hopper), hopper
 
 
-@pytest.fixture(scope="module")
-def cka() -> list:
-    return _compiled("cka")
-
-
 @pytest.mark.long
 def test_no_cka_kernel_spills(cka: list):
     from benchmarks.gpu.compile.cka import table
@@ -172,25 +187,16 @@ def test_no_cka_kernel_spills(cka: list):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("op", ["compiled", "attention", "cka", "topk"])
-def test_shared_memory_fits(op: str, request: pytest.FixtureRequest):
+def test_shared_memory_fits(rows: list, attention: list, cka: list, topk: list):
     from benchmarks.gpu.compile.common import SHARED_LIMIT
 
-    found = request.getfixturevalue(op)
-    kernels = found["kernels"] if op == "compiled" else found
-    assert kernels
-    for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
+    for kernels in (rows, attention, cka, topk):
+        assert kernels
+        for kernel in kernels:
+            assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
 
 
 # ---- nvcc ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cuda() -> list:
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    return _compiled("cuda")
 
 
 @pytest.mark.long

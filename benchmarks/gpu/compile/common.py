@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -133,14 +132,11 @@ def main(
     everything: Callable[[], list[tuple]],
     measure_all: Callable[[list[tuple]], list[dict]],
     table: Callable[[list[dict]], str],
-    for_json: Callable[[list[dict]], object] = lambda measured: measured,
 ) -> None:
     """Compiles what the command line asks for, of cases that begin with their target, and prints what it found."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cases = [case for case in (everything() if options.all else chosen()) if options.target in (None, case[0])]
-    measured = measure_all(cases)
-    print(json.dumps(for_json(measured)) if options.json else table(measured))
+    print(table(measure_all(cases)))

@@ -7,12 +7,11 @@ python -m benchmarks.gpu.compile.cuda --target sm_80
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
+import os
 import re
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from torch.utils import cpp_extension
 
@@ -53,23 +52,35 @@ def _loops(cubin: bytes) -> dict[str, dict[str, int]]:
     return found
 
 
-def build(target: str, output: Path) -> str:
-    """What the assembler says of the kernels, whose machine code is put there."""
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    gencode = f"-gencode=arch=compute_{target[3:]},code={target}"
-    unit = ROOT / "csrc" / "cuda" / "divergence_rows.cu"
-    run = subprocess.run(
-        ["nvcc", *FLAGS, gencode, *includes, "-cubin", unit, "-o", output], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stderr
+def chosen() -> list[str]:
+    """What the tests compile."""
+    return list(TARGETS)
+
+
+def built(target: str) -> tuple[bytes, str]:
+    """The kernels' machine code, and what the assembler says of them. Kept, as they take nvcc most of a minute."""
+    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    digest = hashlib.sha256(f"{version}{target}{FLAGS}".encode())
+    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]):
+        digest.update(path.read_bytes())
+    cubin = ROOT / "build" / "cubins" / f"{digest.hexdigest()[:32]}.cubin"
+    said = cubin.with_suffix(".txt")
+    if not cubin.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+        gencode = f"-gencode=arch=compute_{target[3:]},code={target}"
+        unit, fresh = ROOT / "csrc" / "cuda" / "divergence_rows.cu", cubin.with_suffix(f".{os.getpid()}")
+        command = ["nvcc", *FLAGS, gencode, *includes, "-cubin", unit, "-o", fresh]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        said.write_text(run.stderr)
+        fresh.replace(cubin)
+    return cubin.read_bytes(), said.read_text()
 
 
 def measure(target: str) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "rows.cubin"
-        said = build(target, binary)
-        loops = _loops(binary.read_bytes())
+    binary, said = built(target)
+    loops = _loops(binary)
     entry = r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes.*?Used (\d+)"
     results = []
     for symbol, stack, stores, loads, registers in re.findall(entry, said, re.DOTALL):
@@ -94,9 +105,7 @@ def table(results: list[dict]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with ThreadPoolExecutor() as pool:
-        chosen = [options.target] if options.target else TARGETS
-        measured = [result for results in pool.map(measure, chosen) for result in results]
-    print(json.dumps(measured) if options.json else table(measured))
+        targets = [options.target] if options.target else chosen()
+        print(table([result for results in pool.map(measure, targets) for result in results]))

@@ -127,10 +127,4 @@ def table(results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main(
-        chosen,
-        everything,
-        lambda cases: in_parallel(measure, cases),
-        table,
-        lambda measured: {"kernels": measured, "two_sum": two_sum_operations()},
-    )
+    main(chosen, everything, lambda cases: in_parallel(measure, cases), table)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import math
 import shutil
-import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from benchmarks import ROOT
 from benchmarks.gpu.compile import common, cuda
 
 from . import sass
@@ -41,25 +38,10 @@ class Kernel:
     warps: int
 
 
-def _cuda_cubin(target: str) -> bytes:
-    """Kept in build/count, as it takes nvcc most of a minute."""
-    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
-    digest = hashlib.sha256(f"{version}{target}{cuda.FLAGS}".encode())
-    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]):
-        digest.update(path.read_bytes())
-    kept = ROOT / "build" / "count" / f"{digest.hexdigest()[:32]}.cubin"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(".fresh")
-        cuda.build(target, fresh)
-        fresh.replace(kept)
-    return kept.read_bytes()
-
-
 def kernels(target: str, module: str, case: tuple[Any, ...]) -> dict[str, Kernel]:
     """What a case launches, by the names in the table."""
     if module == "cuda":
-        cubin = _cuda_cubin(target)
+        cubin, _ = cuda.built(target)
         named = {symbol: " ".join(cuda.kernel_of(symbol)) for symbol in common.resource_usage(cubin)}
         return {name: Kernel(symbol, cubin, {}, THREADS // 32) for symbol, name in named.items()}
     found = {}
