@@ -35,6 +35,8 @@ struct Launch {
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -62,21 +64,13 @@ __device__ __forceinline__ void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
 }
 
-// Stores 8 bytes, or 16 at a time. Written out, for a compiler takes a struct apart.
+// Stores 8 bytes, or 16 at a time, where a compiler takes a struct apart.
 template <class P>
 __device__ __forceinline__ void store_whole(void* to, const P& from) {
-  uint32_t x[sizeof(P) / 4];
-  memcpy(x, &from, sizeof(P));
-  if constexpr (sizeof(P) == 8) {
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x[0]), "r"(x[1]) : "memory");
-  } else {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(P) / 4); i += 4) {
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<char*>(to) + 4 * i), "r"(x[i]),
-                   "r"(x[i + 1]), "r"(x[i + 2]), "r"(x[i + 3])
-                   : "memory");
-    }
-  }
+  using Word = std::conditional_t<sizeof(P) == 8, uint2, uint4>;
+  Word words[sizeof(P) / sizeof(Word)];
+  memcpy(words, &from, sizeof(P));
+  for (const Word& word : words) static_cast<Word*>(to)[&word - words] = word;
 }
 
 __device__ __forceinline__ double from_lane_xor(double x, int mask) { return __shfl_xor_sync(~0u, x, mask); }

@@ -23,19 +23,12 @@ constexpr int kPortableBlocks = 8;      // what every device with clusters has r
 constexpr int kReserved = 1024;         // bytes of a multiprocessor's shared memory that each block costs beside its own
 constexpr int64_t kMostColumns = 1 << 30;
 
-GradientType gradient_type(const std::optional<Tensor>& gradient) {
-  if (!gradient) return GradientType::kNone;
-  switch (gradient->scalar_type()) {
-    case ScalarType::Float: return GradientType::kFloat;
-    case ScalarType::Half: return GradientType::kHalf;
-    case ScalarType::BFloat16: return GradientType::kBFloat16;
-    default: STD_TORCH_CHECK(false, "fastkd: gradient must be float32, float16 or bfloat16");
-  }
-}
-
 void check_rows(const Tensor& x, const Tensor& student, const char* name) {
   check_matrix(x, student.size(0), student.size(1), name);
   STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "fastkd: the columns of ", name, " must lie side by side");
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "fastkd: ",
+                  name, " must be float32, float16 or bfloat16");
 }
 
 Arguments arguments_of(const Tensor& student, const std::optional<Tensor>& teacher, const Tensor& coefficient,
@@ -58,9 +51,11 @@ Arguments arguments_of(const Tensor& student, const std::optional<Tensor>& teach
   a.labels = vector_of<const int64_t>(labels, rows, ScalarType::Long, "labels");
   a.loss = vector_of<double>(loss, rows, ScalarType::Double, "loss");
   a.stats = matrix_of<RowStats>(stats, rows, RowStats::kCount, ScalarType::Double, "stats");
-  a.gradient_type = gradient_type(gradient);
   if (teacher) a.teacher = teacher->data_ptr(), a.teacher_stride = teacher->stride(0);
-  if (gradient) a.gradient = gradient->data_ptr(), a.gradient_stride = gradient->stride(0);
+  if (gradient) {
+    a.gradient = gradient->data_ptr(), a.gradient_stride = gradient->stride(0);
+    a.gradient_type = gradient->scalar_type();
+  }
   return a;
 }
 
@@ -91,7 +86,7 @@ template <class D, class T>
 Sharing share_out(const Arguments& a, const Device& device, int blocks_asked_for) {
   if (a.loss == nullptr) return {1, false};
   if (blocks_asked_for >= 0) return {std::max(1, blocks_asked_for), blocks_asked_for > 0};
-  if (a.gradient_type == GradientType::kNone && RowKernel<D, T>::kOnePass) return {1, false};
+  if (a.gradient == nullptr && RowKernel<D, T>::kOnePass) return {1, false};
   const int most = device.major >= 9 ? kMostBlocks : 1;
   const auto room = [&](int blocks, int beside) {
     const Launch launch = launch_of<T>(a, 1, {blocks, true}, device);
@@ -123,8 +118,7 @@ void launch(const Arguments& a, const Tensor& student, int64_t blocks) {
   switch (student.scalar_type()) {
     case ScalarType::Float: return launch<D, float>(a, student, blocks);
     case ScalarType::Half: return launch<D, Half>(a, student, blocks);
-    case ScalarType::BFloat16: return launch<D, BFloat16>(a, student, blocks);
-    default: STD_TORCH_CHECK(false, "fastkd: student must be float32, float16 or bfloat16");
+    default: return launch<D, BFloat16>(a, student, blocks);
   }
 }
 

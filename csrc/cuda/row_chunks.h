@@ -3,7 +3,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../divergence.h"
 #include "device.h"
 
 namespace fastkd {
@@ -19,6 +25,15 @@ template <class T>
 struct alignas(16) Chunk {
   static constexpr int kSize = 16 / sizeof(T);
   T x[kSize];
+
+  __device__ __forceinline__ float at(int i) const {
+    if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {  // of a pair in a register, in one instruction
+      uint32_t pair;
+      memcpy(&pair, x + i / 2 * 2, 4);
+      return bit_cast<float>(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+    }
+    return static_cast<float>(x[i]);
+  }
 };
 
 // Chunks of a model in shared memory where rows are not kept: those under way, and those that threads work on.
@@ -37,9 +52,7 @@ struct Step {
   template <class Body>
   __device__ __forceinline__ void for_columns(const Body& body) const {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      body(static_cast<float>(s[i / kWidth].x[i % kWidth]), static_cast<float>(t[i / kWidth].x[i % kWidth]), i);
-    }
+    for (int i = 0; i < kSize; ++i) body(s[i / kWidth].at(i % kWidth), t[i / kWidth].at(i % kWidth), i);
   }
 };
 
@@ -68,25 +81,6 @@ __device__ __forceinline__ void fetch(Chunk<T>* to, const T* row, int column, in
     for (int i = 0; i < n; ++i) {
       const int j = column + i;
       to->x[i] = j >= 0 && j < end ? row[j] : static_cast<T>(-INFINITY);
-    }
-  }
-}
-
-template <class G, class T>
-__device__ __forceinline__ void store_as(G* row, int column, int end, const float (&g)[Step<T>::kSize]) {
-  constexpr int n = Step<T>::kWidth;
-#pragma unroll
-  for (int chunk = 0; chunk < kTogether; ++chunk, column += kThreads * n) {
-    G x[n];
-#pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = static_cast<G>(g[chunk * n + i]);
-    if (column >= 0 && column + n <= end && is_aligned<sizeof(x) < 16 ? sizeof(x) : 16>(row + column)) {
-      store_whole(row + column, x);
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      if (column + i >= 0 && column + i < end) row[column + i] = x[i];
     }
   }
 }

@@ -16,13 +16,7 @@
 #pragma once
 
 #include <limits>
-#include <type_traits>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include "../divergence.h"
-#include "device.h"
 #include "row_chunks.h"
 
 namespace fastkd {
@@ -32,8 +26,6 @@ namespace cuda {
 constexpr double kNearlyEqual = 0.1, kFarApart = 16;
 constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
 
-enum class GradientType { kNone, kFloat, kBFloat16, kHalf };
-
 struct Arguments {
   const void* student;  // [rows, columns], as all matrices; columns lie side by side
   const void* teacher;  // nullptr: cross-entropy alone
@@ -41,11 +33,11 @@ struct Arguments {
   const int64_t* labels;  // nullptr: no cross-entropy
   double* loss;           // nullptr: stats are given
   RowStats* stats;        // nullptr: they are not kept
-  void* gradient;
+  void* gradient;         // nullptr: it is not wanted
   int64_t student_stride, teacher_stride, gradient_stride;
   int columns;
   double beta, tau, kd_weight, ce_weight;
-  GradientType gradient_type;
+  ScalarType gradient_type;
   int chunks;  // of a row, in a block: as many as whole steps of all threads have
   bool kept;   // whether a row stays in shared memory, or passes through
 };
@@ -213,24 +205,29 @@ struct RowKernel {
     return divergence_of(x[2] / a.tau, stats);
   }
 
+  // Sums over a row, to which body(s, t, sums) adds what a column has.
+  template <int N, class Body>
+  __device__ __forceinline__ void add_up(double (&x)[N], const Body& body) const {
+    for_steps<false>([&](const auto& step) {
+      float sums[N] = {};
+      step.for_columns([&](float s, float t, int) { body(s, t, sums); });
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] += sums[i];
+    });
+    combine(x, Add());
+  }
+
   // ---- pass 2: the same to the accuracy of Pair, for a row whose models nearly agree ----
 
   __device__ __forceinline__ double careful_statistics(RowStats& stats) const {
     const Constants constants({stats.max_s, 1, stats.max_t, 1, 0, 0, 1}, a.tau);
     double x[] = {0, 0, 0};  // sum_t, sum_s - sum_t, moment
-    for_steps<false>([&](const auto& step) {
-      float sum_t = 0, difference = 0, moment = 0;
-      step.for_columns([&](float s, float t, int) {
-        const Pair<float> pair(s, t, constants);
-        sum_t += pair.p;
-        difference += pair.difference;
-        moment += kMoment == Moment::kStudent ? pair.student_excess() : pair.teacher_excess();
-      });
-      x[0] += sum_t;
-      x[1] += difference;
-      x[2] += moment;
+    add_up(x, [&](float s, float t, auto& sums) {
+      const Pair<float> pair(s, t, constants);
+      sums[0] += pair.p;
+      sums[1] += pair.difference;
+      sums[2] += kMoment == Moment::kStudent ? pair.student_excess() : pair.teacher_excess();
     });
-    combine(x, Add());
     stats.sum_t = x[0];
     stats.sum_s = x[0] + x[1];
     return divergence_of(kMoment == Moment::kStudent ? x[2] + x[1] : x[2] - x[1], stats);
@@ -240,12 +237,7 @@ struct RowKernel {
   __device__ __forceinline__ double mean_residual(const RowStats& stats) const {
     const Constants constants(stats, a.tau);
     double x[] = {0};
-    for_steps<false>([&](const auto& step) {
-      float sum = 0;
-      step.for_columns([&](float s, float t, int) { sum += ReverseKL::gradient<false>(s, t, constants); });
-      x[0] += sum;
-    });
-    combine(x, Add());
+    add_up(x, [&](float s, float t, auto& sums) { sums[0] += ReverseKL::gradient<false>(s, t, constants); });
     return x[0];
   }
 
@@ -255,19 +247,12 @@ struct RowKernel {
     const Constants constants(stats, a.tau);
     const Beta<float> beta(a.beta);
     double x[] = {0, 0, 0};
-    for_steps<false>([&](const auto& step) {
-      float value = 0, slope = 0, coslope = 0;
-      step.for_columns([&](float s, float t, int) {
-        const Pair<float> pair(s, t, constants);
-        value += D::value(pair, beta);
-        slope += D::slope(pair, beta);
-        coslope += D::coslope(pair, beta);
-      });
-      x[0] += value;
-      x[1] += slope;
-      x[2] += coslope;
+    add_up(x, [&](float s, float t, auto& sums) {
+      const Pair<float> pair(s, t, constants);
+      sums[0] += D::value(pair, beta);
+      sums[1] += D::slope(pair, beta);
+      sums[2] += D::coslope(pair, beta);
     });
-    combine(x, Add());
     stats.careful = x[2] < x[1];
     stats.mean = stats.careful ? -x[2] : x[1];
     return x[0];
@@ -337,16 +322,30 @@ struct RowKernel {
     for (int n = 0; n < steps; ++n) store(column_of(n), zero);
   }
 
-  template <class G>
-  __device__ __forceinline__ void store_in(int column, const float (&g)[Step<T>::kSize]) const {
-    store_as<G, T>(static_cast<G*>(a.gradient) + row * a.gradient_stride, column, end, g);
-  }
-
   __device__ __forceinline__ void store(int column, const float (&g)[Step<T>::kSize]) const {
     switch (a.gradient_type) {
-      case GradientType::kFloat: return store_in<float>(column, g);
-      case GradientType::kHalf: return store_in<torch::headeronly::Half>(column, g);
-      default: return store_in<torch::headeronly::BFloat16>(column, g);
+      case ScalarType::Float: return store_as<float>(column, g);
+      case ScalarType::Half: return store_as<torch::headeronly::Half>(column, g);
+      default: return store_as<torch::headeronly::BFloat16>(column, g);
+    }
+  }
+
+  template <class G>
+  __device__ __forceinline__ void store_as(int column, const float (&g)[Step<T>::kSize]) const {
+    G* const target = static_cast<G*>(a.gradient) + row * a.gradient_stride;
+#pragma unroll
+    for (int chunk = 0; chunk < kTogether; ++chunk, column += kThreads * kColumns) {
+      G x[kColumns];
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) x[i] = static_cast<G>(g[chunk * kColumns + i]);
+      if (column >= 0 && column + kColumns <= end && is_aligned<sizeof(x) < 16 ? sizeof(x) : 16>(target + column)) {
+        store_whole(target + column, x);
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        if (column + i >= 0 && column + i < end) target[column + i] = x[i];
+      }
     }
   }
 };
@@ -355,10 +354,9 @@ template <class D, class T>
 __global__ void __launch_bounds__(kThreads, RowKernel<D, T>::kBeside) rows_kernel(const Arguments a) {
   RowKernel<D, T> kernel(a);
   const double coefficient = a.coefficient[kernel.row];
-  const bool wanted = a.gradient_type != GradientType::kNone;
   const bool reports = thread_index() == 0 && cluster_rank() == 0;
   if (coefficient == 0) {  // the row is not read
-    if (wanted) kernel.zero_gradient();
+    if (a.gradient != nullptr) kernel.zero_gradient();
     if (reports && a.loss != nullptr) a.loss[kernel.row] = 0;
     if (reports && a.loss != nullptr && a.stats != nullptr) a.stats[kernel.row] = {};
     return;
@@ -372,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, RowKernel<D, T>::kBeside) rows_kerne
   } else {
     stats = a.stats[kernel.row];
   }
-  if (!wanted) return;
+  if (a.gradient == nullptr) return;
   stats.careful ? kernel.template gradient<true>(stats, coefficient) : kernel.template gradient<false>(stats, coefficient);
 }
 

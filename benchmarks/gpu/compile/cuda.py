@@ -25,9 +25,9 @@ FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000
 # What a trip of the loop that writes the gradient, in the rows' dtype, executes at least: a thread works on two chunks
 # of 16 bytes at a time.
 GRADIENT = {
-    "fp32": {"MUFU.EX2": 8, "STG.E.128": 2, "F2F": 0},
-    "bf16": {"MUFU.EX2": 16, "STG.E.128": 2, "F2F": 1},
-    "fp16": {"MUFU.EX2": 16, "STG.E.128": 2, "F2F": 1},
+    "fp32": {"MUFU.EX2": 8, "STG.E.128": 2, "F2FP": 0},
+    "bf16": {"MUFU.EX2": 16, "STG.E.128": 2, "F2FP": 1},
+    "fp16": {"MUFU.EX2": 16, "STG.E.128": 2, "F2FP": 1},
 }
 DTYPES = {"float": "fp32", "BFloat16": "bf16", "Half": "fp16"}
 
