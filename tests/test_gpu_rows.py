@@ -178,7 +178,7 @@ def test_confident_student(teacher: bool, temperature: float):
 
 
 @over_divergences
-@pytest.mark.parametrize("columns", [1, 5, 2048, 8195])
+@pytest.mark.parametrize("columns", [1, 5, 2048, 4112, 8195])
 def test_number_of_columns(divergence: str, columns: int):
     student, teacher = 3 * torch.randn(1, columns), 3 * torch.randn(1, columns)
     options = objective(divergence, ce_weight=0.5)

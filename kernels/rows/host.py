@@ -84,6 +84,8 @@ def divergence_rows(
     if rows == 0:
         return
     nvidia = student.is_cuda and torch.version.hip is None
+    matrices = [x for x in (student, teacher, gradient) if x is not None]
+    aligned = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in matrices)
     block, options = block_and_options(columns, student.dtype, nvidia, divergence >= MIX.value)
     with torch.cuda.device_of(student):
         rows_kernel[(rows,)](
@@ -106,6 +108,7 @@ def divergence_rows(
             ce_weight=float(ce_weight),
             DIVERGENCE=divergence,
             SEPARATE=labels is not None and temperature != 1,
+            ALIGNED=aligned,
             BLOCK=block,
             **options,
         )

@@ -16,24 +16,16 @@ def _write(to, numbers, N: tl.constexpr):
 
 @triton.jit
 def _shard_of_row(
-    student,
-    teacher,
-    label,
-    columns,
-    tau,
-    DIVERGENCE: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    METRICS: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, teacher, label, columns, tau, DIVERGENCE: tl.constexpr, SEPARATE: tl.constexpr, METRICS: tl.constexpr,
+    F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Statistics and metrics of a shard, as if it were all of the row, with its own D in the mean's place."""
     divergence, stats, own = first_pass(student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, METRICS, F, BLOCK)
     if teacher is not None and DIVERGENCE == REVERSE_KL:
         divergence = refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
-    max_s, sum_s, max_t, sum_t, _, saturated, sum_1 = stats
+    max_s, sum_s, max_t, sum_t, _, careful, sum_1 = stats
     zero = _double(0.0)
-    return (max_s, sum_s, max_t, sum_t, divergence, saturated, sum_1), (zero, zero, own[0], own[1], own[2], own[3])
+    return (max_s, sum_s, max_t, sum_t, divergence, careful, sum_1), (zero, zero, own[0], own[1], own[2], own[3])
 
 
 @triton.jit
@@ -61,6 +53,7 @@ def rows_kernel(
     ce_weight: tl.float64,
     DIVERGENCE: tl.constexpr,
     SEPARATE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether all rows begin at multiples of 16 bytes, and columns lie side by side
     BLOCK: tl.constexpr,
 ):
     """One row: loss, stats and metrics, unless they are given, and gradient or sums, if wanted; or a shard's stats."""
@@ -68,11 +61,11 @@ def rows_kernel(
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     beta, tau, kd_weight, ce_weight = _double(beta), _double(tau), _double(kd_weight), _double(ce_weight)
     index = tl.program_id(0).to(tl.int64)
-    student = (student + index * student_row, student_column)
+    student = (student + index * student_row, student_column, ALIGNED)
     if teacher is not None:
-        teacher = (teacher + index * teacher_row, teacher_column)
+        teacher = (teacher + index * teacher_row, teacher_column, ALIGNED)
     if gradient is not None:
-        gradient = (gradient + index * gradient_row, gradient_column)
+        gradient = (gradient + index * gradient_row, gradient_column, ALIGNED)
     if stats is not None:
         stats += index * 7
     if metrics is not None:
@@ -91,7 +84,7 @@ def rows_kernel(
         _write(sums, nothing, 3)
         if gradient is not None:
             for start in range(0, columns, BLOCK):
-                write_block(gradient, start + tl.arange(0, BLOCK), columns, tl.zeros((BLOCK,), F))
+                write_block(gradient, start + tl.arange(0, BLOCK), columns, tl.zeros((BLOCK,), F), True)
     else:
         label = None
         if labels is not None:
@@ -99,21 +92,9 @@ def rows_kernel(
             tl.debug_barrier()  # every thread has read the score before one overwrites it with its gradient
         if loss is not None:
             row_loss, row_stats, row_metrics = loss_of_row(
-                student,
-                teacher,
-                label,
-                columns,
-                beta,
-                weights,
-                tau,
-                kd_weight,
-                ce_weight,
-                DIVERGENCE,
-                SEPARATE,
-                metrics is not None,
-                F,
-                BLOCK,
-            )
+                student, teacher, label, columns, beta, weights, tau, kd_weight, ce_weight, DIVERGENCE, SEPARATE,
+                metrics is not None, F, BLOCK,
+            )  # fmt: skip
             tl.store(loss + index, weight * row_loss)
             _write(stats, row_stats, 7)
             _write(metrics, row_metrics, 6)

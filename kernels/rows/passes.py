@@ -31,14 +31,14 @@ from .column import (
     running_constants,
 )
 
-# A row of a matrix is (pointer, column stride). The teacher's may be None, and so may the label: (column, whether there
-# is such a column, the student's score in it).
+# A row of a matrix is (pointer, column stride, whether all rows begin at multiples of 16 bytes). The teacher's may be
+# None, and so may the label: (column, whether there is such a column, the student's score in it).
 
 
 @triton.jit
 def label_of(student, label, columns):
     """A row's label; of one that is elsewhere column -1, in which no share of the sums and of the gradient is."""
-    pointer, stride = student
+    pointer, stride, _ = student
     valid = (label >= 0) & (label < columns)
     elsewhere = label == ELSEWHERE
     column = tl.where(valid, label, 0)
@@ -48,9 +48,14 @@ def label_of(student, label, columns):
 
 @triton.jit
 def _columns(row, start, BLOCK: tl.constexpr):
-    """A block's, in groups of 16 bytes. A thread has a group to itself, and sums it up without the others."""
+    """A block's [groups, columns of 16 bytes]. A thread has a group to itself, and sums it up without the others.
+
+    A group lies side by side where a thread can read it at once, and else with its neighbours between.
+    """
     WIDTH: tl.constexpr = 128 // row[0].dtype.element_ty.primitive_bitwidth
-    return start + tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    GROUPS: tl.constexpr = BLOCK // WIDTH
+    group, inside = tl.arange(0, GROUPS)[:, None], tl.arange(0, WIDTH)[None, :]
+    return start + (group * WIDTH + inside if row[2] else inside * GROUPS + group)
 
 
 @triton.jit
@@ -71,8 +76,12 @@ def _read(row, column, columns, MASK: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def write_block(row, column, columns, x):
-    tl.store(row[0] + column.to(tl.int64) * row[1], x.to(row[0].dtype.element_ty), mask=column < columns)
+def write_block(row, column, columns, x, MASK: tl.constexpr):
+    pointers, x = row[0] + column.to(tl.int64) * row[1], x.to(row[0].dtype.element_ty)
+    if MASK:
+        tl.store(pointers, x, mask=column < columns)
+    else:
+        tl.store(pointers, x)
 
 
 @triton.jit
@@ -307,33 +316,46 @@ def loss_of_row(
 
 
 @triton.jit
+def _write_gradient_block(
+    student, teacher, gradient, start, columns, kd, ce, DIVERGENCE: tl.constexpr, CAREFUL: tl.constexpr,
+    MASK: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = _columns(student, start, BLOCK)
+    s = _read(student, column, columns, MASK, F)
+    g = tl.zeros_like(s)
+    if kd is not None:
+        kd_scale, b, row = kd
+        t = _read(teacher, column, columns, MASK, F)
+        g = kd_scale * column_gradient(s, t, b, row, DIVERGENCE, CAREFUL)
+    if ce is not None:
+        label, at_label, ce_scale, top_s = ce
+        g += tl.where(column == label, at_label, ce_scale * tl.exp2((s - top_s) * LOG2E))
+    write_block(gradient, column, columns, g, MASK)
+
+
+@triton.jit
 def write_gradient(
     student, teacher, label, gradient, columns, stats, coefficient, beta, weights, tau, kd_weight, ce_weight,
     DIVERGENCE: tl.constexpr, CAREFUL: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass 3: coefficient * d loss / d s, written to `gradient`, which may be `student`."""
     max_s, sum_s, max_t, sum_t, mean, careful, sum_1 = stats
+    kd, ce = None, None
     if teacher is not None:
         empty = (sum_s == 0) | (sum_t == 0)
         sum_s, sum_t = tl.where(empty, 1.0, sum_s), tl.where(empty, 1.0, sum_t)
         unit = mean_unit(weights, DIVERGENCE)
         row = row_constants((max_s, sum_s, max_t, sum_t, mean, careful, sum_1), tau, unit, F)
-        b = _beta_constants(beta, weights, F)
-        kd_scale = tl.where(empty, 0.0, coefficient * kd_weight * tau).to(F)
+        kd = (tl.where(empty, 0.0, coefficient * kd_weight * tau).to(F), _beta_constants(beta, weights, F), row)
     if label is not None:
         # The label's own column is done apart and in fp64: softmax - 1 would lose every digit of a confident student.
         label_column, valid, score = label
         ce_scale = tl.where(sum_1 == 0, 0.0, coefficient * ce_weight / tl.where(sum_1 == 0, 1.0, sum_1))
         at_label = tl.where(valid, ce_scale * (tl.exp(score - max_s) - sum_1), float("nan"))
         at_label = tl.where(sum_1 == 0, 0.0, at_label).to(F)
-        ce_scale, top_s = ce_scale.to(F), max_s.to(F)
-    for start in range(0, columns, BLOCK):
-        column = _columns(student, start, BLOCK)
-        s = _read(student, column, columns, True, F)
-        g = tl.zeros_like(s)
-        if teacher is not None:
-            t = _read(teacher, column, columns, True, F)
-            g = kd_scale * column_gradient(s, t, b, row, DIVERGENCE, CAREFUL)
-        if label is not None:
-            g += tl.where(column == label_column, at_label, ce_scale * tl.exp2((s - top_s) * LOG2E))
-        write_block(gradient, column, columns, g)
+        ce = (label_column, at_label, ce_scale.to(F), max_s.to(F))
+    whole = columns - columns % BLOCK
+    for start in range(0, whole, BLOCK):
+        _write_gradient_block(student, teacher, gradient, start, columns, kd, ce, DIVERGENCE, CAREFUL, False, F, BLOCK)
+    if whole < columns:
+        _write_gradient_block(student, teacher, gradient, whole, columns, kd, ce, DIVERGENCE, CAREFUL, True, F, BLOCK)

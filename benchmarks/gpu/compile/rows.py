@@ -51,7 +51,9 @@ def source(
     }
     constants = {name: None for name, kind in types.items() if kind is None}
     constants.update(student_column=1, teacher_column=1, gradient_column=1)
-    constants.update(DIVERGENCE=divergence_code(MIX if divergence == "mix" else divergence), SEPARATE=ce, BLOCK=block)
+    constants.update(
+        DIVERGENCE=divergence_code(MIX if divergence == "mix" else divergence), SEPARATE=ce, ALIGNED=True, BLOCK=block
+    )
     names = rows.rows_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}

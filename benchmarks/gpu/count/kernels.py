@@ -116,8 +116,8 @@ def _scores(
 OPS = (
     _logits("logit_kl statistics, fp32", _rows("fp32", "stats", (19.5, 2.5, 0)), 8, 35),
     _logits("logit_kl statistics, bf16", _rows("bf16", "stats", (19.5, 2.25, 0)), 4, 35),
-    _logits("logit_kl gradient, fp32", _rows("fp32", "gradient", (13.3, 2, 0)), 12, 28),
-    _logits("logit_kl gradient, bf16", _rows("bf16", "gradient", (15.2, 2, 0)), 6, 28),
+    _logits("logit_kl gradient, fp32", _rows("fp32", "gradient", (12.2, 2, 0)), 12, 28),
+    _logits("logit_kl gradient, bf16", _rows("bf16", "gradient", (14, 2, 0)), 6, 28),
     _logits("logit_kl statistics, C++, fp32", _cuda("fp32", "statistics", (27.7, 2, 0)), 8),
     _logits("logit_kl statistics, C++, bf16", _cuda("bf16", "statistics", (22.9, 2, 0)), 4),
     _logits("logit_kl gradient, C++, fp32", _cuda("fp32", "gradient", (16.5, 2, 0)), 4),
