@@ -42,6 +42,9 @@ ANY = "any"
 TABLE = {
     ("forward", 2, 128, ANY): Config((128, 32), 8, 3, 255),
     ("forward", 2, 256, ANY): Config((64, 32), 8, 2, 255),
+    ("forward", 2, 32, "sm_90"): Config((128, 64), 8, 3, 128),
+    ("forward", 2, 128, "sm_90"): Config((128, 32), 8, 3, 255),
+    ("forward", 2, 256, "sm_90"): Config((64, 32), 8, 2, 255),
     ("forward", 2, 256, "gfx942"): Config((64, 16), 4, 1),
     ("gradient", 2, 64, ANY): Config((128, 32), 8, 2, 255),
     ("gradient", 2, 128, ANY): Config((128, 16), 8, 2, 255),

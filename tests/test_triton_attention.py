@@ -165,6 +165,11 @@ def test_attention(divergence: str, causal: bool):
     check(run(arguments, divergence), oracle(*arguments, divergence))
 
 
+def test_scales_may_be_negative_or_zero():
+    arguments = *make()[:-2], -0.5, 0.0
+    check(run(arguments, "reverse_kl"), oracle(*arguments, "reverse_kl"))
+
+
 @over_half(0)
 def test_relation(divergence: str, causal: bool):
     student, teacher, coefficient = torch.randn(1, 75, 12), torch.randn(1, 75, 24), torch.rand(1, 1, 75).double()

@@ -11,6 +11,7 @@ from ..common import (
     _beta_constants,
     _choose,
     _coslope,
+    _load_valid,
     _log_1p,
     _slope,
     _value,
@@ -32,6 +33,59 @@ from .tiles import (
 
 
 @triton.jit
+def _model(
+    entry,
+    q,
+    k,
+    b,
+    a,
+    start,
+    exists,
+    scale,
+    bias,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Its queries carry the sign of the scale, for maxima of what is yet to be scaled."""
+    scale = log2_scale(scale, F)
+    tile = load_head(choose_head(entry, q, b, a, WIDTH), start, exists, WIDTH, PADDED, BLOCK)
+    tile = tl.where(scale < 0, -tile, tile)
+    return tile, choose_head(entry, k, b, a // GROUP, WIDTH), tl.maximum(tl.abs(scale), 1e-25), bias_of_head(bias, b, a)
+
+
+@triton.jit
+def _scale_left(model):
+    """What is left to multiply scores with: nothing, where a bias has been added."""
+    _, _, scale, bias = model
+    if len(bias) > 0:
+        scale = 1.0
+    return scale
+
+
+@triton.jit
+def _any_masked(key_mask, start, keys, query_start, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether any key of a tile is."""
+    some = start + BLOCK > (tl.minimum(keys, query_start + 1) if CAUSAL else keys)
+    if key_mask is not None:
+        some |= tl.min(_load_valid(key_mask, start + tl.arange(0, BLOCK), keys).to(tl.int32), 0) == 0
+    return some
+
+
+# Sums of a row that lanes add up by themselves, and together at the end: so many neighbouring columns are in four
+# lanes, and the next ones in the same.
+LANES = tl.constexpr(8)
+
+
+@triton.jit
+def _partial(x):
+    """Sums of every eighth column [rows, LANES]."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // LANES, LANES)), 1)
+
+
+@triton.jit
 def _first_look(
     student,
     teacher,
@@ -48,28 +102,55 @@ def _first_look(
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
 ):
-    """Both models' row maxima and sums of exponentials, and D where those and a moment give it."""
+    """Both models' row maxima and sums of exponentials, the moment that gives D, and whether there is any key."""
+    # where there is no bias, scaling and subtracting the maximum is one instruction
+    scale_s, scale_t = _scale_left(student), _scale_left(teacher)
     max_s, max_t = tl.full((BLOCK_M,), MASKED, F), tl.full((BLOCK_M,), MASKED, F)
-    sum_s, sum_t, moment = tl.zeros((BLOCK_M,), F), tl.zeros((BLOCK_M,), F), tl.zeros((BLOCK_M,), F)
+    sum_s = tl.zeros((BLOCK_M, LANES), F)
+    sum_t, moment = tl.zeros_like(sum_s), tl.zeros_like(sum_s)
     for start in range(0, end, BLOCK_N):
         s, t, valid = both_scores(
-            student, teacher, key_mask, query_start, alive, start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F
+            student, teacher, key_mask, query_start, alive, start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F, False
         )
-        s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
+        if _any_masked(key_mask, start, keys, query_start, CAUSAL, BLOCK_N):
+            s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
         top_s, top_t = tl.maximum(max_s, tl.max(s, 1)), tl.maximum(max_t, tl.max(t, 1))
-        moved_s, moved_t = max_s - top_s, max_t - top_t
+        moved_s, moved_t = ((max_s - top_s) * scale_s)[:, None], ((max_t - top_t) * scale_t)[:, None]
         factor_s, factor_t = tl.exp2(moved_s), tl.exp2(moved_t)
-        s, t = s - top_s[:, None], t - top_t[:, None]
+        s, t = s * scale_s - (top_s * scale_s)[:, None], t * scale_t - (top_t * scale_t)[:, None]
         q, p = tl.exp2(s), tl.exp2(t)
         # log(p / q) is relative to both maxima, so its moment follows when either moves
         if DIVERGENCE == FORWARD_KL:
-            moment = factor_t * (moment + sum_t * (moved_t - moved_s)) + tl.sum(p * (t - s), 1)
+            moment = factor_t * (moment + sum_t * (moved_t - moved_s)) + _partial(p * (t - s))
         elif DIVERGENCE == REVERSE_KL:
-            moment = factor_s * (moment + sum_s * (moved_s - moved_t)) + tl.sum(q * (s - t), 1)
-        sum_s = sum_s * factor_s + tl.sum(q, 1)
-        sum_t = sum_t * factor_t + tl.sum(p, 1)
+            moment = factor_s * (moment + sum_s * (moved_s - moved_t)) + _partial(q * (s - t))
+        sum_s = sum_s * factor_s + _partial(q)
+        sum_t = sum_t * factor_t + _partial(p)
         max_s, max_t = top_s, top_t
-    return max_s, sum_s, max_t, sum_t, moment
+    found = (max_s > -1e30) & (max_t > -1e30)
+    return max_s * scale_s, tl.sum(sum_s, 1), max_t * scale_t, tl.sum(sum_t, 1), tl.sum(moment, 1), found
+
+
+@triton.jit
+def _statistics(look, coefficient, FIRST: tl.constexpr, REVERSE: tl.constexpr, F: tl.constexpr):
+    """(whether rows count, D of the first look, what rows are kept as) of rows whose coefficients count."""
+    max_s, sum_s, max_t, sum_t, moment, found = look
+    # A row of nothing but -inf has no distribution: it counts as masked. One with NaN does not.
+    alive = (coefficient != 0) & (found | (sum_s + sum_t != sum_s + sum_t))
+    sum_s, sum_t = tl.where(alive, sum_s, 1), tl.where(alive, sum_t, 1)
+    factor = tl.where(alive, coefficient, 0)
+    shift = _log_1p((sum_t - sum_s) / sum_s)
+    divergence, zero = moment, tl.zeros_like(shift)
+    mean = zero
+    if FIRST == FORWARD_KL:
+        divergence = moment * LN2 / sum_t - shift
+    elif FIRST == REVERSE_KL:
+        divergence = moment * LN2 / sum_s + shift
+    if REVERSE:
+        mean, factor = _with_infinity(divergence) * LOG2E, factor * LN2  # of log(p / q), base 2
+    log_s, log_t = max_s + tl.log2(sum_s), max_t + tl.log2(sum_t)
+    rounded = shift * LOG2E + ((max_t - log_t) - (max_s - log_s))
+    return alive, divergence, (factor.to(F), log_s, log_t, rounded, mean, zero, zero)
 
 
 @triton.jit
@@ -157,49 +238,34 @@ def forward_kernel(
     key_mask = None
     if key_masks is not None:
         key_mask = _choose(entry, key_masks) + b * keys
-
-    q = load_head(choose_head(entry, student_q, b, a, WIDTH_S), start, exists, WIDTH_S, PADDED_S, BLOCK_M)
-    k = choose_head(entry, student_k, b, a // GROUP_S, WIDTH_S)
-    student = q, k, log2_scale(student_scale, F), bias_of_head(student_bias, b, a)
-    q = load_head(choose_head(entry, teacher_q, b, a, WIDTH_T), start, exists, WIDTH_T, PADDED_T, BLOCK_M)
-    k = choose_head(entry, teacher_k, b, a // GROUP_T, WIDTH_T)
-    teacher = q, k, log2_scale(teacher_scale, F), bias_of_head(teacher_bias, b, a)
+    student = _model(
+        entry, student_q, student_k, b, a, start, exists, student_scale, student_bias,
+        GROUP_S, WIDTH_S, PADDED_S, BLOCK_M, F,
+    )  # fmt: skip
+    teacher = _model(
+        entry, teacher_q, teacher_k, b, a, start, exists, teacher_scale, teacher_bias,
+        GROUP_T, WIDTH_T, PADDED_T, BLOCK_M, F,
+    )  # fmt: skip
 
     # a mix's reverse KL comes of the first look
     MIXED_REVERSE: tl.constexpr = DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1
     FIRST: tl.constexpr = REVERSE_KL if MIXED_REVERSE else DIVERGENCE
     SECOND: tl.constexpr = DIVERGENCE - 2 if MIXED_REVERSE else DIVERGENCE
-    max_s, sum_s, max_t, sum_t, moment = _first_look(
+    look = _first_look(
         student, teacher, key_mask, start, alive, end, keys, FIRST, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F
     )  # fmt: skip
-    # A row of nothing but -inf has no distribution: it counts as masked. One with NaN does not.
-    alive &= ((max_s > MASKED) & (max_t > MASKED)) | (sum_s + sum_t != sum_s + sum_t)
-    sum_s, sum_t = tl.where(alive, sum_s, 1), tl.where(alive, sum_t, 1)
-    coefficient = tl.where(alive, coefficient, 0)
-    shift = _log_1p((sum_t - sum_s) / sum_s)
-    mean, saturated, sign = tl.zeros_like(shift), tl.zeros_like(shift), tl.zeros_like(shift)
-    factor = coefficient
-    if DIVERGENCE == FORWARD_KL:
-        divergence = moment * LN2 / sum_t - shift
-    elif FIRST == REVERSE_KL:
-        divergence = moment * LN2 / sum_s + shift
-    if DIVERGENCE == REVERSE_KL:
-        mean, factor = _with_infinity(divergence) * LOG2E, coefficient * LN2  # of log(p / q), base 2
-    log_s, log_t = max_s + tl.log2(sum_s), max_t + tl.log2(sum_t)
-    rounded = shift * LOG2E + ((max_t - log_t) - (max_s - log_s))
-    row = factor.to(F), log_s, log_t, rounded, mean, saturated, sign
+    alive, divergence, row = _statistics(look, coefficient, FIRST, DIVERGENCE == REVERSE_KL, F)
     if DIVERGENCE >= JSD:
         b = _beta_constants(beta, weights, F)
+        factor, log_s, log_t, rounded, _, _, _ = row
         value, mean, saturated, sign = _second_look(
             student, teacher, row, b, key_mask, start, alive, end, keys,
             SECOND, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F,
         )  # fmt: skip
         if MIXED_REVERSE:
             mean += b[4][1] * _with_infinity(divergence)
-            divergence = b[4][1] * divergence + value
-        else:
-            divergence = value
-        row = factor.to(F), log_s, log_t, rounded, mean, saturated, sign
+        divergence = b[4][1] * divergence + value if MIXED_REVERSE else value
+        row = factor, log_s, log_t, rounded, mean, saturated, sign
     loss = tl.where(alive, coefficient * _with_infinity(divergence).to(tl.float64), 0)
     tl.store(_choose(entry, losses) + index, loss, mask=exists)
     if stats is not None:

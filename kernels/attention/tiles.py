@@ -19,8 +19,9 @@ from ..common import (
     _unmasked,
 )  # fmt: skip
 
-# The score of a masked key: low enough for a probability of exactly zero, and finite, so that differences are too.
-MASKED = tl.constexpr(-1e30)
+# The score of a masked key: low enough for a probability of exactly zero, and finite, so that differences are too. It
+# is below what a bias of -inf makes of a score, and a power of two, whose product with a scale is exact.
+MASKED = tl.constexpr(-(2.0**100))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # What a row is kept as: coefficient, the logarithms log_s and log_t of both models' sums of exponentials, what rounding
@@ -130,11 +131,15 @@ def _load_bias(bias, query_start, key_start, query, key, used, F: tl.constexpr):
 
 
 @triton.jit
-def tile_scores(own, other, scale, bias, query_start, key_start, query, key, used, F: tl.constexpr):
-    """[own, other] scores; `used` says which of them matter."""
-    s = scale * _dot(own, tl.trans(other), F)
+def tile_scores(
+    own, other, scale, bias, query_start, key_start, query, key, used, SCALED: tl.constexpr, F: tl.constexpr
+):
+    """[own, other] scores; `used` says which of them matter. Where there is no bias they may be left to be scaled."""
+    s = _dot(own, tl.trans(other), F)
     if len(bias) > 0:
-        s += _load_bias(bias, query_start, key_start, query, key, used, F)
+        s = scale * s + _load_bias(bias, query_start, key_start, query, key, used, F)
+    elif SCALED:
+        s *= scale
     return s
 
 
@@ -280,6 +285,7 @@ def both_scores(
     WIDTH_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
+    SCALED: tl.constexpr = True,
 ):
     """Both models' scores for a tile of keys, and which of them are not masked."""
     q, k, scale, bias = student
@@ -293,7 +299,7 @@ def both_scores(
     if len(bias) > 0 or len(teacher_bias) > 0:
         used = valid & alive[:, None]
     key_rows = load_head(k, start, key < keys, WIDTH_S, q.shape[1], BLOCK_N)
-    s = tile_scores(q, key_rows, scale, bias, query_start, start, i, j, used, F)
+    s = tile_scores(q, key_rows, scale, bias, query_start, start, i, j, used, SCALED, F)
     key_rows = load_head(tk, start, key < keys, WIDTH_T, tq.shape[1], BLOCK_N)
-    t = tile_scores(tq, key_rows, teacher_scale, teacher_bias, query_start, start, i, j, used, F)
+    t = tile_scores(tq, key_rows, teacher_scale, teacher_bias, query_start, start, i, j, used, SCALED, F)
     return s, t, valid
