@@ -378,6 +378,19 @@ def test_minus_infinity_in_a_bias_masks():
     assert all(g.isfinite().all() for g in gradients) and (gradients[0][:, 5] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model", [4, 5])
+def test_a_row_that_a_bias_masks_whole_is_left_out(dtype: torch.dtype, model: int):
+    arguments = list(make(masked=False, dtype=dtype))
+    arguments[4], arguments[5] = (torch.zeros(1, 1, 37, 1, dtype=dtype) for _ in range(2))
+    arguments[model][:, :, 5] = -INF
+    got = run(tuple(arguments), "forward_kl", [True, True, False])
+    arguments[model] = torch.zeros_like(arguments[model])
+    arguments[6][:, :, 5] = 0
+    wanted = run(tuple(arguments), "forward_kl", [True, True, False])
+    assert torch.equal(got[0], wanted[0]) and all(map(torch.equal, got[1], wanted[1]))
+
+
 # ---- masks and rows left out -----------------------------------------------------------------------------------------
 
 
@@ -483,12 +496,13 @@ def test_results_do_not_depend_on_what_is_asked():
     assert torch.equal(run(arguments, "jsd", [False, False, False])[0], loss)
 
 
-def test_nothing_to_do():
-    arguments = list(make(batch=0, num_heads=2, masked=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_to_do(dtype: torch.dtype):
+    arguments = list(make(batch=0, num_heads=2, masked=False, dtype=dtype))
     loss, gradients = kernels.attention_kl(*map(moved, arguments), [True, True, False], 0, 0.5)[:2]
     assert loss.shape == (0, 2, 37) and gradients.shape == (0, 37, 24)
     for queries, keys in ((0, 5), (5, 0)):
-        arguments = list(make(queries=max(queries, 4), keys=max(keys, 1), bias="diagonals", masked=False))
+        arguments = list(make(queries=max(queries, 4), keys=max(keys, 1), bias="diagonals", masked=False, dtype=dtype))
         for n in (0, 2):
             arguments[n], arguments[n + 1] = arguments[n][:, :queries], arguments[n + 1][:, :keys]
         arguments[6] = 0 * arguments[6][..., :queries]

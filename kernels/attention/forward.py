@@ -127,7 +127,7 @@ def _first_look(
         sum_s = sum_s * factor_s + _partial(q)
         sum_t = sum_t * factor_t + _partial(p)
         max_s, max_t = top_s, top_t
-    found = (max_s > -1e30) & (max_t > -1e30)
+    found = (max_s > MASKED / 2) & (max_t > MASKED / 2)  # below are also the -1e30 of a bias of -inf, of fp32 or fp64
     return max_s * scale_s, tl.sum(sum_s, 1), max_t * scale_t, tl.sum(sum_t, 1), tl.sum(moment, 1), found
 
 

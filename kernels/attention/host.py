@@ -96,7 +96,8 @@ def _entry(
         (batch, heads, STATS.value, queries), dtype=torch.float64 if double else torch.float32
     )
     lifted = grad and student_q.dtype == torch.float16
-    lift = fp16_lift(coefficient.abs().amax(), divergence, beta).float() if lifted else None
+    largest = coefficient.abs().amax() if coefficient.numel() > 0 else coefficient.new_zeros(())
+    lift = fp16_lift(largest, divergence, beta).float() if lifted else None
     matrices = [for_products(x, student_q) for x in (student_q, student_k, teacher_q, teacher_k)]
     matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in matrices]
     return _Entry(
