@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import _choose, _choose_matrix, _load_valid, _rounded
+from .common import choose, choose_matrix, load_valid, rounded_to
 
 __all__ = ["ENTRIES", "centre_", "means_"]
 
@@ -32,7 +32,7 @@ def _mask_of(index, masks):
     """masks[index], or None: which in Triton 3.6 no tuple can hold, not even on the right of an assignment."""
     mask = None
     if masks is not None:
-        mask = _choose(index, masks)
+        mask = choose(index, masks)
     return mask
 
 
@@ -45,7 +45,7 @@ def _first_valid(mask, tokens):
         start = 0
         while (start < tokens) & (first == tokens):
             token = start + tl.arange(0, 1024)
-            first = tl.min(tl.where(_load_valid(mask, token, tokens), token, tokens), 0)
+            first = tl.min(tl.where(load_valid(mask, token, tokens), token, tokens), 0)
             start += 1024
     return first
 
@@ -69,7 +69,7 @@ def means_kernel(
 ):
     """The means of a block of columns, from the first valid token on."""
     index = tl.program_id(1)
-    x, stride, means = _choose_matrix(index, matrices)
+    x, stride, means = choose_matrix(index, matrices)
     mask = _mask_of(index, masks)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = column < width
@@ -78,7 +78,7 @@ def means_kernel(
     total, count = tl.zeros((BLOCK_N, BLOCK_D), F), tl.zeros((BLOCK_N,), tl.int32)
     for start in tl.range(0, tokens, BLOCK_N, num_stages=4):
         row = start + tl.arange(0, BLOCK_N)
-        valid = _load_valid(mask, row, tokens)
+        valid = load_valid(mask, row, tokens)
         moved = _load_rows(x, stride, row, valid, column, exists).to(F) - shift[None, :]
         total += tl.where(valid[:, None], moved, 0)
         count += valid.to(tl.int32)
@@ -105,17 +105,17 @@ def centre_kernel(
     gradient alike.
     """
     index = tl.program_id(1)
-    x, stride, means = _choose_matrix(index, matrices)
+    x, stride, means = choose_matrix(index, matrices)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = column < width
-    valid = _load_valid(_mask_of(index, masks), row, tokens)
+    valid = load_valid(_mask_of(index, masks), row, tokens)
     mean = tl.load(means + column, mask=exists, other=0)
     rounded = mean.to(F)
     moved = _load_rows(x, stride, row, valid, column, exists).to(F) - rounded[None, :]
     if out.dtype.element_ty == F:
         moved -= (mean - rounded).to(F)[None, :]
-    moved = _rounded(tl.where(valid[:, None], moved, 0), out.dtype.element_ty)
+    moved = rounded_to(tl.where(valid[:, None], moved, 0), out.dtype.element_ty)
     out += index.to(tl.int64) * out_matrix_stride
     pointers = out + row[:, None].to(tl.int64) * out_stride + column[None, :]
     tl.store(pointers, moved, mask=(row < tokens)[:, None] & exists[None, :])

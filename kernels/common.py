@@ -29,7 +29,7 @@ MIX = tl.constexpr(64)
 
 
 @triton.jit
-def _exp_nonpositive(x):
+def exp_nonpositive(x):
     """For x <= 0: e^x, e^x - 1 accurate near 0, and e^x - 1 - x accurate near 0."""
     if x.dtype == tl.float64:
         value = tl.exp(x)
@@ -51,7 +51,7 @@ def _exp_nonpositive(x):
 
 
 @triton.jit
-def _log_1p(x):
+def log_1p(x):
     """log(1 + x) for x > -1, by 2 artanh(x / (2 + x)) near 0."""
     f = x / (2 + x)
     z = f * f
@@ -68,7 +68,7 @@ def _log_1p(x):
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
+def rounded_to(x, DTYPE: tl.constexpr):
     """x in a dtype, rounded to the nearest. Triton's interpreter would cut bf16 off."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
@@ -78,7 +78,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _double(x):
+def double(x):
     """A number given by the host, in fp64."""
     return tl.full((), x, tl.float64)
 
@@ -87,7 +87,7 @@ def _double(x):
 
 
 @triton.jit
-def _choose(index, choices):
+def choose(index, choices):
     """choices[index], for an index known when the kernel runs. Alignment common to all choices stays known."""
     chosen = choices[0]
     for n in tl.static_range(1, len(choices)):
@@ -96,7 +96,7 @@ def _choose(index, choices):
 
 
 @triton.jit
-def _choose_matrix(index, matrices):
+def choose_matrix(index, matrices):
     """matrices[index], each of three: a pointer and two numbers."""
     pointer, first, second = matrices[0]
     for n in tl.static_range(1, len(matrices)):
@@ -107,7 +107,7 @@ def _choose_matrix(index, matrices):
 
 
 @triton.jit
-def _load_valid(mask, position, count):
+def load_valid(mask, position, count):
     """Which keys, or tokens, exist and are not masked."""
     valid = position < count
     if mask is not None:
@@ -126,7 +126,7 @@ def for_products(x: Tensor, student: Tensor) -> Tensor:
 
 
 @triton.jit
-def _dot(x, y, F: tl.constexpr):
+def dot(x, y, F: tl.constexpr):
     """x y in the working precision: 16-bit operands as they are, whose products are exact, and others in full."""
     if x.dtype == tl.float64 or y.dtype == tl.float64 or tl.float64 == F or INTERPRETED:
         x, y = x.to(F), y.to(F)
@@ -152,24 +152,24 @@ def beta_arguments(beta: float | Sequence[float]) -> dict:
 
 
 @triton.jit
-def _weight(weights, MEMBER: tl.constexpr):
+def member_weight(weights, MEMBER: tl.constexpr):
     """A member's weight in a mix, in fp64."""
-    return _double(weights[3 * MEMBER]) + _double(weights[3 * MEMBER + 1]) + _double(weights[3 * MEMBER + 2])
+    return double(weights[3 * MEMBER]) + double(weights[3 * MEMBER + 1]) + double(weights[3 * MEMBER + 2])
 
 
 @triton.jit
-def _beta_constants(beta, weights, F: tl.constexpr):
+def beta_constants(beta, weights, F: tl.constexpr):
     """beta and what the mixtures need of it: 1 - beta and the logarithms of both; and a mix's weights."""
-    beta = _double(beta)
+    beta = double(beta)
     b = beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F)
     if weights is not None:
         w = (
-            _weight(weights, 0).to(F),
-            _weight(weights, 1).to(F),
-            _weight(weights, 2).to(F),
-            _weight(weights, 3).to(F),
-            _weight(weights, 4).to(F),
-            _weight(weights, 5).to(F),
+            member_weight(weights, 0).to(F),
+            member_weight(weights, 1).to(F),
+            member_weight(weights, 2).to(F),
+            member_weight(weights, 3).to(F),
+            member_weight(weights, 4).to(F),
+            member_weight(weights, 5).to(F),
         )
         b = b[0], b[1], b[2], b[3], w
     return b
@@ -179,7 +179,7 @@ def _beta_constants(beta, weights, F: tl.constexpr):
 
 
 @triton.jit
-def _unmasked(score):
+def unmasked(score):
     """-inf, a masked column, as a very low number: differences stay finite and zero probabilities make zero products.
 
     Columns past the end of a row are read as -inf of both models and add nothing to any sum.
@@ -188,18 +188,18 @@ def _unmasked(score):
 
 
 @triton.jit
-def _with_infinity(divergence):
+def with_infinity(divergence):
     return tl.where(divergence > 1e20, float("inf"), divergence)
 
 
 @triton.jit
-def _pair_of(larger, log_ratio):
+def pair_of(larger, log_ratio):
     """Both probabilities, and how they differ, to full relative accuracy, from log(p / q) and the larger of the two.
 
     (p, q, q - p, log(p / q), the smaller over the larger, that - 1, whether p is the larger)
     """
     teacher_larger = log_ratio >= 0
-    ratio, ratio_minus1, _ = _exp_nonpositive(-tl.abs(log_ratio))
+    ratio, ratio_minus1, _ = exp_nonpositive(-tl.abs(log_ratio))
     smaller = larger * ratio
     gap = larger * ratio_minus1
     p = tl.where(teacher_larger, larger, smaller)
@@ -209,10 +209,10 @@ def _pair_of(larger, log_ratio):
 
 
 @triton.jit
-def _excess(p, q, log_ratio):
+def excess_of(p, q, log_ratio):
     """p log(p / q) + q - p: never negative, and without cancellation near p = q."""
     x = -tl.abs(log_ratio)
-    ratio, ratio_minus1, ratio_tail = _exp_nonpositive(x)
+    ratio, ratio_minus1, ratio_tail = exp_nonpositive(x)
     of_smaller = tl.where(x > -1, x * ratio_minus1 - ratio_tail, x * ratio - ratio_minus1)  # x e^x + 1 - e^x
     return tl.where(log_ratio >= 0, p * ratio_tail, q * of_smaller)
 
@@ -229,10 +229,10 @@ def _share(numerator, denominator):
 def _mixture(pair, a, rest, log_rest):
     """m = a p + rest q: (m, log(p / m), log(q / m), log(m / (rest q)))"""
     p, q, _, log_ratio, ratio, ratio_minus1, teacher_larger = pair
-    log_m_over_larger = _log_1p(tl.where(teacher_larger, rest, a) * ratio_minus1)
+    log_m_over_larger = log_1p(tl.where(teacher_larger, rest, a) * ratio_minus1)
     log_p_over_m = tl.where(teacher_larger, 0, log_ratio) - log_m_over_larger
     log_q_over_m = tl.where(teacher_larger, -log_ratio, 0) - log_m_over_larger
-    log_m_over_limit = tl.where(teacher_larger, -log_q_over_m - log_rest, _log_1p(a / rest * ratio))
+    log_m_over_limit = tl.where(teacher_larger, -log_q_over_m - log_rest, log_1p(a / rest * ratio))
     return a * p + rest * q, log_p_over_m, log_q_over_m, log_m_over_limit
 
 
@@ -248,28 +248,28 @@ def _mixture_of(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _value_of(pair, b, DIVERGENCE: tl.constexpr):
+def _member_value(pair, b, DIVERGENCE: tl.constexpr):
     p, q, difference, log_ratio, _, _, _ = pair
     beta, rest = b[0], b[1]
     if DIVERGENCE == FORWARD_KL:
-        value = _excess(p, q, log_ratio)
+        value = excess_of(p, q, log_ratio)
     elif DIVERGENCE == REVERSE_KL:
-        value = _excess(q, p, -log_ratio)
+        value = excess_of(q, p, -log_ratio)
     elif DIVERGENCE == TVD:
         value = 0.5 * tl.abs(difference)
     else:
         m, log_p_over_m, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
         if DIVERGENCE == JSD:
-            value = beta * _excess(p, m, log_p_over_m) + rest * _excess(q, m, log_q_over_m)
+            value = beta * excess_of(p, m, log_p_over_m) + rest * excess_of(q, m, log_q_over_m)
         elif DIVERGENCE == SKEW_KL:
-            value = _excess(p, m, log_p_over_m)
+            value = excess_of(p, m, log_p_over_m)
         else:
-            value = _excess(q, m, log_q_over_m)
+            value = excess_of(q, m, log_q_over_m)
     return value
 
 
 @triton.jit
-def _slope_of(pair, b, DIVERGENCE: tl.constexpr):
+def _member_slope(pair, b, DIVERGENCE: tl.constexpr):
     _, q, difference, log_ratio, _, _, _ = pair
     beta, rest = b[0], b[1]
     if DIVERGENCE == REVERSE_KL:
@@ -288,7 +288,7 @@ def _slope_of(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _coslope_of(pair, b, DIVERGENCE: tl.constexpr):
+def _member_coslope(pair, b, DIVERGENCE: tl.constexpr):
     p, q, difference, log_ratio, _, _, _ = pair
     rest = b[1]
     if DIVERGENCE == REVERSE_KL:
@@ -311,39 +311,39 @@ def _coslope_of(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _value(pair, b, DIVERGENCE: tl.constexpr):
+def value_of(pair, b, DIVERGENCE: tl.constexpr):
     """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
     if DIVERGENCE >= MIX:
         value = tl.zeros_like(pair[0])
         for member in tl.static_range(6):
             if (DIVERGENCE >> member) % 2 == 1:
-                value += b[4][member] * _value_of(pair, b, member)
+                value += b[4][member] * _member_value(pair, b, member)
     else:
-        value = _value_of(pair, b, DIVERGENCE)
+        value = _member_value(pair, b, DIVERGENCE)
     return value
 
 
 @triton.jit
-def _slope(pair, b, DIVERGENCE: tl.constexpr):
+def slope_of(pair, b, DIVERGENCE: tl.constexpr):
     """q u, with u = 0 where p = q"""
     if DIVERGENCE >= MIX:
         slope = tl.zeros_like(pair[0])
         for member in tl.static_range(1, 6):
             if (DIVERGENCE >> member) % 2 == 1:
-                slope += b[4][member] * _slope_of(pair, b, member)
+                slope += b[4][member] * _member_slope(pair, b, member)
     else:
-        slope = _slope_of(pair, b, DIVERGENCE)
+        slope = _member_slope(pair, b, DIVERGENCE)
     return slope
 
 
 @triton.jit
-def _coslope(pair, b, DIVERGENCE: tl.constexpr):
+def coslope_of(pair, b, DIVERGENCE: tl.constexpr):
     """q v, v = (limit of u) - u, with v = 0 where p << q"""
     if DIVERGENCE >= MIX:
         coslope = tl.zeros_like(pair[0])
         for member in tl.static_range(1, 6):
             if (DIVERGENCE >> member) % 2 == 1:
-                coslope += b[4][member] * _coslope_of(pair, b, member)
+                coslope += b[4][member] * _member_coslope(pair, b, member)
     else:
-        coslope = _coslope_of(pair, b, DIVERGENCE)
+        coslope = _member_coslope(pair, b, DIVERGENCE)
     return coslope

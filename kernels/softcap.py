@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import _double, _exp_nonpositive
+from .common import double, exp_nonpositive
 
 __all__ = ["softcap"]
 
@@ -28,10 +28,10 @@ def softcap_kernel(
     row, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     z = tl.load(scores + row * scores_row + column, mask=inside, other=0.0)
-    cap = _double(cap).to(z.dtype)
+    cap = double(cap).to(z.dtype)
     top = tl.abs(z)
     x = top / cap
-    e, minus1, _ = _exp_nonpositive(-2 * x)
+    e, minus1, _ = exp_nonpositive(-2 * x)
     if z.dtype == tl.float64:
         s = cap * (-minus1 / (2 + minus1))
     else:

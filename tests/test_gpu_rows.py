@@ -223,11 +223,11 @@ def test_accuracy_in_fp64(divergence: str):
 @triton.jit
 def _elementary_kernel(x, minus1, tail, log_1p, log_1p_positive, N: tl.constexpr):
     i = tl.arange(0, N)
-    _, m, t = common._exp_nonpositive(tl.load(x + i))
-    tl.store(log_1p_positive + i, common._log_1p(-tl.load(x + i)))
+    _, m, t = common.exp_nonpositive(tl.load(x + i))
+    tl.store(log_1p_positive + i, common.log_1p(-tl.load(x + i)))
     tl.store(minus1 + i, m)
     tl.store(tail + i, t)
-    tl.store(log_1p + i, common._log_1p(tl.load(x + i) / 128))
+    tl.store(log_1p + i, common.log_1p(tl.load(x + i) / 128))
 
 
 @over_triton_alone

@@ -8,14 +8,14 @@ from ..common import (
     JSD,
     MIX,
     REVERSE_KL,
-    _beta_constants,
-    _choose,
-    _coslope,
-    _load_valid,
-    _log_1p,
-    _slope,
-    _value,
-    _with_infinity,
+    beta_constants,
+    choose,
+    coslope_of,
+    load_valid,
+    log_1p,
+    slope_of,
+    value_of,
+    with_infinity,
 )  # fmt: skip
 from .tiles import (
     LN2,
@@ -70,7 +70,7 @@ def _any_masked(key_mask, start, keys, query_start, CAUSAL: tl.constexpr, BLOCK:
     """Whether any key of a tile is."""
     some = start + BLOCK > (tl.minimum(keys, query_start + 1) if CAUSAL else keys)
     if key_mask is not None:
-        some |= tl.min(_load_valid(key_mask, start + tl.arange(0, BLOCK), keys).to(tl.int32), 0) == 0
+        some |= tl.min(load_valid(key_mask, start + tl.arange(0, BLOCK), keys).to(tl.int32), 0) == 0
     return some
 
 
@@ -139,7 +139,7 @@ def _statistics(look, coefficient, FIRST: tl.constexpr, REVERSE: tl.constexpr, F
     alive = (coefficient != 0) & (found | (sum_s + sum_t != sum_s + sum_t))
     sum_s, sum_t = tl.where(alive, sum_s, 1), tl.where(alive, sum_t, 1)
     factor = tl.where(alive, coefficient, 0)
-    shift = _log_1p((sum_t - sum_s) / sum_s)
+    shift = log_1p((sum_t - sum_s) / sum_s)
     divergence, zero = moment, tl.zeros_like(shift)
     mean = zero
     if FIRST == FORWARD_KL:
@@ -147,7 +147,7 @@ def _statistics(look, coefficient, FIRST: tl.constexpr, REVERSE: tl.constexpr, F
     elif FIRST == REVERSE_KL:
         divergence = moment * LN2 / sum_s + shift
     if REVERSE:
-        mean, factor = _with_infinity(divergence) * LOG2E, factor * LN2  # of log(p / q), base 2
+        mean, factor = with_infinity(divergence) * LOG2E, factor * LN2  # of log(p / q), base 2
     log_s, log_t = max_s + tl.log2(sum_s), max_t + tl.log2(sum_t)
     rounded = shift * LOG2E + ((max_t - log_t) - (max_s - log_s))
     return alive, divergence, (factor.to(F), log_s, log_t, rounded, mean, zero, zero)
@@ -182,9 +182,9 @@ def _second_look(
         )
         s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
         pair = tile_pair(s, t, row)
-        value += tl.sum(_value(pair, beta, DIVERGENCE), 1)
-        mean += tl.sum(_slope(pair, beta, DIVERGENCE), 1)
-        comean += tl.sum(_coslope(pair, beta, DIVERGENCE), 1)
+        value += tl.sum(value_of(pair, beta, DIVERGENCE), 1)
+        mean += tl.sum(slope_of(pair, beta, DIVERGENCE), 1)
+        comean += tl.sum(coslope_of(pair, beta, DIVERGENCE), 1)
         _, q, difference, _, _, _, _ = pair
         sign += tl.sum(tl.where(q > 0.5, (difference > 0).to(F) - (difference < 0).to(F), 0), 1)
     saturated = comean < mean
@@ -227,17 +227,17 @@ def forward_kernel(
     entry, program = tl.program_id(1), tl.program_id(0)
     start, head = program % blocks * BLOCK_M, program // blocks
     b, a = (head // heads).to(tl.int64), head % heads
-    queries, keys = _choose(entry, lengths_q), _choose(entry, lengths_k)
+    queries, keys = choose(entry, lengths_q), choose(entry, lengths_k)
     query = start + tl.arange(0, BLOCK_M)
     exists = query < queries
     index = head.to(tl.int64) * queries + query
-    coefficient = tl.load(_choose(entry, coefficients) + index, mask=exists, other=0)
+    coefficient = tl.load(choose(entry, coefficients) + index, mask=exists, other=0)
     alive = coefficient != 0
     end = tl.minimum(keys, start + BLOCK_M) if CAUSAL else keys
     end = tl.where(tl.max(alive.to(tl.int32), 0) == 0, 0, end)
     key_mask = None
     if key_masks is not None:
-        key_mask = _choose(entry, key_masks) + b * keys
+        key_mask = choose(entry, key_masks) + b * keys
     student = _model(
         entry, student_q, student_k, b, a, start, exists, student_scale, student_bias,
         GROUP_S, WIDTH_S, PADDED_S, BLOCK_M, F,
@@ -256,19 +256,19 @@ def forward_kernel(
     )  # fmt: skip
     alive, divergence, row = _statistics(look, coefficient, FIRST, DIVERGENCE == REVERSE_KL, F)
     if DIVERGENCE >= JSD:
-        b = _beta_constants(beta, weights, F)
+        b = beta_constants(beta, weights, F)
         factor, log_s, log_t, rounded, _, _, _ = row
         value, mean, saturated, sign = _second_look(
             student, teacher, row, b, key_mask, start, alive, end, keys,
             SECOND, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F,
         )  # fmt: skip
         if MIXED_REVERSE:
-            mean += b[4][1] * _with_infinity(divergence)
+            mean += b[4][1] * with_infinity(divergence)
         divergence = b[4][1] * divergence + value if MIXED_REVERSE else value
         row = factor, log_s, log_t, rounded, mean, saturated, sign
-    loss = tl.where(alive, coefficient * _with_infinity(divergence).to(tl.float64), 0)
-    tl.store(_choose(entry, losses) + index, loss, mask=exists)
+    loss = tl.where(alive, coefficient * with_infinity(divergence).to(tl.float64), 0)
+    tl.store(choose(entry, losses) + index, loss, mask=exists)
     if stats is not None:
-        pointers = _choose(entry, stats) + head.to(tl.int64) * STATS * queries + query
+        pointers = choose(entry, stats) + head.to(tl.int64) * STATS * queries + query
         for n in tl.static_range(STATS):
             tl.store(pointers + n * queries, row[n], mask=exists)

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from ..common import FORWARD_KL, _beta_constants, _choose, _dot, _double, _load_valid
+from ..common import FORWARD_KL, beta_constants, choose, dot, double, load_valid
 from .tiles import (
     STATS,
     along,
@@ -33,25 +33,25 @@ def factors_kernel(stats, tops, key_masks, lifts, lengths, heads, BLOCK: tl.cons
     Stored are a, b and, for rows that count, as queries and as keys, and are within reach of `top`, w; for others NaN.
     """
     entry, head = tl.program_id(1), tl.program_id(0)
-    rows = _choose(entry, lengths)
-    stats = _choose(entry, stats) + head.to(tl.int64) * STATS * rows
+    rows = choose(entry, lengths)
+    stats = choose(entry, stats) + head.to(tl.int64) * STATS * rows
     key_mask = None
     if key_masks is not None:
-        key_mask = _choose(entry, key_masks) + (head // heads).to(tl.int64) * rows
+        key_mask = choose(entry, key_masks) + (head // heads).to(tl.int64) * rows
     lift = 1.0
     if lifts is not None:
-        lift = tl.load(_choose(entry, lifts))
+        lift = tl.load(choose(entry, lifts))
     total, count = tl.zeros((), F), tl.zeros((), F)
     for start in range(0, rows, BLOCK):
         coefficient, log_s, log_t, _, _, _, _ = load_stats(stats, start + tl.arange(0, BLOCK), rows, 1.0)
         total += tl.sum(tl.where(coefficient != 0, log_s + log_t, 0), 0)
         count += tl.sum((coefficient != 0).to(F), 0)
     top = 0.5 * total / tl.maximum(count, 1)
-    tl.store(_choose(entry, tops) + head, top)
+    tl.store(choose(entry, tops) + head, top)
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         coefficient, log_s, log_t, rounded, _, _, _ = load_stats(stats, row, rows, lift)
-        near = _load_valid(key_mask, row, rows) & (coefficient != 0)
+        near = load_valid(key_mask, row, rows) & (coefficient != 0)
         near &= tl.maximum(tl.abs(log_s - top), tl.abs(log_t - top)) < REACH
         b = coefficient * tl.exp2(top - log_t)
         w = b * exp2_minus1(log_t - log_s + rounded)
@@ -105,7 +105,7 @@ def _masked_gradient(
     i, position = own_start + tl.arange(0, s.shape[0])[:, None], start + tl.arange(0, s.shape[1])
     gradient = tl.zeros_like(s)
     if AS_QUERY:
-        used = _load_valid(key_mask, position, rows)[None, :] & (own_row[0] != 0)[:, None]
+        used = load_valid(key_mask, position, rows)[None, :] & (own_row[0] != 0)[:, None]
         if CAUSAL:
             used &= position[None, :] <= i
         gradient += tile_gradient(s, t, along(own_row, 1), beta, used, DIVERGENCE)
@@ -145,10 +145,10 @@ def _accumulate(
         position = start + tl.arange(0, BLOCK_N)
         read = position < rows
         if key_mask is not None:  # as keys or as queries
-            read = _load_valid(key_mask, position, rows) | (tl.load(stats + position, mask=read, other=0) != 0)
+            read = load_valid(key_mask, position, rows) | (tl.load(stats + position, mask=read, other=0) != 0)
         other_x = load_head(x, start, read, WIDTH_S, own_x.shape[1], BLOCK_N)
         other_y = load_head(y, start, read, WIDTH_T, own_y.shape[1], BLOCK_N)
-        s, t = _dot(own_x, tl.trans(other_x), F), _dot(own_y, tl.trans(other_y), F)
+        s, t = dot(own_x, tl.trans(other_x), F), dot(own_y, tl.trans(other_y), F)
         if DIVERGENCE == FORWARD_KL and AS_QUERY and AS_KEY and not CAUSAL:
             factors = _load_factors(stats, position, rows)
             if own_near & _all_near(factors):
@@ -163,7 +163,7 @@ def _accumulate(
                 s * scales[0], t * scales[1], own, other, key_mask, start, beta, lift,
                 DIVERGENCE, CAUSAL, AS_QUERY, AS_KEY,
             )  # fmt: skip
-        total += _dot(gradient.to(other_x.dtype), other_x, F)
+        total += dot(gradient.to(other_x.dtype), other_x, F)
     return total
 
 
@@ -199,28 +199,28 @@ def gradient_kernel(
     entry, program = tl.program_id(1), tl.program_id(0)
     start, head = program % blocks * BLOCK_M, program // blocks
     b, a = (head // heads).to(tl.int64), head % heads
-    rows = _choose(entry, lengths)
+    rows = choose(entry, lengths)
     position = start + tl.arange(0, BLOCK_M)
-    stats = _choose(entry, stats) + head.to(tl.int64) * STATS * rows
+    stats = choose(entry, stats) + head.to(tl.int64) * STATS * rows
     key_mask = None
     if key_masks is not None:
-        key_mask = _choose(entry, key_masks) + b * rows
+        key_mask = choose(entry, key_masks) + b * rows
     lift = 1.0
     if lifts is not None:
-        lift = tl.load(_choose(entry, lifts))
+        lift = tl.load(choose(entry, lifts))
 
-    row, valid = load_stats(stats, position, rows, lift), _load_valid(key_mask, position, rows)
+    row, valid = load_stats(stats, position, rows, lift), load_valid(key_mask, position, rows)
     read = valid | (row[0] != 0)
     x, y = choose_head(entry, student, b, a, WIDTH_S), choose_head(entry, teacher, b, a, WIDTH_T)
     factors, top = _load_factors(stats, position, rows), tl.zeros((), F)
     if tops is not None:
-        top = tl.load(_choose(entry, tops) + head)
+        top = tl.load(choose(entry, tops) + head)
     own_x = load_head(x, start, read, WIDTH_S, PADDED_S, BLOCK_M)
     own_y = load_head(y, start, read, WIDTH_T, PADDED_T, BLOCK_M)
     own = own_x, own_y, start, valid, row, factors, _all_near(factors), top
     other = x, y, stats, rows
     scales = log2_scale(student_scale, F), log2_scale(teacher_scale, F)
-    b_constants = _beta_constants(beta, weights, F)
+    b_constants = beta_constants(beta, weights, F)
 
     last = tl.where(tl.max(read.to(tl.int32), 0) == 0, 0, rows)
     total = tl.zeros((BLOCK_M, PADDED_S), F)
@@ -243,7 +243,7 @@ def gradient_kernel(
             DIVERGENCE, False, False, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
     hidden = heads * WIDTH_S
-    gradient = _choose(entry, gradients) + b * rows * hidden + a * WIDTH_S
+    gradient = choose(entry, gradients) + b * rows * hidden + a * WIDTH_S
     pointers, exists = head_pointers((gradient, hidden), start, WIDTH_S, PADDED_S, BLOCK_M)
-    total *= _double(student_scale).to(F) / lift
+    total *= double(student_scale).to(F) / lift
     tl.store(pointers, total.to(gradient.dtype.element_ty), mask=(position < rows)[:, None] & exists)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import _beta_constants, _rounded
+from ..common import beta_constants, rounded_to
 from .tiles import STATS, along, any_masked, both_scores, load_stats, log2_scale, model_of, tile_gradient
 
 
@@ -65,7 +65,7 @@ def scores_kernel(
     )
     if key_mask is not None:
         key_mask += b * keys
-    b_constants = _beta_constants(beta, weights, F)
+    b_constants = beta_constants(beta, weights, F)
 
     some_dropped = tl.max((exists & (row_stats[0] == 0)).to(tl.int32), 0) != 0
     column = tl.arange(0, BLOCK_N)
@@ -79,7 +79,7 @@ def scores_kernel(
         g = tile_gradient(s, t, along(row_stats, 1), b_constants, None, DIVERGENCE)
         if some_dropped or any_masked(key_mask, key_start, keys, start, CAUSAL, BLOCK_N):
             g = tl.where(valid & alive[:, None], g, 0)
-        g = _rounded(g, gradient.dtype.element_ty)
+        g = rounded_to(g, gradient.dtype.element_ty)
         tl.store(pointers + key_start, g, mask=exists[:, None] & (key_start + column < columns)[None, :])
     zero = tl.zeros((BLOCK_M, BLOCK_N), gradient.dtype.element_ty)
     for key_start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, columns, BLOCK_N):

@@ -9,14 +9,14 @@ from ..common import (
     MIX,
     REVERSE_KL,
     TVD,
-    _choose_matrix,
-    _coslope,
-    _dot,
-    _double,
-    _load_valid,
-    _pair_of,
-    _slope,
-    _unmasked,
+    choose_matrix,
+    coslope_of,
+    dot,
+    double,
+    load_valid,
+    pair_of,
+    slope_of,
+    unmasked,
 )  # fmt: skip
 
 # The score of a masked key: low enough for a probability of exactly zero, and finite, so that differences are too. It
@@ -37,7 +37,7 @@ SPAN = tl.constexpr(128)
 @triton.jit
 def choose_head(index, matrices, b, a, WIDTH: tl.constexpr):
     """Head `a` of sequence `b` of matrices[index]."""
-    pointer, batch_stride, row_stride = _choose_matrix(index, matrices)
+    pointer, batch_stride, row_stride = choose_matrix(index, matrices)
     return pointer + b * batch_stride + a * WIDTH, row_stride
 
 
@@ -85,7 +85,7 @@ def load_stats(stats, position, queries, lift=1.0):
 
 @triton.jit
 def log2_scale(scale, F: tl.constexpr):
-    return (_double(scale) * LOG2E).to(F)
+    return (double(scale) * LOG2E).to(F)
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _load_bias(bias, query_start, key_start, query, key, used, F: tl.constexpr):
         pointer, query_stride, key_stride = bias
         pointer += tl.cast(query_start, tl.int64) * query_stride + tl.cast(key_start, tl.int64) * key_stride
         pointers = pointer + (query * query_stride + key * key_stride)
-        found = _unmasked(tl.load(pointers, mask=used, other=0).to(F) * LOG2E)
+        found = unmasked(tl.load(pointers, mask=used, other=0).to(F) * LOG2E)
     return found
 
 
@@ -135,7 +135,7 @@ def tile_scores(
     own, other, scale, bias, query_start, key_start, query, key, used, SCALED: tl.constexpr, F: tl.constexpr
 ):
     """[own, other] scores; `used` says which of them matter. Where there is no bias they may be left to be scaled."""
-    s = _dot(own, tl.trans(other), F)
+    s = dot(own, tl.trans(other), F)
     if len(bias) > 0:
         s = scale * s + _load_bias(bias, query_start, key_start, query, key, used, F)
     elif SCALED:
@@ -154,7 +154,7 @@ def _log_probabilities(s, t, row):
 @triton.jit
 def tile_pair(s, t, row):
     log_q, log_p, log_ratio = _log_probabilities(s, t, row)
-    return _pair_of(tl.exp2(tl.maximum(log_q, log_p)), log_ratio * LN2)
+    return pair_of(tl.exp2(tl.maximum(log_q, log_p)), log_ratio * LN2)
 
 
 @triton.jit
@@ -215,13 +215,13 @@ def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
         pair = tile_pair(s, t, row)
         # of a mix tvd, and forward and reverse KL, stay apart
         OTHERS: tl.constexpr = MIX + DIVERGENCE % 32 // 4 * 4 if DIVERGENCE >= MIX else DIVERGENCE
-        slope, coslope = _slope(pair, beta, OTHERS), _coslope(pair, beta, OTHERS)
+        slope, coslope = slope_of(pair, beta, OTHERS), coslope_of(pair, beta, OTHERS)
         if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
             # It jumps at p = q, and every kernel rounds scores in its own way. Where nearly all of q is at one key,
             # the mean is u there: taken with the other sign here, it would not cancel.
             q = pair[1]
-            of_tvd = tl.where(q > 0.5, 0.5 * sign * q, _slope(pair, beta, TVD))
-            counter = tl.where(q > 0.5, 0.5 * (q - sign * q), _coslope(pair, beta, TVD))
+            of_tvd = tl.where(q > 0.5, 0.5 * sign * q, slope_of(pair, beta, TVD))
+            counter = tl.where(q > 0.5, 0.5 * (q - sign * q), coslope_of(pair, beta, TVD))
             if DIVERGENCE == TVD:
                 slope, coslope = of_tvd, counter
             else:
@@ -267,7 +267,7 @@ def any_masked(key_mask, start, keys, query_start, CAUSAL: tl.constexpr, BLOCK: 
     """Whether any key of a tile is."""
     some = start + BLOCK > (tl.minimum(keys, query_start + 1) if CAUSAL else keys)
     if key_mask is not None:
-        some |= tl.min(_load_valid(key_mask, start + tl.arange(0, BLOCK), keys).to(tl.int32), 0) == 0
+        some |= tl.min(load_valid(key_mask, start + tl.arange(0, BLOCK), keys).to(tl.int32), 0) == 0
     return some
 
 
@@ -292,7 +292,7 @@ def both_scores(
     tq, tk, teacher_scale, teacher_bias = teacher
     i, j = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
     key = start + tl.arange(0, BLOCK_N)
-    valid = _load_valid(key_mask, key, keys)[None, :]
+    valid = load_valid(key_mask, key, keys)[None, :]
     if CAUSAL:
         valid = valid & (start + j <= query_start + i)
     used = valid

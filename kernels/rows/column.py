@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import FORWARD_KL, MIX, REVERSE_KL, _coslope, _double, _pair_of, _slope, _unmasked, _weight
+from ..common import FORWARD_KL, MIX, REVERSE_KL, coslope_of, double, member_weight, pair_of, slope_of, unmasked
 
 LOWEST = tl.constexpr(float("-inf"))
 # The maximum of scores that are all masked, and so worked on as -1e30: e^(their difference) is 0.
@@ -32,9 +32,9 @@ def _split(x, F: tl.constexpr):
 @triton.jit
 def mean_unit(weights, DIVERGENCE: tl.constexpr):
     """What log(q / p) is multiplied with in u, where the mean of u is subtracted inside it."""
-    unit = _double(1.0)
+    unit = double(1.0)
     if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:
-        unit = _weight(weights, REVERSE_KL)
+        unit = member_weight(weights, REVERSE_KL)
     return unit
 
 
@@ -83,12 +83,12 @@ def shifted_ratio(s, t, shift_high, shift_low, inv_tau):
 
 @triton.jit
 def column_pair(s, t, row):
-    """What `_pair_of` says of a column's scores."""
+    """What `pair_of` says of a column's scores."""
     max_s, inv_sum_s, max_t, inv_sum_t, inv_tau, scale, shift_high, shift_low, _, _, _ = row
     log_ratio = shifted_ratio(s, t, shift_high, shift_low, inv_tau)
     teacher_larger = log_ratio >= 0
     top = tl.where(teacher_larger, t - max_t, s - max_s)
-    return _pair_of(tl.exp2(top * scale) * tl.where(teacher_larger, inv_sum_t, inv_sum_s), log_ratio)
+    return pair_of(tl.exp2(top * scale) * tl.where(teacher_larger, inv_sum_t, inv_sum_s), log_ratio)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def column_gradient(s, t, b, row, DIVERGENCE: tl.constexpr, CAREFUL: tl.constexp
         q = tl.exp2((s - max_s) * scale) * inv_sum_s
         gradient = q - tl.exp2((t - max_t) * scale) * inv_sum_t
     else:
-        s, t = _unmasked(s), _unmasked(t)
+        s, t = unmasked(s), unmasked(t)
         if DIVERGENCE == REVERSE_KL:
             q = tl.exp2((s - max_s) * scale) * inv_sum_s
             gradient = -q * shifted_ratio(s, t, centred_high, centred_low, inv_tau)
@@ -109,7 +109,7 @@ def column_gradient(s, t, b, row, DIVERGENCE: tl.constexpr, CAREFUL: tl.constexp
                 gradient = pair[2]
             else:
                 BOUNDED: tl.constexpr = DIVERGENCE // 4 * 4 if DIVERGENCE >= MIX else DIVERGENCE
-                gradient = -_coslope(pair, b, BOUNDED) if CAREFUL else _slope(pair, b, BOUNDED)
+                gradient = -coslope_of(pair, b, BOUNDED) if CAREFUL else slope_of(pair, b, BOUNDED)
                 if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
                     gradient += b[4][0] * pair[2]
                 if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:

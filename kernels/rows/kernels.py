@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import REVERSE_KL, _beta_constants, _double
+from ..common import REVERSE_KL, beta_constants, double
 from .passes import first_pass, label_of, loss_of_row, refined, value_sums, write_block, write_gradient
 
 
@@ -24,7 +24,7 @@ def _shard_of_row(
     if teacher is not None and DIVERGENCE == REVERSE_KL:
         divergence = refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
     max_s, sum_s, max_t, sum_t, _, careful, sum_1 = stats
-    zero = _double(0.0)
+    zero = double(0.0)
     return (max_s, sum_s, max_t, sum_t, divergence, careful, sum_1), (zero, zero, own[0], own[1], own[2], own[3])
 
 
@@ -59,7 +59,7 @@ def rows_kernel(
     """One row: loss, stats and metrics, unless they are given, and gradient or sums, if wanted; or a shard's stats."""
     SHARD: tl.constexpr = loss is None and gradient is None and sums is None
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
-    beta, tau, kd_weight, ce_weight = _double(beta), _double(tau), _double(kd_weight), _double(ce_weight)
+    beta, tau, kd_weight, ce_weight = double(beta), double(tau), double(kd_weight), double(ce_weight)
     index = tl.program_id(0).to(tl.int64)
     student = (student + index * student_row, student_column, ALIGNED)
     if teacher is not None:
@@ -74,7 +74,7 @@ def rows_kernel(
         sums += index * 3
     weight = tl.load(coefficient + index)
     if weight == 0:  # the row is not read
-        zero = _double(0.0)
+        zero = double(0.0)
         nothing = (zero, zero, zero, zero, zero, zero, zero)
         if loss is not None:
             tl.store(loss + index, zero)
@@ -108,9 +108,9 @@ def rows_kernel(
             max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
             row_stats = (max_s, sum_s, max_t, sum_t, tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6))
         if sums is not None:
-            found = (_double(0.0), _double(0.0), _double(0.0))
+            found = (double(0.0), double(0.0), double(0.0))
             if (row_stats[1] != 0) & (row_stats[3] != 0):
-                b = _beta_constants(beta, weights, F)
+                b = beta_constants(beta, weights, F)
                 found = value_sums(student, teacher, columns, row_stats, b, tau, DIVERGENCE, F, BLOCK)
             _write(sums, found, 3)
         if gradient is not None:

@@ -7,15 +7,15 @@ from ..common import (
     JSD,
     MIX,
     REVERSE_KL,
-    _beta_constants,
-    _coslope,
-    _double,
-    _excess,
-    _slope,
-    _unmasked,
-    _value,
-    _weight,
-    _with_infinity,
+    beta_constants,
+    coslope_of,
+    double,
+    excess_of,
+    member_weight,
+    slope_of,
+    unmasked,
+    value_of,
+    with_infinity,
 )
 from .column import (
     ELSEWHERE,
@@ -119,7 +119,7 @@ def _grown(
     """Each group's running maxima, and sums relative to them, by a block more."""
     max_s, max_t, sum_s, sum_t, moment, sum_1, own_s, own_t, block_s, block_t = sums
     column = _columns(student, start, BLOCK)
-    x = _unmasked(_read(student, column, columns, MASK, F))
+    x = unmasked(_read(student, column, columns, MASK, F))
     before, max_s = max_s, tl.maximum(max_s, tl.max(x, 1))
     down_s, x = before - max_s, x - max_s[:, None]
     s_factor, q = tl.exp2(down_s * scale), tl.exp2(x * scale)
@@ -127,7 +127,7 @@ def _grown(
         factor, e = (tl.exp2(down_s * LOG2E), tl.exp2(x * LOG2E)) if SEPARATE else (s_factor, q)
         sum_1 = sum_1 * factor + tl.sum(tl.where(column == label[0], 0, e), 1)
     if teacher is not None:
-        y = _unmasked(_read(teacher, column, columns, MASK, F))
+        y = unmasked(_read(teacher, column, columns, MASK, F))
         before, max_t = max_t, tl.maximum(max_t, tl.max(y, 1))
         down_t, y = before - max_t, y - max_t[:, None]
         t_factor, p = tl.exp2(down_t * scale), tl.exp2(y * scale)
@@ -161,11 +161,11 @@ def _careful_sums(
     gap, excess = sum_t, sum_t
     for start in range(0, columns, BLOCK):
         column = _columns(student, start, BLOCK)
-        s, t = _unmasked(_read(student, column, columns, True, F)), _unmasked(_read(teacher, column, columns, True, F))
+        s, t = unmasked(_read(student, column, columns, True, F)), unmasked(_read(teacher, column, columns, True, F))
         p, q, difference, log_ratio, _, _, _ = column_pair(s, t, row)
         sum_t += _sum(p)
         gap += _sum(difference)
-        excess += _sum(_excess(q, p, -log_ratio) if BY_STUDENT else _excess(p, q, log_ratio))
+        excess += _sum(excess_of(q, p, -log_ratio) if BY_STUDENT else excess_of(p, q, log_ratio))
     sum_t, gap, excess = tl.sum(sum_t, 0), tl.sum(gap, 0), tl.sum(excess, 0)
     sum_s = sum_t + gap
     moment = excess + gap if BY_STUDENT else excess - gap
@@ -180,7 +180,7 @@ def first_pass(
 ):  # fmt: skip
     """Pass 1: the row's statistics, and D where they give it: (D, stats, entropies and highest columns)."""
     BY_STUDENT: tl.constexpr = DIVERGENCE == REVERSE_KL
-    zero, scale = _double(0.0), (1 / tau * LOG2E).to(F)
+    zero, scale = double(0.0), (1 / tau * LOG2E).to(F)
     none, block = _zeros(student, F, BLOCK), _zeros(student, tl.int32, BLOCK)
     sums = (none + NOTHING, none + NOTHING, none, none, none, none, none, none, block, block)
     whole = columns - columns % BLOCK
@@ -250,11 +250,11 @@ def value_sums(
     mean, comean = value, value
     for start in range(0, columns, BLOCK):
         column = _columns(student, start, BLOCK)
-        s, t = _unmasked(_read(student, column, columns, True, F)), _unmasked(_read(teacher, column, columns, True, F))
+        s, t = unmasked(_read(student, column, columns, True, F)), unmasked(_read(teacher, column, columns, True, F))
         pair = column_pair(s, t, row)
-        value += _sum(_value(pair, b, DIVERGENCE))
-        mean += _sum(_slope(pair, b, DIVERGENCE))
-        comean += _sum(_coslope(pair, b, DIVERGENCE))
+        value += _sum(value_of(pair, b, DIVERGENCE))
+        mean += _sum(slope_of(pair, b, DIVERGENCE))
+        comean += _sum(coslope_of(pair, b, DIVERGENCE))
     return tl.sum(value, 0), tl.sum(mean, 0), tl.sum(comean, 0)
 
 
@@ -281,25 +281,25 @@ def loss_of_row(
     divergence, stats, own = first_pass(student, teacher, label, columns, tau, FIRST, SEPARATE, METRICS, F, BLOCK)
     max_s, sum_s, max_t, sum_t, mean, careful, sum_1 = stats
     entropy_s, entropy_t, position_s, position_t = own
-    loss, kd, cross_entropy = _double(0.0), _double(0.0), _double(0.0)
+    loss, kd, cross_entropy = double(0.0), double(0.0), double(0.0)
     if teacher is not None:
         # A row of nothing but -inf has no distribution: it counts as masked, with loss and gradient 0.
         empty = (sum_s == 0) | (sum_t == 0)
         if FIRST == REVERSE_KL:
             divergence = refined(divergence, student, teacher, columns, stats, tau, F, BLOCK)
-            mean = _with_infinity(divergence)
+            mean = with_infinity(divergence)
         if DIVERGENCE >= JSD:
-            b = _beta_constants(beta, weights, F)
+            b = beta_constants(beta, weights, F)
             value, slope, coslope = value_sums(student, teacher, columns, stats, b, tau, SECOND, F, BLOCK)
             careful = (coslope < slope).to(tl.float64)
             second_mean = tl.where(coslope < slope, -coslope, slope)
             if MIXED_REVERSE:
-                unit = _weight(weights, REVERSE_KL)
+                unit = member_weight(weights, REVERSE_KL)
                 divergence, mean = unit * divergence + value, unit * mean + second_mean
             else:
                 divergence, mean = value, second_mean
         mean = tl.where(empty, 0.0, mean)
-        kd = tl.where(empty, 0.0, tau * tau * _with_infinity(divergence))
+        kd = tl.where(empty, 0.0, tau * tau * with_infinity(divergence))
         loss = kd_weight * kd
         if METRICS:
             entropy_s, entropy_t = tl.where(empty, 0.0, entropy_s), tl.where(empty, 0.0, entropy_t)
@@ -346,7 +346,7 @@ def write_gradient(
         sum_s, sum_t = tl.where(empty, 1.0, sum_s), tl.where(empty, 1.0, sum_t)
         unit = mean_unit(weights, DIVERGENCE)
         row = row_constants((max_s, sum_s, max_t, sum_t, mean, careful, sum_1), tau, unit, F)
-        kd = (tl.where(empty, 0.0, coefficient * kd_weight * tau).to(F), _beta_constants(beta, weights, F), row)
+        kd = (tl.where(empty, 0.0, coefficient * kd_weight * tau).to(F), beta_constants(beta, weights, F), row)
     if label is not None:
         # The label's own column is done apart and in fp64: softmax - 1 would lose every digit of a confident student.
         label_column, valid, score = label

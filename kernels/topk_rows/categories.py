@@ -10,15 +10,15 @@ from ..common import (
     SKEW_KL,
     SKEW_REVERSE_KL,
     TVD,
-    _beta_constants,
-    _coslope,
-    _double,
-    _excess,
-    _log_1p,
-    _pair_of,
-    _slope,
-    _value,
-    _with_infinity,
+    beta_constants,
+    coslope_of,
+    double,
+    excess_of,
+    log_1p,
+    pair_of,
+    slope_of,
+    value_of,
+    with_infinity,
 )
 from .rest import NOTHING, NOWHERE
 
@@ -48,7 +48,7 @@ def _log_mass(score, reference, tau):
 @triton.jit
 def _log_sum(x, y):
     """log(e^x + e^y)"""
-    return tl.maximum(x, y) + _log_1p(tl.exp(-tl.abs(x - y)))
+    return tl.maximum(x, y) + log_1p(tl.exp(-tl.abs(x - y)))
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, CONDITION
     top, total, _ = rest
     of_ids = tl.where(known, s, float("-inf"))
     reference = tl.maximum(tl.max(of_ids, 0), NOTHING)
-    tail, own = _double(NO_MASS), _double(NO_MASS)
+    tail, own = double(NO_MASS), double(NO_MASS)
     if not CONDITIONAL:
         reference = tl.maximum(reference, tl.maximum(tl.max(s, 0), top))
         tail = tl.where(total == 0, NO_MASS, (top - reference) / tau + tl.log(tl.where(total == 0, 1.0, total)))
@@ -68,7 +68,7 @@ def log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, CONDITION
     if tail_log_p is not None:
         tail_log_p = tl.where(tail_log_p == float("-inf"), NO_MASS, tail_log_p)
         if tail < 0.5 * NO_MASS:  # the student has none: the ids share out what the teacher has
-            tail_log_p = _double(NO_MASS)
+            tail_log_p = double(NO_MASS)
             log_p = tl.where(known, log_p - tl.log(tl.sum(tl.exp(log_p), 0)), NO_MASS)
         log_p = tl.where(of_tail, tail_log_p, log_p)
     return tl.where(of_tail, tail, _log_mass(of_ids, reference, tau)), log_p, (tail, own, reference)
@@ -91,32 +91,32 @@ def divergences(lane, log_weights, log_p, weights, beta):
     """
     largest = tl.argmax(log_weights, 0)
     relative = log_weights - tl.max(log_weights, 0)
-    log_q = relative - _log_1p(_excluding(lane, largest, tl.exp(relative)))
-    pair = _pair_of(tl.exp(tl.maximum(log_p, log_q)), log_p - log_q)
+    log_q = relative - log_1p(_excluding(lane, largest, tl.exp(relative)))
+    pair = pair_of(tl.exp(tl.maximum(log_p, log_q)), log_p - log_q)
     p, q, difference, log_ratio, _, _, _ = pair
     gap = tl.sum(difference, 0)  # 0, unless the teacher's masses do not sum to 1
-    value, slopes = _double(0.0), tl.zeros_like(q)
+    value, slopes = double(0.0), tl.zeros_like(q)
     if weights[FORWARD_KL] != 0:
-        value += weights[FORWARD_KL] * (tl.sum(_excess(p, q, log_ratio), 0) - gap)
+        value += weights[FORWARD_KL] * (tl.sum(excess_of(p, q, log_ratio), 0) - gap)
         slopes += weights[FORWARD_KL] * (difference - q * gap)
     if weights[REVERSE_KL] != 0:
-        reverse = _with_infinity(tl.sum(_excess(q, p, -log_ratio), 0) + gap)
+        reverse = with_infinity(tl.sum(excess_of(q, p, -log_ratio), 0) + gap)
         value += weights[REVERSE_KL] * reverse
         slopes -= weights[REVERSE_KL] * q * (log_ratio + reverse)
-    b = _beta_constants(beta, None, tl.float64)
+    b = beta_constants(beta, None, tl.float64)
     for code in tl.static_range(JSD, TVD + 1):
         if weights[code] != 0:
-            value += weights[code] * tl.sum(_value(pair, b, code), 0)
+            value += weights[code] * tl.sum(value_of(pair, b, code), 0)
             if code == SKEW_KL:
                 value -= weights[code] * (1 - beta) * gap
             elif code == SKEW_REVERSE_KL:
                 value += weights[code] * (1 - beta) * gap
-            slope, coslope = _slope(pair, b, code), _coslope(pair, b, code)
+            slope, coslope = slope_of(pair, b, code), coslope_of(pair, b, code)
             mean, comean = tl.sum(slope, 0), tl.sum(coslope, 0)
             slopes += weights[code] * tl.where(comean < mean, q * comean - coslope, slope - q * mean)
     slopes = tl.where(lane == largest, -_excluding(lane, largest, slopes), slopes)
     empty = (tl.max(log_weights, 0) < 0.5 * NO_MASS) | (tl.max(log_p, 0) < 0.5 * NO_MASS)
-    return tl.where(empty, 0.0, _with_infinity(value)), tl.where(empty, 0.0, slopes), q, log_q, empty
+    return tl.where(empty, 0.0, with_infinity(value)), tl.where(empty, 0.0, slopes), q, log_q, empty
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def shared_out(of_tail, slopes, tail, rest, tau, CONDITIONAL: tl.constexpr):
     """The tail's slope on its columns: (what the rest's exponentials are multiplied with, slopes with the label's)."""
     log_mass, own, reference = tail
     top, total, _ = rest
-    of_rest, of_label = _double(0.0), _double(0.0)
+    of_rest, of_label = double(0.0), double(0.0)
     if not CONDITIONAL:
         at_tail = tl.sum(tl.where(of_tail, slopes, 0.0), 0)
         of_rest = tl.where(total == 0, 0.0, at_tail * tl.exp((top - reference) / tau - log_mass))
@@ -144,7 +144,7 @@ def cross_entropy(s, column, label, rest):
     of_ids, of_rest, of_label = tl.exp(s - highest), tl.exp(top - highest), tl.exp(score - highest)
     others = tl.sum(of_ids, 0) + total * of_rest  # beside them a confident student's label would hide the others
     whole = others + of_label
-    loss = tl.where(score == highest, _log_1p(others), highest - score + tl.log(whole))
+    loss = tl.where(score == highest, log_1p(others), highest - score + tl.log(whole))
     share = 1 / tl.where(whole == 0, 1.0, whole)
     return loss, tl.where(column == label_column, -others * share, of_ids * share), of_rest * share
 
@@ -167,5 +167,5 @@ def metrics_of(
         tl.where(told, _entropy(tl.exp(log_p), log_p), 0.0),
     )
     agrees = told & (tl.sum(tl.where(lane == first, s, 0.0), 0) >= highest)
-    mass = _double(0.0) if CONDITIONAL else tl.where(told, tl.sum(tl.where(known, q, 0.0), 0), 0.0)
+    mass = double(0.0) if CONDITIONAL else tl.where(told, tl.sum(tl.where(known, q, 0.0), 0), 0.0)
     return kd, cross_entropy, entropy_q, entropy_p, tl.where(agrees, 1.0, 0.0), mass

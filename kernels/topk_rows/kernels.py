@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import _double
+from ..common import double
 from .categories import cross_entropy, divergences, label_beside, log_masses, metrics_of, shared_out
 from .rest import NOTHING, NOWHERE, sums_of_rest, write_gradient, write_rest
 
@@ -59,7 +59,7 @@ def topk_rows_kernel(
     """One row: loss, stats and metrics, unless they are given, and the gradient, if wanted."""
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     READ: tl.constexpr = not CONDITIONAL or labels is not None  # whether more than K scores count
-    beta, tau, zero = _double(beta), _double(tau), _double(0.0)
+    beta, tau, zero = double(beta), double(tau), double(0.0)
     index = tl.program_id(0).to(tl.int64)
     student = (student + index * student_row, student_column)
     if gradient is not None:
@@ -86,7 +86,7 @@ def topk_rows_kernel(
             aside = tl.where(of_tail & ~label[2], label[0], aside)
         pointers = student[0] + aside.to(tl.int64) * student_column
         s = tl.load(pointers, mask=aside != NOWHERE, other=float("-inf")).to(tl.float64)
-        rest = _double(NOTHING), zero, zero
+        rest = double(NOTHING), zero, zero
         if READ:
             rest = _stats_of(student, aside, columns, tau, loss, stats, SEPARATE, F, GROUPS, WIDTH)
         tail_log_p = None
@@ -129,7 +129,7 @@ def topk_shard_stats_kernel(
 ):  # fmt: skip
     """One row: the maximum and the sums of the columns that are not set aside."""
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
-    index, tau, zero = tl.program_id(0).to(tl.int64), _double(tau), _double(0.0)
+    index, tau, zero = tl.program_id(0).to(tl.int64), double(tau), double(0.0)
     rest = zero, zero, zero
     if tl.load(coefficient + index) != 0:
         _, aside = _columns_aside(ids, index, entries, columns, LANES)
@@ -149,7 +149,7 @@ def topk_shard_gradient_kernel(
 ):  # fmt: skip
     """One row: factors times exponentials, and what is given of the columns set aside."""
     F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
-    index, tau, zero = tl.program_id(0).to(tl.int64), _double(tau), _double(0.0)
+    index, tau, zero = tl.program_id(0).to(tl.int64), double(tau), double(0.0)
     factors += index * 2
     row, target = (student + index * student_row, student_column), (gradient + index * gradient_row, gradient_column)
     if tl.load(coefficient + index) == 0:  # the row is not read

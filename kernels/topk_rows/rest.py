@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import _double
+from ..common import double
 
 # Scores of -inf, masked columns, are worked on as the first of these, and the maximum of none but such is the second:
 # e^(their difference) is 0, where -inf - -inf would be NaN.
@@ -76,7 +76,7 @@ def sums_of_rest(
 ):  # fmt: skip
     """Pass 1: (maximum, sum of e^((s - maximum) / tau), sum of e^(s - maximum)) over the rest, in fp64."""
     BLOCK: tl.constexpr = GROUPS * WIDTH
-    one, top = _double(1.0), tl.full((GROUPS,), NOTHING, F)
+    one, top = double(1.0), tl.full((GROUPS,), NOTHING, F)
     high, low = tl.zeros((GROUPS,), F), tl.zeros((GROUPS,), F)
     high_1, low_1 = high, low
     first, whole = _next_aside(aside, 0), columns - columns % BLOCK
@@ -103,7 +103,7 @@ def write_rest(
     READ: tl.constexpr, SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """of_tail e^((s - top) / tau) + of_all e^(s - top), in every column; without READ 0."""
-    top, of_tail, of_all, one = top.to(F), of_tail.to(F), of_all.to(F), _double(1.0)
+    top, of_tail, of_all, one = top.to(F), of_tail.to(F), of_all.to(F), double(1.0)
     whole = columns - columns % (GROUPS * WIDTH)
     for PART in tl.static_range(2):
         for start in range(PART * whole, columns if PART else whole, GROUPS * WIDTH):
