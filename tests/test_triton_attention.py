@@ -263,41 +263,61 @@ def test_near_converged(divergence: str, deviation: float):
         assert distance(mine, true) <= max(2 * distance(torchs, true), least)
 
 
+@pytest.mark.parametrize("near", [0.1, 0.3])
+def test_near_converged_relations(near: float):
+    """Of rows with nearly all at one key the gradient is a small part of what scores differ by."""
+    teacher = 3 * torch.randn(1, 130, 24)
+    student = teacher + near * torch.randn_like(teacher)
+    arguments = student, teacher, torch.rand(1, 1, 130).double(), None, False, 1, "forward_kl"
+    _, (gradient,) = run_relations(*[[x] for x in arguments[:5]], *arguments[5:])
+    wanted, plain = relation_oracle(*arguments)[1], relation_oracle(*arguments, dtype=torch.float32)[1]
+    assert distance(gradient, wanted) <= 2 * distance(plain, wanted)
+
+
+# ---- relations by one exponential of each score, if they are of 16 bits ----------------------------------------------
+
+over_paths = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@over_paths
 @pytest.mark.parametrize("near", [1e-3, 1.0])
-def test_relations_of_short_and_long_rows(near: float):
+def test_relations_of_short_and_long_rows(near: float, dtype: torch.dtype):
     """Scores of rows some of which are out of reach of one reference for exponentials, in one tile or all of it."""
     teacher = torch.randn(1, 200, 16, dtype=torch.float64)
     teacher[:, [5, 150]] *= 6
     teacher[:, 64:96] *= 0.1
-    student = (teacher + near * torch.randn_like(teacher)).float()
-    arguments = student, teacher.float(), torch.rand(1, 1, 200).double(), None, False, 1, "forward_kl"
+    student = (teacher + near * torch.randn_like(teacher)).to(dtype)
+    arguments = student, teacher.to(dtype), torch.rand(1, 1, 200).double(), None, False, 1, "forward_kl"
     (loss,), (gradient,) = run_relations(*[[x] for x in arguments[:5]], *arguments[5:])
     wanted, plain = relation_oracle(*arguments), relation_oracle(*arguments, dtype=torch.float32)
+    least = 0 if dtype == torch.float32 else TOLERANCE[dtype]
     assert distance(loss, wanted[0]) <= 2 * distance(plain[0], wanted[0])
-    assert distance(gradient, wanted[1]) <= 2 * distance(plain[1], wanted[1])
+    assert distance(gradient, wanted[1]) <= max(2 * distance(plain[1], wanted[1]), least)
 
 
+@over_paths
 @pytest.mark.parametrize("deviations", [(0.1, 2.0), (2.0, 2.5), (3.0, 1.0)])
-def test_relations_whose_sums_are_far_apart(deviations: tuple[float, float]):
+def test_relations_whose_sums_are_far_apart(deviations: tuple[float, float], dtype: torch.dtype):
     """A row of one model has a much larger sum of exponentials than that of the other."""
-    student, teacher = (d * torch.randn(1, 128, 16) for d in deviations)
+    student, teacher = (d * torch.randn(1, 128, 16).to(dtype) for d in deviations)
     arguments = student, teacher, torch.rand(1, 1, 128).double(), None, False, 1, "forward_kl"
     (loss,), (gradient,) = run_relations(*[[x] for x in arguments[:5]], *arguments[5:])
     wanted = relation_oracle(*arguments)
-    check((loss, [gradient]), (wanted[0], [wanted[1]]))
+    check((loss, [gradient]), (wanted[0], [wanted[1]]), TOLERANCE[dtype])
 
 
+@over_paths
 @pytest.mark.parametrize("apart", [100.0, 300.0])
-def test_relations_between_tokens_that_a_teacher_tells_apart(apart: float):
+def test_relations_between_tokens_that_a_teacher_tells_apart(apart: float, dtype: torch.dtype):
     """Half of the teacher's scores are far below the student's, and their rows' sums near each other."""
     student, teacher = (0.05 * torch.randn(1, 128, 16) for _ in range(2))
     student[..., 0] += (2 * apart) ** 0.5
     teacher[..., 0] += (2 * apart) ** 0.5
     teacher[:, ::2, 0] *= -1
-    arguments = student, teacher, torch.rand(1, 1, 128).double(), None, False, 1, "forward_kl"
+    arguments = student.to(dtype), teacher.to(dtype), torch.rand(1, 1, 128).double(), None, False, 1, "forward_kl"
     (loss,), (gradient,) = run_relations(*[[x] for x in arguments[:5]], *arguments[5:])
     wanted = relation_oracle(*arguments)
-    check((loss, [gradient]), (wanted[0], [wanted[1]]))
+    check((loss, [gradient]), (wanted[0], [wanted[1]]), TOLERANCE[dtype])
 
 
 def test_fp16_gradients_are_not_flushed():

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from ..common import FORWARD_KL, beta_constants, choose, dot, double, load_valid
+from ..common import beta_constants, choose, dot, double, load_valid
 from .tiles import (
     STATS,
     along,
@@ -30,6 +30,7 @@ def factors_kernel(stats, tops, key_masks, lifts, lengths, heads, BLOCK: tl.cons
 
     With e = 2^(s - top) and f = 2^(t - top), `top` one for all of a head, a row's coefficient * (q - p) is a e - b f,
     and where e and f are near each other f (a (e / f - 1) + w) with w = a - b; G + G^T adds up those of both rows.
+    Near convergence that loses digits which gradients of 16 bits do not have: e / f is farther from 1 than q / p.
     Stored are a, b and, for rows that count, as queries and as keys, and are within reach of `top`, w; for others NaN.
     """
     entry, head = tl.program_id(1), tl.program_id(0)
@@ -133,6 +134,7 @@ def _accumulate(
     CAUSAL: tl.constexpr,
     AS_QUERY: tl.constexpr,
     AS_KEY: tl.constexpr,
+    FACTORS: tl.constexpr,
     WIDTH_S: tl.constexpr,
     WIDTH_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -149,7 +151,7 @@ def _accumulate(
         other_x = load_head(x, start, read, WIDTH_S, own_x.shape[1], BLOCK_N)
         other_y = load_head(y, start, read, WIDTH_T, own_y.shape[1], BLOCK_N)
         s, t = dot(own_x, tl.trans(other_x), F), dot(own_y, tl.trans(other_y), F)
-        if DIVERGENCE == FORWARD_KL and AS_QUERY and AS_KEY and not CAUSAL:
+        if FACTORS and AS_QUERY and AS_KEY and not CAUSAL:
             factors = _load_factors(stats, position, rows)
             if own_near & _all_near(factors):
                 gradient = _near_gradient(s * scales[0], t * scales[1], top, own_factors, factors)
@@ -213,7 +215,8 @@ def gradient_kernel(
     read = valid | (row[0] != 0)
     x, y = choose_head(entry, student, b, a, WIDTH_S), choose_head(entry, teacher, b, a, WIDTH_T)
     factors, top = _load_factors(stats, position, rows), tl.zeros((), F)
-    if tops is not None:
+    FACTORS: tl.constexpr = tops is not None
+    if FACTORS:
         top = tl.load(choose(entry, tops) + head)
     own_x = load_head(x, start, read, WIDTH_S, PADDED_S, BLOCK_M)
     own_y = load_head(y, start, read, WIDTH_T, PADDED_T, BLOCK_M)
@@ -227,20 +230,20 @@ def gradient_kernel(
     if not CAUSAL:
         total = _accumulate(
             total, own, other, key_mask, scales, b_constants, lift, 0, last,
-            DIVERGENCE, False, True, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
+            DIVERGENCE, False, True, True, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
     else:  # BLOCK_M is a multiple of BLOCK_N
         total = _accumulate(
             total, own, other, key_mask, scales, b_constants, lift, 0, tl.minimum(start, last),
-            DIVERGENCE, False, True, False, WIDTH_S, WIDTH_T, BLOCK_N, F,
+            DIVERGENCE, False, True, False, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
         total = _accumulate(
             total, own, other, key_mask, scales, b_constants, lift, start, tl.minimum(start + BLOCK_M, last),
-            DIVERGENCE, True, True, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
+            DIVERGENCE, True, True, True, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
         total = _accumulate(
             total, own, other, key_mask, scales, b_constants, lift, start + BLOCK_M, last,
-            DIVERGENCE, False, False, True, WIDTH_S, WIDTH_T, BLOCK_N, F,
+            DIVERGENCE, False, False, True, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
         )  # fmt: skip
     hidden = heads * WIDTH_S
     gradient = choose(entry, gradients) + b * rows * hidden + a * WIDTH_S

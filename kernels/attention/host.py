@@ -175,7 +175,7 @@ def _launch_gradient(entries: list[_Entry], setting: _Setting) -> list[Tensor]:
     key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
     lifts = None if entries[0].lift is None else tuple(e.lift for e in entries)
     stats, constants, tops = tuple(e.stats for e in entries), setting.constants(), None
-    if setting.divergence == FORWARD_KL.value:
+    if setting.divergence == FORWARD_KL.value and gradients[0].dtype.itemsize == 2:
         programs = batch * setting.num_heads, len(entries)
         tops = tuple(x.new_empty(programs[0]) for x in stats)
         factors_kernel[programs](
