@@ -15,6 +15,19 @@ def _write(to, numbers, N: tl.constexpr):
 
 
 @triton.jit
+def _write_zeros(loss, stats, gradient, metrics, sums, columns, F: tl.constexpr, BLOCK: tl.constexpr):
+    zero = double(0.0)
+    zeros = (zero, zero, zero, zero, zero, zero, zero)
+    _write(loss, zeros, 1)
+    _write(stats, zeros, 7)
+    _write(metrics, zeros, 6)
+    _write(sums, zeros, 3)
+    if gradient is not None:
+        for start in range(0, columns, BLOCK):
+            write_block(gradient, start + tl.arange(0, BLOCK), columns, tl.zeros((BLOCK,), F), True)
+
+
+@triton.jit
 def _shard_of_row(
     student, teacher, label, columns, tau, DIVERGENCE: tl.constexpr, SEPARATE: tl.constexpr, METRICS: tl.constexpr,
     F: tl.constexpr, BLOCK: tl.constexpr,
@@ -26,6 +39,34 @@ def _shard_of_row(
     max_s, sum_s, max_t, sum_t, _, careful, sum_1 = stats
     zero = double(0.0)
     return (max_s, sum_s, max_t, sum_t, divergence, careful, sum_1), (zero, zero, own[0], own[1], own[2], own[3])
+
+
+@triton.jit
+def _sums_of_shard(
+    student, teacher, columns, stats, b, tau, DIVERGENCE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What a shard adds to D, to the mean of u and to that of v."""
+    found = (double(0.0), double(0.0), double(0.0))
+    if (stats[1] != 0) & (stats[3] != 0):
+        found = value_sums(student, teacher, columns, stats, b, tau, DIVERGENCE, F, BLOCK)
+    return found
+
+
+@triton.jit
+def _write_gradient(
+    student, teacher, label, gradient, columns, stats, coefficient, beta, weights, tau, kd_weight, ce_weight,
+    DIVERGENCE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if stats[5] != 0:
+        write_gradient(
+            student, teacher, label, gradient, columns, stats, coefficient, beta, weights, tau, kd_weight, ce_weight,
+            DIVERGENCE, True, F, BLOCK,
+        )  # fmt: skip
+    else:
+        write_gradient(
+            student, teacher, label, gradient, columns, stats, coefficient, beta, weights, tau, kd_weight, ce_weight,
+            DIVERGENCE, False, F, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -72,19 +113,14 @@ def rows_kernel(
         metrics += index * 6
     if sums is not None:
         sums += index * 3
+    if loss is not None:
+        loss += index
     weight = tl.load(coefficient + index)
     if weight == 0:  # the row is not read
-        zero = double(0.0)
-        nothing = (zero, zero, zero, zero, zero, zero, zero)
-        if loss is not None:
-            tl.store(loss + index, zero)
         if loss is not None or SHARD:
-            _write(stats, nothing, 7)
-        _write(metrics, nothing, 6)
-        _write(sums, nothing, 3)
-        if gradient is not None:
-            for start in range(0, columns, BLOCK):
-                write_block(gradient, start + tl.arange(0, BLOCK), columns, tl.zeros((BLOCK,), F), True)
+            _write_zeros(loss, stats, gradient, metrics, sums, columns, F, BLOCK)
+        else:  # stats are given
+            _write_zeros(None, None, gradient, metrics, sums, columns, F, BLOCK)
     else:
         label = None
         if labels is not None:
@@ -95,32 +131,22 @@ def rows_kernel(
                 student, teacher, label, columns, beta, weights, tau, kd_weight, ce_weight, DIVERGENCE, SEPARATE,
                 metrics is not None, F, BLOCK,
             )  # fmt: skip
-            tl.store(loss + index, weight * row_loss)
-            _write(stats, row_stats, 7)
-            _write(metrics, row_metrics, 6)
+            tl.store(loss, weight * row_loss)
         elif SHARD:
             row_stats, row_metrics = _shard_of_row(
                 student, teacher, label, columns, tau, DIVERGENCE, SEPARATE, metrics is not None, F, BLOCK
             )
-            _write(stats, row_stats, 7)
-            _write(metrics, row_metrics, 6)
         else:
             max_s, sum_s, max_t, sum_t = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3)
             row_stats = (max_s, sum_s, max_t, sum_t, tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6))
+        if loss is not None or SHARD:
+            _write(stats, row_stats, 7)
+            _write(metrics, row_metrics, 6)
         if sums is not None:
-            found = (double(0.0), double(0.0), double(0.0))
-            if (row_stats[1] != 0) & (row_stats[3] != 0):
-                b = beta_constants(beta, weights, F)
-                found = value_sums(student, teacher, columns, row_stats, b, tau, DIVERGENCE, F, BLOCK)
-            _write(sums, found, 3)
+            b = beta_constants(beta, weights, F)
+            _write(sums, _sums_of_shard(student, teacher, columns, row_stats, b, tau, DIVERGENCE, F, BLOCK), 3)
         if gradient is not None:
-            if row_stats[5] != 0:
-                write_gradient(
-                    student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
-                    ce_weight, DIVERGENCE, True, F, BLOCK,
-                )  # fmt: skip
-            else:
-                write_gradient(
-                    student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight,
-                    ce_weight, DIVERGENCE, False, F, BLOCK,
-                )  # fmt: skip
+            _write_gradient(
+                student, teacher, label, gradient, columns, row_stats, weight, beta, weights, tau, kd_weight, ce_weight,
+                DIVERGENCE, F, BLOCK,
+            )  # fmt: skip
