@@ -8,6 +8,7 @@ from ..common import (
     JSD,
     MIX,
     REVERSE_KL,
+    TVD,
     beta_constants,
     choose,
     coslope_of,
@@ -18,16 +19,22 @@ from ..common import (
     with_infinity,
 )  # fmt: skip
 from .tiles import (
+    FAR,
     LN2,
     LOG2E,
     MASKED,
     STATS,
     along,
+    any_masked,
     bias_of_head,
     both_scores,
     choose_head,
+    exp2_tail,
+    far_log_1p,
     load_head,
     log2_scale,
+    log_1p_tail,
+    log_ratio_of,
     tile_pair,
 )  # fmt: skip
 
@@ -63,15 +70,6 @@ def _scale_left(model):
     if len(bias) > 0:
         scale = 1.0
     return scale
-
-
-@triton.jit
-def _any_masked(key_mask, start, keys, query_start, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether any key of a tile is."""
-    some = start + BLOCK > (tl.minimum(keys, query_start + 1) if CAUSAL else keys)
-    if key_mask is not None:
-        some |= tl.min(load_valid(key_mask, start + tl.arange(0, BLOCK), keys).to(tl.int32), 0) == 0
-    return some
 
 
 # Sums of a row that lanes add up by themselves, and together at the end: so many neighbouring columns are in four
@@ -112,7 +110,7 @@ def _first_look(
         s, t, valid = both_scores(
             student, teacher, key_mask, query_start, alive, start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F, False
         )
-        if _any_masked(key_mask, start, keys, query_start, CAUSAL, BLOCK_N):
+        if any_masked(key_mask, start, keys, query_start, CAUSAL, BLOCK_N):
             s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
         top_s, top_t = tl.maximum(max_s, tl.max(s, 1)), tl.maximum(max_t, tl.max(t, 1))
         moved_s, moved_t = ((max_s - top_s) * scale_s)[:, None], ((max_t - top_t) * scale_t)[:, None]
@@ -154,6 +152,36 @@ def _statistics(look, coefficient, FIRST: tl.constexpr, REVERSE: tl.constexpr, F
 
 
 @triton.jit
+def _jsd_columns(s, t, row, beta):
+    """What value_of, slope_of and coslope_of tell, of one logarithm: that of m over the larger probability, 1 + z.
+
+    Where p is so far below q that it may dominate a saturated row, 1 + z is m / (rest q), as in the row's gradient.
+    """
+    _, log_s, log_t, _, _, _, _ = row
+    beta, rest, _, log_rest = beta
+    x = log_ratio_of(s, t, row)
+    q, p = tl.exp2(s - log_s), tl.exp2(t - log_t)
+    root = tl.sqrt(rest)
+    low = x < tl.log2(root / (1 + root))
+    y = -tl.abs(x)
+    near = y > -0.5
+    ratio, tail = tl.exp2(y), exp2_tail(y)
+    minus1 = tl.where(near, y * (LN2 + tail), ratio - 1)
+    weight = tl.where(x > 0, rest, beta)  # of the smaller
+    z = tl.where(low, beta / rest * ratio, weight * minus1)
+    log_tail = z * log_1p_tail(z)
+    log_z = tl.where(tl.abs(z) < FAR, z - log_tail, far_log_1p(z))
+    log_m = log_z + tl.where(low, log_rest, 0)
+    log_m_over_q = log_m + tl.maximum(x, 0) * LN2
+    coslope = q * tl.where(low, log_z, log_m_over_q - log_rest)
+    # p log(p / m) and q log(q / m), or e^y y - (e^y - 1) and (1 + z) log(1 + z) - z, which are both of second order
+    far_value = weight * LN2 * y * tl.minimum(p, q) - (beta * p + rest * q) * log_m
+    of_smaller, of_m = y * (LN2 * minus1 - tail), z * z - (1 + z) * log_tail
+    value = tl.where(near, tl.maximum(p, q) * (weight * of_smaller - of_m), far_value)
+    return value, q * log_m_over_q, coslope
+
+
+@triton.jit
 def _second_look(
     student,
     teacher,
@@ -174,21 +202,32 @@ def _second_look(
 ):
     """A second look at the row, for divergences without a closed form: (D, and of its statistics the last three)."""
     row = along(row, 1)
-    value, mean = tl.zeros((BLOCK_M,), F), tl.zeros((BLOCK_M,), F)
-    comean, sign = tl.zeros((BLOCK_M,), F), tl.zeros((BLOCK_M,), F)
+    value = tl.zeros((BLOCK_M, LANES), F)
+    mean, comean, sign = tl.zeros_like(value), tl.zeros_like(value), tl.zeros_like(value)
     for start in range(0, end, BLOCK_N):
         s, t, valid = both_scores(
             student, teacher, key_mask, query_start, alive, start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F
         )
-        s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
-        pair = tile_pair(s, t, row)
-        value += tl.sum(value_of(pair, beta, DIVERGENCE), 1)
-        mean += tl.sum(slope_of(pair, beta, DIVERGENCE), 1)
-        comean += tl.sum(coslope_of(pair, beta, DIVERGENCE), 1)
-        _, q, difference, _, _, _, _ = pair
-        sign += tl.sum(tl.where(q > 0.5, (difference > 0).to(F) - (difference < 0).to(F), 0), 1)
+        if any_masked(key_mask, start, keys, query_start, CAUSAL, BLOCK_N):
+            s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
+        if DIVERGENCE == JSD:
+            columns = _jsd_columns(s, t, row, beta)
+        else:
+            pair = tile_pair(s, t, row)
+            columns = (
+                value_of(pair, beta, DIVERGENCE), slope_of(pair, beta, DIVERGENCE), coslope_of(pair, beta, DIVERGENCE)
+            )  # fmt: skip
+            if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
+                _, q, difference, _, _, _, _ = pair
+                sign += _partial(tl.where(q > 0.5, (difference > 0).to(F) - (difference < 0).to(F), 0))
+        value += _partial(columns[0])
+        mean += _partial(columns[1])
+        comean += _partial(columns[2])
+    mean, comean = tl.sum(mean, 1), tl.sum(comean, 1)
+    if DIVERGENCE == JSD:
+        mean, comean = -beta[1] * mean, beta[1] * comean
     saturated = comean < mean
-    return value, tl.where(saturated, -comean, mean), saturated.to(F), sign
+    return tl.sum(value, 1), tl.where(saturated, -comean, mean), saturated.to(F), tl.sum(sign, 1)
 
 
 @triton.jit
