@@ -459,10 +459,13 @@ def test_rows_and_keys_masked_apart():
     check((loss, [gradient]), (wanted[0], [wanted[1]]))
 
 
-def test_nan_that_is_read_is_seen():
+@over_divergences
+@pytest.mark.parametrize(("model", "width"), [(0, 12), (2, 24)])
+def test_nan_that_is_read_is_seen(divergence: str, model: int, width: int):
+    """In one model it is in the gradient of the other, too."""
     arguments = make(batch=2, num_heads=2, masked=False)
-    arguments[0][1, 5, :12] = NAN
-    loss, gradients = run(arguments, "forward_kl")
+    arguments[model][1, 5, :width] = NAN
+    loss, gradients = run(arguments, divergence)
     assert loss[1, 0, 5].isnan() and loss.isnan().sum() == 1
     assert gradients[0][1, 5, :12].isnan().all() and gradients[0].isnan().sum() == 12
     assert gradients[1][1, :, :12].isnan().all() and gradients[1].isnan().sum() == 70 * 12
