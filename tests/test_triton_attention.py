@@ -320,6 +320,16 @@ def test_relations_between_tokens_that_a_teacher_tells_apart(apart: float, dtype
     check((loss, [gradient]), (wanted[0], [wanted[1]]), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("beta", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("apart", [0.3, 1.5, "opposed"])
+def test_jsd_of_any_beta(beta: float, apart: float | str):
+    """Near each other, not, and where the student is sure of keys that the teacher rules out: saturated rows."""
+    sq, sk, tq, tk, *rest = make(widths=(16, 16), deviation=10.0 if apart == "opposed" else 2.0)
+    tq, tk = (-sq + 0.3 * tq, sk) if apart == "opposed" else (sq + apart * tq, sk)
+    arguments = sq, sk, tq, tk, *rest
+    check(run(arguments, "jsd", beta=beta), oracle(*arguments, "jsd", beta=beta))
+
+
 def test_fp16_gradients_are_not_flushed():
     """A thousandth of a probability over a million rows is far below what fp16 holds."""
     arguments = make(near=1e-3, dtype=torch.float16)

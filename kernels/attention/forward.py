@@ -12,7 +12,6 @@ from ..common import (
     beta_constants,
     choose,
     coslope_of,
-    load_valid,
     log_1p,
     slope_of,
     value_of,
@@ -153,31 +152,32 @@ def _statistics(look, coefficient, FIRST: tl.constexpr, REVERSE: tl.constexpr, F
 
 @triton.jit
 def _jsd_columns(s, t, row, beta):
-    """What value_of, slope_of and coslope_of tell, of one logarithm: that of m over the larger probability, 1 + z.
+    """What value_of, slope_of and coslope_of tell, of one logarithm: that of m over one of p and q, 1 + z.
 
-    Where p is so far below q that it may dominate a saturated row, 1 + z is m / (rest q), as in the row's gradient.
+    It is the one that weighs more in m, or the larger where they are far apart. Where p is so far below q that this may
+    make a row saturated, 1 + z is m / (rest q), as in the gradient of such a row.
     """
     _, log_s, log_t, _, _, _, _ = row
     beta, rest, _, log_rest = beta
     x = log_ratio_of(s, t, row)
     q, p = tl.exp2(s - log_s), tl.exp2(t - log_t)
-    root = tl.sqrt(rest)
-    low = x < tl.log2(root / (1 + root))
-    y = -tl.abs(x)
-    near = y > -0.5
+    limit = tl.log2(tl.sqrt(rest) / (1 + tl.sqrt(rest)))
+    low, over_p = x < limit, x > tl.where(beta > 0.5, tl.maximum(limit, -3), 3)
+    y = tl.where(over_p, -x, x)
+    near = tl.abs(y) < 0.5
     ratio, tail = tl.exp2(y), exp2_tail(y)
     minus1 = tl.where(near, y * (LN2 + tail), ratio - 1)
-    weight = tl.where(x > 0, rest, beta)  # of the smaller
+    weight = tl.where(over_p, rest, beta)  # of the other
     z = tl.where(low, beta / rest * ratio, weight * minus1)
     log_tail = z * log_1p_tail(z)
     log_z = tl.where(tl.abs(z) < FAR, z - log_tail, far_log_1p(z))
     log_m = log_z + tl.where(low, log_rest, 0)
-    log_m_over_q = log_m + tl.maximum(x, 0) * LN2
+    log_m_over_q = log_m + tl.where(over_p, x * LN2, 0)
     coslope = q * tl.where(low, log_z, log_m_over_q - log_rest)
     # p log(p / m) and q log(q / m), or e^y y - (e^y - 1) and (1 + z) log(1 + z) - z, which are both of second order
-    far_value = weight * LN2 * y * tl.minimum(p, q) - (beta * p + rest * q) * log_m
-    of_smaller, of_m = y * (LN2 * minus1 - tail), z * z - (1 + z) * log_tail
-    value = tl.where(near, tl.maximum(p, q) * (weight * of_smaller - of_m), far_value)
+    far_value = weight * LN2 * y * tl.where(over_p, q, p) - (beta * p + rest * q) * log_m
+    of_other, of_m = y * (LN2 * minus1 - tail), z * z - (1 + z) * log_tail
+    value = tl.where(near, tl.where(over_p, p, q) * (weight * of_other - of_m), far_value)
     return value, q * log_m_over_q, coslope
 
 
@@ -202,14 +202,13 @@ def _second_look(
 ):
     """A second look at the row, for divergences without a closed form: (D, and of its statistics the last three)."""
     row = along(row, 1)
-    value = tl.zeros((BLOCK_M, LANES), F)
+    value = tl.zeros((BLOCK_M,), F)
     mean, comean, sign = tl.zeros_like(value), tl.zeros_like(value), tl.zeros_like(value)
     for start in range(0, end, BLOCK_N):
         s, t, valid = both_scores(
             student, teacher, key_mask, query_start, alive, start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F
         )
-        if any_masked(key_mask, start, keys, query_start, CAUSAL, BLOCK_N):
-            s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
+        s, t = tl.where(valid, s, MASKED), tl.where(valid, t, MASKED)
         if DIVERGENCE == JSD:
             columns = _jsd_columns(s, t, row, beta)
         else:
@@ -219,15 +218,14 @@ def _second_look(
             )  # fmt: skip
             if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
                 _, q, difference, _, _, _, _ = pair
-                sign += _partial(tl.where(q > 0.5, (difference > 0).to(F) - (difference < 0).to(F), 0))
-        value += _partial(columns[0])
-        mean += _partial(columns[1])
-        comean += _partial(columns[2])
-    mean, comean = tl.sum(mean, 1), tl.sum(comean, 1)
+                sign += tl.sum(tl.where(q > 0.5, (difference > 0).to(F) - (difference < 0).to(F), 0), 1)
+        value += tl.sum(columns[0], 1)
+        mean += tl.sum(columns[1], 1)
+        comean += tl.sum(columns[2], 1)
     if DIVERGENCE == JSD:
         mean, comean = -beta[1] * mean, beta[1] * comean
     saturated = comean < mean
-    return tl.sum(value, 1), tl.where(saturated, -comean, mean), saturated.to(F), tl.sum(sign, 1)
+    return value, tl.where(saturated, -comean, mean), saturated.to(F), sign
 
 
 @triton.jit

@@ -236,16 +236,16 @@ def log_ratio_of(s, t, row):
 
 @triton.jit
 def _jsd_gradient(s, t, row, beta):
-    """coefficient * dD/ds: of -q (rest log(m / q) + mean) or, where the row is saturated, of m / (rest q).
+    """-q (rest log(m / q) + mean) or, of a saturated row, -q (rest log(m / (rest q)) + mean).
 
     What is in the logarithm is 1 + z, with z = beta (p / q - 1) or beta / rest p / q.
     """
-    coefficient, log_s, _, _, mean, saturated, _ = row
+    _, log_s, _, _, mean, saturated, _ = row
     x = tl.minimum(log_ratio_of(s, t, row), 100.0)  # beyond, q is nothing
     weight = tl.where(saturated != 0, beta[0] / beta[1], beta[0])
     z = weight * tl.where(tl.abs(x) < 0.5, near_exp2_minus1(x) + saturated, tl.exp2(x) - (1 - saturated))
     log = tl.where(tl.abs(z) < FAR, z - z * log_1p_tail(z), far_log_1p(z))
-    return -tl.exp2(s - log_s) * (coefficient * beta[1] * log + coefficient * mean)
+    return -tl.exp2(s - log_s) * (beta[1] * log + mean)
 
 
 @triton.jit
@@ -296,8 +296,7 @@ def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
             gradient = slope - pair[1] * mean
         if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
             gradient += beta[4][0] * pair[2]
-    if DIVERGENCE != JSD:
-        gradient *= coefficient
+    gradient *= coefficient
     if used is not None:
         gradient = tl.where(used, gradient, 0)
     return gradient
