@@ -34,7 +34,7 @@ from .autograd import (
     wants_gradient,
 )
 from .drivers.attention_kl_cpu import Model, attend_on_cpu
-from .dtypes import gradient_dtype, score_dtype
+from .dtypes import gradient_dtype, score_dtype, without_autocast
 
 __all__ = ["AttentionKL", "AttentionKLPerRow", "attention_kl"]
 
@@ -68,6 +68,7 @@ def _(student_q, student_k, tq, tk, student_bias, tb, coefficient, mask, causal,
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
+@without_autocast
 def _attention_kl(
     student_q: Tensor,  # [B, Lq, Hs]
     student_k: Tensor,  # [B, Lk, Hs]

@@ -63,8 +63,9 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast has had its say on the inputs; in here it would round the GEMMs' operands once more."""
 
     @wraps(function)
-    def run(student: Sequence[Tensor], *arguments, **options):
-        with torch.autocast(student[0].device.type, enabled=False):
+    def run(student: Tensor | Sequence[Tensor], *arguments, **options):
+        first = student if isinstance(student, Tensor) else student[0]
+        with torch.autocast(first.device.type, enabled=False):
             return function(student, *arguments, **options)
 
     return run

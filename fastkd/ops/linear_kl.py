@@ -36,7 +36,7 @@ from .drivers.linear_kl_call import Call, Projection
 from .drivers.linear_kl_cpu import on_cpu
 from .drivers.linear_kl_gpu import on_gpu
 from .drivers.whole_rows import known_labels
-from .dtypes import gradient_dtype, score_dtype
+from .dtypes import gradient_dtype, score_dtype, without_autocast
 from .linear_kl_arguments import Checked, as_head, check_alone, checked, flat, tensors_of
 from .linear_kl_functions import BEHIND, LinearKL, LinearKLPerToken
 from .metrics import averaged
@@ -104,6 +104,7 @@ def _(
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
+@without_autocast
 def _linear_kl(
     student_hidden: Tensor,  # [T, Hs]
     student_weight: Any,  # [Vs, Hs], a tensor or a QuantizedWeight

@@ -43,7 +43,7 @@ from .autograd import (
     wants_gradient,
 )
 from .drivers.attention_kl_cpu import Model, attend_on_cpu
-from .dtypes import autocast_like_linear
+from .dtypes import autocast_like_linear, without_autocast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,6 +70,7 @@ def _(student, teacher, coefficient, key_mask, causal, num_heads, gradients, div
 # ---- forward, with the gradients ------------------------------------------------------------------------------------
 
 
+@without_autocast
 def _relation_kl(
     student: list[Tensor],  # [B, L, Hs] each
     teacher: list[Tensor],  # [B, L, Ht] each

@@ -32,7 +32,7 @@ from .drivers.topk_linear_cpu import on_cpu
 from .drivers.topk_linear_gpu import on_gpu
 from .drivers.topk_rows import TOPK_STATS
 from .drivers.topk_shards import WHOLE_STATS, topk_call_rows, topk_whole_stats
-from .dtypes import gradient_dtype
+from .dtypes import gradient_dtype, without_autocast
 from .linear_kl_arguments import Inputs, as_softcap, as_workspace, check_inputs, flat
 from .linear_kl_functions import TopKLinearKL, TopKLinearKLPerToken
 from .logit_kl_arguments import check_logits
@@ -149,6 +149,7 @@ def _backward(
     return gradient
 
 
+@without_autocast
 def _linear(
     student_hidden: Tensor,  # [T, Hs]
     student_weight: Tensor,  # [V, Hs]
