@@ -124,7 +124,7 @@ OPS = (
     _logits("logit_kl gradient, C++, bf16", _cuda("bf16", "gradient", (16.1, 2, 0)), 2),
     _logits("logit_kl of a top-k, statistics", _topk("stats", (12.4, 1.25, 0)), 4, exponentials=1),
     _logits("logit_kl of a top-k, gradient", _topk("gradient", (5.7, 1, 0)), 8, exponentials=1),
-    _scores("relation_kl", _relation("forward_kl", False, (14, 2.13, 2), (28.9, 2, 2)), 192, 50, 4),
+    _scores("relation_kl", _relation("forward_kl", False, (14, 2.13, 2), (29, 2, 2)), 192, 50, 4),
     _scores("relation_kl, mask", _relation("forward_kl", True, (15.8, 2.13, 3), (30.7, 2, 2)), 192),
     _scores("relation_kl JSD", _relation("jsd", False, (92.7, 5.25, 4), (89.8, 4, 2)), 192, 200),
     _scores("attention_kl", _heads("attention", False, (18.4, 2.25, 2), (25, 2, 2)), 768, 60, 4),
