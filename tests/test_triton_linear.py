@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastkd
 from fastkd.checks import numbers
+from fastkd.ops.drivers import chunks
 from fastkd.ops.drivers import linear_kl_gpu as op
 from fastkd.ops.drivers.linear_kl_call import Call, Projection
 
@@ -292,7 +293,7 @@ def test_rows_of_any_vocabulary_are_aligned(vocabulary: int, dtype: torch.dtype,
     wanted = -(-vocabulary // 16) * 16
     assert [(x.shape[1], x.stride()) for x in seen] == 3 * [(vocabulary, (wanted, 1))]
     assert all(x.data_ptr() % 16 == 0 for x in seen)
-    monkeypatch.setattr(op, "PADDED", 1)
+    monkeypatch.setattr(chunks, "PADDED", 1)
     got, got_gradients = run(inputs, **options)
     assert seen[3].stride() == (vocabulary, 1)
     assert distance(got, loss) <= 1e-7

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.drivers.chunks import equal_parts
+from ...ops.drivers.chunks import equal_parts, padded, product
 from ...ops.dtypes import gradient_dtype, score_dtype
 from .scores import diagonals_kernel
 
@@ -20,7 +20,6 @@ __all__ = ["Gradients", "Part"]
 # millisecond, than the host takes to launch it.
 WORKSPACE = 2**27
 ROWS = 128  # of a GEMM's tile
-ALIGNED = 16  # columns, which are 32 bytes or more
 
 
 class Part(NamedTuple):
@@ -31,14 +30,6 @@ class Part(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         return tuple(x.stop - x.start for x in self)  # type: ignore[return-value]
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y, summed up and returned in fp32 or better."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == wide or not x.is_cuda:  # in tests, Triton's interpreter
-        return torch.bmm(x.to(wide), y.to(wide))
-    return torch.bmm(x, y, out_dtype=wide)
 
 
 class Gradients:
@@ -59,11 +50,12 @@ class Gradients:
     ):
         self.q, self.k, self.bias, self.coefficient = q, k, bias, coefficient
         self.group, self.causal, self.lift, self.wanted = group, causal, lift, wanted
+        self.wide = score_dtype(q)
         self.keys, self.factor = k.shape[1], scale if lift is None else scale / lift
         self.unseen = None if key_mask is None else key_mask[:, None] == 0  # [B, 1, Lk]
         self.dropped = coefficient == 0  # [B, A, Lq]
-        self.columns = -(-self.keys // ALIGNED) * ALIGNED
-        operands = q.shape[2] // coefficient.shape[1] * (q.itemsize + score_dtype(q).itemsize)  # bytes of a row of both
+        self.columns = padded(self.keys)
+        operands = q.shape[2] // coefficient.shape[1] * (q.itemsize + self.wide.itemsize)  # bytes of a row of both
         of_query, of_keys = group * (self.columns * q.itemsize + operands), self.keys * operands
         self.rows = max(1, (WORKSPACE - of_keys) // max(1, of_query))  # queries of a group of heads that fit
         self.whole = self.rows >= q.shape[1]  # all of them: what keys get is written once
@@ -77,7 +69,7 @@ class Gradients:
             by_distance, summed = bias.dim() == 2, 1 in bias.shape[:3]
             self.of_bias = bias.new_zeros(
                 (heads, queries + self.keys - 1) if by_distance else bias.shape,
-                dtype=score_dtype(q) if by_distance or summed else gradient_dtype(bias),
+                dtype=self.wide if by_distance or summed else gradient_dtype(bias),
             )
 
     def parts(self) -> Iterator[Part]:
@@ -100,16 +92,17 @@ class Gradients:
         if self.wanted[0]:
             masked = None if self.unseen is None else self.unseen[bs, :, :reached]
             k = self._matrix(self.k[bs, :reached], groups, 1, masked)
-            product = _product(matrix, k).view(*g.shape[:3], -1).transpose(1, 2)
-            torch.mul(product, self.factor, out=self.of_q[bs, rows].unflatten(2, (-1, k.shape[2]))[:, :, heads])
+            of_q = product(matrix, k, self.wide).view(*g.shape[:3], -1).transpose(1, 2)
+            torch.mul(of_q, self.factor, out=self.of_q[bs, rows].unflatten(2, (-1, k.shape[2]))[:, :, heads])
         if self.wanted[1]:
             q = self._matrix(self.q[bs, rows], heads, self.group, self.dropped[bs, heads, rows])
-            product = _product(matrix.transpose(1, 2), q).view(g.shape[0], -1, reached, q.shape[2]).transpose(1, 2)
+            of_k = product(matrix.transpose(1, 2), q, self.wide)
+            of_k = of_k.view(g.shape[0], -1, reached, q.shape[2]).transpose(1, 2)
             target = self.of_k[bs, :reached].unflatten(2, (-1, q.shape[2]))[:, :, groups]
             if self.whole:
-                torch.mul(product, self.factor, out=target)
+                torch.mul(of_k, self.factor, out=target)
             else:
-                target += product * self.factor
+                target += of_k * self.factor
         if self.wanted[2]:
             self._add_to_bias(part, g)
 

@@ -1,13 +1,29 @@
-"""Tokens in chunks that fit a workspace, and in blocks that are matrices."""
+"""Tokens in chunks that fit a workspace, and in blocks that are matrices; and products of these on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["equal_parts", "row_blocks", "token_chunks"]
+__all__ = ["equal_parts", "padded", "product", "row_blocks", "token_chunks"]
+
+# Numbers, to a multiple of which rows of matrices are padded: 32 bytes or more.
+PADDED = 16
+
+
+def padded(columns: int) -> int:
+    """The stride of rows that a GPU's GEMMs and kernels are to move 16 bytes at a time."""
+    return -(-columns // PADDED) * PADDED
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b of batches of matrices of one dtype, summed up and returned in another, which is as wide or wider."""
+    if a.dtype == dtype or not a.is_cuda:  # Triton's interpreter, in tests
+        return torch.bmm(a.to(dtype), b.to(dtype))
+    return torch.bmm(a, b, out_dtype=dtype)
 
 
 def equal_parts(count: int, at_most: int) -> Iterator[slice]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import score_dtype
-from .chunks import equal_parts
+from .chunks import equal_parts, product
 from .cka_loss_torch import Memory, loss_of_norms
 
 __all__ = ["gpu_backward_", "gpu_forward"]
@@ -110,11 +110,11 @@ def _batches(
 ) -> Iterator[_Batch]:  # fmt: skip
     """The pairs that are wanted."""
     from ...kernels.cka import ENTRIES
+    from ...kernels.tuning import together
 
-    alike: dict[tuple, list[int]] = {}
-    for n in wanted:
-        alike.setdefault((student[n].shape, teacher[n].shape, teacher[n].dtype, mask[n] is None), []).append(n)
-    for same in alike.values():
+    settings = [(student[n].shape, teacher[n].shape, teacher[n].dtype, mask[n] is None) for n in wanted]
+    for alike in together(settings, len(settings)):
+        same = [wanted[i] for i in alike]
         size = min(student[same[0]].shape[0], mean[same[0]].shape[0]) ** 2 * score_dtype(student[0]).itemsize
         for part in equal_parts(len(same), min(ENTRIES, max(1, WORKSPACE // max(1, size)))):
             members = same[part]
@@ -131,13 +131,6 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         torch.baddbmm(total, a, b, out_dtype=total.dtype, out=total)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b of batches of matrices, in a dtype."""
-    if a.dtype == dtype or not a.is_cuda:
-        return torch.bmm(a.to(dtype), b.to(dtype))
-    return torch.bmm(a, b, out_dtype=dtype)
 
 
 def _norms(*xs: Tensor) -> list[Tensor]:
@@ -228,7 +221,7 @@ def gpu_backward_(
         for pairs, part, x in batch.columns(*batch.models[1]) if grams else batch.rows():
             matrices = (factors[pairs], x) if grams else (x, factors[pairs])
             for n, found, one in zip(
-                batch.members[pairs], _product(*matrices, batch.exact), scale[pairs], strict=True
+                batch.members[pairs], product(*matrices, batch.exact), scale[pairs], strict=True
             ):  # fmt: skip
                 torch.mul(found, one, out=results[n][:, part] if grams else results[n][part])
         for n in batch.members:

@@ -18,18 +18,17 @@ from torch import Tensor
 
 from ...quantized import QuantizedWeight, row_blocks
 from ..dtypes import fp16_lift, gradient_dtype, score_dtype
+from .chunks import padded
 from .linear_kl_call import Call, Projection, sum_over
 from .softcap import softcap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GpuGradients", "multiply_", "on_gpu", "padded", "parts_of", "rows_at_once"]
+__all__ = ["GpuGradients", "multiply_", "on_gpu", "parts_of", "rows_at_once"]
 
 # A GPU's GEMM has tiles of so many rows.
 GEMM_ROWS = 128
-# Columns, to a multiple of which rows of scores are padded.
-PADDED = 16
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool = False) -> None:
@@ -131,11 +130,6 @@ class GpuGradients:
                 yield self.student.hidden.new_empty(0, dtype=self.narrow)
             else:
                 yield (grad if self.lift is None else grad.div_(self.lift)).to(self.narrow)
-
-
-def padded(columns: int) -> int:
-    """The stride of rows of scores."""
-    return -(-columns // PADDED) * PADDED
 
 
 def parts_of(count: int, at_most: int) -> Iterator[slice]:

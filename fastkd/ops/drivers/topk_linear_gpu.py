@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...divergence import divergence_code
 from ..dtypes import fp16_lift, score_dtype
+from .chunks import padded
 from .linear_kl_call import Projection
-from .linear_kl_gpu import GpuGradients, multiply_, padded, parts_of, rows_at_once
+from .linear_kl_gpu import GpuGradients, multiply_, parts_of, rows_at_once
 from .softcap import softcap
 from .topk_call import TopKCall
 from .topk_shards import topk_call_rows
