@@ -5,6 +5,7 @@ Functions have the names and order of that file. All of them work on tiles of an
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from torch import Tensor
 
 # Triton's interpreter would multiply the bits of bf16 operands.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
 # The order is that of fastkd.divergence.DIVERGENCES. Those from JSD on have no closed form and can saturate.
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
@@ -38,7 +40,7 @@ def exp_nonpositive(x):
             poly = 1 + x * poly / k
         poly = 0.5 * poly
     else:  # relative error 2e-8 on [-1, 0]
-        value = tl.exp2(x * 1.4426950408889634)  # as tl.exp, but flushes subnormal results, which saves the GPU three
+        value = tl.exp2(x * LOG2E)  # as tl.exp, but flushes subnormal results, which saves the GPU three
         poly = 1.3742419e-4 * x + 1.32481796e-3
         poly = poly * x + 8.30117045e-3
         poly = poly * x + 4.16592554e-2
@@ -157,13 +159,21 @@ def member_weight(weights, MEMBER: tl.constexpr):
     return double(weights[3 * MEMBER]) + double(weights[3 * MEMBER + 1]) + double(weights[3 * MEMBER + 2])
 
 
+class Beta(NamedTuple):
+    """What mixtures need of beta, and the weights of a mix's members, of which any other divergence has none."""
+
+    beta: tl.tensor
+    rest: tl.tensor  # 1 - beta
+    log_beta: tl.tensor
+    log_rest: tl.tensor
+    weights: tuple[tl.tensor, ...]
+
+
 @triton.jit
 def beta_constants(beta, weights, F: tl.constexpr):
-    """beta and what the mixtures need of it: 1 - beta and the logarithms of both; and a mix's weights."""
-    beta = double(beta)
-    b = beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F)
+    beta, of_members = double(beta), ()
     if weights is not None:
-        w = (
+        of_members = (
             member_weight(weights, 0).to(F),
             member_weight(weights, 1).to(F),
             member_weight(weights, 2).to(F),
@@ -171,8 +181,7 @@ def beta_constants(beta, weights, F: tl.constexpr):
             member_weight(weights, 4).to(F),
             member_weight(weights, 5).to(F),
         )
-        b = b[0], b[1], b[2], b[3], w
-    return b
+    return Beta(beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F), of_members)
 
 
 # ---- one column ------------------------------------------------------------------------------------------------------
@@ -192,12 +201,21 @@ def with_infinity(divergence):
     return tl.where(divergence > 1e20, float("inf"), divergence)
 
 
+class Pair(NamedTuple):
+    """Both probabilities, and how they differ, to full relative accuracy."""
+
+    p: tl.tensor  # the teacher's
+    q: tl.tensor  # the student's
+    difference: tl.tensor  # q - p
+    log_ratio: tl.tensor  # log(p / q)
+    ratio: tl.tensor  # the smaller over the larger
+    ratio_minus1: tl.tensor
+    teacher_larger: tl.tensor  # whether p is the larger
+
+
 @triton.jit
 def pair_of(larger, log_ratio):
-    """Both probabilities, and how they differ, to full relative accuracy, from log(p / q) and the larger of the two.
-
-    (p, q, q - p, log(p / q), the smaller over the larger, that - 1, whether p is the larger)
-    """
+    """Of the larger probability and log(p / q)."""
     teacher_larger = log_ratio >= 0
     ratio, ratio_minus1, _ = exp_nonpositive(-tl.abs(log_ratio))
     smaller = larger * ratio
@@ -205,7 +223,7 @@ def pair_of(larger, log_ratio):
     p = tl.where(teacher_larger, larger, smaller)
     q = tl.where(teacher_larger, smaller, larger)
     difference = tl.where(teacher_larger, gap, -gap)
-    return p, q, difference, log_ratio, ratio, ratio_minus1, teacher_larger
+    return Pair(p, q, difference, log_ratio, ratio, ratio_minus1, teacher_larger)
 
 
 @triton.jit
@@ -228,39 +246,36 @@ def _share(numerator, denominator):
 @triton.jit
 def _mixture(pair, a, rest, log_rest):
     """m = a p + rest q: (m, log(p / m), log(q / m), log(m / (rest q)))"""
-    p, q, _, log_ratio, ratio, ratio_minus1, teacher_larger = pair
-    log_m_over_larger = log_1p(tl.where(teacher_larger, rest, a) * ratio_minus1)
-    log_p_over_m = tl.where(teacher_larger, 0, log_ratio) - log_m_over_larger
-    log_q_over_m = tl.where(teacher_larger, -log_ratio, 0) - log_m_over_larger
-    log_m_over_limit = tl.where(teacher_larger, -log_q_over_m - log_rest, log_1p(a / rest * ratio))
-    return a * p + rest * q, log_p_over_m, log_q_over_m, log_m_over_limit
+    log_m_over_larger = log_1p(tl.where(pair.teacher_larger, rest, a) * pair.ratio_minus1)
+    log_p_over_m = tl.where(pair.teacher_larger, 0, pair.log_ratio) - log_m_over_larger
+    log_q_over_m = tl.where(pair.teacher_larger, -pair.log_ratio, 0) - log_m_over_larger
+    log_m_over_limit = tl.where(pair.teacher_larger, -log_q_over_m - log_rest, log_1p(a / rest * pair.ratio))
+    return a * pair.p + rest * pair.q, log_p_over_m, log_q_over_m, log_m_over_limit
 
 
 @triton.jit
 def _mixture_of(pair, b, DIVERGENCE: tl.constexpr):
     """The mixture of a divergence that has one. beta weighs the teacher, but of skew_reverse_kl the student."""
-    beta, rest, log_beta, log_rest = b[0], b[1], b[2], b[3]
     if DIVERGENCE == SKEW_REVERSE_KL:
-        mixture = _mixture(pair, rest, beta, log_beta)
+        mixture = _mixture(pair, b.rest, b.beta, b.log_beta)
     else:
-        mixture = _mixture(pair, beta, rest, log_rest)
+        mixture = _mixture(pair, b.beta, b.rest, b.log_rest)
     return mixture
 
 
 @triton.jit
 def _member_value(pair, b, DIVERGENCE: tl.constexpr):
-    p, q, difference, log_ratio, _, _, _ = pair
-    beta, rest = b[0], b[1]
+    p, q = pair.p, pair.q
     if DIVERGENCE == FORWARD_KL:
-        value = excess_of(p, q, log_ratio)
+        value = excess_of(p, q, pair.log_ratio)
     elif DIVERGENCE == REVERSE_KL:
-        value = excess_of(q, p, -log_ratio)
+        value = excess_of(q, p, -pair.log_ratio)
     elif DIVERGENCE == TVD:
-        value = 0.5 * tl.abs(difference)
+        value = 0.5 * tl.abs(pair.difference)
     else:
         m, log_p_over_m, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
         if DIVERGENCE == JSD:
-            value = beta * excess_of(p, m, log_p_over_m) + rest * excess_of(q, m, log_q_over_m)
+            value = b.beta * excess_of(p, m, log_p_over_m) + b.rest * excess_of(q, m, log_q_over_m)
         elif DIVERGENCE == SKEW_KL:
             value = excess_of(p, m, log_p_over_m)
         else:
@@ -270,39 +285,37 @@ def _member_value(pair, b, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _member_slope(pair, b, DIVERGENCE: tl.constexpr):
-    _, q, difference, log_ratio, _, _, _ = pair
-    beta, rest = b[0], b[1]
+    q, difference = pair.q, pair.difference
     if DIVERGENCE == REVERSE_KL:
-        slope = -q * log_ratio
+        slope = -q * pair.log_ratio
     elif DIVERGENCE == TVD:
         slope = tl.where(difference > 0, 0.5 * q, tl.where(difference < 0, -0.5 * q, difference))  # 0 or NaN
     else:
         m, _, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
         if DIVERGENCE == JSD:
-            slope = rest * q * log_q_over_m
+            slope = b.rest * q * log_q_over_m
         elif DIVERGENCE == SKEW_KL:
-            slope = rest * rest * difference * _share(q, m)
+            slope = b.rest * b.rest * difference * _share(q, m)
         else:
-            slope = q * log_q_over_m - beta * rest * difference * _share(q, m)
+            slope = q * log_q_over_m - b.beta * b.rest * difference * _share(q, m)
     return slope
 
 
 @triton.jit
 def _member_coslope(pair, b, DIVERGENCE: tl.constexpr):
-    p, q, difference, log_ratio, _, _, _ = pair
-    rest = b[1]
+    p, q, difference = pair.p, pair.q, pair.difference
     if DIVERGENCE == REVERSE_KL:
-        coslope = q * log_ratio
+        coslope = q * pair.log_ratio
     elif DIVERGENCE == TVD:
         coslope = tl.where(difference > 0, 0, tl.where(difference < 0, q, 0.5 * q + difference))
     else:
         m, _, _, log_m_over_limit = _mixture_of(pair, b, DIVERGENCE)
         if DIVERGENCE == JSD:
-            coslope = rest * q * log_m_over_limit
+            coslope = b.rest * q * log_m_over_limit
         elif DIVERGENCE == SKEW_KL:
-            coslope = rest * p * _share(q, m)
+            coslope = b.rest * p * _share(q, m)
         else:
-            coslope = q * log_m_over_limit - rest * p * _share(q, m)
+            coslope = q * log_m_over_limit - b.rest * p * _share(q, m)
     return coslope
 
 
@@ -314,10 +327,10 @@ def _member_coslope(pair, b, DIVERGENCE: tl.constexpr):
 def value_of(pair, b, DIVERGENCE: tl.constexpr):
     """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
     if DIVERGENCE >= MIX:
-        value = tl.zeros_like(pair[0])
+        value = tl.zeros_like(pair.p)
         for member in tl.static_range(6):
             if (DIVERGENCE >> member) % 2 == 1:
-                value += b[4][member] * _member_value(pair, b, member)
+                value += b.weights[member] * _member_value(pair, b, member)
     else:
         value = _member_value(pair, b, DIVERGENCE)
     return value
@@ -327,10 +340,10 @@ def value_of(pair, b, DIVERGENCE: tl.constexpr):
 def slope_of(pair, b, DIVERGENCE: tl.constexpr):
     """q u, with u = 0 where p = q"""
     if DIVERGENCE >= MIX:
-        slope = tl.zeros_like(pair[0])
+        slope = tl.zeros_like(pair.p)
         for member in tl.static_range(1, 6):
             if (DIVERGENCE >> member) % 2 == 1:
-                slope += b[4][member] * _member_slope(pair, b, member)
+                slope += b.weights[member] * _member_slope(pair, b, member)
     else:
         slope = _member_slope(pair, b, DIVERGENCE)
     return slope
@@ -340,10 +353,10 @@ def slope_of(pair, b, DIVERGENCE: tl.constexpr):
 def coslope_of(pair, b, DIVERGENCE: tl.constexpr):
     """q v, v = (limit of u) - u, with v = 0 where p << q"""
     if DIVERGENCE >= MIX:
-        coslope = tl.zeros_like(pair[0])
+        coslope = tl.zeros_like(pair.p)
         for member in tl.static_range(1, 6):
             if (DIVERGENCE >> member) % 2 == 1:
-                coslope += b[4][member] * _member_coslope(pair, b, member)
+                coslope += b.weights[member] * _member_coslope(pair, b, member)
     else:
         coslope = _member_coslope(pair, b, DIVERGENCE)
     return coslope

@@ -6,6 +6,7 @@ import triton.language as tl
 from ..common import (
     FORWARD_KL,
     JSD,
+    LOG2E,
     MIX,
     REVERSE_KL,
     TVD,
@@ -20,7 +21,6 @@ from ..common import (
 from .tiles import (
     FAR,
     LN2,
-    LOG2E,
     MASKED,
     STATS,
     along,
@@ -158,7 +158,7 @@ def _jsd_columns(s, t, row, beta):
     make a row saturated, 1 + z is m / (rest q), as in the gradient of such a row.
     """
     _, log_s, log_t, _, _, _, _ = row
-    beta, rest, _, log_rest = beta
+    beta, rest, log_rest = beta.beta, beta.rest, beta.log_rest
     x = log_ratio_of(s, t, row)
     q, p = tl.exp2(s - log_s), tl.exp2(t - log_t)
     limit = tl.log2(tl.sqrt(rest) / (1 + tl.sqrt(rest)))
@@ -217,13 +217,13 @@ def _second_look(
                 value_of(pair, beta, DIVERGENCE), slope_of(pair, beta, DIVERGENCE), coslope_of(pair, beta, DIVERGENCE)
             )  # fmt: skip
             if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
-                _, q, difference, _, _, _, _ = pair
+                q, difference = pair.q, pair.difference
                 sign += tl.sum(tl.where(q > 0.5, (difference > 0).to(F) - (difference < 0).to(F), 0), 1)
         value += tl.sum(columns[0], 1)
         mean += tl.sum(columns[1], 1)
         comean += tl.sum(columns[2], 1)
     if DIVERGENCE == JSD:
-        mean, comean = -beta[1] * mean, beta[1] * comean
+        mean, comean = -beta.rest * mean, beta.rest * comean
     saturated = comean < mean
     return value, tl.where(saturated, -comean, mean), saturated.to(F), sign
 
@@ -300,8 +300,8 @@ def forward_kernel(
             SECOND, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_M, BLOCK_N, F,
         )  # fmt: skip
         if MIXED_REVERSE:
-            mean += b[4][1] * with_infinity(divergence)
-        divergence = b[4][1] * divergence + value if MIXED_REVERSE else value
+            mean += b.weights[REVERSE_KL] * with_infinity(divergence)
+        divergence = b.weights[REVERSE_KL] * divergence + value if MIXED_REVERSE else value
         row = factor, log_s, log_t, rounded, mean, saturated, sign
     loss = tl.where(alive, coefficient * with_infinity(divergence).to(tl.float64), 0)
     tl.store(choose(entry, losses) + index, loss, mask=exists)

@@ -9,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.dtypes import fp16_lift, gradient_dtype, score_dtype
-from ..common import FORWARD_KL, JSD, MIX, beta_arguments, for_products
+from ..common import FORWARD_KL, JSD, LOG2E, MIX, beta_arguments, for_products
 from ..tuning import launch, together
 from .forward import forward_kernel
 from .gradient import factors_kernel, gradient_kernel
 from .products import Gradients, Part
 from .scores import scores_kernel
-from .tiles import LOG2E, MASKED, SPAN, STATS
+from .tiles import MASKED, SPAN, STATS
 
 __all__ = ["attention_kl", "relation_kl"]
 

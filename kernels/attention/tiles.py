@@ -7,6 +7,7 @@ from ..common import (
     FORWARD_KL,
     INTERPRETED,
     JSD,
+    LOG2E,
     MIX,
     REVERSE_KL,
     TVD,
@@ -23,7 +24,6 @@ from ..common import (
 # The score of a masked key: low enough for a probability of exactly zero, and finite, so that differences are too. It
 # is below what a bias of -inf makes of a score, and a power of two, whose product with a scale is exact.
 MASKED = tl.constexpr(-(2.0**100))
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # What a row is kept as: coefficient, the logarithms log_s and log_t of both models' sums of exponentials, what rounding
 # took from log_t - log_s, mean of u, saturated, and for TVD the sign of q - p at the key with most of q (or 0).
@@ -242,10 +242,10 @@ def _jsd_gradient(s, t, row, beta):
     """
     _, log_s, _, _, mean, saturated, _ = row
     x = tl.minimum(log_ratio_of(s, t, row), 100.0)  # beyond, q is nothing
-    weight = tl.where(saturated != 0, beta[0] / beta[1], beta[0])
+    weight = tl.where(saturated != 0, beta.beta / beta.rest, beta.beta)
     z = weight * tl.where(tl.abs(x) < 0.5, near_exp2_minus1(x) + saturated, tl.exp2(x) - (1 - saturated))
     log = tl.where(tl.abs(z) < FAR, z - z * log_1p_tail(z), far_log_1p(z))
-    return -tl.exp2(s - log_s) * (beta[1] * log + mean)
+    return -tl.exp2(s - log_s) * (beta.rest * log + mean)
 
 
 @triton.jit
@@ -282,20 +282,20 @@ def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
         if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
             # It jumps at p = q, and every kernel rounds scores in its own way. Where nearly all of q is at one key,
             # the mean is u there: taken with the other sign here, it would not cancel.
-            q = pair[1]
+            q = pair.q
             of_tvd = tl.where(q > 0.5, 0.5 * sign * q, slope_of(pair, beta, TVD))
             counter = tl.where(q > 0.5, 0.5 * (q - sign * q), coslope_of(pair, beta, TVD))
             if DIVERGENCE == TVD:
                 slope, coslope = of_tvd, counter
             else:
-                slope, coslope = slope + beta[4][5] * of_tvd, coslope + beta[4][5] * counter
+                slope, coslope = slope + beta.weights[TVD] * of_tvd, coslope + beta.weights[TVD] * counter
         slope = tl.where(saturated != 0, -coslope, slope)
         if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:  # centred before it is rounded
-            gradient = slope - pair[1] * beta[4][1] * (pair[3] + mean / beta[4][1])
+            gradient = slope - pair.q * beta.weights[REVERSE_KL] * (pair.log_ratio + mean / beta.weights[REVERSE_KL])
         else:
-            gradient = slope - pair[1] * mean
+            gradient = slope - pair.q * mean
         if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
-            gradient += beta[4][0] * pair[2]
+            gradient += beta.weights[FORWARD_KL] * pair.difference
     gradient *= coefficient
     if used is not None:
         gradient = tl.where(used, gradient, 0)

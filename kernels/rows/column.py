@@ -3,12 +3,22 @@
 import triton
 import triton.language as tl
 
-from ..common import FORWARD_KL, MIX, REVERSE_KL, coslope_of, double, member_weight, pair_of, slope_of, unmasked
+from ..common import (
+    FORWARD_KL,
+    LOG2E,
+    MIX,
+    REVERSE_KL,
+    coslope_of,
+    double,
+    member_weight,
+    pair_of,
+    slope_of,
+    unmasked,
+)
 
 LOWEST = tl.constexpr(float("-inf"))
 # The maximum of scores that are all masked, and so worked on as -1e30: e^(their difference) is 0.
 NOTHING = tl.constexpr(-1e29)
-LOG2E = tl.constexpr(1.4426950408889634)
 # Divergence, in nats, under which a row is computed with care: csrc/cpu/row_kernel.h says why.
 NEARLY_EQUAL = tl.constexpr(0.1)
 # Divergence over which the mean of log(q / p) is refined: one so large is summed up with its own last digit's error.
@@ -106,14 +116,14 @@ def column_gradient(s, t, b, row, DIVERGENCE: tl.constexpr, CAREFUL: tl.constexp
         else:
             pair = column_pair(s, t, row)
             if DIVERGENCE == FORWARD_KL:
-                gradient = pair[2]
+                gradient = pair.difference
             else:
                 BOUNDED: tl.constexpr = DIVERGENCE // 4 * 4 if DIVERGENCE >= MIX else DIVERGENCE
                 gradient = -coslope_of(pair, b, BOUNDED) if CAREFUL else slope_of(pair, b, BOUNDED)
                 if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
-                    gradient += b[4][0] * pair[2]
+                    gradient += b.weights[0] * pair.difference
                 if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:
-                    gradient -= b[4][1] * pair[1] * shifted_ratio(s, t, centred_high, centred_low, inv_tau)
+                    gradient -= b.weights[1] * pair.q * shifted_ratio(s, t, centred_high, centred_low, inv_tau)
                 else:
-                    gradient -= pair[1] * mean
+                    gradient -= pair.q * mean
     return gradient

@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from ..common import (
+    FORWARD_KL,
     JSD,
+    LOG2E,
     MIX,
     REVERSE_KL,
     beta_constants,
     coslope_of,
     double,
-    excess_of,
     member_weight,
     slope_of,
     unmasked,
@@ -20,7 +21,6 @@ from ..common import (
 from .column import (
     ELSEWHERE,
     FAR_APART,
-    LOG2E,
     LOWEST,
     NEARLY_EQUAL,
     NOTHING,
@@ -162,10 +162,10 @@ def _careful_sums(
     for start in range(0, columns, BLOCK):
         column = _columns(student, start, BLOCK)
         s, t = unmasked(_read(student, column, columns, True, F)), unmasked(_read(teacher, column, columns, True, F))
-        p, q, difference, log_ratio, _, _, _ = column_pair(s, t, row)
-        sum_t += _sum(p)
-        gap += _sum(difference)
-        excess += _sum(excess_of(q, p, -log_ratio) if BY_STUDENT else excess_of(p, q, log_ratio))
+        pair = column_pair(s, t, row)
+        sum_t += _sum(pair.p)
+        gap += _sum(pair.difference)
+        excess += _sum(value_of(pair, (), REVERSE_KL if BY_STUDENT else FORWARD_KL))
     sum_t, gap, excess = tl.sum(sum_t, 0), tl.sum(gap, 0), tl.sum(excess, 0)
     sum_s = sum_t + gap
     moment = excess + gap if BY_STUDENT else excess - gap

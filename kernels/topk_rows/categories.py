@@ -93,7 +93,7 @@ def divergences(lane, log_weights, log_p, weights, beta):
     relative = log_weights - tl.max(log_weights, 0)
     log_q = relative - log_1p(_excluding(lane, largest, tl.exp(relative)))
     pair = pair_of(tl.exp(tl.maximum(log_p, log_q)), log_p - log_q)
-    p, q, difference, log_ratio, _, _, _ = pair
+    p, q, difference, log_ratio = pair.p, pair.q, pair.difference, pair.log_ratio
     gap = tl.sum(difference, 0)  # 0, unless the teacher's masses do not sum to 1
     value, slopes = double(0.0), tl.zeros_like(q)
     if weights[FORWARD_KL] != 0:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common import double
+from ..common import LOG2E, double
 
 # Scores of -inf, masked columns, are worked on as the first of these, and the maximum of none but such is the second:
 # e^(their difference) is 0, where -inf - -inf would be NaN.
@@ -21,7 +21,7 @@ def _exp_of(x, tau, EXACT: tl.constexpr, F: tl.constexpr):
     if tl.float64 == F:
         power = tl.exp(x / tau)
     else:
-        scale = 1.4426950408889634 / tau
+        scale = LOG2E / tau
         rounded = scale.to(F)
         power = tl.exp2(x * rounded)
         if EXACT:
