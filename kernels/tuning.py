@@ -8,6 +8,7 @@ Outside of `autotune` the table alone decides, so that results do not depend on 
 compute the same up to rounding.
 
 The table was found by compiling: nothing spills on sm_80, sm_90 and sm_100 (tests/test_compile_gpu.py). Candidates may.
+Operators on rows need none, and have launch options and checks in common with it.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .common import INTERPRETED
 
-__all__ = ["Config", "Tuner", "autotune", "launch", "together"]
+__all__ = ["Config", "Tuner", "autotune", "check", "launch", "launch_options", "together"]
 
 
 class Config(NamedTuple):
@@ -33,65 +35,46 @@ class Config(NamedTuple):
 
 
 ANY = "any"
-# (kernel, bytes of a number, padded head width up to, GPU). Where a GPU has lines of its own, only they count.
+EVERY = "forward gradient mixture_gradient scores mix_forward mix_gradient mix_scores"
+# (kernels, bytes of a number, padded head width up to, GPU): of lines that fit, a GPU's own come before those for ANY.
 #
 # attention_kl. Hopper's wgmma wants 64 rows to four warps. Left to itself, ptxas spills a few constants to fit one more
 # block into a multiprocessor: hence 255 registers, and 128 where two blocks are to fit. Not so in most kernels that
 # multiply in fp32, which would use up what they are given, and spill for that. mixture_gradient is that of the
 # divergences from jsd on; a mix's kernels hold what several of them do, of all six members more than there is room for.
 TABLE = {
-    ("forward", 2, 128, ANY): Config((128, 32), 8, 3, 255),
-    ("forward", 2, 256, ANY): Config((64, 32), 8, 2, 255),
+    ("forward scores", 2, 128, ANY): Config((128, 32), 8, 3, 255),
+    ("forward scores", 2, 256, ANY): Config((64, 32), 8, 2, 255),
     ("forward", 2, 32, "sm_90"): Config((128, 64), 8, 3, 128),
-    ("forward", 2, 128, "sm_90"): Config((128, 32), 8, 3, 255),
-    ("forward", 2, 256, "sm_90"): Config((64, 32), 8, 2, 255),
-    ("forward", 2, 256, "gfx942"): Config((64, 16), 4, 1),
+    ("mix_forward mix_scores", 2, 128, ANY): Config((128, 16), 8, 3, 255),
+    ("mix_forward mix_scores", 2, 256, ANY): Config((64, 16), 8, 2, 255),
+    ("forward scores mix_forward mix_scores", 2, 256, "gfx942"): Config((64, 16), 4, 1),
     ("gradient", 2, 64, ANY): Config((128, 32), 8, 2, 255),
-    ("gradient", 2, 128, ANY): Config((128, 16), 8, 2, 255),
-    ("gradient", 2, 256, ANY): Config((32, 32), 8, 2, 255),
+    ("gradient mixture_gradient", 2, 128, ANY): Config((128, 16), 8, 2, 255),
+    ("gradient mixture_gradient", 2, 256, ANY): Config((32, 32), 8, 2, 255),
     ("gradient", 2, 64, "sm_80"): Config((128, 32), 8, 2, 255),
     ("gradient", 2, 128, "sm_80"): Config((64, 32), 8, 2, 255),
-    ("gradient", 2, 256, "sm_80"): Config((32, 32), 8, 2, 255),
     ("gradient", 2, 128, "gfx942"): Config((128, 16), 8, 2),
-    ("gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
-    ("mixture_gradient", 2, 128, ANY): Config((128, 16), 8, 2, 255),
-    ("mixture_gradient", 2, 256, ANY): Config((32, 32), 8, 2, 255),
-    ("mixture_gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
-    ("mix_forward", 2, 128, ANY): Config((128, 16), 8, 3, 255),
-    ("mix_forward", 2, 256, ANY): Config((64, 16), 8, 2, 255),
-    ("mix_forward", 2, 256, "gfx942"): Config((64, 16), 4, 1),
     ("mix_gradient", 2, 128, ANY): Config((64, 16), 8, 2, 255),
     ("mix_gradient", 2, 256, ANY): Config((32, 16), 8, 2, 255),
-    ("mix_gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
-    ("scores", 2, 128, ANY): Config((128, 32), 8, 3, 255),
-    ("scores", 2, 256, ANY): Config((64, 32), 8, 2, 255),
-    ("scores", 2, 256, "gfx942"): Config((64, 16), 4, 1),
-    ("mix_scores", 2, 128, ANY): Config((128, 16), 8, 3, 255),
-    ("mix_scores", 2, 256, ANY): Config((64, 16), 8, 2, 255),
-    ("mix_scores", 2, 256, "gfx942"): Config((64, 16), 4, 1),
+    ("gradient mixture_gradient mix_gradient", 2, 256, "gfx942"): Config((32, 16), 8, 1),
     ("forward", 4, 64, ANY): Config((64, 16), 8, 2),
     ("forward", 4, 128, ANY): Config((64, 16), 8, 2, 128),
-    ("forward", 4, 256, ANY): Config((32, 16), 8, 1),
-    ("gradient", 4, 64, ANY): Config((32, 16), 8, 2, 255),
-    ("gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
-    ("mixture_gradient", 4, 64, ANY): Config((32, 16), 8, 2, 255),
-    ("mixture_gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
-    ("mix_forward", 4, 256, ANY): Config((32, 16), 8, 1, 255),
-    ("mix_gradient", 4, 256, ANY): Config((32, 16), 8, 1, 255),
-    ("scores", 4, 128, ANY): Config((64, 16), 8, 2),
-    ("scores", 4, 256, ANY): Config((32, 16), 8, 1),
-    ("mix_scores", 4, 128, ANY): Config((64, 16), 8, 2),
-    ("mix_scores", 4, 256, ANY): Config((32, 16), 8, 1, 255),
+    ("scores mix_scores", 4, 128, ANY): Config((64, 16), 8, 2),
+    ("forward scores", 4, 256, ANY): Config((32, 16), 8, 1),
+    ("gradient mixture_gradient", 4, 64, ANY): Config((32, 16), 8, 2, 255),
+    ("gradient mixture_gradient mix_forward mix_gradient mix_scores", 4, 256, ANY): Config((32, 16), 8, 1, 255),
+    (EVERY, 8, 64, ANY): Config((32, 32), 8, 1),
+    (EVERY, 8, 256, ANY): Config((16, 16), 4, 1),
 }
-for _kernel in ("forward", "gradient", "mixture_gradient", "mix_forward", "mix_gradient", "scores", "mix_scores"):
-    TABLE[_kernel, 8, 64, ANY], TABLE[_kernel, 8, 256, ANY] = Config((32, 32), 8, 1), Config((16, 16), 4, 1)
 
 
 @lru_cache
 def heuristic(kernel: str, size: int, width: int, gpu: str) -> Config:
-    """The line of the narrowest width that fits, or the widest."""
-    lines = [line for line in TABLE if line[:2] == (kernel, size) and line[3] in (gpu, ANY)]
-    return TABLE[min(lines, key=lambda line: (line[3] == ANY, line[2] < width, abs(line[2] - width)))]
+    """The line of the narrowest width that fits, before ANY's one of the GPU's own; of what is too wide, the widest."""
+    lines = [line for line in TABLE if kernel in line[0].split() and line[1] == size and line[3] in (gpu, ANY)]
+    width = min(width, max(line[2] for line in lines))
+    return TABLE[min((line for line in lines if line[2] >= width), key=lambda line: (line[3] == ANY, line[2]))]
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------
@@ -105,6 +88,21 @@ def _gpu() -> str:
     if target.backend != "cuda":
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
+
+
+def launch_options(warps: int, maxnreg: int | None, gpu: str | None = None) -> dict[str, Any]:
+    """As Triton takes them: of fusion its default differs by version, and only NVIDIA's has a ceiling of registers."""
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+    return options if maxnreg is None or (gpu or _gpu()) == "gfx942" else {**options, "maxnreg": maxnreg}
+
+
+def check(name: str, x: Tensor | None, dtype: torch.dtype | None, *shape: int) -> None:
+    """Raises unless x, if it is given, is contiguous of that dtype, or for None of any floating dtype and strides."""
+    if x is None:
+        return
+    if x.shape != shape or (not x.is_floating_point() if dtype is None else x.dtype != dtype or not x.is_contiguous()):
+        wanted, strides = ("floating", "") if dtype is None else (f"contiguous {dtype}", f", strides {x.stride()}")
+        raise ValueError(f"{name}: expected {wanted} {list(shape)}, got {x.dtype} {list(x.shape)}{strides}")
 
 
 def launch(kernel: str, size: int, width: int, case: Hashable, run: Callable[[dict[str, Any]], None]) -> None:
@@ -125,11 +123,8 @@ def together(settings: Sequence[Hashable], at_most: int) -> list[list[int]]:
 
 
 def _options(line: tuple, config: Config) -> dict[str, Any]:
-    options: dict[str, Any] = dict(zip(("BLOCK_M", "BLOCK_N"), config.tile, strict=True))
-    options |= {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    if config.maxnreg is not None and line[-1] != "gfx942":
-        options["maxnreg"] = config.maxnreg
-    return options
+    tile = dict(zip(("BLOCK_M", "BLOCK_N"), config.tile, strict=True))
+    return {**tile, "num_stages": config.stages, **launch_options(config.warps, config.maxnreg, line[-1])}
 
 
 # ---- tuning ----------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list:
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "gfx942", tuning.ANY])
 def test_every_kernel_has_a_line(gpu: str):
-    for kernel in {line[0] for line in tuning.TABLE}:
+    for kernel in tuning.EVERY.split():
         for size in (2, 4, 8):
             for width in (16, 32, 64, 128, 256, 512):
                 config = tuning.heuristic(kernel, size, width, gpu)
@@ -60,10 +60,12 @@ def test_every_kernel_has_a_line(gpu: str):
 
 
 def test_the_narrowest_line_that_fits(monkeypatch: pytest.MonkeyPatch):
-    a, b, c, d = (Config((n, n), 4, 1) for n in range(4))
-    lines = {("f", 2, 64, "any"): a, ("f", 2, 128, "any"): b, ("f", 2, 32, "x"): c, ("f", 4, 64, "any"): d}
+    a, b, c, d, e = (Config((n, n), 4, 1) for n in range(5))
+    lines = {("f", 2, 64, "any"): a, ("g f", 2, 128, "any"): b, ("f", 2, 32, "x"): c, ("f", 4, 64, "any"): d}
+    lines["f", 2, 128, "z"] = e
     monkeypatch.setattr(tuning, "TABLE", lines)
-    wanted = {(16, "y"): a, (64, "y"): a, (65, "y"): b, (512, "y"): b, (16, "x"): c, (64, "x"): c}
+    wanted = {(16, "y"): a, (64, "y"): a, (65, "y"): b, (512, "y"): b, (16, "x"): c, (33, "x"): a, (512, "x"): b}
+    wanted |= {(16, "z"): e, (512, "z"): e}
     for (width, gpu), config in wanted.items():
         assert tuning.heuristic.__wrapped__("f", 2, width, gpu) == config
     assert tuning.heuristic.__wrapped__("f", 4, 16, "x") == d

@@ -7,12 +7,13 @@ import triton
 from torch import Tensor
 
 from ..common import MIX, TVD, beta_arguments
+from ..tuning import check, launch_options
 from .kernels import rows_kernel
 
 __all__ = ["divergence_rows"]
 
 
-def block_and_options(columns: int, dtype: torch.dtype, nvidia: bool, mix: bool = False) -> tuple[int, dict]:
+def block_and_options(columns: int, dtype: torch.dtype, mix: bool = False, gpu: str | None = None) -> tuple[int, dict]:
     """Columns a block, and launch options: as many columns a thread as fit its registers (tests/test_compile_gpu.py).
 
     Left to itself, ptxas spills a few row constants to fit one block more into a multiprocessor; told a ceiling it does
@@ -22,22 +23,7 @@ def block_and_options(columns: int, dtype: torch.dtype, nvidia: bool, mix: bool 
     if mix and dtype != torch.float64:  # its members' sums and weights take the registers of half the columns
         largest, per_thread = 1024, 4
     block = min(largest, max(32 * per_thread, triton.next_power_of_2(columns)))
-    options = {
-        "num_warps": block // (32 * per_thread),
-        "enable_fp_fusion": True,  # Triton's default differs by version; the two-sum has no product to fuse
-    }
-    if nvidia:
-        options["maxnreg"] = registers
-    return block, options
-
-
-def _check(name: str, x: Tensor | None, dtype: torch.dtype | None, *shape: int) -> None:
-    """Raises unless it is of a dtype and contiguous, or of any floating dtype and stride for None."""
-    if x is None:
-        return
-    if x.shape != shape or (not x.is_floating_point() if dtype is None else x.dtype != dtype or not x.is_contiguous()):
-        wanted = f"contiguous {dtype}" if dtype else "floating"
-        raise ValueError(f"{name}: expected {wanted} {list(shape)}, got {x.dtype} {list(x.shape)}")
+    return block, launch_options(block // (32 * per_thread), registers, gpu)
 
 
 def divergence_rows(
@@ -75,19 +61,18 @@ def divergence_rows(
     teacher = teacher if kd_weight != 0 else None
     labels = labels if ce_weight != 0 else None
     for name, x in (("student", student), ("teacher", teacher), ("gradient", gradient)):
-        _check(name, x, None, rows, columns)
-    _check("labels", labels, torch.int64, rows)
+        check(name, x, None, rows, columns)
+    check("labels", labels, torch.int64, rows)
     for name, x in (("coefficient", coefficient), ("loss", loss)):
-        _check(name, x, torch.float64, rows)
+        check(name, x, torch.float64, rows)
     for name, x, width in (("stats", stats, 7), ("metrics", metrics, 6), ("sums", sums, 3)):
-        _check(name, x, torch.float64, rows, width)
+        check(name, x, torch.float64, rows, width)
     if rows == 0:
         return
-    nvidia = student.is_cuda and torch.version.hip is None
     matrices = [x for x in (student, teacher, gradient) if x is not None]
     aligned = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in matrices)
-    block, options = block_and_options(columns, student.dtype, nvidia, divergence >= MIX.value)
     with torch.cuda.device_of(student):
+        block, options = block_and_options(columns, student.dtype, divergence >= MIX.value)
         rows_kernel[(rows,)](
             student,
             teacher,

@@ -34,7 +34,7 @@ def source(
     target: str, which: str, divergence: str, student: str, teacher: str | None, ce: bool
 ) -> tuple[ASTSource, dict]:
     """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
-    block, options = rows.block_and_options(VOCABULARY, DTYPES[student], target.startswith("sm_"), divergence == "mix")
+    block, options = rows.block_and_options(VOCABULARY, DTYPES[student], divergence == "mix", target)
     types = {
         "student": f"*{student}",
         "teacher": teacher and f"*{teacher}",
