@@ -17,11 +17,20 @@
 namespace fastkd {
 
 // The order is that of fastkd.divergence.DIVERGENCES.
-enum class Divergence : int64_t { kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTVD, kCount };
+enum class Divergence : int64_t { kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTVD };
+constexpr int64_t kDivergences = 6;
 // Codes from here on are those of mixes, weighted sums of the above: a bit for each member.
 constexpr int64_t kMix = 64;
 
 // ---- one row --------------------------------------------------------------------------------------------------------
+
+// Divergence, in nats, under which a row is computed with care. At 0.1 probabilities differ by some 40 %, so the plain
+// difference of two that are each good to 1e-7 is still good to 1e-6.
+constexpr double kNearlyEqual = 0.1;
+// Divergence over which the mean of log(q / p) is refined: one so large is summed up with an error of its own last digit.
+constexpr double kFarApart = 16;
+// The label of a row that is a shard of a longer one, in another shard of which the label lies.
+constexpr int64_t kElsewhere = INT64_MIN;
 
 // What the gradient of a row needs, in fp64: kept between forward and backward as one line of `stats` [rows, 7].
 struct RowStats {
@@ -59,7 +68,7 @@ struct RowConstants {
 // What a divergence takes beside the scores: beta, and of a mix the weight of each.
 struct Shape {
   double beta;
-  double weights[static_cast<int64_t>(Divergence::kCount)] = {};
+  double weights[kDivergences] = {};
 
   double weight(Divergence divergence) const { return weights[static_cast<int64_t>(divergence)]; }
   // What log(q / p) is multiplied with in u, where the mean of u is subtracted inside it.
@@ -92,6 +101,12 @@ FASTKD_INLINE F unmasked(F score, F lowest = F(kLowestScore)) {
 #else
   return score < lowest ? lowest : score;  // NaN passes
 #endif
+}
+
+// The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf.
+template <class F>
+FASTKD_INLINE F finite(F max) {
+  return max == F(-INFINITY) ? F(0) : max;
 }
 
 constexpr double kInfinite = 1e20;  // divergences over it come from a masked column
@@ -164,6 +179,12 @@ struct Pair {
 
 // Which running moment beside the sums of exponentials gives D and the mean of u without a second look at the row.
 enum class Moment { kNone, kTeacher, kStudent, kBoth };
+
+// D, of its moment and the sums of exponentials, all relative to the maxima: of sum p log(p / q), or of sum q log(q / p).
+FASTKD_INLINE double divergence_of(bool by_student, double moment, double sum_s, double sum_t) {
+  const double log_sums = std::log(sum_s / sum_t);
+  return by_student ? moment / sum_s - log_sums : moment / sum_t + log_sums;
+}
 
 // What each member has, beside what its part of the gradient is made of.
 struct Member {
@@ -314,6 +335,19 @@ struct TVD : Member {
     return c.difference > F(0) ? F(0) : (c.difference < F(0) ? c.q : F(0.5) * c.q + c.difference);
   }
 };
+
+// run(D()) of the divergence that has this code.
+template <class Run>
+auto with_divergence(int64_t code, const Run& run) {
+  switch (static_cast<Divergence>(code)) {
+    case Divergence::kForwardKL: return run(ForwardKL());
+    case Divergence::kReverseKL: return run(ReverseKL());
+    case Divergence::kJSD: return run(JSD());
+    case Divergence::kSkewKL: return run(SkewKL());
+    case Divergence::kSkewReverseKL: return run(SkewReverseKL());
+    default: return run(TVD());
+  }
+}
 
 // q (u - mean): tau times the gradient of D in s. `b` are D's constants.
 template <class D, bool kCareful, class F>

@@ -10,7 +10,6 @@ no distribution.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 from typing import Any
@@ -394,15 +393,6 @@ def test_wrong_arguments():
 # ---- how CUDA C++ shares a row out -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def shared_out(blocks: int):
-    CudaRows.blocks, before = blocks, CudaRows.blocks
-    try:
-        yield
-    finally:
-        CudaRows.blocks = before
-
-
 @over_cuda_alone
 @over_divergences
 @pytest.mark.parametrize("columns", [3, 203, 3001])
@@ -415,7 +405,7 @@ def test_every_way_to_share_a_row(blocks: int, columns: int, divergence: str):
     student = teacher + torch.tensor([[1e-3], [0.3], [5.0]]) * torch.randn(3, columns)
     options = objective(divergence, temperature=2.0, ce_weight=0.5)
     arguments = student, teacher, torch.tensor([0.7, 0.0, -2.0]).double(), torch.tensor([columns - 1, 0, 1]), *options
-    with shared_out(blocks):
+    with gpu_rows("cuda", blocks):
         got, again = fused(*arguments), in_two_steps(*arguments)
     check(got, oracle(*arguments), loss=2e-6)
     assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
@@ -431,9 +421,10 @@ def test_rows_off_the_grid_of_16_bytes(blocks: int, dtype: torch.dtype, shift: t
         pytest.skip("this GPU has no clusters")
     student, teacher = ((3 * torch.randn(3, 1061)).to(dtype)[:, n : n + 1037] for n in shift)
     arguments = student, teacher, ones(3), torch.tensor([1036, 0, 5]), *objective("forward_kl", ce_weight=0.5)
-    with shared_out(blocks):
+    with gpu_rows("cuda", blocks):
         check(fused(*arguments), oracle(*arguments), gradient=TOLERANCE[dtype])
-        check(in_two_steps(*arguments, dtype=torch.float16), oracle(*arguments), gradient=TOLERANCE[torch.float16])
+        target = torch.float16 if dtype == torch.float32 else dtype
+        check(in_two_steps(*arguments, dtype=target), oracle(*arguments), gradient=TOLERANCE[target])
 
 
 @over_cuda_alone
@@ -479,7 +470,9 @@ def test_what_cuda_rows_leave_to_triton():
     assert not CudaRows.takes(x, x.bfloat16())
     assert not CudaRows.takes(x.t(), x.t())
     assert not CudaRows.takes(x, x, x.t().contiguous().t())
+    assert CudaRows.takes(x, x, x.half()) and CudaRows.takes(x.half(), None, x.half())
     assert not CudaRows.takes(x, x, x.double())
+    assert not CudaRows.takes(x.bfloat16(), x.bfloat16(), x) and not CudaRows.takes(x.half(), None, x.bfloat16())
 
 
 @pytest.mark.long

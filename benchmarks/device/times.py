@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from benchmarks.harness.measure import FEWEST, MOST
 from benchmarks.harness.problem import OURS, Problem, Run, held_to
 from benchmarks.harness.report import Table
 from benchmarks.ops import attention_kl, cka_loss, linear_kl, logit_kl, relation_kl
-from fastkd.ops.drivers.divergence_rows import CudaRows, gpu_row_kernels
+from fastkd.ops.drivers.divergence_rows import gpu_row_kernels, gpu_rows
 
 BLOCKS = (0, 4, 8, 16)  # that share a row in CUDA C++; 0: one block that reads it twice
 PROBLEM_S = 60
@@ -107,16 +106,6 @@ def cka(here: Here) -> bool:
 # ---- alone -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _shared_by(blocks: int) -> Iterator[None]:
-    before, CudaRows.blocks = CudaRows.blocks, blocks
-    try:
-        with gpu_row_kernels()["cuda"]():
-            yield
-    finally:
-        CudaRows.blocks = before
-
-
 def _by_blocks(problem: Problem) -> Problem:
     """With a row for each number of blocks."""
 
@@ -124,7 +113,7 @@ def _by_blocks(problem: Problem) -> Problem:
         rows, oracle = problem.prepare()
         for blocks in BLOCKS:
             rows[f"fastkd, cuda, {blocks} blocks"] = lambda blocks=blocks: held_to(
-                partial(_shared_by, blocks), rows[OURS]()
+                partial(gpu_rows, "cuda", blocks), rows[OURS]()
             )
         return rows, oracle
 

@@ -20,12 +20,11 @@ struct Objective {
 inline Objective make_objective(int64_t divergence, const std::vector<double>& beta, double tau, double kd_weight,
                                 double ce_weight) {
   Objective objective{divergence, {beta.empty() ? 0 : beta[0]}, tau, kd_weight, ce_weight};
-  constexpr int64_t kCount = static_cast<int64_t>(Divergence::kCount);
-  STD_TORCH_CHECK(divergence >= 0 && (divergence < kCount || (divergence > kMix && divergence < kMix + (1 << kCount))),
+  STD_TORCH_CHECK(divergence >= 0 && (divergence < kDivergences || (divergence > kMix && divergence < kMix + (1 << kDivergences))),
                   "fastkd: unknown divergence");
-  const size_t expected = divergence < kMix ? 1 : 1 + kCount;
-  STD_TORCH_CHECK(beta.size() >= expected, "fastkd: beta must be a number or, of a mix, one and ", kCount, " weights");
-  if (divergence >= kMix) std::copy_n(beta.begin() + 1, kCount, objective.shape.weights);
+  const size_t expected = divergence < kMix ? 1 : 1 + kDivergences;
+  STD_TORCH_CHECK(beta.size() >= expected, "fastkd: beta must be a number or, of a mix, one and ", kDivergences, " weights");
+  if (divergence >= kMix) std::copy_n(beta.begin() + 1, kDivergences, objective.shape.weights);
   return objective;
 }
 
@@ -42,15 +41,7 @@ Loops<F> loops_of(const Objective& objective) {
       default: return tvd ? loops<Mix<2, 2, true>, F>() : mix.two_sided == 2 ? loops<Mix<2>, F>() : loops<Mix<2, 1>, F>();
     }
   }
-  switch (static_cast<Divergence>(objective.divergence)) {
-    case Divergence::kForwardKL: return loops<ForwardKL, F>();
-    case Divergence::kReverseKL: return loops<ReverseKL, F>();
-    case Divergence::kJSD: return loops<JSD, F>();
-    case Divergence::kSkewKL: return loops<SkewKL, F>();
-    case Divergence::kSkewReverseKL: return loops<SkewReverseKL, F>();
-    case Divergence::kTVD: return loops<TVD, F>();
-    default: STD_TORCH_CHECK(false, "fastkd: unknown divergence");
-  }
+  return with_divergence(objective.divergence, [](auto member) { return loops<decltype(member), F>(); });
 }
 
 }  // namespace

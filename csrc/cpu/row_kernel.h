@@ -25,16 +25,6 @@
 namespace fastkd {
 namespace {
 
-// Divergence, in nats, under which a row is computed with care. At 0.1 probabilities differ by some 40 %, so the plain
-// difference of two that are each good to 1e-7 is still good to 1e-6.
-constexpr double kNearlyEqual = 0.1;
-// Divergence over which the mean of log(q / p) is refined: one so large is summed up with an error of its own last digit.
-constexpr double kFarApart = 16;
-// The label of a row that is a shard of a longer one, in another shard of which the label lies.
-constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
-
-// ---- one row --------------------------------------------------------------------------------------------------------
-
 // The rows of one call; F is the working precision (double for double students, else float).
 template <class F>
 struct RowKernel {
@@ -53,9 +43,6 @@ struct RowKernel {
   static double rescale(double before, double now, double inv_tau) {
     return before == now ? 1 : std::exp((before - now) * inv_tau);
   }
-
-  // The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf.
-  static double finite(double max) { return max == kLowest ? 0 : max; }
 
   // Pass 1: running statistics; returns D where moments give it. Rows whose models nearly agree are summed up with more
   // care: there D and the gradient are small differences of what the plain pass sums up.
@@ -127,10 +114,7 @@ struct RowKernel {
     const double tau = objective.tau, inv_tau = 1 / tau;
     double max_s = kLowest, max_t = kLowest, sum_s = 0, sum_t = 0, difference = 0, sum_1 = 0, moment = 0, student_moment = 0;
     OwnSum own_s, own_t;
-    const auto divergence = [&] {
-      const double log_sums = std::log(sum_s / sum_t);
-      return by_student ? moment / sum_s - log_sums : moment / sum_t + log_sums;
-    };
+    const auto divergence = [&] { return divergence_of(by_student, moment, sum_s, sum_t); };
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t n = std::min(kBlock, columns - start);
       const double before_s = max_s, before_t = max_t;
@@ -180,7 +164,7 @@ struct RowKernel {
     }
     out = {max_s, sum_s, max_t, sum_t, 0, 0, teacher && !separate_sum() ? sum_s : sum_1};
     if (both) {
-      out.mean = objective.shape.weight(Divergence::kReverseKL) * (student_moment / sum_s - std::log(sum_s / sum_t));
+      out.mean = objective.shape.weight(Divergence::kReverseKL) * divergence_of(true, student_moment, sum_s, sum_t);
     }
     if (tells_metrics) {
       if (teacher) {  // of each model by itself: in a shard one may have a distribution where the other has none

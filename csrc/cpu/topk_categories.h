@@ -29,20 +29,13 @@ struct Categories {
   void add(double student, double teacher) { log_q.push_back(student), log_p.push_back(teacher); }
 
   // The divergence with these weights of its members; `gradient` becomes that in the logarithms of the student's masses.
-  double divergence(const std::array<double, static_cast<size_t>(Divergence::kCount)>& weights, const Beta<double>& beta) {
+  double divergence(const std::array<double, kDivergences>& weights, const Beta<double>& beta) {
     const size_t n = log_q.size();
     gradient.assign(n, 0), slope.resize(n), coslope.resize(n), q.resize(n);
     double total = 0;
     for (size_t code = 0; code < weights.size(); ++code) {
-      if (weights[code] == 0) continue;
-      switch (static_cast<Divergence>(code)) {
-        case Divergence::kForwardKL: total += member<ForwardKL>(weights[code], beta); break;
-        case Divergence::kReverseKL: total += member<ReverseKL>(weights[code], beta); break;
-        case Divergence::kJSD: total += member<JSD>(weights[code], beta); break;
-        case Divergence::kSkewKL: total += member<SkewKL>(weights[code], beta); break;
-        case Divergence::kSkewReverseKL: total += member<SkewReverseKL>(weights[code], beta); break;
-        default: total += member<TVD>(weights[code], beta); break;
-      }
+      const auto share = [&](auto divergence) { return member<decltype(divergence)>(weights[code], beta); };
+      if (weights[code] != 0) total += with_divergence(static_cast<int64_t>(code), share);
     }
     return total;
   }

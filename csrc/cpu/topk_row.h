@@ -38,7 +38,7 @@ struct TopKMetrics {
 };
 
 struct TopKObjective {
-  std::array<double, static_cast<size_t>(Divergence::kCount)> divergences;
+  std::array<double, kDivergences> divergences;
   bool conditional;
   double beta, tau, kd_weight, ce_weight;
 };
@@ -117,8 +117,6 @@ struct TopKRow {
   }
 
   // ---- the tail -------------------------------------------------------------------------------------------------------
-
-  static double finite(double max) { return max == kNothing ? 0 : max; }
 
   TailStats statistics(int64_t row, const TopKScratch& w) const {
     F buffer[kBlock];

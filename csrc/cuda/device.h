@@ -20,7 +20,7 @@ struct Launch {
   int64_t blocks;
   int threads;
   int cluster;  // blocks that share a row; divides `blocks`
-  int shared_bytes;
+  int64_t shared_bytes;
   int most_shared;  // that a block of the device can have
 };
 
@@ -41,6 +41,8 @@ struct Launch {
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#define FASTKD_DEVICE_KEY CUDA
+
 namespace fastkd {
 namespace cuda {
 
@@ -55,22 +57,19 @@ __device__ __forceinline__ int thread_index() { return static_cast<int>(threadId
 __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 
-// A thread's copies from device to shared memory: started, counted in groups, and waited for, all but the latest groups.
+// A thread's copies from device to shared memory: started, counted in groups, and waited for, all but the latest group.
 // Written out, for CUDA's own functions let a compiler move reads before the wait: no barrier follows it here.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kLatest>
-__device__ __forceinline__ void wait_for_all_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
-}
+__device__ __forceinline__ void wait_for_all_but_latest() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// Stores 8 bytes, or 16 at a time, where a compiler takes a struct apart.
+// Stores 8 or 16 bytes at once, where a compiler takes a struct apart.
 template <class P>
 __device__ __forceinline__ void store_whole(void* to, const P& from) {
   using Word = std::conditional_t<sizeof(P) == 8, uint2, uint4>;
-  Word words[sizeof(P) / sizeof(Word)];
-  memcpy(words, &from, sizeof(P));
-  for (const Word& word : words) static_cast<Word*>(to)[&word - words] = word;
+  Word word;
+  memcpy(&word, &from, sizeof(P));
+  *static_cast<Word*>(to) = word;
 }
 
 __device__ __forceinline__ double from_lane_xor(double x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -106,34 +105,31 @@ inline Device device_of(const Tensor& x) {
   return device;
 }
 
-template <class... Arguments>
-void configure(void (*kernel)(Arguments...), const Launch& launch, cudaStream_t stream, cudaLaunchConfig_t& config,
-               cudaLaunchAttribute& attribute) {
-  // not what this launch needs: another thread's launch may be between here and its start
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.most_shared),
-        "shared memory of a kernel");
-  if (launch.cluster > 8) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size of a kernel");
+// A launch as CUDA takes it: `config` points to `cluster`.
+struct Configuration {
+  cudaLaunchAttribute cluster{cudaLaunchAttributeClusterDimension};
+  cudaLaunchConfig_t config;
+
+  template <class Kernel>
+  Configuration(Kernel* kernel, const Launch& launch, void* stream)
+      : config{dim3(launch.blocks), dim3(launch.threads), static_cast<size_t>(launch.shared_bytes),
+               static_cast<cudaStream_t>(stream), &cluster, launch.cluster > 1} {
+    cluster.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+    // not what this launch needs: another thread's launch may be between here and its start
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.most_shared),
+          "shared memory of a kernel");
+    if (launch.cluster > 8) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size of a kernel");
+    }
   }
-  config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
-  config.stream = stream;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(launch.cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = launch.cluster > 1 ? 1 : 0;
-}
+};
 
 // Whether the device has room for a cluster of this kind. Some have no 16 multiprocessors side by side.
-template <class... Arguments>
-bool fits(void (*kernel)(Arguments...), const Launch& launch) {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-  configure(kernel, launch, nullptr, config, attribute);
+template <class Kernel>
+bool fits(Kernel* kernel, const Launch& launch) {
+  const Configuration configuration(kernel, launch, nullptr);
   int clusters = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config);
   if (error != cudaSuccess) cudaGetLastError();  // it is an answer, and not to be found by a later call
   return error == cudaSuccess && clusters > 0;
 }
@@ -143,10 +139,8 @@ template <class... Arguments>
 void run(void (*kernel)(Arguments...), const Launch& launch, const Tensor& on, const Arguments&... arguments) {
   void* stream = nullptr;
   check_call(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream), "its current stream");
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-  configure(kernel, launch, static_cast<cudaStream_t>(stream), config, attribute);
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+  const Configuration configuration(kernel, launch, stream);
+  check(cudaLaunchKernelEx(&configuration.config, kernel, arguments...), "launch");
 }
 
 }  // namespace cuda

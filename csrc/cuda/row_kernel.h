@@ -15,16 +15,10 @@
 // the row alone, so all threads of a row take the same ones.
 #pragma once
 
-#include <limits>
-
 #include "row_chunks.h"
 
 namespace fastkd {
 namespace cuda {
-
-// As in cpu/row_kernel.h.
-constexpr double kNearlyEqual = 0.1, kFarApart = 16;
-constexpr int64_t kElsewhere = std::numeric_limits<int64_t>::min();
 
 struct Arguments {
   const void* student;  // [rows, columns], as all matrices; columns lie side by side
@@ -44,30 +38,27 @@ struct Arguments {
 
 // ---- one row ----------------------------------------------------------------------------------------------------------
 
-// Running maxima of both models, and sums of exponentials relative to them. moment is sum p log(p / q), or for
-// Moment::kStudent sum q log(q / p), times tau; sum_1 is the cross-entropy's sum, without the label's own column.
-template <Moment kMoment>
+// Running maxima of both models, and sums of exponentials relative to them. moment is sum p log(p / q), or by the student
+// sum q log(q / p), times tau; sum_1 is the cross-entropy's sum, without the label's own column.
+template <bool kByStudent>
 struct RunningSums {
-  float max_s = -INFINITY, max_t = -INFINITY;
+  float log2e_over_tau, max_s = -INFINITY, max_t = -INFINITY;
   double sum_s = 0, sum_t = 0, moment = 0, sum_1 = 0;
 
-  static __device__ __forceinline__ double rescale(float before, float now, float log2e_over_tau) {
-    return before == now ? 1.0f : exp2_nonpositive((before - now) * log2e_over_tau);
+  static __device__ __forceinline__ double rescale(float before, float now, float log2e) {
+    return before == now ? 1.0f : exp2_nonpositive((before - now) * log2e);
   }
 
   // Moves the maxima. log(p / q) is relative to both, so its moment follows when either moves.
-  __device__ __forceinline__ void move_to(float now_s, float now_t, float log2e_over_tau) {
+  __device__ __forceinline__ void move_to(float now_s, float now_t) {
     const double s_factor = rescale(max_s, now_s, log2e_over_tau), t_factor = rescale(max_t, now_t, log2e_over_tau);
     const double moved = (static_cast<double>(finite(max_t)) - finite(max_s)) - finite(now_t) + finite(now_s);
-    moment = kMoment == Moment::kStudent ? s_factor * (moment - sum_s * moved) : t_factor * (moment + sum_t * moved);
+    moment = kByStudent ? s_factor * (moment - sum_s * moved) : t_factor * (moment + sum_t * moved);
     sum_s *= s_factor;
     sum_t *= t_factor;
     sum_1 *= rescale(max_s, now_s, static_cast<float>(kLog2E));
     max_s = now_s, max_t = now_t;
   }
-
-  // The maximum as it is subtracted inside exponentials: of a row so far all -inf it must not make -inf - -inf.
-  static __device__ __forceinline__ float finite(float max) { return max == -INFINITY ? 0.0f : max; }
 };
 
 // A row of one launch, as one thread sees it. D is the divergence, or void for the cross-entropy alone; T the dtype of both
@@ -75,16 +66,14 @@ struct RunningSums {
 template <class D, class T>
 struct RowKernel {
   static constexpr bool kDivergence = !std::is_void_v<D>;
-  static constexpr Moment kMoment = [] {
-    if constexpr (kDivergence) return D::kMoment;
-    return Moment::kNone;
-  }();
+  static constexpr Moment kMoment = std::conditional_t<kDivergence, D, ForwardKL>::kMoment;
+  static constexpr bool kByStudent = kMoment == Moment::kStudent;
   // Whether statistics take one pass, but of rows whose models nearly agree.
-  static constexpr bool kOnePass = !kDivergence || kMoment != Moment::kNone;
+  static constexpr bool kOnePass = kMoment != Moment::kNone;
   // Blocks on a multiprocessor: some compute while others wait for memory. Most divergences take a third's registers.
   static constexpr int kBeside = kOnePass ? 3 : 2;
   static constexpr int kColumns = Chunk<T>::kSize;
-  using Sums = RunningSums<kMoment>;
+  using Sums = RunningSums<kByStudent>;
   using Constants = RowConstants<float>;
 
   const Arguments& a;
@@ -140,7 +129,7 @@ struct RowKernel {
     for (int n = 0; n < steps; ++n) {
       if (far) {
         start(n + 1);
-        wait_for_all_but<1>();
+        wait_for_all_but_latest();
       }
       Step<T> step{};
       step.column = column_of(n);
@@ -155,22 +144,22 @@ struct RowKernel {
 
   // ---- pass 1: statistics, and D where moments give it ----
 
-  __device__ __forceinline__ void add(Sums& sums, const Step<T>& step, float log2e_over_tau) const {
+  __device__ __forceinline__ void add(Sums& sums, const Step<T>& step) const {
     float top_s = sums.max_s, top_t = sums.max_t;
     step.for_columns([&](float s, float t, int) {
       top_s = std::fmax(top_s, s);  // NaN is in the sums
       top_t = std::fmax(top_t, t);
     });
-    if (top_s > sums.max_s || top_t > sums.max_t) sums.move_to(top_s, top_t, log2e_over_tau);
-    top_s = Sums::finite(top_s), top_t = Sums::finite(top_t);
+    if (top_s > sums.max_s || top_t > sums.max_t) sums.move_to(top_s, top_t);
+    top_s = finite(top_s), top_t = finite(top_t);
     float sum_s = 0, sum_t = 0, moment = 0, sum_1 = 0;
     if constexpr (kDivergence) {
       step.for_columns([&](float s, float t, int) {
         const float x = unmasked(s) - top_s, y = unmasked(t) - top_t;
-        const float q = exp2_nonpositive(x * log2e_over_tau), p = exp2_nonpositive(y * log2e_over_tau);
+        const float q = exp2_nonpositive(x * sums.log2e_over_tau), p = exp2_nonpositive(y * sums.log2e_over_tau);
         sum_s += q;
         sum_t += p;
-        moment += (kMoment == Moment::kStudent ? -q : p) * (y - x);
+        moment += (kByStudent ? -q : p) * (y - x);
       });
       sums.sum_s += sum_s;
       sums.sum_t += sum_t;
@@ -185,24 +174,18 @@ struct RowKernel {
     }
   }
 
-  __device__ __forceinline__ static double divergence_of(double moment, const RowStats& stats) {
-    const double log_sums = std::log(stats.sum_s / stats.sum_t);
-    return kMoment == Moment::kStudent ? moment / stats.sum_s - log_sums : moment / stats.sum_t + log_sums;
-  }
-
   __device__ __forceinline__ double statistics(RowStats& stats) const {
-    const float log2e_over_tau = static_cast<float>(kLog2E / a.tau);
-    Sums sums;
-    for_steps<true>([&](const auto& step) { add(sums, step, log2e_over_tau); });
+    Sums sums{static_cast<float>(kLog2E / a.tau)};
+    for_steps<true>([&](const auto& step) { add(sums, step); });
     double maxima[] = {sums.max_s, sums.max_t};
     combine(maxima, Max());
-    sums.move_to(static_cast<float>(maxima[0]), static_cast<float>(maxima[1]), log2e_over_tau);
+    sums.move_to(static_cast<float>(maxima[0]), static_cast<float>(maxima[1]));
     double x[] = {sums.sum_s, sums.sum_t, sums.moment, sums.sum_1};
     combine(x, Add());
-    stats = {Sums::finite(sums.max_s), x[0], Sums::finite(sums.max_t), x[1], 0, 0, x[3]};
+    stats = {finite(sums.max_s), x[0], finite(sums.max_t), x[1], 0, 0, x[3]};
     // The label's own exponential comes last and in fp64: beside it the others of a confident student would vanish.
     if (a.labels != nullptr) stats.sum_1 += std::exp(label_score - stats.max_s);
-    return divergence_of(x[2] / a.tau, stats);
+    return divergence_of(kByStudent, x[2] / a.tau, stats.sum_s, stats.sum_t);
   }
 
   // Sums over a row, to which body(s, t, sums) adds what a column has.
@@ -226,11 +209,11 @@ struct RowKernel {
       const Pair<float> pair(s, t, constants);
       sums[0] += pair.p;
       sums[1] += pair.difference;
-      sums[2] += kMoment == Moment::kStudent ? pair.student_excess() : pair.teacher_excess();
+      sums[2] += kByStudent ? pair.student_excess() : pair.teacher_excess();
     });
     stats.sum_t = x[0];
     stats.sum_s = x[0] + x[1];
-    return divergence_of(kMoment == Moment::kStudent ? x[2] + x[1] : x[2] - x[1], stats);
+    return divergence_of(kByStudent, kByStudent ? x[2] + x[1] : x[2] - x[1], stats.sum_s, stats.sum_t);
   }
 
   // What sum q (log(q / p) - mean) falls short of its true value, zero: the digits that a mean of a hundred nats lost.
@@ -260,30 +243,27 @@ struct RowKernel {
 
   // ---- all but the gradient ----
 
-  __device__ __forceinline__ double divergence(RowStats& stats, double plain) const {
-    double divergence = plain;
+  __device__ __forceinline__ double divergence(RowStats& stats) const {
+    double divergence = statistics(stats);
+    if (!kDivergence || stats.empty()) return 0;
     if (divergence < kNearlyEqual) {
       divergence = careful_statistics(stats);
-      stats.careful = kMoment != Moment::kNone;
+      stats.careful = kOnePass;
     }
-    if constexpr (kMoment == Moment::kStudent) {
+    if constexpr (kByStudent) {
       if (kFarApart < divergence && divergence < kInfinite) {
         stats.mean = divergence;
         divergence += mean_residual(stats);
       }
       stats.mean = with_infinity(divergence);
     }
-    if constexpr (kMoment == Moment::kNone) divergence = value(stats);
+    if constexpr (!kOnePass) divergence = value(stats);
     return with_infinity(divergence);
   }
 
   // The row's loss, before its coefficient.
   __device__ __forceinline__ double loss(RowStats& stats) const {
-    const double plain = statistics(stats);
-    double loss = 0;
-    if constexpr (kDivergence) {
-      if (!stats.empty()) loss = a.kd_weight * a.tau * a.tau * divergence(stats, plain);
-    }
+    const double loss = a.kd_weight * a.tau * a.tau * divergence(stats);
     if (a.labels == nullptr) return loss;
     return loss + a.ce_weight * (label_exists ? stats.max_s - label_score + std::log(stats.sum_1) : NAN);
   }
@@ -323,11 +303,11 @@ struct RowKernel {
   }
 
   __device__ __forceinline__ void store(int column, const float (&g)[Step<T>::kSize]) const {
-    switch (a.gradient_type) {
-      case ScalarType::Float: return store_as<float>(column, g);
-      case ScalarType::Half: return store_as<torch::headeronly::Half>(column, g);
-      default: return store_as<torch::headeronly::BFloat16>(column, g);
+    if constexpr (std::is_same_v<T, float>) {
+      if (a.gradient_type == ScalarType::Half) return store_as<torch::headeronly::Half>(column, g);
+      if (a.gradient_type == ScalarType::BFloat16) return store_as<torch::headeronly::BFloat16>(column, g);
     }
+    store_as<T>(column, g);
   }
 
   template <class G>
@@ -338,7 +318,7 @@ struct RowKernel {
       G x[kColumns];
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) x[i] = static_cast<G>(g[chunk * kColumns + i]);
-      if (column >= 0 && column + kColumns <= end && is_aligned<sizeof(x) < 16 ? sizeof(x) : 16>(target + column)) {
+      if (column >= 0 && column + kColumns <= end && is_aligned<sizeof(x)>(target + column)) {
         store_whole(target + column, x);
         continue;
       }

@@ -133,10 +133,9 @@ inline void block_barrier() { emulated::wait(emulated::current->block->barrier);
 // Copies land where a thread waits for them, and not before.
 inline void copy_async_16(void* to, const void* from) { emulated::current->copies.back().push_back({to, from}); }
 inline void commit_copies() { emulated::current->copies.emplace_back(); }
-template <int kLatest>
-void wait_for_all_but() {
+inline void wait_for_all_but_latest() {
   auto& groups = emulated::current->copies;
-  while (groups.size() > kLatest + 1) {
+  while (groups.size() > 2) {
     for (const auto& [to, from] : groups.front()) std::memcpy(to, from, 16);
     groups.pop_front();
   }

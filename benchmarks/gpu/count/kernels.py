@@ -121,7 +121,7 @@ OPS = (
     _logits("logit_kl statistics, C++, fp32", _cuda("fp32", "statistics", (27.7, 2, 0)), 8),
     _logits("logit_kl statistics, C++, bf16", _cuda("bf16", "statistics", (22.9, 2, 0)), 4),
     _logits("logit_kl gradient, C++, fp32", _cuda("fp32", "gradient", (16.5, 2, 0)), 4),
-    _logits("logit_kl gradient, C++, bf16", _cuda("bf16", "gradient", (16.1, 2, 0)), 2),
+    _logits("logit_kl gradient, C++, bf16", _cuda("bf16", "gradient", (15.7, 2, 0)), 2),
     _logits("logit_kl of a top-k, statistics", _topk("stats", (12.4, 1.25, 0)), 4, exponentials=1),
     _logits("logit_kl of a top-k, gradient", _topk("gradient", (5.7, 1, 0)), 8, exponentials=1),
     _scores("relation_kl", _relation("forward_kl", False, (14, 2.13, 2), (29, 2, 2)), 192, 50, 4),

@@ -82,12 +82,9 @@ def _(*_: object, **__: object) -> None:
 
 
 class CudaRows:
-    """csrc/cuda/divergence_rows.cu, with the functions of kernels/rows/.
+    """csrc/cuda/divergence_rows.cu, with the functions of kernels/rows/."""
 
-    `blocks` overrides how a row is shared out among multiprocessors; see that file.
-    """
-
-    blocks = -1
+    blocks = -1  # of gpu_rows
 
     @classmethod
     def divergence_rows(cls, *arguments: Any) -> None:
@@ -95,10 +92,15 @@ class CudaRows:
 
     @staticmethod
     def takes(student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None) -> bool:
-        """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side."""
+        """Whether it is made for such rows: 32 or 16 bits, both models alike, columns side by side.
+
+        Gradients of rows of 16 bits are of their dtype.
+        """
         given = [x for x in (student, teacher, gradient) if x is not None]
-        return all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.stride(1) == 1 for x in given) and (
-            teacher is None or teacher.dtype == student.dtype
+        return (
+            all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.stride(1) == 1 for x in given)
+            and (teacher is None or teacher.dtype == student.dtype)
+            and (gradient is None or student.dtype in (torch.float32, gradient.dtype))
         )
 
 
@@ -114,20 +116,22 @@ _preferred = "triton"
 
 
 @contextlib.contextmanager
-def gpu_rows(name: str) -> Iterator[None]:
+def gpu_rows(name: str, blocks: int = -1) -> Iterator[None]:
     """Rows on a GPU take the kernel "triton" or, where it is made for them, "cuda": for tests and benchmarks.
 
-    Raises RuntimeError where the CUDA C++ kernel has not been built.
+    `blocks` overrides how the latter shares a row out among multiprocessors; see csrc/cuda/divergence_rows.cu. Raises
+    RuntimeError where the CUDA C++ kernel has not been built.
     """
     global _preferred
     emulated = torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::divergence_rows_cuda", "CPU")
     if name == "cuda" and cuda_rows_problem() and not emulated:
         raise RuntimeError(cuda_rows_problem())
-    before, _preferred = _preferred, name
+    before = _preferred, CudaRows.blocks
+    _preferred, CudaRows.blocks = name, blocks
     try:
         yield
     finally:
-        _preferred = before
+        _preferred, CudaRows.blocks = before
 
 
 def gpu_row_kernels() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
