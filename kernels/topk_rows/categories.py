@@ -1,5 +1,7 @@
 """The K + 1 categories of a row, the ids' and the tail's, in fp64: masses, divergences, cross-entropy, metrics."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -27,17 +29,38 @@ NO_MASS = tl.constexpr(-1e100)
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
 # Lane k is the k-th id's, lane K the tail's; lanes of no category have no mass in either model. Scores and columns of
-# lane K are the label's where it is none of the ids. A label is (its column, NOWHERE if out of range; its score, then
-# NaN; whether it is an id's). Logarithms of masses are relative to one score of the row.
+# lane K are the label's where it is none of the ids. Logarithms of masses are relative to one score of the row.
+
+
+class Label(NamedTuple):
+    column: tl.tensor  # NOWHERE if out of range
+    score: tl.tensor  # then NaN
+    is_id: tl.tensor
+
+
+class Tail(NamedTuple):
+    log_mass: tl.tensor  # the student's
+    of_label: tl.tensor  # the label's part of it
+    reference: tl.tensor  # the score that logarithms of masses are relative to
+
+
+class Divergence(NamedTuple):
+    """Empty is a row where one of the models has no mass at all: D and its gradient are 0."""
+
+    value: tl.tensor  # weighted D
+    slopes: tl.tensor  # q (u - mean)
+    q: tl.tensor
+    log_q: tl.tensor
+    empty: tl.tensor
 
 
 @triton.jit
-def label_beside(student, label, ids, columns):
+def label_beside(student, label, ids):
     """A row's label, beside the columns of its ids."""
-    exists = (label >= 0) & (label < columns)
+    exists = (label >= 0) & (label < student.columns)
     column = tl.where(exists, label, NOWHERE).to(tl.int32)
-    score = tl.load(student[0] + tl.where(exists, label, 0) * student[1]).to(tl.float64)
-    return column, tl.where(exists, score, float("nan")), tl.sum((ids == column).to(tl.int32), 0) > 0
+    score = tl.load(student.pointer + tl.where(exists, label, 0) * student.stride).to(tl.float64)
+    return Label(column, tl.where(exists, score, float("nan")), tl.sum((ids == column).to(tl.int32), 0) > 0)
 
 
 @triton.jit
@@ -46,24 +69,18 @@ def _log_mass(score, reference, tau):
 
 
 @triton.jit
-def _log_sum(x, y):
-    """log(e^x + e^y)"""
-    return tl.maximum(x, y) + log_1p(tl.exp(-tl.abs(x - y)))
-
-
-@triton.jit
-def log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, CONDITIONAL: tl.constexpr):
-    """Logarithms of masses: the student's, the teacher's, and (of the tail, of the label in it, the reference)."""
-    top, total, _ = rest
+def log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, S):
+    """Logarithms of masses: the student's, the teacher's, and what is of the tail."""
     of_ids = tl.where(known, s, float("-inf"))
     reference = tl.maximum(tl.max(of_ids, 0), NOTHING)
     tail, own = double(NO_MASS), double(NO_MASS)
-    if not CONDITIONAL:
-        reference = tl.maximum(reference, tl.maximum(tl.max(s, 0), top))
-        tail = tl.where(total == 0, NO_MASS, (top - reference) / tau + tl.log(tl.where(total == 0, 1.0, total)))
+    if not S.CONDITIONAL:
+        reference = tl.maximum(reference, tl.maximum(tl.max(s, 0), rest.top))
+        log_total = tl.log(tl.where(rest.of_tail == 0, 1.0, rest.of_tail))
+        tail = tl.where(rest.of_tail == 0, NO_MASS, (rest.top - reference) / tau + log_total)
         if label is not None:
-            own = tl.where(label[2], NO_MASS, _log_mass(label[1], reference, tau))
-            tail = _log_sum(tail, own)
+            own = tl.where(label.is_id, NO_MASS, _log_mass(label.score, reference, tau))
+            tail = tl.maximum(tail, own) + log_1p(tl.exp(-tl.abs(tail - own)))
     log_p = tl.where(known, log_p, NO_MASS)
     if tail_log_p is not None:
         tail_log_p = tl.where(tail_log_p == float("-inf"), NO_MASS, tail_log_p)
@@ -71,7 +88,7 @@ def log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, CONDITION
             tail_log_p = double(NO_MASS)
             log_p = tl.where(known, log_p - tl.log(tl.sum(tl.exp(log_p), 0)), NO_MASS)
         log_p = tl.where(of_tail, tail_log_p, log_p)
-    return tl.where(of_tail, tail, _log_mass(of_ids, reference, tau)), log_p, (tail, own, reference)
+    return tl.where(of_tail, tail, _log_mass(of_ids, reference, tau)), log_p, Tail(tail, own, reference)
 
 
 @triton.jit
@@ -82,9 +99,7 @@ def _excluding(lane, index, x):
 
 @triton.jit
 def divergences(lane, log_weights, log_p, weights, beta):
-    """(weighted D, q (u - mean), q, log q, whether it is empty), from logarithms: unnormalised q, and the teacher's p.
-
-    Empty is a row where one of the models has no mass at all: D and its gradient are 0.
+    """From logarithms: unnormalised q, and the teacher's p.
 
     The largest of the student's masses is 1 less the others, and its gradient minus the sum of the others': what a
     confident student differs by from a certain one is in these alone.
@@ -93,12 +108,12 @@ def divergences(lane, log_weights, log_p, weights, beta):
     relative = log_weights - tl.max(log_weights, 0)
     log_q = relative - log_1p(_excluding(lane, largest, tl.exp(relative)))
     pair = pair_of(tl.exp(tl.maximum(log_p, log_q)), log_p - log_q)
-    p, q, difference, log_ratio = pair.p, pair.q, pair.difference, pair.log_ratio
-    gap = tl.sum(difference, 0)  # 0, unless the teacher's masses do not sum to 1
+    p, q, log_ratio = pair.p, pair.q, pair.log_ratio
+    gap = tl.sum(pair.difference, 0)  # 0, unless the teacher's masses do not sum to 1
     value, slopes = double(0.0), tl.zeros_like(q)
     if weights[FORWARD_KL] != 0:
         value += weights[FORWARD_KL] * (tl.sum(excess_of(p, q, log_ratio), 0) - gap)
-        slopes += weights[FORWARD_KL] * (difference - q * gap)
+        slopes += weights[FORWARD_KL] * (pair.difference - q * gap)
     if weights[REVERSE_KL] != 0:
         reverse = with_infinity(tl.sum(excess_of(q, p, -log_ratio), 0) + gap)
         value += weights[REVERSE_KL] * reverse
@@ -116,37 +131,34 @@ def divergences(lane, log_weights, log_p, weights, beta):
             slopes += weights[code] * tl.where(comean < mean, q * comean - coslope, slope - q * mean)
     slopes = tl.where(lane == largest, -_excluding(lane, largest, slopes), slopes)
     empty = (tl.max(log_weights, 0) < 0.5 * NO_MASS) | (tl.max(log_p, 0) < 0.5 * NO_MASS)
-    return tl.where(empty, 0.0, with_infinity(value)), tl.where(empty, 0.0, slopes), q, log_q, empty
+    return Divergence(tl.where(empty, 0.0, with_infinity(value)), tl.where(empty, 0.0, slopes), q, log_q, empty)
 
 
 @triton.jit
-def shared_out(of_tail, slopes, tail, rest, tau, CONDITIONAL: tl.constexpr):
+def shared_out(of_tail, slopes, tail, rest, tau, S):
     """The tail's slope on its columns: (what the rest's exponentials are multiplied with, slopes with the label's)."""
-    log_mass, own, reference = tail
-    top, total, _ = rest
     of_rest, of_label = double(0.0), double(0.0)
-    if not CONDITIONAL:
+    if not S.CONDITIONAL:
         at_tail = tl.sum(tl.where(of_tail, slopes, 0.0), 0)
-        of_rest = tl.where(total == 0, 0.0, at_tail * tl.exp((top - reference) / tau - log_mass))
-        of_label = at_tail * tl.exp(own - log_mass)
+        log_share = (rest.top - tail.reference) / tau - tail.log_mass
+        of_rest = tl.where(rest.of_tail == 0, 0.0, at_tail * tl.exp(log_share))
+        of_label = at_tail * tl.exp(tail.of_label - tail.log_mass)
     return of_rest, tl.where(of_tail, of_label, slopes)
 
 
 @triton.jit
 def cross_entropy(s, column, label, rest):
     """(loss, gradient at the columns set aside, and at the rest's maximum)"""
-    label_column, score, _ = label
-    top, _, total = rest
-    s = tl.where(column == label_column, float("-inf"), s)
-    top = tl.where(total == 0, float("-inf"), top)
-    highest = tl.maximum(tl.maximum(tl.max(s, 0), top), score)
+    s = tl.where(column == label.column, float("-inf"), s)
+    top = tl.where(rest.of_all == 0, float("-inf"), rest.top)
+    highest = tl.maximum(tl.maximum(tl.max(s, 0), top), label.score)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
-    of_ids, of_rest, of_label = tl.exp(s - highest), tl.exp(top - highest), tl.exp(score - highest)
-    others = tl.sum(of_ids, 0) + total * of_rest  # beside them a confident student's label would hide the others
+    of_ids, of_rest, of_label = tl.exp(s - highest), tl.exp(top - highest), tl.exp(label.score - highest)
+    others = tl.sum(of_ids, 0) + rest.of_all * of_rest  # beside them a confident student's label would hide the others
     whole = others + of_label
-    loss = tl.where(score == highest, log_1p(others), highest - score + tl.log(whole))
+    loss = tl.where(label.score == highest, log_1p(others), highest - label.score + tl.log(whole))
     share = 1 / tl.where(whole == 0, 1.0, whole)
-    return loss, tl.where(column == label_column, -others * share, of_ids * share), of_rest * share
+    return loss, tl.where(column == label.column, -others * share, of_ids * share), of_rest * share
 
 
 @triton.jit
@@ -156,16 +168,12 @@ def _entropy(p, log_p):
 
 
 @triton.jit
-def metrics_of(
-    lane, known, s, highest, q, log_q, log_p, value, kd_weight, cross_entropy, tau, empty, CONDITIONAL: tl.constexpr
-):
+def metrics_of(lane, known, s, log_p, highest, found, kd_weight, cross_entropy, tau, S):
     """(tau^2 D, cross-entropy, entropies of the student and of the teacher, agreement, the ids' share of q)"""
-    told, first = ~empty & (kd_weight != 0), tl.argmax(tl.where(known, log_p, float("-inf")), 0)
-    kd = tl.where(kd_weight == 0, 0.0, tau * tau / tl.where(kd_weight == 0, 1.0, kd_weight) * value)
-    entropy_q, entropy_p = (
-        tl.where(told, _entropy(q, log_q), 0.0),
-        tl.where(told, _entropy(tl.exp(log_p), log_p), 0.0),
-    )
+    told, first = ~found.empty & (kd_weight != 0), tl.argmax(tl.where(known, log_p, float("-inf")), 0)
+    kd = tl.where(kd_weight == 0, 0.0, tau * tau / tl.where(kd_weight == 0, 1.0, kd_weight) * found.value)
+    entropy_q = tl.where(told, _entropy(found.q, found.log_q), 0.0)
+    entropy_p = tl.where(told, _entropy(tl.exp(log_p), log_p), 0.0)
     agrees = told & (tl.sum(tl.where(lane == first, s, 0.0), 0) >= highest)
-    mass = double(0.0) if CONDITIONAL else tl.where(told, tl.sum(tl.where(known, q, 0.0), 0), 0.0)
+    mass = double(0.0) if S.CONDITIONAL else tl.where(told, tl.sum(tl.where(known, found.q, 0.0), 0), 0.0)
     return kd, cross_entropy, entropy_q, entropy_p, tl.where(agrees, 1.0, 0.0), mass

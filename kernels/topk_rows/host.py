@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from ..tuning import check, launch_options
 from .kernels import topk_rows_kernel, topk_shard_gradient_kernel, topk_shard_stats_kernel
+from .rest import Rows, Setting
 
 __all__ = ["topk_rows", "topk_shard_gradient", "topk_shard_stats"]
 
@@ -14,30 +17,22 @@ __all__ = ["topk_rows", "topk_shard_gradient", "topk_shard_stats"]
 LARGEST_BLOCK = 2048
 
 
-def sizes_and_options(columns: int, entries: int, dtype: torch.dtype, nvidia: bool) -> tuple[dict[str, int], dict]:
-    """Lanes and the shape of a block, of groups of 16 bytes, and launch options.
+def _constants(student: Tensor, entries: int, separate: bool, conditional: bool = False) -> dict:
+    """Of a launch, with its options.
 
-    A thread has 16 columns of a block, which are in flight at once, and at most two lanes. As in rows.py, ptxas is told
-    a ceiling, with which four blocks of 4 warps run side by side.
+    A thread has 16 columns of a block, which are in flight at once, and at most two lanes. As in rows/, ptxas is told a
+    ceiling, with which four blocks of 4 warps run side by side.
     """
-    width, lanes = 16 // dtype.itemsize, triton.next_power_of_2(entries + 1)
-    block = min(LARGEST_BLOCK, max(32 * width, triton.next_power_of_2(columns)))
-    options = {
-        "num_warps": max(1, block // 512, lanes // 64),
-        "enable_fp_fusion": True,  # Triton's default differs by version
-    }
-    if nvidia:
-        options["maxnreg"] = 255 if dtype == torch.float64 or lanes > 256 else 128
-    return {"LANES": lanes, "GROUPS": block // width, "WIDTH": width}, options
+    width, lanes = 16 // student.dtype.itemsize, triton.next_power_of_2(entries + 1)
+    block = min(LARGEST_BLOCK, max(32 * width, triton.next_power_of_2(student.shape[1])))
+    wide = student.dtype == torch.float64
+    constants = (tl.float64 if wide else tl.float32, block // width, width, lanes, separate, conditional)
+    options = launch_options(max(1, block // 512, lanes // 64), 255 if wide or lanes > 256 else 128)
+    return {"S": Setting(*map(tl.constexpr, constants)), **options}
 
 
-def _check(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    wanted = dtypes or (x.dtype,)
-    if x.shape != shape or x.dtype not in wanted or not (dtypes or x.is_floating_point()):
-        what = " or ".join(map(str, dtypes)) or "floating"
-        raise ValueError(f"{name}: expected {what} {list(shape)}, got {x.dtype} {list(x.shape)}")
-    if dtypes and not x.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous, got strides {x.stride()}")
+def _rows(x: Tensor) -> Rows:
+    return Rows(x, *x.stride(), x.shape[1])
 
 
 def topk_rows(
@@ -59,7 +54,7 @@ def topk_rows(
     metrics: Tensor | None = None,  # [R, 6]
 ) -> None:
     """Writes each row's loss, statistics and metrics, and coefficient * d loss / d student: of these what is given."""
-    (rows, columns), entries, wide = student.shape, ids.shape[-1], (torch.float64,)
+    (rows, columns), entries, wide = student.shape, ids.shape[-1], torch.float64
     labels = labels if ce_weight != 0 else None
     tail_log_prob = None if conditional else tail_log_prob
     if len(divergences) != 6:
@@ -68,51 +63,25 @@ def topk_rows(
         raise ValueError("stats: needed unless there is a loss")
     if loss is None and metrics is not None:
         raise ValueError("metrics of rows go with a loss")
-    for name, x, shape, dtypes in (
-        ("student", student, (rows, columns), ()),
-        ("ids", ids, (rows, entries), (torch.int64,)),
-        ("log_probs", log_probs, (rows, entries), wide),
-        ("tail_log_prob", tail_log_prob, (rows,), wide),
-        ("coefficient", coefficient, (rows,), wide),
-        ("labels", labels, (rows,), (torch.int64,)),
-        ("loss", loss, (rows,), wide),
-        ("stats", stats, (rows, 3), wide),
-        ("gradient", gradient, (rows, columns), ()),
-        ("metrics", metrics, (rows, 6), wide),
-    ):
-        if x is not None:
-            _check(name, x, shape, *dtypes)
+    check("student", student, None, rows, columns)
+    check("ids", ids, torch.int64, rows, entries)
+    check("log_probs", log_probs, wide, rows, entries)
+    check("labels", labels, torch.int64, rows)
+    check("gradient", gradient, None, rows, columns)
+    for name, x in (("tail_log_prob", tail_log_prob), ("coefficient", coefficient), ("loss", loss)):
+        check(name, x, wide, rows)
+    for name, x, width in (("stats", stats, 3), ("metrics", metrics, 6)):
+        check(name, x, wide, rows, width)
     if rows == 0:
         return
     scale = kd_weight * temperature**2
-    nvidia = student.is_cuda and torch.version.hip is None
-    sizes, options = sizes_and_options(columns, entries, student.dtype, nvidia)
+    numbers = (*(scale * weight for weight in divergences), beta, temperature, scale, ce_weight)
     with torch.cuda.device_of(student):
         topk_rows_kernel[(rows,)](
-            student,
-            ids,
-            log_probs,
-            tail_log_prob,
-            coefficient,
-            labels,
-            loss,
-            stats,
-            gradient,
-            metrics,
-            columns,
-            entries,
-            *student.stride(),
-            *(gradient.stride() if gradient is not None else (0, 0)),
-            *(scale * float(weight) for weight in divergences),
-            float(beta),
-            float(temperature),
-            float(scale),
-            float(ce_weight),
-            CONDITIONAL=conditional,
-            SEPARATE=labels is not None and temperature != 1,
-            **sizes,
-            **options,
-        )
+            _rows(student), ids, log_probs, tail_log_prob, coefficient, labels, loss, stats,
+            None if gradient is None else _rows(gradient), metrics, entries, *map(float, numbers),
+            **_constants(student, entries, labels is not None and temperature != 1, conditional),
+        )  # fmt: skip
 
 
 def topk_shard_stats(
@@ -123,14 +92,12 @@ def topk_shard_stats(
     temperature: float,
 ) -> None:
     """Writes the maximum and the sums of the columns that are not set aside."""
-    (rows, columns), entries = student.shape, aside.shape[-1]
-    sizes, options = _shard_options(
-        student, aside, (("coefficient", coefficient, (rows,)), ("stats", stats, (rows, 3)))
-    )
+    rows, entries = aside.shape
+    _check_shard(student, aside, coefficient, stats)
     with torch.cuda.device_of(student):
         topk_shard_stats_kernel[(rows,)](
-            student, aside, coefficient, stats, columns, entries, *student.stride(), float(temperature),
-            SEPARATE=temperature != 1, **sizes, **options,
+            _rows(student), aside, coefficient, stats, entries, float(temperature),
+            **_constants(student, entries, temperature != 1),
         )  # fmt: skip
 
 
@@ -145,20 +112,21 @@ def topk_shard_gradient(
     temperature: float,
 ) -> None:
     """Writes factors times exponentials, and what is given of the columns set aside."""
-    (rows, columns), entries = student.shape, aside.shape[-1]
-    _check("gradient", gradient, (rows, columns))
-    wide = (("coefficient", coefficient, (rows,)), ("stats", stats, (rows, 3)), ("factors", factors, (rows, 2)))
-    sizes, options = _shard_options(student, aside, (*wide, ("at_ids", at_ids, (rows, entries))))
+    rows, entries = aside.shape
+    _check_shard(student, aside, coefficient, stats)
+    check("factors", factors, torch.float64, rows, 2)
+    check("at_ids", at_ids, torch.float64, rows, entries)
+    check("gradient", gradient, None, *student.shape)
     with torch.cuda.device_of(student):
         topk_shard_gradient_kernel[(rows,)](
-            student, aside, coefficient, stats, factors, at_ids, gradient, columns, entries, *student.stride(),
-            *gradient.stride(), float(temperature), SEPARATE=temperature != 1, **sizes, **options,
+            _rows(student), aside, coefficient, stats, factors, at_ids, _rows(gradient), entries, float(temperature),
+            **_constants(student, entries, temperature != 1),
         )  # fmt: skip
 
 
-def _shard_options(student: Tensor, aside: Tensor, wide: Sequence[tuple[str, Tensor, tuple]]) -> tuple[dict, dict]:
-    _check("aside", aside, (student.shape[0], aside.shape[-1]), torch.int64)
-    for name, x, shape in wide:
-        _check(name, x, shape, torch.float64)
-    nvidia = student.is_cuda and torch.version.hip is None
-    return sizes_and_options(student.shape[1], aside.shape[-1], student.dtype, nvidia)
+def _check_shard(student: Tensor, aside: Tensor, coefficient: Tensor, stats: Tensor) -> None:
+    rows, entries = aside.shape
+    check("student", student, None, rows, student.shape[1])
+    check("aside", aside, torch.int64, rows, entries)
+    check("coefficient", coefficient, torch.float64, rows)
+    check("stats", stats, torch.float64, rows, 3)

@@ -5,15 +5,15 @@ import triton.language as tl
 
 from ..common import double
 from .categories import cross_entropy, divergences, label_beside, log_masses, metrics_of, shared_out
-from .rest import NOTHING, NOWHERE, sums_of_rest, write_gradient, write_rest
+from .rest import NOTHING, NOWHERE, Rest, row_of, sums_of_rest, write_gradient, write_rest
 
 
 @triton.jit
-def _columns_aside(ids, index, entries, columns, LANES: tl.constexpr):
+def _columns_aside(ids, index, entries, student, S):
     """A row's columns that are set aside: (lanes, columns), which are NOWHERE for padding."""
-    lane = tl.arange(0, LANES)
+    lane = tl.arange(0, S.LANES)
     column = tl.load(ids + index * entries + lane, mask=lane < entries, other=-1)
-    return lane, tl.where((column >= 0) & (column < columns), column, NOWHERE).to(tl.int32)
+    return lane, tl.where((column >= 0) & (column < student.columns), column, NOWHERE).to(tl.int32)
 
 
 @triton.jit
@@ -22,22 +22,7 @@ def _store(pointer, numbers):
         tl.store(pointer + i, numbers[i])
 
 
-@triton.jit
-def _stats_of(
-    student, aside, columns, tau, loss, stats,
-    SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The rest's, of this pass or of one before."""
-    if loss is not None:
-        rest = sums_of_rest(student, aside, columns, tau, SEPARATE, F, GROUPS, WIDTH)
-        if stats is not None:
-            _store(stats, rest)
-    else:
-        rest = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2)
-    return rest
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def topk_rows_kernel(
     student, ids, log_probs,
     tail_log_prob,  # None: no mass
@@ -46,116 +31,105 @@ def topk_rows_kernel(
     stats,  # None: they are not kept
     gradient,  # None: it is not wanted
     metrics,  # None: they are not wanted, or there is no loss
-    columns, entries,
-    student_row, student_column, gradient_row, gradient_column,  # strides
+    entries,
     # the divergences' weights, and kd_weight, are times tau^2
     forward_kl: tl.float64, reverse_kl: tl.float64, jsd: tl.float64, skew_kl: tl.float64, skew_reverse_kl: tl.float64,
     tvd: tl.float64, beta: tl.float64, tau: tl.float64, kd_weight: tl.float64, ce_weight: tl.float64,
-    CONDITIONAL: tl.constexpr,
-    SEPARATE: tl.constexpr,  # whether the cross-entropy needs exponentials of its own
-    LANES: tl.constexpr,  # more than there are entries
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    S,
 ):  # fmt: skip
     """One row: loss, stats and metrics, unless they are given, and the gradient, if wanted."""
-    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
-    READ: tl.constexpr = not CONDITIONAL or labels is not None  # whether more than K scores count
+    READ: tl.constexpr = not S.CONDITIONAL or labels is not None  # whether more than K scores count
     beta, tau, zero = double(beta), double(tau), double(0.0)
     index = tl.program_id(0).to(tl.int64)
-    student = (student + index * student_row, student_column)
+    student, weight, nothing = row_of(student, index), tl.load(coefficient + index), Rest(zero, zero, zero)
     if gradient is not None:
-        gradient = (gradient + index * gradient_row, gradient_column)
+        gradient = row_of(gradient, index)
     if stats is not None:
         stats += index * 3
-    weight = tl.load(coefficient + index)
+    if metrics is not None:
+        metrics += index * 6
     if weight == 0:  # the row is not read
         if loss is not None:
             tl.store(loss + index, zero)
             if stats is not None:
-                _store(stats, (zero, zero, zero))
+                _store(stats, nothing)
         if metrics is not None:
-            _store(metrics + index * 6, (zero, zero, zero, zero, zero, zero))
+            _store(metrics, nothing)
+            _store(metrics + 3, nothing)
         if gradient is not None:
-            write_rest(student, gradient, columns, zero, tau, zero, zero, False, SEPARATE, F, GROUPS, WIDTH)
+            write_rest(student, gradient, nothing, tau, False, S)
     else:
-        lane, aside = _columns_aside(ids, index, entries, columns, LANES)
+        lane, aside = _columns_aside(ids, index, entries, student, S)
         log_p = tl.load(log_probs + index * entries + lane, mask=lane < entries, other=float("-inf")).to(tl.float64)
         aside = tl.where(log_p == float("-inf"), NOWHERE, aside)
         known, of_tail, label = aside != NOWHERE, lane == entries, None
         if labels is not None:
-            label = label_beside(student, tl.load(labels + index), aside, columns)
-            aside = tl.where(of_tail & ~label[2], label[0], aside)
-        pointers = student[0] + aside.to(tl.int64) * student_column
+            label = label_beside(student, tl.load(labels + index), aside)
+            aside = tl.where(of_tail & ~label.is_id, label.column, aside)
+        pointers = student.pointer + aside.to(tl.int64) * student.stride
         s = tl.load(pointers, mask=aside != NOWHERE, other=float("-inf")).to(tl.float64)
-        rest = double(NOTHING), zero, zero
-        if READ:
-            rest = _stats_of(student, aside, columns, tau, loss, stats, SEPARATE, F, GROUPS, WIDTH)
+        rest = Rest(double(NOTHING), zero, zero)
+        if READ and loss is not None:
+            rest = sums_of_rest(student, aside, tau, S)
+            if stats is not None:
+                _store(stats, rest)
+        elif READ:
+            rest = Rest(tl.load(stats), tl.load(stats + 1), tl.load(stats + 2))
         tail_log_p = None
         if tail_log_prob is not None:
             tail_log_p = tl.load(tail_log_prob + index).to(tl.float64)
-        log_q, log_p, tail = log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, CONDITIONAL)
+        log_q, log_p, tail = log_masses(known, of_tail, s, log_p, tail_log_p, label, rest, tau, S)
         weights = (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd)
-        value, slopes, q, log_q, empty = divergences(lane, log_q, log_p, weights, beta)
-        entropy = zero
+        found = divergences(lane, log_q, log_p, weights, beta)
+        entropy, of_all = zero, zero
         if label is not None:
-            entropy, at_aside, at_top = cross_entropy(s, aside, label, rest)
-        if metrics is not None:
-            told = metrics_of(
-                lane, known, s, tail[2], q, log_q, log_p, value, kd_weight, entropy, tau, empty, CONDITIONAL
-            )
-            _store(metrics + index * 6, told)
+            entropy, at_aside, of_all = cross_entropy(s, aside, label, rest)
         if loss is not None:
-            tl.store(loss + index, weight * (value + ce_weight * entropy))
+            tl.store(loss + index, weight * (found.value + ce_weight * entropy))
+        if metrics is not None:
+            _store(metrics, metrics_of(lane, known, s, log_p, tail.reference, found, kd_weight, entropy, tau, S))
         if gradient is not None:
-            of_rest, slopes = shared_out(of_tail, weight / tau * slopes, tail, rest, tau, CONDITIONAL)
-            of_all = zero
+            of_tail, slopes = shared_out(of_tail, weight / tau * found.slopes, tail, rest, tau, S)
             if label is not None:
-                of_all = weight * ce_weight * at_top
+                of_all *= weight * ce_weight
                 slopes += weight * ce_weight * at_aside
-            write_gradient(
-                student, gradient, aside, slopes, columns, rest[0], tau, of_rest, of_all,
-                READ, SEPARATE, F, GROUPS, WIDTH,
-            )  # fmt: skip
+            write_gradient(student, gradient, aside, slopes, Rest(rest.top, of_tail, of_all), tau, READ, S)
 
 
 # ---- a shard of a row: what fastkd/ops/drivers/topk_shards.py puts together ------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def topk_shard_stats_kernel(
     student,
     ids,  # and the label where it is none of them
-    coefficient, stats, columns, entries, student_row, student_column, tau: tl.float64,
-    SEPARATE: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    coefficient, stats, entries, tau: tl.float64, S,
 ):  # fmt: skip
     """One row: the maximum and the sums of the columns that are not set aside."""
-    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     index, tau, zero = tl.program_id(0).to(tl.int64), double(tau), double(0.0)
-    rest = zero, zero, zero
+    rest = Rest(zero, zero, zero)
     if tl.load(coefficient + index) != 0:
-        _, aside = _columns_aside(ids, index, entries, columns, LANES)
-        row = (student + index * student_row, student_column)
-        rest = sums_of_rest(row, aside, columns, tau, SEPARATE, F, GROUPS, WIDTH)
+        _, aside = _columns_aside(ids, index, entries, student, S)
+        rest = sums_of_rest(row_of(student, index), aside, tau, S)
     _store(stats + index * 3, rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def topk_shard_gradient_kernel(
     student, ids, coefficient, stats,
     factors,  # of e^((s - maximum) / tau), and of e^(s - maximum)
     at_ids,  # the gradient at the columns set aside
     gradient,  # may be the student
-    columns, entries, student_row, student_column, gradient_row, gradient_column, tau: tl.float64,
-    SEPARATE: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    entries, tau: tl.float64, S,
 ):  # fmt: skip
     """One row: factors times exponentials, and what is given of the columns set aside."""
-    F: tl.constexpr = tl.float64 if student.dtype.element_ty == tl.float64 else tl.float32
     index, tau, zero = tl.program_id(0).to(tl.int64), double(tau), double(0.0)
     factors += index * 2
-    row, target = (student + index * student_row, student_column), (gradient + index * gradient_row, gradient_column)
+    student, gradient = row_of(student, index), row_of(gradient, index)
     if tl.load(coefficient + index) == 0:  # the row is not read
-        write_rest(row, target, columns, zero, tau, zero, zero, False, SEPARATE, F, GROUPS, WIDTH)
+        write_rest(student, gradient, Rest(zero, zero, zero), tau, False, S)
     else:
-        lane, aside = _columns_aside(ids, index, entries, columns, LANES)
+        lane, aside = _columns_aside(ids, index, entries, student, S)
         slopes = tl.load(at_ids + index * entries + lane, mask=aside != NOWHERE, other=0.0)
-        top, of_rest, of_all = tl.load(stats + index * 3), tl.load(factors), tl.load(factors + 1)
-        write_gradient(row, target, aside, slopes, columns, top, tau, of_rest, of_all, True, SEPARATE, F, GROUPS, WIDTH)
+        rest = Rest(tl.load(stats + index * 3), tl.load(factors), tl.load(factors + 1))
+        write_gradient(student, gradient, aside, slopes, rest, tau, True, S)

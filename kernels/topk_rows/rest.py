@@ -1,9 +1,11 @@
 """One row in passes over its blocks of columns: the sums of the rest, beside what is set aside, and the gradient."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..common import LOG2E, double
+from ..common import LOG2E, double, unmasked
 
 # Scores of -inf, masked columns, are worked on as the first of these, and the maximum of none but such is the second:
 # e^(their difference) is 0, where -inf - -inf would be NaN.
@@ -12,7 +14,38 @@ NOTHING = tl.constexpr(-1e29)
 # The column of what is none.
 NOWHERE = tl.constexpr(2**31 - 1)
 
-# A row of a matrix is (pointer, column stride). `aside` [LANES] are the columns that are set aside.
+
+class Setting(NamedTuple):
+    """What is constant in a launch."""
+
+    F: tl.constexpr  # the working precision
+    GROUPS: tl.constexpr  # of a block
+    WIDTH: tl.constexpr  # columns of a group, which a thread moves at once
+    LANES: tl.constexpr  # more than a row has ids
+    SEPARATE: tl.constexpr  # whether the cross-entropy needs exponentials of its own
+    CONDITIONAL: tl.constexpr  # whether there is no tail
+
+
+class Rows(NamedTuple):
+    """A matrix, or one row of it."""
+
+    pointer: tl.tensor
+    row_stride: tl.tensor
+    stride: tl.tensor
+    columns: tl.tensor
+
+
+class Rest(NamedTuple):
+    """Of the columns that are not set aside: sums, and in a gradient what their exponentials are multiplied with."""
+
+    top: tl.tensor  # the maximum
+    of_tail: tl.tensor  # of e^((s - top) / tau)
+    of_all: tl.tensor  # of e^(s - top)
+
+
+@triton.jit
+def row_of(rows, index):
+    return Rows(rows.pointer + index * rows.row_stride, rows.row_stride, rows.stride, rows.columns)
 
 
 @triton.jit
@@ -49,10 +82,10 @@ def _total(top, highest, high, low, tau):
 
 
 @triton.jit
-def _block_at(row, start, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns of a block, and pointers to them. A thread moves a group at once."""
-    column = start + tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return column, row[0] + column.to(tl.int64) * row[1]
+def _block_at(row, start, S):
+    """Columns of a block, and pointers to them."""
+    column = start + tl.arange(0, S.GROUPS)[:, None] * S.WIDTH + tl.arange(0, S.WIDTH)[None, :]
+    return column, row.pointer + column.to(tl.int64) * row.stride
 
 
 @triton.jit
@@ -62,72 +95,59 @@ def _next_aside(aside, start):
 
 
 @triton.jit
-def _set_aside(aside, start, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Which columns of a block are set aside."""
-    here = (aside >= start) & (aside < start + GROUPS * WIDTH)
-    count = tl.histogram(tl.where(here, aside - start, 0), GROUPS * WIDTH, mask=here)
-    return tl.reshape(count, (GROUPS, WIDTH)) > 0
-
-
-@triton.jit
-def sums_of_rest(
-    student, aside, columns, tau,
-    SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Pass 1: (maximum, sum of e^((s - maximum) / tau), sum of e^(s - maximum)) over the rest, in fp64."""
-    BLOCK: tl.constexpr = GROUPS * WIDTH
-    one, top = double(1.0), tl.full((GROUPS,), NOTHING, F)
-    high, low = tl.zeros((GROUPS,), F), tl.zeros((GROUPS,), F)
+def sums_of_rest(student, aside, tau, S):
+    """Pass 1, beside the columns aside [LANES]: the rest, in fp64."""
+    BLOCK: tl.constexpr = S.GROUPS * S.WIDTH
+    one, top = double(1.0), tl.full((S.GROUPS,), NOTHING, S.F)
+    high, low = tl.zeros_like(top), tl.zeros_like(top)
     high_1, low_1 = high, low
-    first, whole = _next_aside(aside, 0), columns - columns % BLOCK
+    first, columns = _next_aside(aside, 0), student.columns
+    whole = columns - columns % BLOCK
     for PART in tl.static_range(2):  # whole blocks, and the end of the row
         for start in range(PART * whole, columns if PART else whole, BLOCK):
-            column, pointers = _block_at(student, start, GROUPS, WIDTH)
-            s = (tl.load(pointers, mask=column < columns, other=MASKED) if PART else tl.load(pointers)).to(F)
-            s = tl.maximum(s, MASKED, propagate_nan=tl.PropagateNan.ALL)
+            column, pointers = _block_at(student, start, S)
+            s = (tl.load(pointers, mask=column < columns, other=MASKED) if PART else tl.load(pointers)).to(S.F)
+            s = unmasked(s)
             if first < start + BLOCK:
-                s = tl.where(_set_aside(aside, start, GROUPS, WIDTH), MASKED, s)
+                here = (aside >= start) & (aside < start + BLOCK)
+                count = tl.histogram(tl.where(here, aside - start, 0), BLOCK, mask=here)
+                s = tl.where(tl.reshape(count, (S.GROUPS, S.WIDTH)) > 0, MASKED, s)
                 first = _next_aside(aside, start + BLOCK)
             before, top = top, tl.maximum(top, tl.max(s, 1))
-            high, low = _grown(top, high, low, before - top, s, tau, F)
-            if SEPARATE:
-                high_1, low_1 = _grown(top, high_1, low_1, before - top, s, one, F)
+            high, low = _grown(top, high, low, before - top, s, tau, S.F)
+            if S.SEPARATE:
+                high_1, low_1 = _grown(top, high_1, low_1, before - top, s, one, S.F)
     highest = tl.max(top, 0).to(tl.float64)
     total = _total(top, highest, high, low, tau)
-    return highest, total, _total(top, highest, high_1, low_1, one) if SEPARATE else total
+    return Rest(highest, total, _total(top, highest, high_1, low_1, one) if S.SEPARATE else total)
 
 
 @triton.jit
-def write_rest(
-    student, gradient, columns, top, tau, of_tail, of_all,
-    READ: tl.constexpr, SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """of_tail e^((s - top) / tau) + of_all e^(s - top), in every column; without READ 0."""
-    top, of_tail, of_all, one = top.to(F), of_tail.to(F), of_all.to(F), double(1.0)
-    whole = columns - columns % (GROUPS * WIDTH)
+def write_rest(student, gradient, rest, tau, READ: tl.constexpr, S):
+    """The rest's gradient in every column; without READ 0."""
+    top, of_tail, of_all, one = rest.top.to(S.F), rest.of_tail.to(S.F), rest.of_all.to(S.F), double(1.0)
+    columns = student.columns
+    whole = columns - columns % (S.GROUPS * S.WIDTH)
     for PART in tl.static_range(2):
-        for start in range(PART * whole, columns if PART else whole, GROUPS * WIDTH):
-            column, pointers = _block_at(student, start, GROUPS, WIDTH)
+        for start in range(PART * whole, columns if PART else whole, S.GROUPS * S.WIDTH):
+            column, pointers = _block_at(student, start, S)
             mask = column < columns if PART else None
-            g = tl.zeros((GROUPS, WIDTH), F)
+            g = tl.zeros((S.GROUPS, S.WIDTH), S.F)
             if READ:
-                s = tl.load(pointers, mask=mask).to(F) - top
-                if SEPARATE:
-                    g = of_tail * _exp_of(s, tau, False, F) + of_all * _exp_of(s, one, False, F)
+                s = tl.load(pointers, mask=mask).to(S.F) - top
+                if S.SEPARATE:
+                    g = of_tail * _exp_of(s, tau, False, S.F) + of_all * _exp_of(s, one, False, S.F)
                 else:
-                    g = (of_tail + of_all) * _exp_of(s, tau, False, F)
-            _, pointers = _block_at(gradient, start, GROUPS, WIDTH)
-            tl.store(pointers, g.to(gradient[0].dtype.element_ty), mask=mask)
+                    g = (of_tail + of_all) * _exp_of(s, tau, False, S.F)
+            _, pointers = _block_at(gradient, start, S)
+            tl.store(pointers, g.to(gradient.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def write_gradient(
-    student, gradient, aside, slopes, columns, top, tau, of_tail, of_all,
-    READ: tl.constexpr, SEPARATE: tl.constexpr, F: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def write_gradient(student, gradient, aside, slopes, rest, tau, READ: tl.constexpr, S):
     """Pass 2: the rest's columns, and after them slopes [LANES] in those that are set aside."""
     tl.debug_barrier()  # every thread has read the scores before one overwrites them with their gradients
-    write_rest(student, gradient, columns, top, tau, of_tail, of_all, READ, SEPARATE, F, GROUPS, WIDTH)
+    write_rest(student, gradient, rest, tau, READ, S)
     tl.debug_barrier()  # what the rest has written in columns set aside is overwritten
-    pointers, slopes = gradient[0] + aside.to(tl.int64) * gradient[1], slopes.to(F)
-    tl.store(pointers, slopes.to(gradient[0].dtype.element_ty), mask=aside != NOWHERE)
+    pointers, slopes = gradient.pointer + aside.to(tl.int64) * gradient.stride, slopes.to(S.F)
+    tl.store(pointers, slopes.to(gradient.pointer.dtype.element_ty), mask=aside != NOWHERE)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
@@ -68,7 +69,9 @@ def launches(target: str) -> Iterator[list[Launched]]:
         if target.startswith("gfx"):
             options.pop("maxnreg", None)
         binary = run(kernel, *args, grid=grid, warmup=True, **options)
-        found.append((kernel.__name__.removesuffix("_kernel"), binary, options))
+        fields = [field for x in (*args, *options.values()) if hasattr(x, "_asdict") for field in x._asdict().items()]
+        constants = {name: x.value for name, x in fields if isinstance(x, tl.constexpr)}
+        found.append((kernel.__name__.removesuffix("_kernel"), binary, {**options, **constants}))
 
     driver.set_active(_Device(TARGETS[target]))
     JITFunction.run = compile_only

@@ -4,19 +4,20 @@
     python -m benchmarks.gpu.compile.topk --all               # every pass, dtype, number of ids, option and target
     python -m benchmarks.gpu.compile.topk --all --target sm_80
 
-One binary serves every divergence: their weights are arguments. Otherwise as benchmarks/gpu/compile/rows.py.
+One binary serves every divergence: their weights are arguments. As in benchmarks/gpu/compile/attention.py,
+kernels are compiled as their launches specialise them, and not started.
 """
 
 from __future__ import annotations
 
 import itertools
 
-from triton.compiler import ASTSource
+import torch
 
 from fastkd.divergence import DIVERGENCES
 from fastkd.kernels.topk_rows import host as topk_rows
 
-from .common import DTYPES, TARGETS, Launched, in_parallel, launched, main, resources
+from .common import DTYPES, TARGETS, Launched, in_parallel, launches, main, resources
 
 PASSES = ("fused", "stats", "gradient")  # loss and gradient; loss and statistics; by them the gradient
 SHARD_PASSES = ("shard stats", "shard gradient")  # where the vocabulary is spread; ids are K, and the label
@@ -28,51 +29,32 @@ ENTRIES = (20, 64, 128, 511)
 VOCABULARY = 32128
 
 
-def _types(which: str, dtype: str, options: str) -> dict[str, str | None]:
-    """Of a kernel's arguments."""
-    if which in SHARD_PASSES:
-        sizes = dict.fromkeys(("columns", "entries", "student_row", "gradient_row"), "i32")
-        pointers = dict.fromkeys(("coefficient", "stats", "factors", "at_ids"), "*fp64")
-        return {"student": f"*{dtype}", "ids": "*i64", "gradient": f"*{dtype}", "tau": "fp64", **pointers, **sizes}
-    return {
-        "student": f"*{dtype}",
-        "ids": "*i64",
-        "log_probs": "*fp64",
-        "tail_log_prob": None if options.startswith("conditional") else "*fp64",
-        "coefficient": "*fp64",
-        "labels": "*i64" if "labels" in options else None,
-        "loss": "*fp64" if which != "gradient" else None,
-        "stats": "*fp64" if which != "fused" else None,
-        "gradient": f"*{dtype}" if which != "stats" else None,
-        "metrics": "*fp64" if "metrics" in options and which == "fused" else None,
-        **dict.fromkeys(("columns", "entries", "student_row", "gradient_row"), "i32"),
-        **dict.fromkeys((*DIVERGENCES, "beta", "tau", "kd_weight", "ce_weight"), "fp64"),
-    }
-
-
-def source(target: str, which: str, dtype: str, entries: int, options: str) -> tuple[ASTSource, dict]:
-    """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
-    name = f"topk_{which.replace(' ', '_')}_kernel" if which in SHARD_PASSES else "topk_rows_kernel"
-    kernel, nvidia = getattr(topk_rows, name), target.startswith("sm_")
-    sizes, launch = topk_rows.sizes_and_options(VOCABULARY, entries, DTYPES[dtype], nvidia)
-    types = _types(which, dtype, options)
-    constants = {name: None for name, kind in types.items() if kind is None}
-    constants.update(sizes, student_column=1, gradient_column=1)
-    constants.update(CONDITIONAL=options.startswith("conditional"), SEPARATE="temperature" in options)
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name][0] in "*i" and name != "entries"
-    }
-    return ASTSource(kernel, signature, constexprs=constants, attrs=aligned), launch
+def call(which: str, dtype: torch.dtype, entries: int, options: str) -> None:
+    """A launch on rows of a wide vocabulary."""
+    student, ids = torch.empty(1, VOCABULARY, dtype=dtype), torch.empty(1, entries, dtype=torch.int64)
+    one, at_ids, stats, factors, metrics = (
+        torch.empty(1, *shape, dtype=torch.float64) for shape in ((), (entries,), (3,), (2,), (6,))
+    )
+    temperature, told = 2.0 if "temperature" in options else 1.0, which == "fused" and "metrics" in options
+    if which == "shard stats":
+        topk_rows.topk_shard_stats(student, ids, one, stats, temperature)
+    elif which == "shard gradient":
+        topk_rows.topk_shard_gradient(student, ids, one, stats, factors, at_ids, student, temperature)
+    else:
+        topk_rows.topk_rows(
+            student, ids, at_ids, one, one, ids[:, 0].contiguous() if "labels" in options else None,
+            one if which != "gradient" else None, stats if which != "fused" else None,
+            student if which != "stats" else None, [1.0] * len(DIVERGENCES), options.startswith("conditional"), 0.5,
+            temperature, 1.0, float("labels" in options), metrics if told else None,
+        )  # fmt: skip
 
 
 def binaries(case: tuple) -> list[Launched]:
     """Compiles one case: (target, pass, dtype, ids, options)."""
-    return [launched(case[0], case[1], *source(*case))]
+    target, which, dtype, *rest = case
+    with launches(target) as found:
+        call(which, DTYPES[dtype], *rest)
+    return [(which, *launch) for _, *launch in found]
 
 
 def measure(case: tuple) -> dict:
