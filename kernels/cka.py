@@ -24,16 +24,7 @@ CENTRE_TILE = {"BLOCK_N": 64, "BLOCK_D": 128}
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 # Every argument that is a tuple has an element for each matrix of the launch: those of `matrices` are (pointer, row
-# stride, its means).
-
-
-@triton.jit
-def _mask_of(index, masks):
-    """masks[index], or None: which in Triton 3.6 no tuple can hold, not even on the right of an assignment."""
-    mask = None
-    if masks is not None:
-        mask = choose(index, masks)
-    return mask
+# stride, its means). Masks may be none: no tuple but None.
 
 
 @triton.jit
@@ -41,8 +32,7 @@ def _first_valid(mask, tokens):
     """The first valid token, or `tokens`."""
     first = tokens * 0
     if mask is not None:
-        first = tokens
-        start = 0
+        first, start = tokens, 0
         while (start < tokens) & (first == tokens):
             token = start + tl.arange(0, 1024)
             first = tl.min(tl.where(load_valid(mask, token, tokens), token, tokens), 0)
@@ -60,17 +50,13 @@ def _load_rows(x, stride, row, valid, column, exists):
 @triton.jit(do_not_specialize=["tokens"])
 def means_kernel(
     matrices,  # [N, D] each, with means [D] float64
-    masks,  # [N], or no tuple but None
-    tokens,
-    width,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    F: tl.constexpr,
-):
+    masks,  # [N]
+    tokens, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
     """The means of a block of columns, from the first valid token on."""
     index = tl.program_id(1)
     x, stride, means = choose_matrix(index, matrices)
-    mask = _mask_of(index, masks)
+    mask = choose(index, masks) if masks is not None else None
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = column < width
     first = _first_valid(mask, tokens) + tl.arange(0, 1)
@@ -89,16 +75,11 @@ def means_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def centre_kernel(
     matrices,  # [N, D] each, with means [D] float64
-    masks,  # [N], or no tuple but None
-    tokens,
-    width,
+    masks,  # [N]
+    tokens, width,
     out,  # [matrices, N, D]
-    out_matrix_stride,
-    out_stride,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    F: tl.constexpr,
-):
+    out_matrix_stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
     """Rows less their means, zero where they are not valid, rounded once.
 
     From wide ones two numbers are taken, as the mean has more digits than they: rounded it would move all rows of a
@@ -109,7 +90,7 @@ def centre_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = column < width
-    valid = load_valid(_mask_of(index, masks), row, tokens)
+    valid = load_valid(choose(index, masks) if masks is not None else None, row, tokens)
     mean = tl.load(means + column, mask=exists, other=0)
     rounded = mean.to(F)
     moved = _load_rows(x, stride, row, valid, column, exists).to(F) - rounded[None, :]

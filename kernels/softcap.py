@@ -14,18 +14,14 @@ BLOCK = 1024  # columns of a program: four or eight numbers a thread
 
 @triton.jit
 def softcap_kernel(
-    scores,
-    capped,
+    scores, capped,
     slope,  # None: it is not wanted
     columns,
-    scores_row,  # strides; columns lie side by side
-    capped_row,
-    slope_row,
-    cap: tl.float64,
-    BLOCK: tl.constexpr,
-):
+    scores_row, capped_row, slope_row,  # strides; columns lie side by side
+    cap: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A block of a row."""
-    row, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     z = tl.load(scores + row * scores_row + column, mask=inside, other=0.0)
     cap = double(cap).to(z.dtype)
@@ -59,10 +55,8 @@ def softcap(
     for name, x in (("scores", scores), ("capped", capped), ("slope", slope)):
         if x is not None and (x.shape != scores.shape or x.dtype != scores.dtype or x.stride(1) != 1):
             raise ValueError(f"{name}: expected {scores.dtype} [{rows}, {columns}], columns side by side")
-    # the second dimension of a grid ends at 65535
-    for start in range(0, rows, 65535):
-        parts = [None if x is None else x[start : start + 65535] for x in (scores, capped, slope)]
-        strides = [0 if x is None else x.stride(0) for x in parts]
-        grid = (triton.cdiv(columns, BLOCK), min(rows - start, 65535))
-        with torch.cuda.device_of(scores):
-            softcap_kernel[grid](*parts, columns, *strides, float(cap), BLOCK=BLOCK, num_warps=4)
+    strides = [0 if x is None else x.stride(0) for x in (scores, capped, slope)]
+    with torch.cuda.device_of(scores):  # rows come first: other dimensions of a grid end at 65535
+        softcap_kernel[rows, triton.cdiv(columns, BLOCK)](
+            scores, capped, slope, columns, *strides, float(cap), BLOCK=BLOCK, num_warps=4
+        )
