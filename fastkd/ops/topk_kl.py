@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import backend_for
-from ..checks import as_number, check_flag, is_finite, numbers
+from ..checks import check_flag, numbers
 from ..heads import Head
 from ..quantized import QuantizedWeight
 from ..teachers import TopK
@@ -33,7 +33,7 @@ from .drivers.topk_linear_gpu import on_gpu
 from .drivers.topk_rows import TOPK_STATS
 from .drivers.topk_shards import WHOLE_STATS, topk_call_rows, topk_whole_stats
 from .dtypes import gradient_dtype, without_autocast
-from .linear_kl_arguments import Inputs, as_softcap, as_workspace, check_inputs, flat
+from .linear_kl_arguments import as_head, checked, flat, tensors_of
 from .linear_kl_functions import TopKLinearKL, TopKLinearKLPerToken
 from .logit_kl_arguments import check_logits
 from .topk_kl_arguments import Checked, Result, check_teacher, objective_for
@@ -41,7 +41,6 @@ from .vocabulary_shards import (
     SHARD_ARGUMENTS,
     agree,
     group_by_name,
-    local_tensor,
     local_tokens,
     shard_on,
     vocabulary_group,
@@ -278,29 +277,23 @@ def topk_linear_kl(
         raise TypeError(
             "student_weight: a quantised one does not go with a TopK: dequantise it, or give logit_kl the logits"
         )
-    heads: dict[str, Any] = {"student_weight": head.weight, "student_bias": head.bias}
-    group = vocabulary_group(vocab_group, heads, 0)
+    none = as_head("teacher", None, None, 1.0, None)
+    group = vocabulary_group(vocab_group, tensors_of(head, none), 0)
 
     def check() -> Checked:
         objective = objective_for(teacher, divergence, beta, temperature, kd_weight, ce_weight)
         tokens = local_tokens(**of_tokens)
-        check_flag("return_metrics", return_metrics)
-        keywords = {
-            "student_scale": as_number("student_scale", head.scale, "that is finite", is_finite),
-            "student_softcap": as_softcap("student_softcap", head.softcap),
-            "workspace_mb": as_workspace(workspace_mb),
-            "return_metrics": return_metrics,
-        }
-        shards = heads if group is None else {name: shard_on(group, name, x, 0) for name, x in heads.items()}
-        local = local_tensor("student_hidden", student_hidden)
-        inputs = Inputs(local, shards["student_weight"], shards["student_bias"], None, None, None)
-        hidden, weight, bias, *_ = check_inputs(inputs, replace(objective, kd_weight=0.0), tokens, group is not None)
-        its, fused = check_teacher(teacher, hidden.shape[:-1], hidden.device, tokens, impl, group is not None)
-        return Checked((hidden, weight, bias), weight.shape[0], its, objective, tokens, keywords, fused)
+        hidden = {"student_hidden": student_hidden, "teacher_hidden": None}
+        plain = replace(objective, kd_weight=0.0)
+        found = checked(hidden, head, none, group, plain, tokens, workspace_mb, return_metrics, impl)
+        student = found.inputs.student_hidden
+        its, fused = check_teacher(teacher, student.shape[:-1], student.device, tokens, impl, group is not None)
+        columns = found.inputs.student_weight.shape[0]
+        return Checked(found.inputs[:3], columns, its, objective, tokens, found.keywords, fused)
 
     call, shard = agree(group, check, Checked.facts)
     hidden, weight, bias = call.tensors
-    scale, softcap, workspace, _ = call.keywords.values()
+    scale, _, softcap, _, workspace, _ = call.keywords.values()
     if not call.fused:
         more = {"student_bias": bias, "teacher_bias": None, "student_scale": scale, "teacher_scale": 1.0}
         return call.of_reference(
