@@ -149,11 +149,6 @@ CANDIDATES = {
 }
 
 
-def candidates(line: tuple) -> list[Config]:
-    """The table's choice comes first: of equals it is taken."""
-    return list(dict.fromkeys([heuristic(*line), *CANDIDATES.get(line[:2], [])]))
-
-
 def _milliseconds(run: Callable[[], object]) -> float:
     """A tenth of ten runs in a row, the median of five times."""
     run()
@@ -181,7 +176,8 @@ class Tuner:
         if key not in self.found:
             if on_gpu and torch.cuda.is_current_stream_capturing():
                 return default  # nothing can be timed there
-            self.found[key] = {config: self._time(line, config, run) for config in candidates(line)}
+            candidates = dict.fromkeys([default, *CANDIDATES.get(line[:2], [])])  # of equals the first is taken
+            self.found[key] = {config: self._time(line, config, run) for config in candidates}
         times = self.found[key]
         return min(times, key=times.__getitem__)
 
