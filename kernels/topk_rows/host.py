@@ -92,13 +92,7 @@ def topk_shard_stats(
     temperature: float,
 ) -> None:
     """Writes the maximum and the sums of the columns that are not set aside."""
-    rows, entries = aside.shape
-    _check_shard(student, aside, coefficient, stats)
-    with torch.cuda.device_of(student):
-        topk_shard_stats_kernel[(rows,)](
-            _rows(student), aside, coefficient, stats, entries, float(temperature),
-            **_constants(student, entries, temperature != 1),
-        )  # fmt: skip
+    _launch_shard(topk_shard_stats_kernel, temperature, student, aside, coefficient, stats)
 
 
 def topk_shard_gradient(
@@ -112,21 +106,22 @@ def topk_shard_gradient(
     temperature: float,
 ) -> None:
     """Writes factors times exponentials, and what is given of the columns set aside."""
-    rows, entries = aside.shape
-    _check_shard(student, aside, coefficient, stats)
-    check("factors", factors, torch.float64, rows, 2)
-    check("at_ids", at_ids, torch.float64, rows, entries)
+    check("factors", factors, torch.float64, len(student), 2)
+    check("at_ids", at_ids, torch.float64, *aside.shape)
     check("gradient", gradient, None, *student.shape)
-    with torch.cuda.device_of(student):
-        topk_shard_gradient_kernel[(rows,)](
-            _rows(student), aside, coefficient, stats, factors, at_ids, _rows(gradient), entries, float(temperature),
-            **_constants(student, entries, temperature != 1),
-        )  # fmt: skip
+    given = factors, at_ids, _rows(gradient)
+    _launch_shard(topk_shard_gradient_kernel, temperature, student, aside, coefficient, stats, *given)
 
 
-def _check_shard(student: Tensor, aside: Tensor, coefficient: Tensor, stats: Tensor) -> None:
-    rows, entries = aside.shape
+def _launch_shard(
+    kernel: triton.JITFunction, temperature: float, student: Tensor, aside: Tensor, coefficient: Tensor, stats: Tensor,
+    *given: Tensor | Rows,
+) -> None:  # fmt: skip
+    rows, entries = len(student), aside.shape[-1]
     check("student", student, None, rows, student.shape[1])
     check("aside", aside, torch.int64, rows, entries)
     check("coefficient", coefficient, torch.float64, rows)
     check("stats", stats, torch.float64, rows, 3)
+    arguments = aside, coefficient, stats, *given, entries, float(temperature)
+    with torch.cuda.device_of(student):
+        kernel[(rows,)](_rows(student), *arguments, **_constants(student, entries, temperature != 1))
