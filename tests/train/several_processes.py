@@ -3,12 +3,14 @@
 FOLDER holds scenarios.json, a list of {name, processes, argv}, and if need be what comes before: {copy, without, patch,
 environment}. They run one after the other, those that are {aside} beside all of them, as they mostly wait; the exit
 code of each process, what it wrote to stderr, how many seconds it took and what it has seen are left in NAME.RANK.json.
-What is imported is imported once, and the processes are forked.
+What is imported is imported once, and the processes are forked. Pictures are drawn where a scenario has {pictures}.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import io
 import json
 import os
@@ -24,12 +26,19 @@ import transformers
 
 from fastkd.train import cli
 from fastkd.train.models import sharding
-from fastkd.train.report import reports  # noqa: F401 (imported before the fork)
-from fastkd.train.runs import train  # noqa: F401
+from fastkd.train.report import plots
 from fastkd.train.stages import caching, prepare
 from fastkd.train.training import parallel, trainer
 from tests.forks import free_port
 
+# What runs import when they come to it, which together takes each of them two seconds.
+LATER = (
+    "fastkd.functions",
+    *(f"fastkd.train.runs.{run}" for run in ("encoder", "interpolated", "pruned", "train")),
+    "matplotlib.backends.backend_agg",
+    "rouge_score.rouge_scorer",
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("bart", "qwen2", "t5")),
+)
 PATIENCE = 60  # seconds; with what sleeps, twice as much
 DISTURBED = 8  # steps that are done before something happens, two after a checkpoint
 
@@ -116,6 +125,8 @@ def run(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     if scenario.get("patch"):
         PATCHES[scenario["patch"]]()
+    if not scenario.get("pictures"):
+        plots.losses = plots.terms = lambda outcomes: b""
     stderr, began = io.StringIO(), time.monotonic()
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -160,6 +171,10 @@ def wait(children: list[int], patience: float) -> None:
 def main(folder: Path) -> None:
     """Run all scenarios of the folder."""
     torch.set_num_threads(1)
+    for module in LATER:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # what was imported: every training ends in a garbage collection, which need not look at it
     scenarios = json.loads((folder / "scenarios.json").read_text())
     asleep = [start(scenario, folder) for scenario in scenarios if "aside" in scenario]
     for scenario in scenarios:

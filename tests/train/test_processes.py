@@ -84,6 +84,7 @@ METHODS = {
     "bart": ["--method", "hsm-cka", "--cka_over_processes", "--learning_rate", "1e-3", "--max_steps", "6"],
     "qwen2": ["--method", "mlmkd+minilm", "--relation_heads", "2", "--gradient_accumulation_steps", "2"],
 }
+SAME_FILES = ("miniend-e-one", "miniend-e-ddp", "miniend-e-fsdp")
 
 
 class Runs:
@@ -105,7 +106,8 @@ class Runs:
             *flags,
         ]
         argv += ["--per_device_train_batch_size", str(BATCH // processes // steps)]
-        self.scenarios.append({"name": name, "processes": processes, "argv": with_inputs(*argv), **more})
+        draws = {"pictures": True} if name in SAME_FILES else {}
+        self.scenarios.append({"name": name, "processes": processes, "argv": with_inputs(*argv), **draws, **more})
 
     def run(self) -> None:
         """Run all scenarios."""
@@ -218,13 +220,14 @@ def test_processes_train_as_one_does_on_the_whole_batch(runs: Runs, name: str, m
 @pytest.mark.long
 def test_the_first_process_writes_what_one_does(runs: Runs) -> None:
     """The same files, but for a checkpoint's own of each process, and the same figures, but for times."""
-    for name in ("miniend-e-ddp", "miniend-e-fsdp"):
+    one, *others = SAME_FILES
+    for name in others:
         assert {path.name for path in (runs.folder / name).iterdir()} == {
-            path.name for path in (runs.folder / "miniend-e-one").iterdir()
+            path.name for path in (runs.folder / one).iterdir()
         }
         ours, expected = (
             json.loads((runs.folder / folder / "metrics.json").read_text(encoding="utf-8"))["models"][-1]
-            for folder in (name, "miniend-e-one")
+            for folder in (name, one)
         )
         for figure in ("parameters", "steps", "loss", "token_accuracy"):
             assert ours[figure] == pytest.approx(expected[figure], rel=1e-4), figure

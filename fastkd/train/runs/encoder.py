@@ -18,7 +18,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from ..common.errors import InputError
@@ -209,6 +208,8 @@ def leave(
 
     sizes, found: of each model its parameters, and its vectors of held-out sentences, documents and questions.
     """
+    from scipy.stats import spearmanr  # takes a second to import
+
     pairs = {name: cosines(sentences) for name, (sentences, _, _) in found.items()}
     rank = {name: float(spearmanr(pairs["teacher"], own).statistic) for name, own in pairs.items()}
     near = {name: (sentences @ its.T).topk(NEAREST).indices for name, (sentences, its, _) in found.items()}
