@@ -19,12 +19,13 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastkd
 from fastkd import backend
 from fastkd.divergence import DIVERGENCES
+
+from .forks import forks
 
 Inputs = dict[str, Tensor]
 
@@ -260,9 +261,8 @@ def in_groups(
     It is "results" of call(case, group), by the group's size and the case's name, and by their names what `others` find
     of a rank. Functions of modules, as processes are given them.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(_rank, (str(folder), call, cases, others), nprocs=RANKS)
+    with forks(call.__module__, OMP_NUM_THREADS="1") as processes:
+        processes.call(_rank, str(folder), call, cases, others, processes=RANKS)
     return [torch.load(folder / str(rank)) for rank in range(RANKS)]
 
 

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from . import interpreter
+from .forks import Forks
+from .forks import forks as forks_with
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -78,6 +80,23 @@ def _handlers_of_signals() -> Iterator[None]:
     for number in HANDLED:
         signal.signal(number, before[number] or signal.SIG_DFL)
     assert left == before
+
+
+@pytest.fixture(scope="module")
+def forks(request: pytest.FixtureRequest) -> Iterator[Forks]:
+    """What the tests of a file run in processes, which have its module in memory."""
+    with forks_with(request.module.__name__, OMP_NUM_THREADS="1") as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def transformers_forks() -> Iterator[Forks]:
+    """Programs in processes with transformers in memory, and nothing of fastkd that registers models there."""
+    pytest.importorskip("transformers")
+    modules = ["fastkd", "torch._dynamo", "torch.distributed.fsdp", "transformers.trainer"]
+    modules += [f"transformers.models.{family}.modeling_{family}" for family in ("bert", "t5")]
+    with forks_with(*modules, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="") as made:
+        yield made
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,15 +7,19 @@ in addition. It answers with the exit code of the first that failed, which ends 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import json
 import os
+import pickle
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +54,34 @@ class Forks:
             out, err = ("".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{n}"))) for n in (1, 2))
         return subprocess.CompletedProcess(words, code, out, err)
 
+    def call(self, function: Callable[..., None], *arguments: Any, processes: int) -> None:
+        """function(rank, *arguments) in so many processes, which find both by pickle; none may fail."""
+        given = pickle.dumps((function, arguments))
+        code = f"import os, pickle; f, given = pickle.loads({given!r}); f(int(os.environ.get('RANK', 0)), *given)"
+        done = self.run("-c", code, processes=processes)
+        assert done.returncode == 0, done.stderr
+
     def end(self) -> None:
         """End the process, which waits for more."""
         self.process.communicate()
+
+
+@contextlib.contextmanager
+def forks(*modules: str, **environment: str) -> Iterator[Forks]:
+    """Forks that end with the block."""
+    made = Forks(*modules, **environment)
+    try:
+        yield made
+    finally:
+        made.end()
 
 
 def main() -> None:
     """Run what is asked for. A fork goes on behind this function, to its program's end."""
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # what was imported, at which a program's garbage collections need not look
     for line in sys.stdin:
         request, children, code = json.loads(line), set(), 0
         for rank, environment in enumerate(request["ranks"]):

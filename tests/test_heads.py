@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import fastkd
 from fastkd.heads import KNOWN, MASKED
 
 from .cases import distance, end_process, installed
+from .forks import Forks
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -295,12 +295,11 @@ def _rank(rank: int, folder: str, ranks: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_head_that_fsdp_has_sharded(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_head_that_fsdp_has_sharded(ranks: int, forks: Forks, tmp_path: Path):
     """Every gradient is that of one process with the data of all ranks."""
     if not dist.is_available():
         pytest.skip("this build of torch has no torch.distributed")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(_rank, (str(tmp_path), ranks), nprocs=ranks)
+    forks.call(_rank, str(tmp_path), ranks, processes=ranks)
     model = _Model()
     _loss(model, torch.randn(ranks, 5, 6, generator=torch.Generator().manual_seed(5))).backward()
     for rank in range(ranks):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import datetime
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import fastkd
 
 from .cases import distance, end_process, furthest
+from .forks import Forks
 from .test_heads import OF_TRANSFORMERS, logits_of, model_of, peft, transformers, with_lora
 
 V = 61
@@ -249,11 +248,10 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.long
-def test_weights_on_all_ranks_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_on_all_ranks_are_those_of_one_process(forks: Forks, tmp_path: Path):
     if not dist.is_available():
         pytest.skip("this build of torch has no torch.distributed")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(_rank, (str(tmp_path),), nprocs=RANKS)
+    forks.call(_rank, str(tmp_path), processes=RANKS)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(RANKS)]
     for wrapper in WRAPPERS:
         model = _model(wrapper)
@@ -321,7 +319,6 @@ def _tensor_parallel(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # transformers reads them
     mesh, found = init_device_mesh("cpu", (RANKS,)), {}
     for way in WAYS:
         student, teacher = (_parallel(model, way, mesh, folder) for model in _pair(folder))
@@ -347,14 +344,13 @@ def _tensor_parallel(rank: int, folder: str) -> None:
 
 
 @pytest.mark.long
-def test_heads_that_tensor_parallelism_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_heads_that_tensor_parallelism_shards(forks: Forks, tmp_path: Path):
     """On both ranks the loss and all gradients of one process, also where only the student is sharded, and gathered."""
     if not dist.is_available():
         pytest.skip("this build of torch has no torch.distributed")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for kind in ("gemma2", "llama"):
         model_of(kind, tie_word_embeddings=False, vocab_size=V + 1).save_pretrained(tmp_path / kind)
-    mp.spawn(_tensor_parallel, (str(tmp_path),), nprocs=RANKS)
+    forks.call(_tensor_parallel, str(tmp_path), processes=RANKS)
     expected = _distilled(*_pair(str(tmp_path)))
     says = {
         "unsaid": 'sharding: expected "data" or "vocabulary", as the head is a DTensor',

@@ -1,13 +1,10 @@
-"""examples/lightning_module.py, on one process and on two, against a loop in plain torch.
-
-``python -m tests.integrations.test_lightning FOLDER`` is one of the processes, by torchrun's environment.
-"""
+"""examples/lightning_module.py, on one process and on two, against a loop in plain torch."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.cases import installed
-from tests.forks import free_port
+from tests.forks import Forks
+from tests.forks import forks as forks_with
 from tests.train import families
 
 ROOT = Path(__file__).parents[2]
@@ -57,14 +55,15 @@ def plain() -> dict[str, torch.Tensor]:
     return student.state_dict()
 
 
-def main(folder: Path) -> None:
+def train(rank: int, folder: Path, world: int) -> None:
     """Train by the example's module, and leave FOLDER/RANK.pt, the student's weights, and FOLDER/checkpoint."""
+    if world > 1:  # as torchrun says
+        os.environ |= {"LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
     sys.path.insert(0, str(ROOT / "examples"))
     import lightning as L
     from lightning_module import Distillation
     from torch.utils.data import DataLoader, DistributedSampler
 
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     module = Distillation(*models(), LR)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", devices=world, max_steps=STEPS, **quiet)
@@ -76,43 +75,25 @@ def main(folder: Path) -> None:
     trainer.save_checkpoint(folder / "checkpoint")
 
 
-def run(folder: Path, world: int) -> list[dict[str, torch.Tensor]]:
-    """What each of the processes left."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.integrations.test_lightning", str(folder)]
-    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "none"}
-    running = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        errors = [one.communicate(timeout=300)[1] for one in running]
-    finally:
-        for one in running:
-            one.kill()
-    assert [one.returncode for one in running] == [0] * world, "\n".join(error[-3000:] for error in errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Processes that know Lightning."""
+    installed("lightning")
+    with forks_with(__name__, "lightning", OMP_NUM_THREADS="1") as made:
+        yield made
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
-def test_weights_are_those_of_a_plain_loop(world: int, tmp_path: Path) -> None:
+def test_weights_are_those_of_a_plain_loop(world: int, forks: Forks, tmp_path: Path) -> None:
     """Five steps; on two processes each has half of every batch."""
-    installed("lightning")
-    ours, expected = run(tmp_path / "run", world), plain()
+    forks.call(train, tmp_path, world, processes=world)
+    ours, expected = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)], plain()
     for key, x in expected.items():
         assert (ours[0][key] - x).abs().max() <= 1e-5, key
         assert torch.equal(ours[0][key], ours[-1][key]), key
 
-    kept = torch.load(tmp_path / "run" / "checkpoint", weights_only=False)
+    kept = torch.load(tmp_path / "checkpoint", weights_only=False)
     assert {*kept["state_dict"]} == {f"student.{key}" for key in expected}
     (groups,) = (one["param_groups"] for one in kept["optimizer_states"])
     assert sum(len(group["params"]) for group in groups) == len([*models()[0].parameters()])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

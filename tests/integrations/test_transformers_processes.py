@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 
 from fastkd.integrations.transformers import DistillTrainer
 from tests.cases import distance, end_process
-from tests.forks import free_port
+from tests.forks import Forks
 from tests.integrations.test_transformers import arguments, data, with_lora
 from tests.train import families
 
@@ -49,9 +47,7 @@ def trained(folder: Path, way: str, method: str, ranks: int) -> tuple[torch.Tens
     return losses, {name: x.detach().clone() for name, x in whole.items()}
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in own.items()})
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     found = {}
     for way in WAYS:
@@ -63,10 +59,9 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_as_one(forks: Forks, tmp_path: Path) -> None:
     """Under DDP and FSDP2, batches accumulated: the losses of all steps, and afterwards the weights of both ranks."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(_rank, (str(tmp_path), free_port()), nprocs=RANKS)
+    forks.call(_rank, str(tmp_path), processes=RANKS)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(RANKS)]
     assert ranks[0].keys() == {(way, method) for way in WAYS for method in METHODS}
     for way, method in ranks[0]:

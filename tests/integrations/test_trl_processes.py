@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from tests.forks import Forks
+from tests.forks import Forks, forks
 
 TRAINING = {"max_steps": 5, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "beta": 0.5}
 BOTH = {"gkd": TRAINING, "distillation": TRAINING}
@@ -22,19 +23,24 @@ ALIKE = {
 }
 
 
+@pytest.fixture(scope="module")
+def trl() -> Iterator[Forks]:
+    """Processes that know TRL."""
+    with forks("tests.integrations.trl_cases", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true") as made:
+        yield made
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "sharded", "way"), [(BOTH, [], "DistributedType.MULTI_CPU"), (ALIKE, ["sharded"], "FSDP2")]
 )
-def test_two_processes(settings: dict[str, Any], sharded: list[str], way: str, tmp_path: Path) -> None:
+def test_two_processes(settings: dict[str, Any], sharded: list[str], way: str, trl: Forks, tmp_path: Path) -> None:
     """Five steps: what is logged is what TRL logs, and weights are equal on both ranks, and TRL's.
 
     With DDP, as accelerate has it on CPUs; and of a student that FSDP2 has sharded, as it would on GPUs.
     """
-    forks = Forks("tests.integrations.trl_cases", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     words = ("-m", "tests.integrations.trl_processes", tmp_path, json.dumps(settings), *sharded)
-    ran = forks.run(*words, processes=2)
-    forks.end()
+    ran = trl.run(*words, processes=2)
     assert ran.returncode == 0, ran.stderr[-6000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in ("gkd", "distillation"):

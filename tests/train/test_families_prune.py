@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from fastkd.train.minidisc.prune import (
 from fastkd.train.models import anatomy
 from fastkd.train.models.architectures import parts
 from fastkd.train.models.pruned_bert import PrunedBertForMaskedLM, PrunedBertForSequenceClassification
+from tests.forks import Forks
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 each_kind = pytest.mark.parametrize("kind", ["masked", "classifier"])
@@ -163,12 +162,13 @@ def test_layers_without_heads_or_neurons(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_another_process_loads_what_was_saved(tmp_path: Path) -> None:
+def test_another_process_loads_what_was_saved(transformers_forks: Forks, tmp_path: Path) -> None:
     model = bert("classifier").float()
     sliced(model, {name: part.units // 2 for name, part in parts(model).items()}).save_pretrained(tmp_path)
-    code = "import sys, fastkd.train.models; from transformers import AutoModelForSequenceClassification as Auto; "
-    code += "print(type(Auto.from_pretrained(sys.argv[1])).__name__)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    code = "import fastkd.train.models; from transformers import AutoModelForSequenceClassification as Auto; "
+    code += f"print(type(Auto.from_pretrained({str(tmp_path)!r})).__name__)"
+    done = transformers_forks.run("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "PrunedBertForSequenceClassification"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from fastkd.train.models.architectures import (
 )
 from fastkd.train.models.capture import capture_hidden, capture_qkv
 from fastkd.train.models.student import is_tied, new_model
+from tests.forks import Forks
 
 Batch = dict[str, Tensor]
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -421,7 +420,7 @@ def test_a_decoder_that_reads_in_two_goes(pattern: str, attention: str) -> None:
     torch.testing.assert_close(torch.cat([before.logits, after.logits], 1), expected, **EXACT)
 
 
-def test_another_process_loads_what_was_saved(tmp_path: Path) -> None:
+def test_another_process_loads_what_was_saved(transformers_forks: Forks, tmp_path: Path) -> None:
     """One that imports only fastkd.train.models, beside transformers."""
     for make in (t5, enct5):
         model = make().eval()
@@ -441,7 +440,7 @@ for name, auto in (("t5", "AutoModelForSeq2SeqLM"), ("enct5", "AutoModelForSeque
         torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-10, atol=1e-12)
         print(type(model).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = transformers_forks.run("-c", code)
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.split()

@@ -7,8 +7,6 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +31,7 @@ from fastkd.train.report import card, comparison, plots
 from fastkd.train.report import page as pages
 from fastkd.train.report import reports as report
 from fastkd.train.report.outcome import Outcome
+from tests.forks import Forks
 
 NASTY = "<script>alert('x')</script> & \"q\" ```` | \u2028 \x00 \ud800 %}{{ 7*7 }}\nreference: forged"
 ADDRESS = "data:image/png;base64,"
@@ -842,7 +841,9 @@ def test_the_snippet_runs(
     assert capsys.readouterr().out
 
 
-def test_the_snippet_loads_every_kind_of_t5(tmp_path: Path, tiny: Callable[..., Any], tokenizer: Any) -> None:
+def test_the_snippet_loads_every_kind_of_t5(
+    tmp_path: Path, tiny: Callable[..., Any], tokenizer: Any, transformers_forks: Forks
+) -> None:
     """In processes that know no kind of T5 but transformers' own, with the model's own answer."""
     classes, snippets, expected = ["no", "maybe", "yes"], [], []
     kinds: dict[str, Any] = {"t5": tiny(), "pruned": tiny(), "enct5": enct5_from(tiny(), classes)}
@@ -861,21 +862,7 @@ def test_the_snippet_loads_every_kind_of_t5(tmp_path: Path, tiny: Callable[..., 
             inputs = tokenizer("The capital of <extra_id_0> is Paris.", return_tensors="pt")
             expected.append(tokenizer.decode(model.generate(**inputs)[0]))
 
-    # Each snippet in a fork of a process that has imported what takes seconds, and registers nothing.
-    code = f"""
-import os, sys
-import fastkd, torch
-from transformers import AutoTokenizer, T5ForConditionalGeneration
-torch.set_num_threads(1)
-assert "fastkd.train.models" not in sys.modules
-for snippet in {snippets!r}:
-    child = os.fork()
-    if not child:
-        exec(snippet, {{}})
-        sys.stdout.flush()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == expected and all(expected)
+    unknown = "import sys; assert 'fastkd.train.models' not in sys.modules\n"
+    answers = [transformers_forks.run("-c", unknown + snippet) for snippet in snippets]
+    assert not any(done.returncode for done in answers), [done.stderr for done in answers]
+    assert [done.stdout.strip() for done in answers] == expected and all(expected)
