@@ -205,7 +205,7 @@ def test_no_cuda_kernel_spills(cuda: list):
 
     _show("cuda", table(cuda))
     assert len(cuda) == 2 * 7 * 3  # targets, divergences and the cross-entropy alone, dtypes
-    spilling = [kernel for kernel in cuda if kernel["stack"] or kernel["spilled"]]
+    spilling = [kernel for kernel in cuda if kernel["local"]]
     assert not spilling, "\n" + table(spilling)
 
 

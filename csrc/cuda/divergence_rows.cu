@@ -57,18 +57,15 @@ Launch share_out(Arguments& a, int64_t rows, int64_t blocks_asked_for, const Dev
   return launch_of<T>(a, rows, 0, device);
 }
 
-template <class D, class T>
-void launch(Arguments& a, const Tensor& student, int64_t blocks) {
-  const Launch launch = share_out<D, T>(a, student.size(0), blocks, device_of(student));
-  run(rows_kernel<D, T>, launch, student, a);
-}
-
 template <class D>
 void launch(Arguments& a, const Tensor& student, int64_t blocks) {
+  const auto launch_of_dtype = [&]<class T>(T) {
+    run(rows_kernel<D, T>, share_out<D, T>(a, student.size(0), blocks, device_of(student)), student, a);
+  };
   switch (student.scalar_type()) {
-    case ScalarType::Float: return launch<D, float>(a, student, blocks);
-    case ScalarType::Half: return launch<D, Half>(a, student, blocks);
-    default: return launch<D, BFloat16>(a, student, blocks);
+    case ScalarType::Float: return launch_of_dtype(float());
+    case ScalarType::Half: return launch_of_dtype(Half());
+    default: return launch_of_dtype(BFloat16());
   }
 }
 

@@ -56,16 +56,11 @@ struct Step {
   }
 };
 
-template <int kBytes>
-__device__ __forceinline__ bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kBytes == 0;
-}
-
 // Starts to copy what a row has of a step that begins at `column`. -inf stands for columns that do not exist.
 template <class T>
 __device__ __forceinline__ void fetch(Chunk<T>* to, const T* row, int column, int end) {
   constexpr int n = Chunk<T>::kSize, apart = kThreads * n;
-  const bool aligned = is_aligned<16>(row + column);
+  const bool aligned = reinterpret_cast<uintptr_t>(row + column) % 16 == 0;
   if (aligned && column >= 0 && column + (kTogether - 1) * apart + n <= end) {
 #pragma unroll
     for (int chunk = 0; chunk < kTogether; ++chunk) copy_async_16(to + chunk * kThreads, row + column + chunk * apart);

@@ -318,7 +318,8 @@ struct RowKernel {
       G x[kColumns];
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) x[i] = static_cast<G>(g[chunk * kColumns + i]);
-      if (column >= 0 && column + kColumns <= end && is_aligned<sizeof(x)>(target + column)) {
+      const bool aligned = reinterpret_cast<uintptr_t>(target + column) % sizeof(x) == 0;
+      if (aligned && column >= 0 && column + kColumns <= end) {
         store_whole(target + column, x);
         continue;
       }

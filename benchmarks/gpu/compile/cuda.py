@@ -18,10 +18,10 @@ from torch.utils import cpp_extension
 from benchmarks import ROOT
 
 from ..count import sass
-from .common import read_binary
+from .common import read_binary, resource_usage
 
 TARGETS = ("sm_80", "sm_90")
-FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas=-v"]  # as in setup.py
+FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # as in setup.py
 # What a trip of the loop that writes the gradient, in the rows' dtype, executes at least: a thread works on two chunks
 # of 16 bytes at a time.
 GRADIENT = {
@@ -57,14 +57,13 @@ def chosen() -> list[str]:
     return list(TARGETS)
 
 
-def built(target: str) -> tuple[bytes, str]:
-    """The kernels' machine code, and what the assembler says of them. Kept, as they take nvcc most of a minute."""
+def built(target: str) -> bytes:
+    """The kernels' machine code. Kept, as it takes nvcc most of a minute."""
     version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     digest = hashlib.sha256(f"{version}{target}{FLAGS}".encode())
     for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]):
         digest.update(path.read_bytes())
     cubin = ROOT / "build" / "cubins" / f"{digest.hexdigest()[:32]}.cubin"
-    said = cubin.with_suffix(".txt")
     if not cubin.exists():
         cubin.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
@@ -73,31 +72,24 @@ def built(target: str) -> tuple[bytes, str]:
         command = ["nvcc", *FLAGS, gencode, *includes, "-cubin", unit, "-o", fresh]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        said.write_text(run.stderr)
         fresh.replace(cubin)
-    return cubin.read_bytes(), said.read_text()
+    return cubin.read_bytes()
 
 
 def measure(target: str) -> list[dict]:
-    binary, said = built(target)
-    loops = _loops(binary)
-    entry = r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes.*?Used (\d+)"
-    results = []
-    for symbol, stack, stores, loads, registers in re.findall(entry, said, re.DOTALL):
+    binary = built(target)
+    loops, results = _loops(binary), []
+    for symbol, resources in resource_usage(binary).items():
         divergence, dtype = kernel_of(symbol)
-        spilled = {"stack": int(stack), "spilled": int(stores) + int(loads), "registers": int(registers)}
-        results.append({"target": target, "divergence": divergence, "dtype": dtype, **spilled, **loops[symbol]})
+        results.append({"target": target, "divergence": divergence, "dtype": dtype, **resources, **loops[symbol]})
     return sorted(results, key=lambda r: (r["divergence"], r["dtype"]))
 
 
 def table(results: list[dict]) -> str:
-    """wide: of the loops that write gradients, those that store 16 bytes at a time."""
-    titles = (
-        f"{'target':8}{'divergence':15}{'dtype':6}{'regs':>6}{'stack':>7}{'spilled':>9}{'gradients':>11}{'wide':>6}"
-    )
-    lines = [titles]
+    """local: bytes, spilled or not; wide: of the loops that write gradients, those that store 16 bytes at a time."""
+    lines = [f"{'target':8}{'divergence':15}{'dtype':6}{'regs':>6}{'local':>7}{'gradients':>11}{'wide':>6}"]
     for r in results:
-        numbers = f"{r['registers']:6}{r['stack']:7}{r['spilled']:9}{r['gradients']:11}{r['wide']:6}"
+        numbers = f"{r['registers']:6}{r['local']:7}{r['gradients']:11}{r['wide']:6}"
         lines.append(f"{r['target']:8}{r['divergence']:15}{r['dtype']:6}{numbers}")
     return "\n".join(lines)
 

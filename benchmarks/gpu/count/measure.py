@@ -41,7 +41,7 @@ class Kernel:
 def kernels(target: str, module: str, case: tuple[Any, ...]) -> dict[str, Kernel]:
     """What a case launches, by the names in the table."""
     if module == "cuda":
-        cubin, _ = cuda.built(target)
+        cubin = cuda.built(target)
         named = {symbol: " ".join(cuda.kernel_of(symbol)) for symbol in common.resource_usage(cubin)}
         return {name: Kernel(symbol, cubin, {}, THREADS // 32) for symbol, name in named.items()}
     found = {}
