@@ -100,12 +100,7 @@ def choose(index, choices):
 @triton.jit
 def choose_matrix(index, matrices):
     """matrices[index], each of three: a pointer and two numbers."""
-    pointer, first, second = matrices[0]
-    for n in tl.static_range(1, len(matrices)):
-        pointer = tl.where(index == n, matrices[n][0], pointer)
-        first = tl.where(index == n, matrices[n][1], first)
-        second = tl.where(index == n, matrices[n][2], second)
-    return pointer, first, second
+    return [choose(index, [matrix[n] for matrix in matrices]) for n in (0, 1, 2)]
 
 
 @triton.jit
@@ -173,14 +168,7 @@ class Beta(NamedTuple):
 def beta_constants(beta, weights, F: tl.constexpr):
     beta, of_members = double(beta), ()
     if weights is not None:
-        of_members = (
-            member_weight(weights, 0).to(F),
-            member_weight(weights, 1).to(F),
-            member_weight(weights, 2).to(F),
-            member_weight(weights, 3).to(F),
-            member_weight(weights, 4).to(F),
-            member_weight(weights, 5).to(F),
-        )
+        of_members = [member_weight(weights, member).to(F) for member in (0, 1, 2, 3, 4, 5)]
     return Beta(beta.to(F), (1 - beta).to(F), tl.log(beta).to(F), tl.log(1 - beta).to(F), of_members)
 
 
@@ -244,8 +232,10 @@ def _share(numerator, denominator):
 
 
 @triton.jit
-def _mixture(pair, a, rest, log_rest):
-    """m = a p + rest q: (m, log(p / m), log(q / m), log(m / (rest q)))"""
+def _mixture(pair, b, DIVERGENCE: tl.constexpr):
+    """m = a p + rest q: (m, log(p / m), log(q / m), log(m / (rest q))). beta is a, but of skew_reverse_kl the rest."""
+    SWAPPED: tl.constexpr = DIVERGENCE == SKEW_REVERSE_KL
+    a, rest, log_rest = (b.rest, b.beta, b.log_beta) if SWAPPED else (b.beta, b.rest, b.log_rest)
     log_m_over_larger = log_1p(tl.where(pair.teacher_larger, rest, a) * pair.ratio_minus1)
     log_p_over_m = tl.where(pair.teacher_larger, 0, pair.log_ratio) - log_m_over_larger
     log_q_over_m = tl.where(pair.teacher_larger, -pair.log_ratio, 0) - log_m_over_larger
@@ -253,27 +243,33 @@ def _mixture(pair, a, rest, log_rest):
     return a * pair.p + rest * pair.q, log_p_over_m, log_q_over_m, log_m_over_limit
 
 
-@triton.jit
-def _mixture_of(pair, b, DIVERGENCE: tl.constexpr):
-    """The mixture of a divergence that has one. beta weighs the teacher, but of skew_reverse_kl the student."""
-    if DIVERGENCE == SKEW_REVERSE_KL:
-        mixture = _mixture(pair, b.rest, b.beta, b.log_beta)
-    else:
-        mixture = _mixture(pair, b.beta, b.rest, b.log_rest)
-    return mixture
+@triton.constexpr_function
+def mixes(divergence, member):
+    """Whether a divergence is a mix with such a member."""
+    return divergence >= MIX.value and divergence >> member & 1 == 1
+
+
+# A mix is the sum over its members. Two of them differ: forward KL's part of the gradient, q - p of mean 0, stays apart
+# from the slopes; and log(q / p) of reverse KL, which tends to no limit, is in both.
 
 
 @triton.jit
-def _member_value(pair, b, DIVERGENCE: tl.constexpr):
+def value_of(pair, b, DIVERGENCE: tl.constexpr):
+    """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
     p, q = pair.p, pair.q
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE >= MIX:
+        value = tl.zeros_like(p)
+        for member in tl.static_range(6):
+            if mixes(DIVERGENCE, member):
+                value += b.weights[member] * value_of(pair, b, member)
+    elif DIVERGENCE == FORWARD_KL:
         value = excess_of(p, q, pair.log_ratio)
     elif DIVERGENCE == REVERSE_KL:
         value = excess_of(q, p, -pair.log_ratio)
     elif DIVERGENCE == TVD:
         value = 0.5 * tl.abs(pair.difference)
     else:
-        m, log_p_over_m, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
+        m, log_p_over_m, log_q_over_m, _ = _mixture(pair, b, DIVERGENCE)
         if DIVERGENCE == JSD:
             value = b.beta * excess_of(p, m, log_p_over_m) + b.rest * excess_of(q, m, log_q_over_m)
         elif DIVERGENCE == SKEW_KL:
@@ -284,14 +280,20 @@ def _member_value(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _member_slope(pair, b, DIVERGENCE: tl.constexpr):
+def slope_of(pair, b, DIVERGENCE: tl.constexpr):
+    """q u, with u = 0 where p = q"""
     q, difference = pair.q, pair.difference
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE >= MIX:
+        slope = tl.zeros_like(q)
+        for member in tl.static_range(1, 6):
+            if mixes(DIVERGENCE, member):
+                slope += b.weights[member] * slope_of(pair, b, member)
+    elif DIVERGENCE == REVERSE_KL:
         slope = -q * pair.log_ratio
     elif DIVERGENCE == TVD:
         slope = tl.where(difference > 0, 0.5 * q, tl.where(difference < 0, -0.5 * q, difference))  # 0 or NaN
     else:
-        m, _, log_q_over_m, _ = _mixture_of(pair, b, DIVERGENCE)
+        m, _, log_q_over_m, _ = _mixture(pair, b, DIVERGENCE)
         if DIVERGENCE == JSD:
             slope = b.rest * q * log_q_over_m
         elif DIVERGENCE == SKEW_KL:
@@ -302,61 +304,24 @@ def _member_slope(pair, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _member_coslope(pair, b, DIVERGENCE: tl.constexpr):
+def coslope_of(pair, b, DIVERGENCE: tl.constexpr):
+    """q v, v = (limit of u) - u, with v = 0 where p << q"""
     p, q, difference = pair.p, pair.q, pair.difference
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE >= MIX:
+        coslope = tl.zeros_like(q)
+        for member in tl.static_range(1, 6):
+            if mixes(DIVERGENCE, member):
+                coslope += b.weights[member] * coslope_of(pair, b, member)
+    elif DIVERGENCE == REVERSE_KL:
         coslope = q * pair.log_ratio
     elif DIVERGENCE == TVD:
         coslope = tl.where(difference > 0, 0, tl.where(difference < 0, q, 0.5 * q + difference))
     else:
-        m, _, _, log_m_over_limit = _mixture_of(pair, b, DIVERGENCE)
+        m, _, _, log_m_over_limit = _mixture(pair, b, DIVERGENCE)
         if DIVERGENCE == JSD:
             coslope = b.rest * q * log_m_over_limit
         elif DIVERGENCE == SKEW_KL:
             coslope = b.rest * p * _share(q, m)
         else:
             coslope = q * log_m_over_limit - b.rest * p * _share(q, m)
-    return coslope
-
-
-# A mix is the sum over its members. Two of them differ: forward KL's part of the gradient, q - p of mean 0, stays apart
-# from the slopes; and log(q / p) of reverse KL, which tends to no limit, is in both.
-
-
-@triton.jit
-def value_of(pair, b, DIVERGENCE: tl.constexpr):
-    """A column's share of D, with the differences that sum to zero over a row and make it positive (m - p, m - q)."""
-    if DIVERGENCE >= MIX:
-        value = tl.zeros_like(pair.p)
-        for member in tl.static_range(6):
-            if (DIVERGENCE >> member) % 2 == 1:
-                value += b.weights[member] * _member_value(pair, b, member)
-    else:
-        value = _member_value(pair, b, DIVERGENCE)
-    return value
-
-
-@triton.jit
-def slope_of(pair, b, DIVERGENCE: tl.constexpr):
-    """q u, with u = 0 where p = q"""
-    if DIVERGENCE >= MIX:
-        slope = tl.zeros_like(pair.p)
-        for member in tl.static_range(1, 6):
-            if (DIVERGENCE >> member) % 2 == 1:
-                slope += b.weights[member] * _member_slope(pair, b, member)
-    else:
-        slope = _member_slope(pair, b, DIVERGENCE)
-    return slope
-
-
-@triton.jit
-def coslope_of(pair, b, DIVERGENCE: tl.constexpr):
-    """q v, v = (limit of u) - u, with v = 0 where p << q"""
-    if DIVERGENCE >= MIX:
-        coslope = tl.zeros_like(pair.p)
-        for member in tl.static_range(1, 6):
-            if (DIVERGENCE >> member) % 2 == 1:
-                coslope += b.weights[member] * _member_coslope(pair, b, member)
-    else:
-        coslope = _member_coslope(pair, b, DIVERGENCE)
     return coslope

@@ -1,29 +1,35 @@
 """How rows are launched."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..common import MIX, TVD, beta_arguments
 from ..tuning import check, launch_options
 from .kernels import rows_kernel
+from .passes import Shape
 
 __all__ = ["divergence_rows"]
 
 
-def block_and_options(columns: int, dtype: torch.dtype, mix: bool = False, gpu: str | None = None) -> tuple[int, dict]:
-    """Columns a block, and launch options: as many columns a thread as fit its registers (tests/test_compile_gpu.py).
+@lru_cache
+def _shape(dtype: torch.dtype, columns: int, divergence: int, *kind: bool) -> tuple[Shape, int, int]:
+    """What a kernel is compiled for, its warps and its ceiling of registers: columns fit (tests/test_compile_gpu.py).
 
     Left to itself, ptxas spills a few row constants to fit one block more into a multiprocessor; told a ceiling it does
     not. With 128 registers two blocks of 8 warps run side by side, one computing while the other waits.
     """
-    largest, per_thread, registers = (1024, 4, 255) if dtype == torch.float64 else (2048, 8, 128)
-    if mix and dtype != torch.float64:  # its members' sums and weights take the registers of half the columns
+    wide = dtype == torch.float64
+    largest, per_thread, registers = (1024, 4, 255) if wide else (2048, 8, 128)
+    if divergence >= MIX.value and not wide:  # its members' sums and weights take the registers of half the columns
         largest, per_thread = 1024, 4
     block = min(largest, max(32 * per_thread, triton.next_power_of_2(columns)))
-    return block, launch_options(block // (32 * per_thread), registers, gpu)
+    shape = Shape(divergence, *kind, F=tl.float64 if wide else tl.float32, BLOCK=block)
+    return Shape(*map(tl.constexpr, shape)), block // (32 * per_thread), registers
 
 
 def divergence_rows(
@@ -69,31 +75,15 @@ def divergence_rows(
         check(name, x, torch.float64, rows, width)
     if rows == 0:
         return
-    matrices = [x for x in (student, teacher, gradient) if x is not None]
-    aligned = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in matrices)
+    given = [x for x in (student, teacher, gradient) if x is not None]
+    aligned = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in given)
+    kind = labels is not None and temperature != 1, metrics is not None, shard, aligned
+    matrices = [None if x is None else (x, *x.stride()) for x in (student, teacher, gradient)]
+    numbers = {"tau": float(temperature), "kd_weight": float(kd_weight), "ce_weight": float(ce_weight)}
+    outputs = loss, stats, metrics, sums
+    shape, warps, registers = _shape(student.dtype, columns, divergence, *kind)
     with torch.cuda.device_of(student):
-        block, options = block_and_options(columns, student.dtype, divergence >= MIX.value)
+        options = launch_options(warps, registers)
         rows_kernel[(rows,)](
-            student,
-            teacher,
-            coefficient,
-            labels,
-            loss,
-            stats,
-            gradient,
-            metrics,
-            sums,
-            columns,
-            *student.stride(),
-            *(teacher.stride() if teacher is not None else (0, 0)),
-            *(gradient.stride() if gradient is not None else (0, 0)),
-            **beta_arguments(beta),
-            tau=float(temperature),
-            kd_weight=float(kd_weight),
-            ce_weight=float(ce_weight),
-            DIVERGENCE=divergence,
-            SEPARATE=labels is not None and temperature != 1,
-            ALIGNED=aligned,
-            BLOCK=block,
-            **options,
+            *matrices, coefficient, labels, *outputs, columns, S=shape, **beta_arguments(beta), **numbers, **options
         )

@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -51,12 +50,6 @@ class _Device:
 
 
 Launched = tuple[str, Any, dict[str, Any]]  # a kernel's name, its binary, its constants and launch options
-
-
-def launched(target: str, name: str, source: ASTSource, options: dict[str, Any]) -> Launched:
-    """A kernel compiled from the types of its arguments."""
-    constants = {source.fn.arg_names[place]: value for (place,), value in source.constants.items()}
-    return name, triton.compile(source, target=TARGETS[target], options=options), {**constants, **options}
 
 
 @contextmanager

@@ -12,15 +12,17 @@ from __future__ import annotations
 import itertools
 import re
 
+import torch
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from fastkd.divergence import DIVERGENCES, divergence_code
+from fastkd.checks import Objective
+from fastkd.divergence import DIVERGENCES, beta_of
 from fastkd.kernels.rows import column
 from fastkd.kernels.rows import host as rows
 
-from .common import DTYPES, TARGETS, Launched, in_parallel, launched, main, resources
+from .common import DTYPES, TARGETS, Launched, in_parallel, launches, main, resources
 
 # Loss and gradient; loss and statistics; by them the gradient; loss, statistics and metrics.
 PASSES = ("fused", "stats", "gradient", "metrics")
@@ -30,39 +32,39 @@ VOCABULARY = 32128
 MIX = dict.fromkeys(DIVERGENCES, 0.5)  # all members, which takes the most registers
 
 
-def source(
-    target: str, which: str, divergence: str, student: str, teacher: str | None, ce: bool
-) -> tuple[ASTSource, dict]:
-    """The kernel as a launch on contiguous, aligned rows of a wide vocabulary specialises it, and its options."""
-    block, options = rows.block_and_options(VOCABULARY, DTYPES[student], divergence == "mix", target)
-    types = {
-        "student": f"*{student}",
-        "teacher": teacher and f"*{teacher}",
-        "coefficient": "*fp64",
-        "labels": "*i64" if ce else None,
-        "loss": "*fp64" if which not in ("gradient", *SHARD_PASSES) else None,
-        "stats": "*fp64" if which != "fused" else None,
-        "gradient": f"*{student}" if which in ("fused", "gradient") else None,
-        "metrics": "*fp64" if which in ("metrics", "shard") else None,
-        "sums": "*fp64" if which == "sums" else None,
-        **dict.fromkeys(("columns", "student_row", "teacher_row", "gradient_row"), "i32"),
-        "weights": ("fp32",) * (3 * len(DIVERGENCES)) if divergence == "mix" else None,
-        **dict.fromkeys(("beta", "tau", "kd_weight", "ce_weight"), "fp64"),
-    }
-    constants = {name: None for name, kind in types.items() if kind is None}
-    constants.update(student_column=1, teacher_column=1, gradient_column=1)
-    constants.update(
-        DIVERGENCE=divergence_code(MIX if divergence == "mix" else divergence), SEPARATE=ce, ALIGNED=True, BLOCK=block
+def call(which: str, divergence: str, student: str, teacher: str | None, ce: bool) -> None:
+    """One row, contiguous and aligned, of a wide vocabulary."""
+
+    def wide(needed: bool, *shape: int) -> torch.Tensor | None:
+        return torch.empty(1, *shape, dtype=torch.float64) if needed else None
+
+    scores = torch.empty(1, VOCABULARY, dtype=DTYPES[student])
+    objective = Objective(MIX if divergence == "mix" else divergence, 0.5, 2.0, float(teacher is not None), float(ce))
+    code, beta = objective.code, beta_of(0.5, *objective.weights)
+    rows.divergence_rows(
+        scores,
+        teacher and torch.empty(1, VOCABULARY, dtype=DTYPES[teacher]),
+        wide(True),
+        torch.empty(1, dtype=torch.int64) if ce else None,
+        wide(which not in ("gradient", *SHARD_PASSES)),
+        wide(which != "fused", 7),
+        torch.empty_like(scores) if which in ("fused", "gradient") else None,
+        code,
+        beta,
+        objective.temperature,
+        objective.kd_weight,
+        objective.ce_weight,
+        metrics=wide(which in ("metrics", "shard"), 6),
+        sums=wide(which == "sums", 3),
     )
-    names = rows.rows_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] in "*i"}
-    return ASTSource(rows.rows_kernel, signature, constexprs=constants, attrs=aligned), options
 
 
 def binaries(case: tuple) -> list[Launched]:
     """Compiles one case: (target, pass, divergence, student dtype, teacher dtype or None, with cross-entropy)."""
-    return [launched(case[0], case[1], *source(*case))]
+    target, *rest = case
+    with launches(target) as found:
+        call(*rest)
+    return [(case[1], *launched) for _, *launched in found]
 
 
 def measure(case: tuple) -> dict:
@@ -106,7 +108,7 @@ def everything() -> list[tuple]:
 @triton.jit
 def two_sum_kernel(s, t, out, high, low):
     i = tl.arange(0, 32)
-    tl.store(out + i, column.shifted_ratio(tl.load(s + i), tl.load(t + i), high, low, 0.5))
+    tl.store(out + i, column.shifted_ratio(tl.load(s + i), tl.load(t + i), (high, low), 0.5))
 
 
 def two_sum_operations() -> dict[str, int]:
