@@ -531,13 +531,15 @@ SMALL = [
 ]  # fmt: skip
 # Imports everything once, then forks a process for every line it reads; answers with how that process ended.
 FORKS = """
-import json, os, resource, signal, sys, torch
+import gc, json, os, resource, signal, sys, torch
+import fastkd.functions
 from pathlib import Path
 from fastkd.train import cli
-from fastkd.train.runs import train
+from fastkd.train.runs import encoder, interpolated, pruned, train
 from fastkd.train.training.trainer import DistillTrainer
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.freeze()
 save, training_step = torch.save, DistillTrainer.training_step
 
 def disturb():
