@@ -1,31 +1,25 @@
 """The gradients of relations, whose queries are their keys, by tiles of scores that are computed once more.
 
-`own` is the block that a program sums up for, `other` what it goes through in tiles.
+A program sums up for a block of rows, its own, and goes through all others in tiles.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..common import beta_constants, choose, dot, double, load_valid
-from .tiles import (
-    STATS,
-    along,
-    choose_head,
-    exp2_minus1,
-    head_pointers,
-    load_head,
-    load_stats,
-    log2_scale,
-    near_exp2_minus1,
-    tile_gradient,
-)  # fmt: skip
+from ..common import Beta, choose, dot, double, load_valid
+from .columns import near_exp2_minus1, tile_gradient
+from .tiles import STATS, Head, Row, Side, along, beta_of, lift_of, load_head, load_row, mask_of, side_of, store_head
 
 # How far from a reference exponentials serve, base 2: what is lost of a probability is below 2^(REACH - 126).
 REACH = tl.constexpr(64.0)
+# What a program's rows are beside others: queries, keys or both; on the diagonal of causal ones both, where they may.
+QUERIES, KEYS, BOTH, DIAGONAL = (tl.constexpr(n) for n in range(4))
 
 
 @triton.jit
-def factors_kernel(stats, tops, key_masks, lifts, lengths, heads, BLOCK: tl.constexpr, F: tl.constexpr):
+def factors_kernel(given, tops, F: tl.constexpr, BLOCK: tl.constexpr):
     """What one exponential of each score makes G + G^T of, for forward_kl between relations: in place of statistics.
 
     With e = 2^(s - top) and f = 2^(t - top), `top` one for all of a head, a row's coefficient * (q - p) is a e - b f,
@@ -34,219 +28,165 @@ def factors_kernel(stats, tops, key_masks, lifts, lengths, heads, BLOCK: tl.cons
     Stored are a, b and, for rows that count, as queries and as keys, and are within reach of `top`, w; for others NaN.
     """
     entry, head = tl.program_id(1), tl.program_id(0)
-    rows = choose(entry, lengths)
-    stats = choose(entry, stats) + head.to(tl.int64) * STATS * rows
-    key_mask = None
-    if key_masks is not None:
-        key_mask = choose(entry, key_masks) + (head // heads).to(tl.int64) * rows
-    lift = 1.0
-    if lifts is not None:
-        lift = tl.load(choose(entry, lifts))
-    total, count = tl.zeros((), F), tl.zeros((), F)
+    rows = choose(entry, given.queries)
+    stats = choose(entry, given.stats) + head.to(tl.int64) * STATS * rows
+    key_mask = mask_of(given, entry, (head // given.heads).to(tl.int64))
+    total, count, lift = tl.zeros((), F), tl.zeros((), F), lift_of(given, entry)
     for start in range(0, rows, BLOCK):
-        coefficient, log_s, log_t, _, _, _, _ = load_stats(stats, start + tl.arange(0, BLOCK), rows, 1.0)
-        total += tl.sum(tl.where(coefficient != 0, log_s + log_t, 0), 0)
-        count += tl.sum((coefficient != 0).to(F), 0)
+        row = load_row(stats, start + tl.arange(0, BLOCK), rows)
+        total += tl.sum(tl.where(row.coefficient != 0, row.log_s + row.log_t, 0), 0)
+        count += tl.sum((row.coefficient != 0).to(F), 0)
     top = 0.5 * total / tl.maximum(count, 1)
     tl.store(choose(entry, tops) + head, top)
     for start in range(0, rows, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        coefficient, log_s, log_t, rounded, _, _, _ = load_stats(stats, row, rows, lift)
-        near = load_valid(key_mask, row, rows) & (coefficient != 0)
-        near &= tl.maximum(tl.abs(log_s - top), tl.abs(log_t - top)) < REACH
-        b = coefficient * tl.exp2(top - log_t)
-        w = b * exp2_minus1(log_t - log_s + rounded)
-        tl.store(stats + 4 * rows + row, coefficient * tl.exp2(top - log_s), mask=row < rows)
-        tl.store(stats + 5 * rows + row, b, mask=row < rows)
-        tl.store(stats + 6 * rows + row, tl.where(near, w, float("nan")), mask=row < rows)
+        position = start + tl.arange(0, BLOCK)
+        row = load_row(stats, position, rows, lift)
+        near = load_valid(key_mask, position, rows) & (row.coefficient != 0)
+        near &= tl.maximum(tl.abs(row.log_s - top), tl.abs(row.log_t - top)) < REACH
+        b = row.coefficient * tl.exp2(top - row.log_t)
+        x = row.log_t - row.log_s + row.rounded
+        w = b * tl.where(tl.abs(x) < 0.5, near_exp2_minus1(x), tl.exp2(x) - 1)
+        pointers, exists = stats + 4 * rows + position, position < rows
+        tl.store(pointers, row.coefficient * tl.exp2(top - row.log_s), mask=exists)
+        tl.store(pointers + rows, b, mask=exists)
+        tl.store(pointers + 2 * rows, tl.where(near, w, float("nan")), mask=exists)
+
+
+class Factors(NamedTuple):
+    a: tl.tensor
+    b: tl.tensor
+    w: tl.tensor
+
+
+class Own(NamedTuple):
+    """A block of one head's rows, and what it needs to go through all of them."""
+
+    student: Side
+    teacher: Side
+    start: tl.tensor
+    valid: tl.tensor  # as keys
+    row: Row  # as queries
+    factors: Factors
+    near: tl.tensor  # whether all are, see below
+    top: tl.tensor
+    stats: tl.tensor  # of the head
+    rows: tl.tensor  # how many it has
+    key_mask: tl.tensor | None
+    lift: tl.tensor
+    beta: Beta
 
 
 @triton.jit
 def _load_factors(stats, position, rows):
     pointers, exists = stats + 4 * rows + position, position < rows
     a, b = tl.load(pointers, mask=exists), tl.load(pointers + rows, mask=exists)
-    return a, b, tl.load(pointers + 2 * rows, mask=exists, other=float("nan"))
+    return Factors(a, b, tl.load(pointers + 2 * rows, mask=exists, other=float("nan")))
 
 
 @triton.jit
 def _all_near(factors):
     """Whether all rows are within reach of their head's `top`."""
-    return tl.min((factors[2] == factors[2]).to(tl.int32), 0) != 0
+    return tl.min((factors.w == factors.w).to(tl.int32), 0) != 0
 
 
 @triton.jit
-def _near_gradient(s, t, top, own_factors, other_factors):
-    """A tile of G + G^T whose rows are all within reach of `top`."""
-    a, b, w = own_factors
-    other_a, other_b, other_w = other_factors
-    a, b, w = a[:, None] + other_a[None, :], b[:, None] + other_b[None, :], w[:, None] + other_w[None, :]
-    s, t = s - top, t - top
+def _near_gradient(s, t, own, factors):
+    """A tile of G + G^T whose rows are all within reach of `top`, of scores less that."""
+    a, b = own.factors.a[:, None] + factors.a[None, :], own.factors.b[:, None] + factors.b[None, :]
+    w = own.factors.w[:, None] + factors.w[None, :]
     e, f, x = tl.exp2(s), tl.exp2(t), s - t
     return tl.where(tl.abs(x) < 0.5, f * (a * near_exp2_minus1(x) + w), a * e - b * f)
 
 
 @triton.jit
-def _masked_gradient(
-    s,
-    t,
-    own,
-    other,
-    key_mask,
-    start,
-    beta,
-    lift,
-    DIVERGENCE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    AS_QUERY: tl.constexpr,
-    AS_KEY: tl.constexpr,
-):
+def _masked_gradient(s, t, own, start, DIVERGENCE: tl.constexpr, AS: tl.constexpr):
     """A tile of G, of G^T or of their sum."""
-    _, _, own_start, own_valid, own_row, _, _, _ = own
-    _, _, stats, rows = other
-    i, position = own_start + tl.arange(0, s.shape[0])[:, None], start + tl.arange(0, s.shape[1])
+    own_position, position = own.start + tl.arange(0, s.shape[0])[:, None], start + tl.arange(0, s.shape[1])
     gradient = tl.zeros_like(s)
-    if AS_QUERY:
-        used = load_valid(key_mask, position, rows)[None, :] & (own_row[0] != 0)[:, None]
-        if CAUSAL:
-            used &= position[None, :] <= i
-        gradient += tile_gradient(s, t, along(own_row, 1), beta, used, DIVERGENCE)
-    if AS_KEY:
-        row = load_stats(stats, position, rows, lift)
-        used = own_valid[:, None] & (row[0] != 0)[None, :]
-        if CAUSAL:
-            used &= i <= position[None, :]
-        gradient += tile_gradient(s, t, along(row, 0), beta, used, DIVERGENCE)
+    if AS != KEYS:
+        used = load_valid(own.key_mask, position, own.rows)[None, :] & (own.row.coefficient != 0)[:, None]
+        if AS == DIAGONAL:
+            used &= position[None, :] <= own_position
+        gradient += tile_gradient(s, t, along(own.row, 1), own.beta, used, DIVERGENCE)
+    if AS != QUERIES:
+        row = load_row(own.stats, position, own.rows, own.lift)
+        used = own.valid[:, None] & (row.coefficient != 0)[None, :]
+        if AS == DIAGONAL:
+            used &= own_position <= position[None, :]
+        gradient += tile_gradient(s, t, along(row, 0), own.beta, used, DIVERGENCE)
     return gradient
 
 
 @triton.jit
 def _accumulate(
-    total,
-    own,
-    other,
-    key_mask,  # not in `other`: in Triton 3.6 a tuple cannot hold None
-    scales,
-    beta,
-    lift,
-    first,
-    last,
-    DIVERGENCE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    AS_QUERY: tl.constexpr,
-    AS_KEY: tl.constexpr,
-    FACTORS: tl.constexpr,
-    WIDTH_S: tl.constexpr,
-    WIDTH_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    F: tl.constexpr,
+    total, own, first, last, C: tl.constexpr, AS: tl.constexpr, FACTORS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Adds G x or G^T x or (G + G^T) x over tiles of x."""
-    own_x, own_y, _, _, _, own_factors, own_near, top = own
-    x, y, stats, rows = other
+    F: tl.constexpr = total.dtype
     for start in range(first, last, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        read = position < rows
-        if key_mask is not None:  # as keys or as queries
-            read = load_valid(key_mask, position, rows) | (tl.load(stats + position, mask=read, other=0) != 0)
-        other_x = load_head(x, start, read, WIDTH_S, own_x.shape[1], BLOCK_N)
-        other_y = load_head(y, start, read, WIDTH_T, own_y.shape[1], BLOCK_N)
-        s, t = dot(own_x, tl.trans(other_x), F), dot(own_y, tl.trans(other_y), F)
-        if FACTORS and AS_QUERY and AS_KEY and not CAUSAL:
-            factors = _load_factors(stats, position, rows)
-            if own_near & _all_near(factors):
-                gradient = _near_gradient(s * scales[0], t * scales[1], top, own_factors, factors)
+        read = position < own.rows
+        if own.key_mask is not None:  # as keys or as queries
+            valid = load_valid(own.key_mask, position, own.rows)
+            read = valid | (tl.load(own.stats + position, mask=read, other=0) != 0)
+        x = load_head(own.student.k, start, read, own.student.q.shape[1])
+        y = load_head(own.teacher.k, start, read, own.teacher.q.shape[1])
+        s = dot(own.student.q, tl.trans(x), F) * own.student.scale
+        t = dot(own.teacher.q, tl.trans(y), F) * own.teacher.scale
+        if FACTORS:
+            factors = _load_factors(own.stats, position, own.rows)
+            s, t = s - own.top, t - own.top  # here: Triton 3.6 compiles no products that nothing but branches uses
+            if own.near & _all_near(factors):
+                gradient = _near_gradient(s, t, own, factors)
             else:
-                gradient = _masked_gradient(
-                    s * scales[0], t * scales[1], own, other, key_mask, start, beta, lift,
-                    DIVERGENCE, CAUSAL, AS_QUERY, AS_KEY,
-                )  # fmt: skip
+                gradient = _masked_gradient(s + own.top, t + own.top, own, start, C.DIVERGENCE, AS)
         else:
-            gradient = _masked_gradient(
-                s * scales[0], t * scales[1], own, other, key_mask, start, beta, lift,
-                DIVERGENCE, CAUSAL, AS_QUERY, AS_KEY,
-            )  # fmt: skip
-        total += dot(gradient.to(other_x.dtype), other_x, F)
+            gradient = _masked_gradient(s, t, own, start, C.DIVERGENCE, AS)
+        total += dot(gradient.to(x.dtype), x, F)
     return total
 
 
 @triton.jit
 def gradient_kernel(
-    student,  # tuples over entries
-    teacher,
-    stats,  # [B, A, STATS, L]
-    tops,  # [B, A], or no tuple but None
-    key_masks,  # [B, L], or no tuple but None
-    lifts,  # 0-d, or no tuple but None
+    call,
+    tops,  # [B, A] of each entry, or None
     gradients,  # [B, L, H]
-    lengths,
-    heads,
     blocks,  # of rows, in the longest entry
     student_scale: tl.float64,
     teacher_scale: tl.float64,
-    weights,  # of a mix, or None
     beta: tl.float64,
-    DIVERGENCE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WIDTH_S: tl.constexpr,
-    WIDTH_T: tl.constexpr,
-    PADDED_S: tl.constexpr,
-    PADDED_T: tl.constexpr,
-    GROUP_S: tl.constexpr,  # 1
-    GROUP_T: tl.constexpr,
+    C: tl.constexpr,  # Constants
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    F: tl.constexpr,
 ):
     """The gradient of a block of one head's rows."""
     entry, program = tl.program_id(1), tl.program_id(0)
     start, head = program % blocks * BLOCK_M, program // blocks
-    b, a = (head // heads).to(tl.int64), head % heads
-    rows = choose(entry, lengths)
-    position = start + tl.arange(0, BLOCK_M)
-    stats = choose(entry, stats) + head.to(tl.int64) * STATS * rows
-    key_mask = None
-    if key_masks is not None:
-        key_mask = choose(entry, key_masks) + b * rows
-    lift = 1.0
-    if lifts is not None:
-        lift = tl.load(choose(entry, lifts))
-
-    row, valid = load_stats(stats, position, rows, lift), load_valid(key_mask, position, rows)
-    read = valid | (row[0] != 0)
-    x, y = choose_head(entry, student, b, a, WIDTH_S), choose_head(entry, teacher, b, a, WIDTH_T)
-    factors, top = _load_factors(stats, position, rows), tl.zeros((), F)
+    b, a = (head // call.rows.heads).to(tl.int64), head % call.rows.heads
+    rows, lift = choose(entry, call.rows.queries), lift_of(call.rows, entry)
+    key_mask = mask_of(call.rows, entry, b)  # by itself: in Triton 3.6 no tuple holds None, but a named one
+    stats, position = choose(entry, call.rows.stats) + head.to(tl.int64) * STATS * rows, start + tl.arange(0, BLOCK_M)
+    row, valid = load_row(stats, position, rows, lift), load_valid(key_mask, position, rows)
+    read, factors, top = valid | (row.coefficient != 0), _load_factors(stats, position, rows), tl.zeros((), C.F)
     FACTORS: tl.constexpr = tops is not None
     if FACTORS:
         top = tl.load(choose(entry, tops) + head)
-    own_x = load_head(x, start, read, WIDTH_S, PADDED_S, BLOCK_M)
-    own_y = load_head(y, start, read, WIDTH_T, PADDED_T, BLOCK_M)
-    own = own_x, own_y, start, valid, row, factors, _all_near(factors), top
-    other = x, y, stats, rows
-    scales = log2_scale(student_scale, F), log2_scale(teacher_scale, F)
-    b_constants = beta_constants(beta, weights, F)
+    own = Own(
+        side_of(call.student, student_scale, C.WIDTH_S, C.GROUP_S, entry, b, a, start, read, C.F),
+        side_of(call.teacher, teacher_scale, C.WIDTH_T, C.GROUP_T, entry, b, a, start, read, C.F),
+        start, valid, row, factors, _all_near(factors), top, stats, rows, key_mask, lift, beta_of(call, beta, C.F),
+    )  # fmt: skip
 
     last = tl.where(tl.max(read.to(tl.int32), 0) == 0, 0, rows)
-    total = tl.zeros((BLOCK_M, PADDED_S), F)
-    if not CAUSAL:
-        total = _accumulate(
-            total, own, other, key_mask, scales, b_constants, lift, 0, last,
-            DIVERGENCE, False, True, True, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
-        )  # fmt: skip
-    else:  # BLOCK_M is a multiple of BLOCK_N
-        total = _accumulate(
-            total, own, other, key_mask, scales, b_constants, lift, 0, tl.minimum(start, last),
-            DIVERGENCE, False, True, False, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
-        )  # fmt: skip
-        total = _accumulate(
-            total, own, other, key_mask, scales, b_constants, lift, start, tl.minimum(start + BLOCK_M, last),
-            DIVERGENCE, True, True, True, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
-        )  # fmt: skip
-        total = _accumulate(
-            total, own, other, key_mask, scales, b_constants, lift, start + BLOCK_M, last,
-            DIVERGENCE, False, False, True, FACTORS, WIDTH_S, WIDTH_T, BLOCK_N, F,
-        )  # fmt: skip
-    hidden = heads * WIDTH_S
-    gradient = choose(entry, gradients) + b * rows * hidden + a * WIDTH_S
-    pointers, exists = head_pointers((gradient, hidden), start, WIDTH_S, PADDED_S, BLOCK_M)
-    total *= double(student_scale).to(F) / lift
-    tl.store(pointers, total.to(gradient.dtype.element_ty), mask=(position < rows)[:, None] & exists)
+    total = tl.zeros(own.student.q.shape, C.F)
+    if C.CAUSAL:  # BLOCK_M is a multiple of BLOCK_N
+        end = start + BLOCK_M
+        total = _accumulate(total, own, 0, tl.minimum(start, last), C, QUERIES, False, BLOCK_N)
+        total = _accumulate(total, own, start, tl.minimum(end, last), C, DIAGONAL, False, BLOCK_N)
+        total = _accumulate(total, own, end, last, C, KEYS, False, BLOCK_N)
+    else:
+        total = _accumulate(total, own, 0, last, C, BOTH, FACTORS, BLOCK_N)
+    total *= double(student_scale).to(C.F) / lift
+    hidden = call.rows.heads * C.WIDTH_S
+    head = Head(choose(entry, gradients) + b * rows * hidden + a * C.WIDTH_S, hidden, C.WIDTH_S)
+    store_head(head, start, position < rows, total)

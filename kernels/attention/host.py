@@ -1,7 +1,7 @@
 """How attention_kl and relation_kl are launched."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,109 +15,18 @@ from .forward import forward_kernel
 from .gradient import factors_kernel, gradient_kernel
 from .products import Gradients, Part
 from .scores import scores_kernel
-from .tiles import MASKED, SPAN, STATS
+from .tiles import MASKED, SPAN, STATS, Call, Constants, Model, Rows
 
 __all__ = ["attention_kl", "relation_kl"]
 
 # Relations that one launch takes: queries, keys and values of a layer.
 ENTRIES = 3
 
-Bias = tuple | None
 
-
-@dataclass(frozen=True)
-class _Setting:
-    """What all kernels of a call, or of a group of relations, have in common."""
-
-    num_heads: int
-    width_s: int  # of a head
-    width_t: int
-    group_s: int  # heads of queries that share one of keys
-    group_t: int
-    student_scale: float
-    teacher_scale: float
-    causal: bool
-    divergence: int
-    beta: float | tuple[float, ...]
-    student_dtype: torch.dtype
-    teacher_dtype: torch.dtype
-
-    def launch(self, kernel: str, case: tuple, run: Callable[[dict], None], least: int = 16) -> None:
-        size = max(self.student_dtype.itemsize, min(self.teacher_dtype.itemsize, 4))
-        width = max(least, triton.next_power_of_2(max(self.width_s, self.width_t)))
-        launch(kernel, size, width, (self, case), run)
-
-    def constants(self) -> dict:
-        return {
-            "student_scale": self.student_scale,
-            "teacher_scale": self.teacher_scale,
-            **beta_arguments(self.beta),
-            "DIVERGENCE": self.divergence,
-            "WIDTH_S": self.width_s,
-            "WIDTH_T": self.width_t,
-            "PADDED_S": max(16, triton.next_power_of_2(self.width_s)),
-            "PADDED_T": max(16, triton.next_power_of_2(self.width_t)),
-            "GROUP_S": self.group_s,
-            "GROUP_T": self.group_t,
-            "F": tl.float64 if self.student_dtype == torch.float64 else tl.float32,
-        }
-
-
-def _group(q: Tensor, k: Tensor) -> int:
-    """How many heads of queries share one of keys."""
-    return max(1, q.shape[2] // max(1, k.shape[2]))
-
-
-def _hashable(beta: float | Sequence[float]) -> float | tuple[float, ...]:
-    return float(beta) if isinstance(beta, (int, float)) else tuple(beta)
-
-
-@dataclass
-class _Entry:
-    """One relation of relation_kl, or the one call of attention_kl."""
-
-    student_q: Tensor  # [B, Lq, Hs]
-    student_k: Tensor  # [B, Lk, Hs]
-    teacher_q: Tensor  # [B, Lq, Ht]
-    teacher_k: Tensor  # [B, Lk, Ht]
-    coefficient: Tensor  # [B, A, Lq]
-    key_mask: Tensor | None  # [B, Lk]
-    loss: Tensor  # [B, A, Lq]
-    stats: Tensor | None  # [B, A, STATS, Lq]
-    lift: Tensor | None  # 0-d
-
-
-def _entry(
-    student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, divergence: int, beta, grad: bool
-) -> _Entry:
-    batch, heads, queries = coefficient.shape
-    double = student_q.dtype == torch.float64
-    stats = coefficient.new_empty(
-        (batch, heads, STATS.value, queries), dtype=torch.float64 if double else torch.float32
-    )
-    lifted = grad and student_q.dtype == torch.float16
-    largest = coefficient.abs().amax() if coefficient.numel() > 0 else coefficient.new_zeros(())
-    lift = fp16_lift(largest, divergence, beta).float() if lifted else None
-    matrices = [for_products(x, student_q) for x in (student_q, student_k, teacher_q, teacher_k)]
-    matrices = [x if x.stride(-1) == 1 else x.contiguous() for x in matrices]
-    return _Entry(
-        *matrices,
-        coefficient.contiguous(),
-        None if key_mask is None else for_products(key_mask, student_q).contiguous(),
-        torch.empty_like(coefficient, memory_format=torch.contiguous_format),
-        stats if grad else None,
-        lift,
-    )
-
-
-def _matrices(xs: list[Tensor]) -> tuple:
-    return tuple((x, x.stride(0), x.stride(1)) for x in xs)
-
-
-def _bias(bias: Tensor | None, coefficient: Tensor, keys: int, student: Tensor) -> Bias:
-    """As the kernels take it: by distance (log2(e) diagonals, padded; their number), or (tensor, its four strides)."""
+def _bias(bias: Tensor | None, coefficient: Tensor, keys: int, student: Tensor) -> tuple:
+    """As a Model has it."""
     if bias is None:
-        return None
+        return ()
     if bias.dim() == 2:
         table = (bias.double() * LOG2E.value).clamp(min=MASKED.value).to(score_dtype(student))
         table = torch.nn.functional.pad(table, (2 * SPAN.value,) * 2, mode="replicate")
@@ -126,126 +35,96 @@ def _bias(bias: Tensor | None, coefficient: Tensor, keys: int, student: Tensor) 
     return bias, *bias.expand(*coefficient.shape, keys).stride()
 
 
-def _kind(bias: Bias) -> int | None:
-    """Dense, by distance, or none."""
-    return None if bias is None else len(bias)
+def _model(entries: Sequence[tuple[Tensor, ...]], student: Tensor, bias: tuple) -> Model:
+    def matrix(x: Tensor) -> tuple:
+        x = for_products(x, student)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return x, x.stride(0), x.stride(1)
+
+    q, *k = (tuple(map(matrix, xs)) for xs in zip(*entries, strict=True))
+    return Model(q, k[0] if k else (), bias)
 
 
-def _launch_forward(entries: list[_Entry], setting: _Setting, student_bias: Bias, teacher_bias: Bias) -> None:
-    lengths = tuple(e.coefficient.shape[2] for e in entries)
-    key_lengths = tuple(e.student_k.shape[1] for e in entries)
-    batch = entries[0].coefficient.shape[0]
-    key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
-    stats = None if entries[0].stats is None else tuple(e.stats for e in entries)
-
-    def run(options: dict) -> None:
-        blocks = triton.cdiv(max(lengths), options["BLOCK_M"])
-        forward_kernel[(blocks * batch * setting.num_heads, len(entries))](
-            _matrices([e.student_q for e in entries]),
-            _matrices([e.student_k for e in entries]),
-            _matrices([e.teacher_q for e in entries]),
-            _matrices([e.teacher_k for e in entries]),
-            tuple(e.coefficient for e in entries),
-            key_masks,
-            tuple(e.loss for e in entries),
-            stats,
-            lengths,
-            key_lengths,
-            student_bias,
-            teacher_bias,
-            setting.num_heads,
-            blocks,
-            CAUSAL=setting.causal,
-            **setting.constants(),
-            **options,
-        )
-
-    biases = _kind(student_bias), _kind(teacher_bias)
-    kernel = "mix_forward" if setting.divergence >= MIX.value else "forward"
-    # a bias, or a second look at the scores, takes the registers that narrow heads leave
-    least = 16 if biases == (None, None) and setting.divergence < JSD.value else 64
-    setting.launch(kernel, (batch, lengths, key_lengths, key_masks is None, stats is None, *biases), run, least)
+def _lift(coefficient: Tensor, divergence: int, beta: float | Sequence[float]) -> Tensor:
+    largest = coefficient.abs().amax() if coefficient.numel() > 0 else coefficient.new_zeros(())
+    return fp16_lift(largest, divergence, beta).float()
 
 
-def _launch_gradient(entries: list[_Entry], setting: _Setting) -> list[Tensor]:
-    """The gradients of relations, whose queries are their keys."""
-    student, teacher = [e.student_q for e in entries], [e.teacher_q for e in entries]
-    gradients = [torch.empty(x.shape, dtype=gradient_dtype(x), device=x.device) for x in student]
-    lengths, batch = tuple(x.shape[1] for x in student), student[0].shape[0]
-    key_masks = None if entries[0].key_mask is None else tuple(e.key_mask for e in entries)
-    lifts = None if entries[0].lift is None else tuple(e.lift for e in entries)
-    stats, constants, tops = tuple(e.stats for e in entries), setting.constants(), None
-    if setting.divergence == FORWARD_KL.value and gradients[0].dtype.itemsize == 2:
-        programs = batch * setting.num_heads, len(entries)
-        tops = tuple(x.new_empty(programs[0]) for x in stats)
-        factors_kernel[programs](
-            stats, tops, key_masks, lifts, lengths, setting.num_heads, BLOCK=1024, F=constants["F"]
-        )  # fmt: skip
+class _Launches:
+    """Those for relations that are alike but for their lengths, or for the one call of attention_kl: its entries."""
 
-    def run(options: dict) -> None:
-        blocks = triton.cdiv(max(lengths), options["BLOCK_M"])
-        gradient_kernel[(blocks * batch * setting.num_heads, len(entries))](
-            _matrices(student),
-            _matrices(teacher),
-            stats,
-            tops,
-            key_masks,
-            lifts,
-            tuple(gradients),
-            lengths,
-            setting.num_heads,
-            blocks,
-            CAUSAL=setting.causal,
-            **constants,
-            **options,
-        )
+    def __init__(
+        self,
+        students: Sequence[tuple[Tensor, ...]],  # queries and, unless they are these, keys
+        teachers: Sequence[tuple[Tensor, ...]],
+        coefficients: Sequence[Tensor],
+        key_masks: Sequence[Tensor],
+        num_heads: int,
+        scales: Sequence[float],
+        causal: bool,
+        grad: bool,
+        divergence: int,
+        beta: float | Sequence[float],
+        biases: Sequence[tuple] = ((), ()),
+    ):
+        student, given, stats, lifts = students[0][0], beta_arguments(beta), (), ()
+        wide = score_dtype(student)
+        if grad:
+            stats = tuple(x.new_empty((*x.shape[:2], STATS.value, x.shape[2]), dtype=wide) for x in coefficients)
+        if grad and student.dtype == torch.float16:
+            lifts = tuple(_lift(x, divergence, beta) for x in coefficients)
+        self.divergence, self.heads = divergence, len(coefficients[0]) * num_heads  # of all sequences
+        self.students, self.dtypes = students, (student.dtype, teachers[0][0].dtype)
+        self.numbers = {"student_scale": float(scales[0]), "teacher_scale": float(scales[1]), "beta": given["beta"]}
+        self.coefficients = tuple(x.contiguous() for x in coefficients)
+        self.losses = tuple(torch.empty_like(x) for x in self.coefficients)
+        masks = tuple(for_products(x, student).contiguous() for x in key_masks)
+        queries, keys = (tuple(xs[n].shape[1] for xs in students) for n in (0, -1))
+        models = (_model(xs, student, bias) for xs, bias in zip((students, teachers), biases, strict=True))
+        self.call = Call(*models, Rows(stats, masks, lifts, queries, keys, num_heads), given["weights"] or ())
+        self.rows = max(queries)
+        widths = (xs[0][0].shape[2] // num_heads for xs in (students, teachers))
+        groups = (max(1, xs[0][0].shape[2] // max(1, xs[0][-1].shape[2])) for xs in (students, teachers))
+        f = tl.float64 if wide == torch.float64 else tl.float32
+        self.C = Constants(divergence, causal, *widths, *groups, f)
 
-    kernel = "mixture_gradient" if setting.divergence >= JSD.value else "gradient"
-    kernel = "mix_gradient" if setting.divergence >= MIX.value else kernel
-    setting.launch(kernel, (batch, lengths, key_masks is None), run)
-    return gradients
+    def _launch(self, name: str, kernel: Any, arguments: tuple, heads: int, rows: int, least: int = 16) -> None:
+        call, C, given = self.call, self.C, self.call.rows
+        size = max(self.dtypes[0].itemsize, min(self.dtypes[1].itemsize, 4))
+        width = max(least, triton.next_power_of_2(max(C.WIDTH_S, C.WIDTH_T)))
+        there = len(given.key_masks) > 0, len(given.stats) > 0, len(call.student.bias), len(call.teacher.bias)
 
+        def run(options: dict[str, Any]) -> None:
+            blocks = triton.cdiv(rows, options["BLOCK_M"])
+            kernel[blocks * heads, len(given.queries)](call, *arguments, blocks, **self.numbers, C=C, **options)
 
-def _launch_scores(
-    entry: _Entry, setting: _Setting, student_bias: Bias, teacher_bias: Bias, part: Part, columns: int
-) -> Tensor:
-    """The gradient of some scores, [sequences, heads, queries, columns], times the lift."""
-    batch, heads, queries = entry.coefficient.shape
-    keys = entry.student_k.shape[1]
-    sequences, some_heads, some_queries = part.shape
-    gradient = entry.student_q.new_empty(*part.shape, columns)
+        name = f"mix_{name}" if self.divergence >= MIX.value else name
+        launch(name, size, width, (C, *self.dtypes, there, heads, rows, given.queries, given.keys), run)
 
-    def run(options: dict) -> None:
-        blocks = triton.cdiv(some_queries, options["BLOCK_M"])
-        scores_kernel[(sequences * some_heads * blocks,)](
-            *_matrices([entry.student_q, entry.student_k, entry.teacher_q, entry.teacher_k]),
-            entry.stats,
-            entry.key_mask,
-            entry.lift,
-            gradient,
-            queries,
-            keys,
-            student_bias,
-            teacher_bias,
-            heads,
-            *(x.start for x in part),
-            some_heads,
-            some_queries,
-            columns,
-            blocks,
-            CAUSAL=setting.causal,
-            **setting.constants(),
-            **options,
-        )
+    def forward(self) -> None:
+        """Losses and statistics."""
+        arguments = self.coefficients, self.losses
+        # a bias, or a second look at the scores, takes the registers that narrow heads leave
+        narrow = self.divergence < JSD.value and self.call.student.bias == () and self.call.teacher.bias == ()
+        self._launch("forward", forward_kernel, arguments, self.heads, self.rows, 16 if narrow else 64)
 
-    kernel = "mix_scores" if setting.divergence >= MIX.value else "scores"
-    case = batch, *part.shape, keys, entry.key_mask is None, _kind(student_bias), _kind(teacher_bias)
-    setting.launch(kernel, case, run)
-    return gradient
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Those of relations, whose queries are their keys."""
+        gradients = tuple(torch.empty(x.shape, dtype=gradient_dtype(x), device=x.device) for (x,) in self.students)
+        tops = None
+        if self.divergence == FORWARD_KL.value and not self.C.CAUSAL and gradients[0].dtype.itemsize == 2:
+            tops = tuple(x.new_empty(self.heads) for x in self.call.rows.stats)
+            factors_kernel[self.heads, len(tops)](self.call.rows, tops, F=self.C.F, BLOCK=1024)
+        name = "mixture_gradient" if JSD.value <= self.divergence < MIX.value else "gradient"
+        self._launch(name, gradient_kernel, (tops, gradients), self.heads, self.rows)
+        return gradients
 
-
-def _no_gradient(x: Tensor) -> Tensor:
-    return torch.empty(0, dtype=gradient_dtype(x), device=x.device)
+    def scores(self, part: Part, columns: int) -> Tensor:
+        """The gradient of some scores, [sequences, heads, queries, columns], times the lift."""
+        gradient, (sequences, heads, queries) = self.students[0][0].new_empty(*part.shape, columns), part.shape
+        arguments = gradient, *(x.start for x in part), heads, queries, columns
+        self._launch("scores", scores_kernel, arguments, sequences * heads, queries)
+        return gradient
 
 
 def attention_kl(
@@ -266,31 +145,20 @@ def attention_kl(
     beta: float | Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(coefficient * D of every row, its gradients; those not wanted are empty)"""
-    entry = _entry(student_q, student_k, teacher_q, teacher_k, coefficient, key_mask, divergence, beta, any(gradients))
-    setting = _Setting(
-        num_heads,
-        student_q.shape[2] // num_heads,
-        teacher_q.shape[2] // num_heads,
-        _group(student_q, student_k),
-        _group(teacher_q, teacher_k),
-        float(student_scale),
-        float(teacher_scale),
-        causal,
-        divergence,
-        _hashable(beta),
-        student_q.dtype,
-        teacher_q.dtype,
-    )
     biases = [_bias(x, coefficient, student_k.shape[1], student_q) for x in (student_bias, teacher_bias)]
-    found = Gradients(
-        entry.student_q, entry.student_k, student_bias, coefficient, key_mask, setting.group_s, setting.student_scale,
-        causal, entry.lift, gradients,
-    )  # fmt: skip
     with torch.cuda.device_of(student_q):
-        _launch_forward([entry], setting, *biases)
+        launches = _Launches(
+            [(student_q, student_k)], [(teacher_q, teacher_k)], [coefficient], () if key_mask is None else [key_mask],
+            num_heads, [student_scale, teacher_scale], causal, any(gradients), divergence, beta, biases,
+        )  # fmt: skip
+        launches.forward()
+        lift = launches.call.rows.lifts[0] if launches.call.rows.lifts else None
+        found = Gradients(
+            student_q, student_k, student_bias, coefficient, key_mask, student_scale, causal, lift, gradients
+        )
         for part in found.parts() if any(gradients) else ():
-            found.add(part, _launch_scores(entry, setting, *biases, part, found.columns))
-        return entry.loss, *found.results()
+            found.add(part, launches.scores(part, found.columns))
+        return launches.losses[0], *found.results()
 
 
 def relation_kl(
@@ -305,24 +173,22 @@ def relation_kl(
     beta: float | Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(coefficient * D of every row, its gradients; those not wanted are empty) for every relation."""
-    entries = [
-        _entry(s, s, t, t, c, mask, divergence, beta, grad)
-        for s, t, c, mask, grad in zip(student, teacher, coefficient, key_mask, gradients, strict=True)
+    alike = [  # what a launch must have in common
+        (len(x), x.shape[2], x.dtype, y.shape[2], y.dtype, is_causal, mask is None, grad)
+        for x, y, mask, is_causal, grad in zip(student, teacher, key_mask, causal, gradients, strict=True)
     ]
-    found = [_no_gradient(x) for x in student]
-    settings = []  # what a launch must have in common
-    for n, (entry, is_causal) in enumerate(zip(entries, causal, strict=True)):
-        width_s, width_t = student[n].shape[2] // num_heads, teacher[n].shape[2] // num_heads
-        scales = width_s**-0.5, width_t**-0.5
-        dtypes = student[n].dtype, teacher[n].dtype
-        setting = _Setting(num_heads, width_s, width_t, 1, 1, *scales, is_causal, divergence, _hashable(beta), *dtypes)
-        settings.append((setting, len(coefficient[n]), entry.key_mask is None, entry.stats is None))
-    for members in together(settings, ENTRIES):
-        setting, group = settings[members[0]][0], [entries[n] for n in members]
-        with torch.cuda.device_of(student[members[0]]):
-            _launch_forward(group, setting, None, None)
-            if gradients[members[0]]:
-                launched = _launch_gradient(group, setting)
-                for n, gradient in zip(members, launched, strict=True):
-                    found[n] = gradient
-    return [entry.loss for entry in entries], found
+    losses, found = list(coefficient), [x.new_empty(0, dtype=gradient_dtype(x)) for x in student]
+    for members in together(alike, ENTRIES):
+        first = members[0]
+        with torch.cuda.device_of(student[first]):
+            launches = _Launches(
+                [(student[n],) for n in members], [(teacher[n],) for n in members], [coefficient[n] for n in members],
+                [mask for n in members if (mask := key_mask[n]) is not None], num_heads,
+                [(x[first].shape[2] // num_heads) ** -0.5 for x in (student, teacher)],
+                causal[first], gradients[first], divergence, beta,
+            )  # fmt: skip
+            launches.forward()
+            given = launches.gradients() if gradients[first] else [found[n] for n in members]
+        for n, loss, gradient in zip(members, launches.losses, given, strict=True):
+            losses[n], found[n] = loss, gradient
+    return losses, found

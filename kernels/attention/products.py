@@ -42,14 +42,14 @@ class Gradients:
         bias: Tensor | None,  # [B, A, Lq, Lk], any of them 1, or diagonals [A, 2 reach + 1]
         coefficient: Tensor,  # [B, A, Lq]
         key_mask: Tensor | None,  # [B, Lk]
-        group: int,  # heads of queries that share one of keys
         scale: float,
         causal: bool,
         lift: Tensor | None,
         wanted: list[bool],
     ):
         self.q, self.k, self.bias, self.coefficient = q, k, bias, coefficient
-        self.group, self.causal, self.lift, self.wanted = group, causal, lift, wanted
+        self.causal, self.lift, self.wanted = causal, lift, wanted
+        self.group = group = max(1, q.shape[2] // max(1, k.shape[2]))  # heads of queries that share one of keys
         self.wide = score_dtype(q)
         self.keys, self.factor = k.shape[1], scale if lift is None else scale / lift
         self.unseen = None if key_mask is None else key_mask[:, None] == 0  # [B, 1, Lk]

@@ -3,25 +3,15 @@
 import triton
 import triton.language as tl
 
-from ..common import beta_constants, rounded_to
-from .tiles import STATS, along, any_masked, both_scores, load_stats, log2_scale, model_of, tile_gradient
+from ..common import rounded_to
+from .columns import tile_gradient
+from .tiles import STATS, Block, along, any_masked, beta_of, both_scores, last_key, lift_of, load_row, mask_of, side_of
 
 
 @triton.jit(do_not_specialize=["first_b", "first_a", "first_query"])
 def scores_kernel(
-    student_q,  # (pointer, batch stride, row stride)
-    student_k,
-    teacher_q,
-    teacher_k,
-    stats,  # [B, A, STATS, Lq]
-    key_mask,  # [B, Lk], or None
-    lift,  # 0-d, or None
+    call,  # of one entry
     gradient,  # [some of B, some of A, some of Lq, columns], zero from column Lk on
-    queries,
-    keys,
-    student_bias,
-    teacher_bias,
-    heads,
     first_b,  # of the sequences, heads and queries in `gradient`
     first_a,
     first_query,
@@ -31,59 +21,39 @@ def scores_kernel(
     blocks,  # of these queries
     student_scale: tl.float64,
     teacher_scale: tl.float64,
-    weights,  # of a mix, or None
     beta: tl.float64,
-    DIVERGENCE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WIDTH_S: tl.constexpr,
-    WIDTH_T: tl.constexpr,
-    PADDED_S: tl.constexpr,
-    PADDED_T: tl.constexpr,
-    GROUP_S: tl.constexpr,
-    GROUP_T: tl.constexpr,
+    C: tl.constexpr,  # Constants
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    F: tl.constexpr,
 ):
     """coefficient * dD/ds of a block of one head's queries, times the lift, in the dtype of what it will multiply."""
-    program = tl.program_id(0)
+    program, queries = tl.program_id(0), call.rows.queries[0]
     row, head = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M), program // blocks
     b, a = tl.cast(first_b + head // some_heads, tl.int64), first_a + head % some_heads
-    start = first_query + program % blocks * BLOCK_M
-    exists = row < some_queries
-    factor = 1.0
-    if lift is not None:
-        factor = tl.load(lift)
-    row_stats = load_stats(stats + (b * heads + a) * STATS * queries, start + tl.arange(0, BLOCK_M), queries, factor)
-    alive = exists & (row_stats[0] != 0)
-    scale, teacher_scale = log2_scale(student_scale, F), log2_scale(teacher_scale, F)
-    student = model_of(
-        student_q, student_k, b, a, start, alive, scale, student_bias, GROUP_S, WIDTH_S, PADDED_S, BLOCK_M
-    )
-    teacher = model_of(
-        teacher_q, teacher_k, b, a, start, alive, teacher_scale, teacher_bias, GROUP_T, WIDTH_T, PADDED_T, BLOCK_M
-    )
-    if key_mask is not None:
-        key_mask += b * keys
-    b_constants = beta_constants(beta, weights, F)
+    start, exists = first_query + program % blocks * BLOCK_M, row < some_queries
+    stats = call.rows.stats[0] + (b * call.rows.heads + a) * STATS * queries
+    of_row = load_row(stats, start + tl.arange(0, BLOCK_M), queries, lift_of(call.rows, 0))
+    alive, of_beta = exists & (of_row.coefficient != 0), beta_of(call, beta, C.F)
+    block = Block(
+        side_of(call.student, student_scale, C.WIDTH_S, C.GROUP_S, 0, b, a, start, alive, C.F),
+        side_of(call.teacher, teacher_scale, C.WIDTH_T, C.GROUP_T, 0, b, a, start, alive, C.F),
+        start, alive, mask_of(call.rows, 0, b), call.rows.keys[0],
+    )  # fmt: skip
+    end = last_key(block, C.CAUSAL)
 
-    some_dropped = tl.max((exists & (row_stats[0] == 0)).to(tl.int32), 0) != 0
+    some_dropped = tl.max((exists & (of_row.coefficient == 0)).to(tl.int32), 0) != 0
     column = tl.arange(0, BLOCK_N)
     pointers = gradient + (tl.cast(head, tl.int64) * some_queries + row)[:, None] * columns + column[None, :]
-    end = tl.minimum(keys, start + BLOCK_M) if CAUSAL else keys
-    end = tl.where(tl.max(alive.to(tl.int32), 0) == 0, 0, end)
-    for key_start in range(0, end, BLOCK_N):
-        s, t, valid = both_scores(
-            student, teacher, key_mask, start, alive, key_start, keys, CAUSAL, WIDTH_S, WIDTH_T, BLOCK_N, F
-        )
-        g = tile_gradient(s, t, along(row_stats, 1), b_constants, None, DIVERGENCE)
-        if some_dropped or any_masked(key_mask, key_start, keys, start, CAUSAL, BLOCK_N):
+    for key in range(0, end, BLOCK_N):
+        s, t, valid = both_scores(block, key, C.CAUSAL, BLOCK_N)
+        g = tile_gradient(s, t, along(of_row, 1), of_beta, None, C.DIVERGENCE)
+        if some_dropped or any_masked(block, key, C.CAUSAL, BLOCK_N):
             g = tl.where(valid & alive[:, None], g, 0)
         g = rounded_to(g, gradient.dtype.element_ty)
-        tl.store(pointers + key_start, g, mask=exists[:, None] & (key_start + column < columns)[None, :])
+        tl.store(pointers + key, g, mask=exists[:, None] & (key + column < columns)[None, :])
     zero = tl.zeros((BLOCK_M, BLOCK_N), gradient.dtype.element_ty)
-    for key_start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, columns, BLOCK_N):
-        tl.store(pointers + key_start, zero, mask=exists[:, None] & (key_start + column < columns)[None, :])
+    for key in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, columns, BLOCK_N):
+        tl.store(pointers + key, zero, mask=exists[:, None] & (key + column < columns)[None, :])
 
 
 @triton.jit
