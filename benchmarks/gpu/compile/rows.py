@@ -28,24 +28,25 @@ from .common import DTYPES, TARGETS, Launched, in_parallel, launches, main, reso
 PASSES = ("fused", "stats", "gradient", "metrics")
 SHARD_PASSES = ("shard", "sums")  # statistics and metrics of a shard; what it adds to D and means of the whole row
 
-VOCABULARY = 32128
+# Logits of more than 2 GB, on the meta device: of less Triton compiles other loads for AMD.
+ROWS, VOCABULARY = 2**16, 32128
 MIX = dict.fromkeys(DIVERGENCES, 0.5)  # all members, which takes the most registers
 
 
 def call(which: str, divergence: str, student: str, teacher: str | None, ce: bool) -> None:
-    """One row, contiguous and aligned, of a wide vocabulary."""
+    """Rows, contiguous and aligned, of a wide vocabulary."""
 
     def wide(needed: bool, *shape: int) -> torch.Tensor | None:
-        return torch.empty(1, *shape, dtype=torch.float64) if needed else None
+        return torch.empty(ROWS, *shape, dtype=torch.float64, device="meta") if needed else None
 
-    scores = torch.empty(1, VOCABULARY, dtype=DTYPES[student])
+    scores = torch.empty(ROWS, VOCABULARY, dtype=DTYPES[student], device="meta")
     objective = Objective(MIX if divergence == "mix" else divergence, 0.5, 2.0, float(teacher is not None), float(ce))
     code, beta = objective.code, beta_of(0.5, *objective.weights)
     rows.divergence_rows(
         scores,
-        teacher and torch.empty(1, VOCABULARY, dtype=DTYPES[teacher]),
+        torch.empty_like(scores, dtype=DTYPES[teacher]) if teacher else None,
         wide(True),
-        torch.empty(1, dtype=torch.int64) if ce else None,
+        torch.empty(ROWS, dtype=torch.int64, device="meta") if ce else None,
         wide(which not in ("gradient", *SHARD_PASSES)),
         wide(which != "fused", 7),
         torch.empty_like(scores) if which in ("fused", "gradient") else None,
