@@ -19,6 +19,7 @@ from .cases import DEVICE, INF, NAN, distance, interpreted, over_divergences
 
 pytest.importorskip("triton", reason="Triton is not installed")
 kernels = importlib.import_module("fastkd.kernels.attention")  # ours: a failure to import it is a failure
+host = importlib.import_module("fastkd.kernels.attention.host")
 
 # Relative Frobenius error of a gradient. Of 16-bit inputs, the gradient of a score is rounded before it meets q and k,
 # and their sum once more.
@@ -304,6 +305,25 @@ def test_relations_whose_sums_are_far_apart(deviations: tuple[float, float], dty
     (loss,), (gradient,) = run_relations(*[[x] for x in arguments[:5]], *arguments[5:])
     wanted = relation_oracle(*arguments)
     check((loss, [gradient]), (wanted[0], [wanted[1]]), TOLERANCE[dtype])
+
+
+def test_a_token_of_large_activations_slows_nobody_else():
+    """Transformers have some. Its scores are out of reach of the others', which keep their one exponential."""
+    teacher = torch.randn(1, 200, 16, dtype=torch.float64)
+    teacher[..., 15] = 0
+    teacher[:, 150, 15] = 300
+    student = teacher + 1e-2 * torch.randn_like(teacher) * (teacher.abs() < 100)
+    student, teacher = student.to(DEVICE, torch.bfloat16), teacher.to(DEVICE, torch.bfloat16)
+    coefficient = torch.rand(1, 1, 200, dtype=torch.float64, device=DEVICE)
+    launches = host._Launches([(student,)], [(teacher,)], [coefficient], (), 1, (0.25, 0.25), False, True, 0, 0.5)
+    launches.forward()
+    (gradient,) = launches.gradients()
+    out_of_reach = launches.call.rows.stats[0][0, 0, -1].isnan()
+    assert out_of_reach.nonzero().tolist() == [[150]]
+    arguments = student.cpu(), teacher.cpu(), coefficient.cpu(), None, False, 1, "forward_kl"
+    wanted, plain = relation_oracle(*arguments), relation_oracle(*arguments, dtype=torch.float32)
+    assert distance(launches.losses[0].cpu(), wanted[0]) <= 2 * distance(plain[0], wanted[0])
+    assert distance(gradient.cpu(), wanted[1]) <= TOLERANCE[torch.bfloat16]
 
 
 @over_paths

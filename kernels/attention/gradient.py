@@ -26,15 +26,21 @@ def factors_kernel(given, tops, F: tl.constexpr, BLOCK: tl.constexpr):
     and where e and f are near each other f (a (e / f - 1) + w) with w = a - b; G + G^T adds up those of both rows.
     Near convergence that loses digits which gradients of 16 bits do not have: e / f is farther from 1 than q / p.
     Stored are a, b and, for rows that count, as queries and as keys, and are within reach of `top`, w; for others NaN.
+    `top` is the mean of rows' logarithms, of which some tokens' large activations count only as far as it reaches.
     """
     entry, head = tl.program_id(1), tl.program_id(0)
     rows = choose(entry, given.queries)
     stats = choose(entry, given.stats) + head.to(tl.int64) * STATS * rows
     key_mask = mask_of(given, entry, (head // given.heads).to(tl.int64))
-    total, count, lift = tl.zeros((), F), tl.zeros((), F), lift_of(given, entry)
+    lowest, total, count, lift = tl.full((), float("inf"), F), tl.zeros((), F), tl.zeros((), F), lift_of(given, entry)
     for start in range(0, rows, BLOCK):
         row = load_row(stats, start + tl.arange(0, BLOCK), rows)
-        total += tl.sum(tl.where(row.coefficient != 0, row.log_s + row.log_t, 0), 0)
+        log = tl.where(row.coefficient != 0, tl.minimum(row.log_s, row.log_t), float("inf"))
+        lowest = tl.minimum(lowest, tl.min(log, 0))
+    for start in range(0, rows, BLOCK):
+        row = load_row(stats, start + tl.arange(0, BLOCK), rows)
+        log = tl.minimum(row.log_s, lowest + REACH) + tl.minimum(row.log_t, lowest + REACH)
+        total += tl.sum(tl.where(row.coefficient != 0, log, 0), 0)
         count += tl.sum((row.coefficient != 0).to(F), 0)
     top = 0.5 * total / tl.maximum(count, 1)
     tl.store(choose(entry, tops) + head, top)
@@ -102,6 +108,7 @@ def _near_gradient(s, t, own, factors):
 def _masked_gradient(s, t, own, start, DIVERGENCE: tl.constexpr, AS: tl.constexpr):
     """A tile of G, of G^T or of their sum."""
     own_position, position = own.start + tl.arange(0, s.shape[0])[:, None], start + tl.arange(0, s.shape[1])
+    s, t = s * own.student.scale, t * own.teacher.scale
     gradient = tl.zeros_like(s)
     if AS != KEYS:
         used = load_valid(own.key_mask, position, own.rows)[None, :] & (own.row.coefficient != 0)[:, None]
@@ -131,15 +138,16 @@ def _accumulate(
             read = valid | (tl.load(own.stats + position, mask=read, other=0) != 0)
         x = load_head(own.student.k, start, read, own.student.q.shape[1])
         y = load_head(own.teacher.k, start, read, own.teacher.q.shape[1])
-        s = dot(own.student.q, tl.trans(x), F) * own.student.scale
-        t = dot(own.teacher.q, tl.trans(y), F) * own.teacher.scale
+        s, t = dot(own.student.q, tl.trans(x), F), dot(own.teacher.q, tl.trans(y), F)
         if FACTORS:
             factors = _load_factors(own.stats, position, own.rows)
-            s, t = s - own.top, t - own.top  # here: Triton 3.6 compiles no products that nothing but branches uses
+            # Before the branch: Triton 3.6 compiles no products that only branches use. As one instruction: the other
+            # branch's scaled scores would be shared with it, and make it two.
+            near_s, near_t = tl.fma(s, own.student.scale, -own.top), tl.fma(t, own.teacher.scale, -own.top)
             if own.near & _all_near(factors):
-                gradient = _near_gradient(s, t, own, factors)
+                gradient = _near_gradient(near_s, near_t, own, factors)
             else:
-                gradient = _masked_gradient(s + own.top, t + own.top, own, start, C.DIVERGENCE, AS)
+                gradient = _masked_gradient(s, t, own, start, C.DIVERGENCE, AS)
         else:
             gradient = _masked_gradient(s, t, own, start, C.DIVERGENCE, AS)
         total += dot(gradient.to(x.dtype), x, F)
