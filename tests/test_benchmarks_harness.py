@@ -93,8 +93,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pat
     """The file of results, and a run of a benchmark's command line with it; its exit code."""
     file, before = tmp_path / "out.json", signal.getsignal(signal.SIGTERM)
 
-    def run(*problems: Problem) -> str | int | None:
-        monkeypatch.setattr(sys, "argv", ["made_up", "--device", "cpu", "--json", str(file)])
+    def run(*problems: Problem, options: tuple[str, ...] = ()) -> str | int | None:
+        monkeypatch.setattr(sys, "argv", ["made_up", "--device", "cpu", "--json", str(file), *options])
         with pytest.raises(SystemExit) as end:
             command.main(lambda device, quick: list(problems), "Made up.")
         return end.value.code
@@ -165,6 +165,16 @@ def test_one_problem_that_fails_stops_no_other(bench, capsys: pytest.CaptureFixt
     assert len(second["rows"]["fastkd"]["samples_s"]) >= 3
     out, err = capsys.readouterr()
     assert re.search(r"^fastkd  .*failed: broken$", out, re.MULTILINE) and "ZeroDivisionError" in err
+
+
+def test_small_shapes_are_held_to_no_target(bench, capsys: pytest.CaptureFixture[str]) -> None:
+    file, run = bench
+    problem = replace(made_of("small"), targets=(Target("limit", 1e-9), Target("memory", 1e9)))
+    for options, targets in [((), 2), (("--quick",), 0)]:
+        assert run(problem, options=options) == 0
+        out = capsys.readouterr().out
+        assert len(re.findall("NOT MET|, met", out)) == targets
+        assert len(json.loads(file.read_text())["results"][0]["targets"]) == targets
 
 
 def test_no_budget_is_no_failure() -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -121,6 +122,8 @@ def main(problems: Callable[[torch.device, bool], list[Problem]], description: s
     if not selected:
         titles = "\n  ".join(p.title for p in problems(options.device, options.quick))
         parser.error(f"--only {options.only!r} matches none of:\n  {titles}")
+    if options.quick:  # targets are of the shapes that are measured
+        selected = [replace(problem, targets=()) for problem in selected]
     host = machine()
     name = host["gpu"] if options.device.type == "cuda" else f"{host['cpu']}, {host['threads']} threads"
     path = options.json
@@ -150,5 +153,6 @@ def main(problems: Callable[[torch.device, bool], list[Problem]], description: s
         for result in record.results[len(shown) : len(shown) + 1]:  # the one that was being measured
             show(result)
         print(f"{parser.prog}: interrupted in problem {len(shown)} of {len(selected)}", file=sys.stderr)
-    print(f"\n{verdicts(shown)}")
+    if lines := verdicts(shown):
+        print(f"\n{lines}")
     sys.exit(code)
