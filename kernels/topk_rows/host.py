@@ -1,6 +1,7 @@
 """How rows of top-k teachers are launched."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,18 +18,26 @@ __all__ = ["topk_rows", "topk_shard_gradient", "topk_shard_stats"]
 LARGEST_BLOCK = 2048
 
 
-def _constants(student: Tensor, entries: int, separate: bool, conditional: bool = False) -> dict:
-    """Of a launch, with its options.
+@lru_cache
+def _setting(
+    dtype: torch.dtype, columns: int, entries: int, largest: int, separate: bool, conditional: bool
+) -> tuple[Setting, int, int]:
+    """What a kernel is compiled for, its warps and its ceiling of registers.
 
     A thread has 16 columns of a block, which are in flight at once, and at most two lanes. As in rows/, ptxas is told a
     ceiling, with which four blocks of 4 warps run side by side.
     """
-    width, lanes = 16 // student.dtype.itemsize, triton.next_power_of_2(entries + 1)
-    block = min(LARGEST_BLOCK, max(32 * width, triton.next_power_of_2(student.shape[1])))
-    wide = student.dtype == torch.float64
+    width, lanes, wide = 16 // dtype.itemsize, triton.next_power_of_2(entries + 1), dtype == torch.float64
+    block = min(largest, max(32 * width, triton.next_power_of_2(columns)))
     constants = (tl.float64 if wide else tl.float32, block // width, width, lanes, separate, conditional)
-    options = launch_options(max(1, block // 512, lanes // 64), 255 if wide or lanes > 256 else 128)
-    return {"S": Setting(*map(tl.constexpr, constants)), **options}
+    warps, registers = max(1, block // 512, lanes // 64), 255 if wide or lanes > 256 else 128
+    return Setting(*map(tl.constexpr, constants)), warps, registers
+
+
+def _constants(student: Tensor, entries: int, separate: bool, conditional: bool = False) -> dict:
+    """Of a launch, with its options."""
+    setting, *given = _setting(student.dtype, student.shape[1], entries, LARGEST_BLOCK, separate, conditional)
+    return {"S": setting, **launch_options(*given)}
 
 
 def _rows(x: Tensor) -> Rows:
