@@ -152,7 +152,7 @@ def test_a_class_that_training_never_saw_is_wrong_and_no_error(
     """The loss, and the accuracy beside it, are those of the other rows: no head stands for the class."""
     rows, others = rows_of(3, seed=2), [{"text": "ka lo", "label": "other"}] * 3
     held_out, out = write(tmp_path / "eval.jsonl", [*others, *rows]), tmp_path / "run"
-    flags = ["--method", "scratch", "--student", teacher, *data, "--eval_file", held_out, "--learning_rate", 0]
+    flags = ["--method", "scratch", "--student", teacher, *data, "--eval_file", held_out, "--learning_rate", 1e-30]
     assert tool(*flags, "--max_steps", 1, "--report_examples", 99, "--output_dir", out) == 0
     student = student_of(out)
     answers, logits = answers_of(teacher, [*others, *rows])
@@ -201,7 +201,7 @@ def test_a_run_resumes_where_it_was(tool: Callable[..., int], teacher: Path, dat
 def test_it_starts_from_a_t5(
     has_teacher: bool, tool: Callable[..., int], t5: Path, teacher: Path, data: list[Any], tmp_path: Path
 ) -> None:
-    out, still = tmp_path / "run", ["--max_steps", 1, "--learning_rate", 0]
+    out, still = tmp_path / "run", ["--max_steps", 1, "--learning_rate", 1e-30]
     how = ["--method", "kd", "--teacher", teacher] if has_teacher else ["--method", "scratch", *ENCT5]
     assert tool(*how, "--student", t5, *data, *still, "--output_dir", out) == 0
     (source, _), (model, tokenizer) = load_model(t5, "student"), load_model(out, "student")
@@ -309,7 +309,7 @@ def test_a_smaller_student_of_an_enct5(
 
 
 def test_a_slice_of_an_enct5(tool: Callable[..., int], teacher: Path, data: list[Any], tmp_path: Path) -> None:
-    flags = ["--method", "hsm-cka", "--teacher", teacher, *data, "--max_steps", 1, "--learning_rate", 0]
+    flags = ["--method", "hsm-cka", "--teacher", teacher, *data, "--max_steps", 1, "--learning_rate", 1e-30]
     assert tool(*flags, "--output_dir", tmp_path / "run") == 0
     (whole, _), (part, _) = load_model(teacher, "teacher"), load_model(tmp_path / "run", "student")
     attention = "encoder.block.0.layer.0.SelfAttention.q"

@@ -25,9 +25,11 @@ _REPLACED_BY = {
     "max_steps": ("num_train_epochs",), "num_train_epochs": ("max_steps",), "teacher": ("train_teacher",),
     "train_teacher": ("teacher",), "labelled_examples": _DATA, **dict.fromkeys(_DATA, _DATA),
 }  # fmt: skip
-_LEAST = {
-    "seed": 0, "data_seed": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
+_BOUNDS = {  # of transformers' numbers; at least 0 is what its fractions have without
+    "seed": {"least": 0}, "data_seed": {"least": 0},
+    "learning_rate": {"above": 0},  # at 0 a student would stay what it was
+    "per_device_train_batch_size": {"least": 1}, "per_device_eval_batch_size": {"least": 1},
+    "gradient_accumulation_steps": {"least": 1},
 }  # fmt: skip
 
 
@@ -56,8 +58,8 @@ def _parser() -> HfArgumentParser:
     parser: Any = _Parser(group, prog="fastkd-train", allow_abbrev=False, add_help=False)
     parser.set_defaults(**DEFAULTS, dataloader_pin_memory=torch.cuda.is_available())
     for action in parser._actions:
-        if action.dest in _LEAST or action.type is float:
-            action.type = bounded(action.type, least=_LEAST.get(action.dest, 0))
+        if action.dest in _BOUNDS or action.type is float:
+            action.type = bounded(action.type, _BOUNDS.get(action.dest, {"least": 0}))
     nargs: dict[str, dict[str, Any]] = {"bool": {"nargs": "?", "const": True}, "list[str]": {"nargs": "+"}}
     for name, field in fields_by_name().items():
         alone = {"nargs": "?", "const": "dates"} if name == "demo" else nargs.get(kind_of(field), {})

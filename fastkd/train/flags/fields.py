@@ -250,7 +250,7 @@ class FastkdArguments(ObjectiveArguments, ModelArguments, PruningArguments, Data
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Return the weights in "TERM=NUMBER,..."; raises ValueError if one is not 0 or above."""
+    """Return the weights in "TERM=NUMBER,..."; raises ValueError if one is not finite, or below 0."""
     weights = {}
     for part in text.split(","):
         term, _, number = part.partition("=")
@@ -261,7 +261,7 @@ def parse_weights(text: str) -> dict[str, float]:
         except ValueError:
             weights[term] = math.nan
         if not 0 <= weights[term] < math.inf:
-            raise ValueError(f"expected {term}=NUMBER, 0 or above, got {part!r}")
+            raise ValueError(f"expected {term}=NUMBER, finite and 0 or above, got {part!r}")
     return weights
 
 

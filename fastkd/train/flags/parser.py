@@ -114,17 +114,18 @@ def check_bounds(value: float, bounds: Mapping[str, Any]) -> None:
     limits = {name: bounds[name] for name in known if name in bounds}
     if not math.isfinite(value) or not all(known[name](value, limit) for name, limit in limits.items()):
         words = {"least": "at least", "most": "at most"}
-        wanted = " and ".join(f"{words.get(name, name)} {limit:g}" for name, limit in limits.items()) or "finite"
-        raise argparse.ArgumentTypeError(f"must be {wanted}, got {value}")
+        wanted = [f"{words.get(name, name)} {limit:g}" for name, limit in limits.items()]
+        wanted = wanted if math.isfinite(value) else ["finite", *wanted]
+        raise argparse.ArgumentTypeError(f"must be {' and '.join(wanted)}, got {value}")
 
 
-def bounded(read: Callable[[str], Any], least: float) -> Callable[[str], Any]:
-    """Return a reader of numbers that must be at least so large."""
+def bounded(read: Callable[[str], Any], bounds: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return a reader of numbers within bounds."""
 
     @functools.wraps(read)  # argparse's messages take its name
     def value_of(word: str) -> Any:
         value = read(word)
-        check_bounds(value, {"least": least})
+        check_bounds(value, bounds)
         return value
 
     return value_of
