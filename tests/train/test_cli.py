@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -582,6 +583,23 @@ def test_yaml_says_weights_and_grids_as_yaml_does(tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(found.config_text(args))
     again, _ = parse(["--config", str(tmp_path / "again.yaml")])
     assert again.divergence == found.divergence and again.objective.divergence_in_words == "1 tvd + 0.5 forward_kl"
+
+
+def test_a_flag_that_transformers_has_renamed_is_given_under_its_new_name(tmp_path: Path) -> None:
+    """So nothing warns, whichever of them a command line or a file says; the line goes before the file."""
+    is_renamed = hasattr(arguments.TransformersArguments, "activation_checkpointing")
+    name = "activation_checkpointing" if is_renamed else "gradient_checkpointing"
+    said, given = ["--gradient_checkpointing", "--gradient-checkpointing=true", f"--{name}"], ["--teacher", "t"]
+    (tmp_path / "c.yaml").write_text("method: kd\ntrain_file: x\ngradient_checkpointing: true\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for words in (*([word, "--train_file", "x"] for word in said), ["--config", str(tmp_path / "c.yaml")]):
+            found, args = parse([*given, *words])
+            assert args.gradient_checkpointing is getattr(args, name) is found.transformers_flags[name] is True, words
+        kwargs = ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+        args = parse([*given, "--config", str(tmp_path / "c.yaml"), f"--{name}", "false", *kwargs])[1]
+        assert getattr(args, name) is False and getattr(args, f"{name}_kwargs") == {"use_reentrant": False}
+        assert not parse([*given, "--train_file", "x"])[1].gradient_checkpointing
 
 
 def test_evaluations_and_checkpoints_come_together_for_the_best_model() -> None:

@@ -172,7 +172,6 @@ def test_a_teacher_keeps_alive_what_the_terms_compare_and_nothing_else(
 
 
 # In the last layers of miniend-e something is captured, so only the others are compiled.
-@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing` is deprecated")  # its new name is not in all of 5.x
 @pytest.mark.parametrize(("method", "layers"), [("miniend-e", 2), ("hsm-linear", 1)])
 @pytest.mark.long
 def test_compiled_and_checkpointed_blocks_train_as_plain_ones(

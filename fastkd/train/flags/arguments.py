@@ -31,6 +31,11 @@ _BOUNDS = {  # of transformers' numbers; at least 0 is what its fractions have w
     "per_device_train_batch_size": {"least": 1}, "per_device_eval_batch_size": {"least": 1},
     "gradient_accumulation_steps": {"least": 1},
 }  # fmt: skip
+# Old names of transformers' flags, and the new ones that they are given under where the installed version has them.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 class TransformersArguments(Seq2SeqTrainingArguments):
@@ -113,11 +118,15 @@ def parse(argv: Sequence[str], needs_data: bool = True) -> tuple[FastkdArguments
 
 
 def _given(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values that words give flags, and the words that belong to none."""
+    """Return the values that words give flags, renamed ones by their new names, and the words that belong to none."""
     parser = _parser()
     nothing = argparse.Namespace(**dict.fromkeys((action.dest for action in parser._actions), argparse.SUPPRESS))
     found, unknown = parser.parse_known_args(words, nothing)
-    return {name: value for name, value in vars(found).items() if value is not argparse.SUPPRESS}, unknown
+    values = {name: value for name, value in vars(found).items() if value is not argparse.SUPPRESS}
+    for old, new in _RENAMED.items():
+        if old in values and hasattr(TransformersArguments, new):
+            values.setdefault(new, values.pop(old))
+    return values, unknown
 
 
 def _with_files(line: dict[str, Any]) -> dict[str, Any]:

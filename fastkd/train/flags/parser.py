@@ -38,7 +38,7 @@ _USUAL = (
     ("per_device_train_batch_size", "N", "examples (default: 8)"),
     ("gradient_accumulation_steps", "N", "batches to a step (default: 1)"),
     ("bf16", None, "compute in bfloat16"),
-    ("gradient_checkpointing", None, "less memory, more time"),
+    ("gradient_checkpointing", None, "less memory, more time; activation_checkpointing in new transformers"),
     ("eval_steps", "X", "between evaluations; below 1 their share of all steps"),
     ("save_steps", "X", "between checkpoints, likewise"),
     ("load_best_model_at_end", None, "keep the weights of the best checkpoint, by --metric_for_best_model"),
