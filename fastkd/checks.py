@@ -35,6 +35,7 @@ __all__ = [
     "check_same_device",
     "check_tensor",
     "is_finite",
+    "is_not_negative",
     "is_positive",
     "numbers",
     "values_are_at_hand",
@@ -80,8 +81,12 @@ class Objective:
         self._set("divergence", as_divergence(self.divergence))
         self._set("beta", as_number("beta", self.beta, self._expected_beta(), lambda x: 0 < x < 1))
         self._set("temperature", as_number("temperature", self.temperature, "> 0", is_positive))
-        self._set("kd_weight", as_number("kd_weight", self.kd_weight, "that is finite", is_finite))
-        self._set("ce_weight", as_number("ce_weight", self.ce_weight, "that is finite", is_finite))
+        for name in ("kd_weight", "ce_weight"):
+            self._set(name, as_number(name, getattr(self, name), "that is finite and >= 0", is_not_negative))
+        if self.kd_weight == 0 and self.ce_weight == 0:
+            raise ValueError(
+                f"kd_weight, ce_weight: expected at least one > 0, got {self.kd_weight} and {self.ce_weight}"
+            )
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -111,6 +116,11 @@ class Objective:
     def weights(self) -> list[float]:
         """The same of a mix; of a single divergence none."""
         return [] if isinstance(self.divergence, str) else self.all_weights
+
+    def check_teacher(self, name: str, teacher: object) -> None:
+        """Raises where there is none, but needs to be."""
+        if teacher is None and self.kd_weight != 0:
+            raise ValueError(f"{name}: expected a tensor because kd_weight is {self.kd_weight}, got None")
 
     def for_op(self) -> tuple[int, Tensor]:
         """The trailing arguments of an op: the code, and in one tensor these four numbers and a mix's weights."""
@@ -190,13 +200,13 @@ class TokenArguments:
 def average(weight: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
     """Weights [...] as they enter a sum that is the reduction: for "mean", over their sum or the normalizer.
 
-    Where that is 0 they are all 0: nothing is left to average.
+    With a normalizer of 0 they are all 0: nothing is left to average. Of weights that cancel there is no mean.
     """
     if reduction != "mean":
         return weight
     if normalizer is None:
-        total = weight.sum()
-    elif isinstance(normalizer, Tensor):
+        return torch.where(weight == 0, 0, weight / weight.sum())
+    if isinstance(normalizer, Tensor):
         total = normalizer.detach().to(device=weight.device, dtype=weight.dtype)
     else:
         total = weight.new_ones(()) * normalizer  # of a number itself torch.compile would make a constant
@@ -214,9 +224,9 @@ def as_normalizer(value: Any, reduction: str) -> float | Tensor | None:
             raise ValueError(f"normalizer: expected a number or 0-d tensor, got shape {_list(value)}")
         check_constant("normalizer", value)
         if values_are_at_hand(value):
-            as_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
+            as_number("normalizer", value, ">= 0", is_not_negative)
         return value
-    return as_number("normalizer", value, ">= 0", lambda x: 0 <= x < math.inf)
+    return as_number("normalizer", value, ">= 0", is_not_negative)
 
 
 def as_divergence(value: Any) -> str | dict[str, float]:
@@ -227,7 +237,7 @@ def as_divergence(value: Any) -> str | dict[str, float]:
     weights = {}
     for name, weight in value.items():
         check_choice("divergence", name, DIVERGENCES)
-        weights[name] = as_number(f"divergence[{name!r}]", weight, ">= 0", lambda x: 0 <= x < math.inf)
+        weights[name] = as_number(f"divergence[{name!r}]", weight, ">= 0", is_not_negative)
     mix = {name: weights[name] for name in DIVERGENCES if name in weights and weights[name] != 0}
     if not mix:
         raise ValueError(f"divergence: expected at least one name with a weight > 0, got {dict(value)}")
@@ -297,6 +307,11 @@ def is_finite(x: float) -> bool:
 def is_positive(x: float) -> bool:
     """And finite."""
     return 0 < x < math.inf
+
+
+def is_not_negative(x: float) -> bool:
+    """And finite."""
+    return 0 <= x < math.inf
 
 
 def check_tensor(

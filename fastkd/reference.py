@@ -99,9 +99,9 @@ def _of_top(
     return told | {"teacher_mass": (-log_tail.expm1()).to(scores.dtype)}
 
 
-def _mean(x: Tensor, denominator: Tensor) -> Tensor:
-    """x [T...] summed up and divided, 0-d: 0 where there is nothing to divide by."""
-    return torch.where(denominator == 0, 0, x.sum() / torch.where(denominator == 0, 1, denominator))
+def _mean(x: Tensor, denominator: Tensor, nothing: Tensor) -> Tensor:
+    """x [T...] summed up and divided, 0-d; 0 where nothing is left to average."""
+    return torch.where(nothing, 0, x.sum() / torch.where(nothing, 1, denominator))
 
 
 def logit_kl(
@@ -160,18 +160,17 @@ def logit_kl(
                     told["agreement"] = ((log_q.argmax(-1) == log_p.argmax(-1)) & ~empty).to(dtype)
             kept = weight if normalizer is None else torch.where(weight.new_ones(()) * normalizer == 0, 0, weight)
             for name, x in told.items():  # whatever the reduction is
-                metrics[name] = _mean(x.detach() * kept, kept.sum())
+                metrics[name] = _mean(x.detach() * kept, kept.sum(), (kept == 0).all())
 
         loss = loss * weight
         if reduction == "none":
             return loss
         if reduction == "sum":
             return loss.sum()
-        if isinstance(normalizer, Tensor):
-            denominator = normalizer.detach().to(loss)
-        else:
-            denominator = weight.sum() if normalizer is None else loss.new_ones(()) * normalizer
-        return _mean(loss, denominator)
+        if normalizer is None:
+            return _mean(loss, weight.sum(), dropped.all())
+        denominator = normalizer.detach().to(loss) if isinstance(normalizer, Tensor) else loss.new_ones(()) * normalizer
+        return _mean(loss, denominator, denominator == 0)
 
 
 def linear_kl(

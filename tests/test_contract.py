@@ -439,6 +439,24 @@ def test_nothing_to_average_gives_zero(op: Op, backend: str, how: str):
 
 
 @over_token_ops
+@over_backends
+def test_weights_of_both_signs(op: Op, backend: str):
+    """The mean is over their sum, of either sign; where they cancel there is none, and no loss passes for 0."""
+    inputs = to(op.make(UNRELATED, tokens=3), torch.float32)
+    for values in ([1.0, -3.0, 0.0], [1.0, -1.0, 0.0]):
+        weight = torch.tensor(values)
+        with running_on(backend) as (impl, device):
+            moved = to(inputs, torch.float32, device)
+            loss, gradients = value_and_gradients(op, moved, impl=impl, weight=weight.to(device))
+        if weight.sum() == 0:
+            assert not loss.isfinite()
+        else:
+            wanted, wanted_gradients = oracle(op, inputs, weight=weight)
+            assert distance(loss, wanted) <= 1e-6
+            assert all(distance(gradients[name], wanted_gradients[name]) <= 1e-5 for name in op.student)
+
+
+@over_token_ops
 @over_fused
 def test_one_token_without_a_batch(op: Op, backend: str):
     inputs = to(op.make(UNRELATED, tokens=1), torch.float32)

@@ -265,6 +265,7 @@ def linear_kl(
 
     def check() -> Checked:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
+        objective.check_teacher("teacher_hidden", teacher_hidden if teacher.weight is None else teacher.weight)
         tokens = local_tokens(weight, labels, normalizer, ignore_index, reduction)
         hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
         return checked(hidden, student, teacher, group, objective, tokens, workspace_mb, return_metrics, impl)

@@ -144,8 +144,6 @@ def check_inputs(inputs: Inputs, objective: Objective, tokens: TokenArguments, s
     if inputs.teacher_hidden is not None or inputs.teacher_weight is not None:
         _check_head("teacher", *inputs[3:], leading, device, sharded)
         assert inputs.teacher_weight is not None
-    elif objective.kd_weight != 0:
-        raise ValueError(f"teacher_hidden: expected a tensor because kd_weight is {objective.kd_weight}, got None")
     tokens.check(objective, leading, None if sharded else vocabulary, device)
     return inputs
 

@@ -274,9 +274,9 @@ def logit_kl(
         beta: mixture weight in (0, 1) of ``jsd``, ``skew_kl`` and ``skew_reverse_kl``, of every member of a mix.
         temperature: > 0.
         weight: [...] a number for each token, or a mask of bool or integers; 0 drops it. A constant, as ``normalizer``
-            is.
+            is. May be negative, but the mean of weights that cancel is NaN or infinite.
         labels: [...] integers in [0, Vs) or ``ignore_index``, which drops the token from both terms.
-        ce_weight, kd_weight: weights of the two terms.
+        ce_weight, kd_weight: weights of the two terms, >= 0 and not both 0.
         ignore_index: the label of tokens that are dropped.
         reduction: ``"mean"`` divides by the sum of weights, ``"sum"`` does not, ``"none"`` returns [...].
         normalizer: with ``"mean"``, a number or 0-d tensor that replaces the sum of weights, such as
@@ -341,6 +341,7 @@ def logit_kl(
 
     def check() -> Checked:
         objective = Objective(divergence, beta, temperature, kd_weight, ce_weight)
+        objective.check_teacher("teacher_logits", teacher_logits)
         tokens = local_tokens(weight, labels, normalizer, ignore_index, reduction)
         student, teacher = student_logits, teacher_logits
         if group is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import Objective
+from ..checks import Objective, average
 
 __all__ = ["averaged", "averaged_of_topk"]
 
@@ -54,6 +54,5 @@ def _means(
         found["ce"] = cross_entropy
     if objective.kd_weight != 0:
         found |= models
-    total = weight.sum()
-    share = torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
+    share = average(weight, "mean", None)
     return {name: (share * x).sum().to(dtype) for name, x in found.items()}

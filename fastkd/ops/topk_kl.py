@@ -11,7 +11,6 @@ T tokens (any leading shape), V vocabulary, Hs hidden width, K ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -243,7 +242,7 @@ def topk_logit_kl(
         check_flag("return_metrics", return_metrics)
         student = student_logits if group is None else shard_on(group, "student_logits", student_logits, -1)
         student = differentiable(student)
-        check_logits(student, None, replace(objective, kd_weight=0.0), tokens, group is not None)
+        check_logits(student, None, objective, tokens, group is not None)
         its, fused = check_teacher(teacher, student.shape[:-1], student.device, tokens, impl, group is not None)
         keywords = {"return_metrics": return_metrics}
         return Checked((student,), student.shape[-1], its, objective, tokens, keywords, fused)
@@ -284,8 +283,7 @@ def topk_linear_kl(
         objective = objective_for(teacher, divergence, beta, temperature, kd_weight, ce_weight)
         tokens = local_tokens(**of_tokens)
         hidden = {"student_hidden": student_hidden, "teacher_hidden": None}
-        plain = replace(objective, kd_weight=0.0)
-        found = checked(hidden, head, none, group, plain, tokens, workspace_mb, return_metrics, impl)
+        found = checked(hidden, head, none, group, objective, tokens, workspace_mb, return_metrics, impl)
         student = found.inputs.student_hidden
         its, fused = check_teacher(teacher, student.shape[:-1], student.device, tokens, impl, group is not None)
         columns = found.inputs.student_weight.shape[0]

@@ -209,7 +209,7 @@ class Method:
 def as_method(given: Method | str | Mapping[str, float]) -> Method:
     """Return a method that is given as one, by the name of its row, or by the weights of its terms.
 
-    Raises ValueError for a name that is not known.
+    Raises ValueError for a name that is not known, and for a weight that is not > 0.
     """
     if isinstance(given, Method):
         return given
@@ -217,6 +217,9 @@ def as_method(given: Method | str | Mapping[str, float]) -> Method:
     for name in [given] if isinstance(given, str) else given:
         if name not in known:
             raise ValueError(f"method: expected {', '.join(known)}, got {name!r}")
+    for term, weight in {} if isinstance(given, str) else given.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"method[{term!r}]: expected a number > 0, got {weight}")
     return METHODS[given] if isinstance(given, str) else Method(_sum_in_words(given), dict(given))
 
 

@@ -152,8 +152,7 @@ class DistillTrainer(CheckpointingTrainer):
             trained = super().train(*args, **kwargs)
         if self._steepest is not None and not self._steepest:
             raise RunError(
-                "every gradient of this training was 0; look for labels that are all -100, weights of terms that are "
-                "0, rows of one token"
+                "every gradient of this training was 0; look for labels that are all -100, rows of one token"
             )
         return trained
 
