@@ -334,6 +334,18 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--remove_unused_columns", "false"], ["--remove_unused_columns is not supported"]),
         (["--fp16", "--use_cpu"], ["--fp16 needs a GPU", "--bf16"]),
         (["--source_column", "a"], ["--source_column has no effect with --task span_corruption"]),
+        (
+            ["--task", "summarization", "--source_column", "a", "--text_column", "b"],
+            ["--text_column has no effect with --task summarization beside --source_column"],
+        ),
+        (
+            ["--task", "classification", "--source_column", "a", "--text_column", "b"],
+            ["--source_column has no effect with --task classification beside --text_column"],
+        ),
+        (
+            ["--task", "classification", "--target_column", "a", "--label_column", "b"],
+            ["--target_column has no effect with --task classification beside --label_column"],
+        ),
         (["--max_source_length", "32"], ["--max_source_length has no effect with --task span_corruption"]),
         (["--load_best_model_at_end", "--save_strategy", "no"], ["--load_best_model_at_end", "match"]),
         (["--load_best_model_at_end", "--eval_steps", "3", "--save_steps", "4"], ["4", "multiple", "3"]),

@@ -73,7 +73,7 @@ def test_a_sentence_a_line_trains(get: Callable[..., Data], texts: list[str], tm
 @pytest.mark.parametrize("count", [2, 7, 30])
 def test_something_is_held_out_of_few_texts(get: Callable[..., Data], tmp_path: Path, count: int) -> None:
     path = lines(tmp_path / "t.jsonl", classified(count))
-    made = get("--task", "classification", "--train_file", path)
+    made = get("--task", "text2text", "--source_column", "text", "--target_column", "label", "--train_file", path)
     assert len(made.train) + len(made.held_out) == count and 1 <= len(made.held_out) < 5
     sources = made.train.rows["source"][:] + made.held_out_rows["source"][:]
     assert sorted(sources) == sorted(make_texts(count))
@@ -130,12 +130,24 @@ def test_values_of_one_column_may_differ_in_kind(get: Callable[..., Data], tmp_p
 
 def test_a_column_that_comes_late(get: Callable[..., Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "JUDGED_ROWS", 5)
-    rows = [{"text": text} for text in make_texts(20)] + [{"text": text, "kind": "ba"} for text in make_texts(4)]
+    rows = [{"text": text} for text in make_texts(20)] + [{"text": text, "kind": text[:2]} for text in make_texts(4)]
     path = lines(tmp_path / "t.jsonl", rows)
     flags = ["--task", "classification", "--train_file", path, "--eval_file", path]
     assert len(get(*flags, "--label_column", "kind").held_out) == 4
     with pytest.raises(InputError, match=r"--train_file: --label_column: no column 'none' \(columns: text, kind\)"):
         get(*flags, "--label_column", "none")
+
+
+def test_what_a_model_that_writes_is_to_classify_has_classes(get: Callable[..., Data], tmp_path: Path) -> None:
+    few = make_texts(9)
+    for count, classes, expected in (
+        (60, 1, "a classifier: expected at least 2 different targets, got 'x0' alone"),
+        (300, 300, "held-out data: expected targets among the classes x0, .*, got only x"),
+        (1200, 1200, "a classifier: expected at most 1000 different targets, got 11"),
+    ):
+        rows = [{"text": f"{few[i % 9]} {i}", "label": f"x{i % classes}"} for i in range(count)]
+        with pytest.raises(InputError, match=expected):
+            get("--task", "classification", "--train_file", lines(tmp_path / "t.jsonl", rows))
 
 
 # Samples ---------------------------------------------------------------------------------------------------------
@@ -260,7 +272,9 @@ def test_other_revisions_of_the_hub_are_read_anew(get: Callable[..., Data], monk
     revision = ["one"]
 
     def load(name: str, config: str | None, *, split: str, **options: Any) -> datasets.Dataset:
-        return datasets.Dataset.from_list([{"text": f"{revision[0]} {split} {i}", "label": "x"} for i in range(9)])
+        return datasets.Dataset.from_list(
+            [{"text": f"{revision[0]} {split} {i}", "label": "xy"[i % 2]} for i in range(9)]
+        )
 
     monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load)

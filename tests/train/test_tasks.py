@@ -125,6 +125,43 @@ def test_absent_columns_are_named_with_those_that_exist() -> None:
         pairs_of("glue", rows)
 
 
+@pytest.mark.parametrize(
+    "task, row, given, named",
+    [
+        ("text2text", "question answer", "source_column=question target_column=question", "question"),
+        ("text2text", "question answer", "target_column=question", "question"),
+        ("summarization", "document summary", "text_column=summary target_column=summary", "summary"),
+        ("classification", "text label", "label_column=text", "text"),
+        ("classification", "text label", "source_column=label target_column=label", "label"),
+        ("translation", "a b", "source_lang=en target_lang=ro source_column=a target_column=a", "a"),
+        ("translation", "en ro", "source_lang=en target_lang=en", "English"),
+        ("translation", "en ro", "source_lang=en target_lang=English", "English"),
+        ("translation", "en ro", "source_lang=en target_lang=en_XX", "en"),
+    ],
+)
+def test_two_flags_that_come_to_the_same(task: str, row: str, given: str, named: str) -> None:
+    """A model would learn to copy."""
+    columns = dict(flag.split("=") for flag in given.split())
+    with pytest.raises(
+        InputError, match=rf"^--\w+ and --\w+: expected two (columns|languages), got '{named}' for both"
+    ):
+        pairs_of(task, [dict.fromkeys(row.split(), "ta")], **columns)
+
+
+def test_a_language_twice_in_a_nested_column() -> None:
+    with pytest.raises(
+        InputError, match=r"^--source_lang and --target_lang: expected two languages, got 'en' for both"
+    ):
+        pairs_of("translation", [{"translation": {"en": "a", "ro": "b"}}], source_lang="en_XX", target_lang="en")
+
+
+def test_a_text_of_glue_is_no_label() -> None:
+    with pytest.raises(
+        InputError, match="--label_column: expected another column than those of texts, got 'sentence2'"
+    ):
+        pairs_of("rte", [{"sentence1": "a", "sentence2": "b", "label": 0}], label_column="sentence2")
+
+
 # T5's examples of its input format (Raffel et al., 2020, appendix D), with shorter sentences.
 GLUE = {
     "sst2": [({"sentence": "it confirms", "label": 1, "idx": 0}, "sst2 sentence: it confirms", "positive")],

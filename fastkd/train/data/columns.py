@@ -82,6 +82,13 @@ def _chosen(names: Collection[str], given: str | None, guesses: Sequence[str], f
     return found[0]
 
 
+def _check_differ(what: str, **chosen: str) -> None:
+    """Raise InputError if two flags come to the same; what: they name; chosen: by flag."""
+    first, second = chosen.items()
+    if first[1] == second[1]:
+        raise InputError(f"--{first[0]} and --{second[0]}: expected two {what}, got {first[1]!r} for both")
+
+
 def _text(row: Row, column: str, exact: bool = False) -> str:
     """Return a value as text, without white space around it unless it is to be exact; "" for a missing one."""
     value = row.get(column)
@@ -120,6 +127,7 @@ def _two_columns(sources: Sequence[str], targets: Sequence[str], prefix: str = "
     def bind(features: dict[str, Any], columns: Columns) -> Bound:
         source = _chosen(features, columns.source_column or columns.text_column, sources, "source_column")
         target = _chosen(features, columns.target_column, [t for t in targets if t != source], "target_column")
+        _check_differ("columns", source_column=source, target_column=target)
         before, exact = columns.prefix(prefix), columns.is_joined and not prefix
         end = "" if exact else columns.end
 
@@ -149,6 +157,9 @@ def translation(features: dict[str, Any], columns: Columns) -> Bound:
     if None in guessed and (columns.source_prefix is None or nested):
         found = f" (found {', '.join(sorted(keys))})" if keys else ""
         raise InputError(f"translation: expected --source_lang and --target_lang{found}")
+    words = [LANGUAGES.get(str(lang), str(lang)) for lang in guessed]
+    if guessed != (None, None):
+        _check_differ("languages", source_lang=words[0], target_lang=words[1])
     source, target = (_language(keys if nested else features, str(lang)) for lang in guessed)
     if nested and (source is None or target is None):
         raise InputError(
@@ -157,7 +168,8 @@ def translation(features: dict[str, Any], columns: Columns) -> Bound:
     if not nested:
         source = _chosen(features, columns.source_column or source, SOURCES, "source_column")
         target = _chosen(features, columns.target_column or target, TARGETS, "target_column")
-    words = [LANGUAGES.get(str(lang), str(lang)) for lang in guessed]
+    flags = ("source_lang", "target_lang") if nested else ("source_column", "target_column")
+    _check_differ("languages" if nested else "columns", **dict(zip(flags, (str(source), str(target)), strict=True)))
     prefix = columns.prefix(f"translate {words[0]} to {words[1]}: ")
 
     def pair(row: Row) -> Texts:
@@ -180,6 +192,7 @@ def classification(features: dict[str, Any], columns: Columns) -> Bound:
     """Bind texts and labels; the numbers of a ClassLabel become its names, and -1, which means no label, ""."""
     source = _chosen(features, columns.text_column or columns.source_column, TEXTS, "text_column")
     label = _chosen(features, columns.label_column or columns.target_column, LABELS, "label_column")
+    _check_differ("columns", text_column=source, label_column=label)
     feature = features[label]
     prefix = columns.source_prefix or ""
 
@@ -220,6 +233,8 @@ def glue(name: str) -> Bind:
     def bind(features: dict[str, Any], columns: Columns) -> Bound:
         texts = {field: _chosen(features, None, guesses, field) for field, guesses in fields.items()}
         target = _chosen(features, columns.label_column, labels, "label_column")
+        if target in texts.values():
+            raise InputError(f"--label_column: expected another column than those of texts, got {target!r}")
 
         def pair(row: Row) -> Texts:
             parts, label = {field: _text(row, column) for field, column in texts.items()}, _text(row, target)

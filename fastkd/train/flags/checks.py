@@ -137,6 +137,9 @@ def _check_no_effect(flags: FastkdArguments, method: Method, line: Collection[st
     everywhere = (
         (f"{_OF_PAIRS} label_column", is_text, f"{reads}, which reads texts alone"),
         (f"{_OF_PAIRS} text_column dataset_config train_split eval_split", glue, f"{reads}, whose data is GLUE's"),
+        ("text_column", flags.source_column and flags.task != "classification", f"{reads} beside --source_column"),
+        ("source_column", flags.text_column and flags.task == "classification", f"{reads} beside --text_column"),
+        ("target_column", flags.label_column and flags.task == "classification", f"{reads} beside --label_column"),
         (" ".join(pruning), not prunes, f"{of_method}which does not prune its teacher"),
         ("assistant_sparsity", method.schedule == "maxidisc", f"{of_method}which tries all of the grid"),
         (

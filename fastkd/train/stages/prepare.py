@@ -139,6 +139,8 @@ def get_data(
         train = streamed(rows(TRAINING), tokenizer, *lengths, seed, flags.shuffle_buffer, **reading)
     if not is_text:
         longest, held_out = max(map(len, asked["labels"])), Pairs(asked, is_causal)
+        if task.name == "classification" and kind != "classifier" and not flags.streaming:
+            _classes_of(train, held_out, task.name)
         return Data(task, tokenizer, train, held_out, asked, longest, pad(tokenizer), digest, facts, parts)
     chunks = Chunks(asked, tokenizer, HELD_OUT_SEED, **reading)
     shown, longest = _shown(chunks, tokenizer, flags.report_examples, task.name)
@@ -170,22 +172,28 @@ def with_classes(data: Data, known: Sequence[str] = ()) -> Data:
         raise InputError(
             f"a classifier, as --architecture enct5, gives classes to sources: expected pairs in memory, got {given}"
         )
-    found = sorted(set(data.train.rows["target"]))
-    if len(found) < 2 and not known:
-        raise InputError(f"a classifier: expected at least 2 different targets, got {found[0]!r} alone")
-    if len(found) > MOST_CLASSES and len(known) != 1:
-        raise InputError(f"a classifier: expected at most {MOST_CLASSES} different targets, got {len(found)}")
-    classes = list(known) if len(known) == 1 else matched(known, found, data.task.name) if known else found
-    asked = sorted(set(data.held_out.rows["target"]))
-    if len(classes) > 1 and not set(asked) & set(classes):
-        expected = f"expected targets among the classes {', '.join(classes[:9])}"
-        raise InputError(f"held-out data: {expected}, got only {', '.join(asked[:9])}")
+    classes = _classes_of(data.train, data.held_out, data.task.name, known)
     train, held_out = (
         Pairs(side.rows.remove_columns("labels").add_column("labels", class_labels(side.rows["target"], classes)))
         for side in (data.train, data.held_out)
     )
     made: dict[str, Any] = {"train": train, "held_out": held_out, "collate": pad(data.tokenizer, one_label=True)}
     return dataclasses.replace(data, **made, digest=key([data.digest, classes]), target_tokens=1, classes=classes)
+
+
+def _classes_of(train: Pairs, held_out: Pairs, task: str, known: Sequence[str] = ()) -> list[str]:
+    """Return the classes of pairs, as `with_classes`, which a model that writes them needs to be classes, too."""
+    found = sorted(set(train.rows["target"]))
+    if len(found) < 2 and not known:
+        raise InputError(f"a classifier: expected at least 2 different targets, got {found[0]!r} alone")
+    if len(found) > MOST_CLASSES and len(known) != 1:
+        raise InputError(f"a classifier: expected at most {MOST_CLASSES} different targets, got {len(found)}")
+    classes = list(known) if len(known) == 1 else matched(known, found, task) if known else found
+    asked = sorted(set(held_out.rows["target"]))
+    if len(classes) > 1 and not set(asked) & set(classes):
+        expected = f"expected targets among the classes {', '.join(classes[:9])}"
+        raise InputError(f"held-out data: {expected}, got only {', '.join(asked[:9])}")
+    return classes
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
