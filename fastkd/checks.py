@@ -320,6 +320,8 @@ def check_tensor(
     """`shape` may hold None where any size will do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
     if floating and value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {value.dtype}")
     if shape is not None:

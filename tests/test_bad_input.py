@@ -325,6 +325,40 @@ def test_linear_kl_refuses(changes, error, message):
         fastkd.linear_kl(**linear_arguments(**changes))
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("op", "make"),
+    [
+        ("logit_kl", logit_arguments),
+        ("linear_kl", linear_arguments),
+        ("attention_kl", attention_arguments),
+        ("relation_kl", relation_arguments),
+        ("cka_loss", cka_arguments),
+    ],
+)
+def test_sparse_tensors_are_refused(op, make, impl):
+    others = {
+        "logit_kl": {"weight": torch.ones(T), "labels": torch.ones(T).long()},
+        "linear_kl": {"weight": torch.ones(T), "labels": torch.ones(T).long(), "student_bias": torch.randn(V)},
+        "attention_kl": {"key_mask": torch.ones(B, LK).bool(), "student_bias": torch.randn(LQ, LK)},
+        "relation_kl": {"key_mask": torch.ones(B, LQ).bool()},
+        "cka_loss": {"mask": torch.ones(B, LQ).bool()},
+    }[op]
+    arguments = make(**others, impl=impl)
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor):
+            with pytest.raises(TypeError, match=f"{name}: expected a dense tensor, got one of layout torch.sparse_coo"):
+                getattr(fastkd, op)(**(arguments | {name: x.to_sparse()}))
+
+
+def test_sparse_top_k_is_refused():
+    ids, log_probs = torch.zeros(T, 1).long(), torch.zeros(T, 1)
+    with pytest.raises(TypeError, match=r"TopK.indices: expected a dense tensor, got one of layout torch.sparse_coo"):
+        fastkd.TopK(ids.to_sparse(), log_probs)
+    with pytest.raises(TypeError, match=r"TopK.log_probs: expected a dense tensor, got one of layout torch.sparse_coo"):
+        fastkd.TopK(ids, log_probs.to_sparse())
+
+
 def test_labels_beyond_the_students_vocabulary():
     """One that only the teacher's holds has no probability; one that only the student's holds has."""
     labels = torch.full((T,), 10)
