@@ -18,9 +18,9 @@ from huggingface_hub import HfApi
 from train_flags import SIZES, effective
 from transformers import ByT5Tokenizer
 
-from fastkd.train.common.errors import InputError
+from fastkd.train.common.errors import InputError, counted
+from fastkd.train.data import corpus, formats, sources
 from fastkd.train.data import encoding as data_module
-from fastkd.train.data import formats, sources
 from fastkd.train.data.encoding import tokenize
 from fastkd.train.data.sources import read_rows
 from fastkd.train.flags.arguments import parse
@@ -79,6 +79,44 @@ def test_something_is_held_out_of_few_texts(get: Callable[..., Data], tmp_path: 
     assert sorted(sources) == sorted(make_texts(count))
 
 
+@pytest.mark.parametrize("other", [0, 1])
+def test_equal_texts_are_on_one_side(get: Callable[..., Data], tmp_path: Path, other: int) -> None:
+    """Also where no text is of the 5 %, or where all are."""
+    texts = sorted(make_texts(400), key=corpus.is_held_out, reverse=bool(other))[:2]
+    assert [corpus.is_held_out(text) for text in texts] == [bool(other)] * 2
+    path = lines(tmp_path / "t.jsonl", [{"source": text, "target": "ta"} for text in texts * 5])
+    made = get("--task", "text2text", "--train_file", path)
+    sides = [Counter(rows["source"]) for rows in (made.train.rows, made.held_out_rows)]
+    assert sides in ([{texts[0]: 5}, {texts[1]: 5}], [{texts[1]: 5}, {texts[0]: 5}])
+
+
+def test_of_one_text_nothing_is_held_out(get: Callable[..., Data], tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", [{"source": "ta", "target": "re"}] * 40)
+    with pytest.raises(InputError, match=r"expected at least 2 different texts, got 1 in 40 rows: give --eval_file"):
+        get("--task", "text2text", "--train_file", path)
+
+
+def test_held_out_data_that_is_the_training_data(
+    get: Callable[..., Data], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": text} for text in make_texts(60)]
+    train, part = (lines(tmp_path / f"{n}.jsonl", rows[n:]) for n in (0, 1))
+    copy = lines(tmp_path / "copy.jsonl", rows)
+    for flags, expected in (
+        (["--eval_file", train], True),
+        (["--eval_file", copy], True),
+        (["--eval_file", copy, "--streaming", "--max_steps", 1], False),  # nobody reads all of a stream before
+        (["--eval_file", train, "--streaming", "--max_steps", 1], True),
+        (["--eval_file", part], False),
+    ):
+        get("--train_file", train, *flags)
+        warned = (
+            "warning: --eval_file is the training data: figures tell what was learnt by heart"
+            in capsys.readouterr().err
+        )
+        assert warned == expected, flags
+
+
 @pytest.mark.parametrize("between", ["\n", " "])
 def test_reading_takes_no_more_memory_for_larger_files(tmp_path: Path, between: str) -> None:
     sentence = " ".join(f"word{i}" for i in range(20))
@@ -98,7 +136,15 @@ def test_texts_that_are_missing_are_left_out(
     rows = [{"text": text} for text in texts] + [{"text": None}, {"text": " "}, {"other": 1}]
     facts = get("--train_file", lines(tmp_path / "t.jsonl", rows)).facts
     assert facts["training_examples"] + facts["held_out_examples"] == len(texts)
-    assert "train: 3 rows" in capsys.readouterr().out
+    assert "train: 3 rows without a text left out" in capsys.readouterr().out
+    get("--train_file", lines(tmp_path / "one.jsonl", rows[:-2]))
+    assert "train: 1 row without a text left out" in capsys.readouterr().out
+
+
+def test_one_is_singular() -> None:
+    assert [counted(n, "held out sources cut") for n in (1, 0, 2000)] == [
+        "1 held out source cut", "0 held out sources cut", "2,000 held out sources cut"
+    ]  # fmt: skip
 
 
 # Columns ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The errors that ``fastkd-train`` turns into a single line on stderr and an exit code."""
+"""The errors that ``fastkd-train`` turns into a single line on stderr and an exit code, and words for its lines."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def writing(flag: str, folder: object) -> Iterator[None]:
         where = getattr(error, "filename", None)
         what = f"--{flag} {folder}" + (f" ({where})" if where else "")
         raise RunError(f"cannot write to {what}: {os.strerror(number)}; make room there, or give another") from error
+
+
+def counted(count: int, things: str) -> str:
+    """Return a number and what it is of, "1 row" or "2,000 rows"; things: a plural that ends in s."""
+    return f"{count:,} " + (re.sub(r"s\b", "", things) if count == 1 else things)
 
 
 def one_line(error: BaseException) -> str:

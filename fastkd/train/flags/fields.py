@@ -163,7 +163,7 @@ class DataArguments:
         None, "file, folder or glob of text (a paragraph is an example, between blank lines, or a line if those are "
         "rare), JSONL, CSV, TSV or Parquet, plain or .gz, or a folder saved by datasets; for GLUE the folder with its "
         "TSV files or saved splits, or for one of its tasks a file")
-    eval_file: str | None = _flag(None, "likewise, to evaluate on; without it, 5 %% of the training data")
+    eval_file: str | None = _flag(None, "likewise, to evaluate on; without it, about 5 %% of the training data")
     dataset_name: str | None = _flag(None, "dataset on the hub, or folder saved by datasets")
     dataset_config: str | None = _flag(None, "configuration of --dataset_name, such as sst2 of glue")
     train_split: str = _flag("train", "split of --dataset_name to learn from")

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, default_data_collator
 
 from ..common import endings
 from ..common.cache import cached, key
-from ..common.errors import InputError
+from ..common.errors import InputError, counted
 from ..common.family import family_of, has_types, kind_of
 from ..common.processes import by_first
 from ..data.columns import Columns
@@ -127,7 +127,7 @@ def get_data(
             print(f"warning: {warning}", file=sys.stderr)
         facts |= known
         made.append(folder)
-    print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in facts.items() if value))
+    print(", ".join(counted(value, name.replace("_", " ")) for name, value in facts.items() if value))
     parts = {side.flag or "embedded_data": side.rows["digest"] for side in sides.values()}
     parts |= {"tokenizer": fingerprint(tokenizer), "preparation of data": VERSION}
     digest = key([*(side.settings for side in sides.values()), *(folder.name for folder in made)])

@@ -14,7 +14,7 @@ import datasets
 from tqdm.auto import tqdm
 
 from ..common.cache import cached, key
-from ..common.errors import InputError
+from ..common.errors import InputError, counted
 from ..data import corpus, dates
 from ..data.columns import Columns
 from ..data.rows import sample, store, stream
@@ -22,7 +22,7 @@ from ..data.sources import content_digest, data_files, hub_revision, is_saved, r
 from ..data.tasks import TASKS, Part, Task, glue_parts, has_splits, is_glue
 from ..flags.fields import FastkdArguments
 
-VERSION = 4  # raise it when a stage changes what it makes, so that older artefacts are not reused
+VERSION = 5  # raise it when a stage changes what it makes, so that older artefacts are not reused
 TRAINING, HELD_OUT = "training", "held-out"  # the sides of the data
 
 
@@ -70,6 +70,14 @@ def sides_of(flags: FastkdArguments, cache: Path, columns: Columns) -> dict[str,
         with _said_by(flag):
             rows = {**whole, "split": split, "digest": digest(where, is_stream)}
         sides[side] = Side(flag, where, split, "all" if is_whole else side, at_most, is_stream, rows)
+
+    def contents(side: Side) -> Any:
+        is_split = side.flag == "dataset_name" or (glue and has_splits(side.where))
+        return digest(side.where, flags.streaming), side.split if is_split else None
+
+    if is_whole and contents(sides[TRAINING]) == contents(sides[HELD_OUT]):
+        named = "eval_file" if flags.eval_file else "eval_split"
+        print(f"warning: --{named} is the training data: figures tell what was learnt by heart", file=sys.stderr)
     return sides
 
 
@@ -104,7 +112,7 @@ def rows_of(flags: FastkdArguments, cache: Path, columns: Columns, side: Side) -
         with _said_by(side.flag):
             _, dropped = store(_parts(flags, cache, side), folder / "rows.arrow", columns=columns)
         if dropped:
-            print(f"{side.split}: {dropped:,} rows that lack a text were left out")
+            print(f"{side.split}: {counted(dropped, 'rows')} without a text left out")
 
     if side.is_stream:
         with _said_by(side.flag):
@@ -115,9 +123,14 @@ def rows_of(flags: FastkdArguments, cache: Path, columns: Columns, side: Side) -
     if side.part != "all":
         texts = rows["text" if task.is_text else "source"]
         held = {i for i, text in enumerate(texts) if corpus.is_held_out(text)}
-        held = held or {min(range(len(texts)), key=lambda i: corpus.place(texts[i]))}  # of a few dozen
+        if not 0 < len(held) < len(texts):  # of a few dozen rows
+            first = min(texts, key=corpus.place)
+            held = {i for i, text in enumerate(texts) if text == first}
         if len(held) == len(texts):
-            raise InputError("too little data to hold any of it out: give --eval_file")
+            raise InputError(
+                "too little data to hold any of it out: expected at least 2 different texts, got 1 in "
+                f"{counted(len(held), 'rows')}: give --eval_file"
+            )
         rows = rows.select([i for i in range(len(texts)) if (i in held) == (side.part == HELD_OUT)])
     return sample(rows, side.at_most) if side.at_most else rows
 
