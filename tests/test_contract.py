@@ -566,6 +566,41 @@ def test_impossible_student_has_infinite_loss(backend: str):
 
 
 @over_fused
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_scores_that_are_immense(backend: str, divergence: str):
+    """Within 1e19 all is right. Over 1e20 a KL counts as infinite, and its gradient is that of an infinite one."""
+    of_one = torch.tensor([[1.0, -1.0, 0.5]])
+    for scale in (1e19, 1e20):
+        inputs = {"student_logits": scale * of_one, "teacher_logits": -scale * of_one}
+        wanted, wanted_gradients = oracle(LOGIT_KL, inputs, divergence=divergence)
+        with running_on(backend) as (impl, device):
+            moved = to(inputs, torch.float32, device)
+            loss, gradients = value_and_gradients(LOGIT_KL, moved, impl=impl, divergence=divergence)
+        if wanted < 1e20:
+            assert distance(loss, wanted) <= 1e-6
+        else:
+            assert loss.item() == float("inf")
+        error = (gradients["student_logits"].cpu() - wanted_gradients["student_logits"]).abs().max()
+        if divergence != "reverse_kl":
+            assert error <= 1e-7
+        elif wanted < 1e20:
+            assert error <= torch.finfo(torch.float32).eps ** 2 * wanted  # log(q / p) - D, each of two float32 numbers
+        else:
+            assert error.isnan()
+
+
+@over_fused
+def test_columns_of_minus_infinity_that_are_next_to_impossible(backend: str):
+    """Worked on as -1e30: infinite down to a probability of 1e-10, and 1e30 times the probability below."""
+    student = torch.tensor([[0.0, float("-inf")]])
+    for probability, wanted in [(1e-9, float("inf")), (1e-12, 1e18)]:
+        teacher = torch.tensor([[1 - probability, probability]], dtype=torch.float64).log()
+        with running_on(backend) as (impl, device):
+            loss = fastkd.logit_kl(student.to(device), teacher.float().to(device), impl=impl)
+        assert loss.item() == pytest.approx(wanted, rel=1e-4)
+
+
+@over_fused
 @pytest.mark.parametrize("offset", [-300.0, 1e4])
 def test_common_offsets_change_nothing(backend: str, offset: float):
     """softmax does not see a constant; with fp32 inputs the rounding of s + offset is all that may show."""

@@ -173,7 +173,15 @@ def known_flags() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_exist(page: Path) -> None:
-    others = {"processes", "memory_gb", "table", "write", "json", "seconds"}  # of plan, of studies, of benchmarks
+    others = {
+        "processes",
+        "memory_gb",
+        "table",
+        "write",
+        "json",
+        "seconds",
+        "quick",
+    }  # of plan, of studies, of benchmarks
     others |= {"out", "only", "prepare", "read", "rehearse"}  # of benchmarks.device
     assert {flag for span in spans(page) for flag in re.findall(r"(?<!\S)--(\w+)", span)} <= known_flags() | others
 

@@ -310,7 +310,7 @@ def logit_kl(
         RuntimeError: ``impl="fused"`` where no kernel can run; and where a fused gradient is differentiated again.
 
     A KL is infinite where its second model has a score of -inf that its first gives a probability; then the gradient of
-    reverse KL is NaN, and that of forward KL what it tends to.
+    reverse KL is NaN, and that of forward KL what it tends to. Kernels report one over 1e20 as infinite, too.
 
     With ``vocab_group`` every rank of the group has to make the call, and sends 56 bytes for every token, 24 more for
     divergences other than forward and reverse KL, 48 more for metrics (with a ``TopK``, which is the same on all ranks,
