@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -105,3 +107,38 @@ def test_a_baseline_without_a_teacher_is_of_the_family_that_was_named(name: str,
         wanted = {"gpt2": (7, 2), "t5": (longest, 1)}[name]
         settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
         assert (settings.max_new_tokens, settings.num_beams) == wanted
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_padding_that_a_config_does_not_name_is_no_reason_for_a_warning(
+    name: str, tool: Callable[..., int], tmp_path: Path, trainers: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-2's tokenizer names none either, and pads with its end. Its embedding learns that."""
+    given, rows, out = folder(name, tmp_path / "given", pad_token_id=None), tmp_path / "rows.jsonl", tmp_path / "out"
+    before = {path: path.read_bytes() for path in given.iterdir()}
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:80]), encoding="utf-8")
+    transformers.logging.enable_propagation()
+    transformers.logging.set_verbosity_warning()
+    try:
+        words = [
+            "--method",
+            "kd",
+            "--teacher",
+            given,
+            "--task",
+            "causal_lm",
+            "--train_file",
+            rows,
+            "--eval_strategy",
+            "no",
+        ]
+        assert tool(*words, "--max_steps", "1", "--output_dir", out) == 0
+    finally:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_propagation()
+    assert not [record.getMessage() for record in caplog.records if "PAD/BOS/EOS" in record.getMessage()]
+    assert before == {path: path.read_bytes() for path in given.iterdir()}
+    pads = tokenizer(name).pad_token_id if name == "qwen2" else tokenizer(name).eos_token_id
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.config.pad_token_id == loaded.generation_config.pad_token_id == pads
+    assert trainers[-1].model.get_input_embeddings().padding_idx is None

@@ -143,6 +143,11 @@ class DistillTrainer(CheckpointingTrainer):
         if not any(weight.requires_grad for weight in student.parameters()):
             raise ValueError("model: expected weights that learn, got a student that is frozen")
         self._steepest = None
+        # What pads is named as transformers would, with a warning: not before there are weights, as an embedding made
+        # by a config that names it learns nothing of it, and a text's end may pad.
+        for its in (student.config, getattr(student, "generation_config", None)):
+            if its is not None and its.pad_token_id is None:
+                its.pad_token_id = getattr(self.processing_class, "pad_token_id", None)
         if self.is_fsdp_enabled and not is_sharded(student):
             within = {} if self.method.vocabulary_terms else self.of_student.layers
             shard_student(student, self.args.device, self.accelerator.state.fsdp_plugin, within)
