@@ -189,11 +189,16 @@ def test_the_best_tradeoff_is_kept_with_the_weights_that_it_had(make: Callable[.
 
 
 @pytest.mark.parametrize(("patience", "steps"), [(1, 4), (2, 6), (9, 8)])
-def test_patience(patience: int, steps: int, make: Callable[..., CandidateTrainer]) -> None:
+def test_patience(
+    patience: int, steps: int, make: Callable[..., CandidateTrainer], capsys: pytest.CaptureFixture[str]
+) -> None:
     told = iter([0.5] * 3 + [0.4] * 99)  # nothing is better than the first evaluation, at step 2
     trainer = make("--max_steps", "8", "--eval_steps", "2", metric=lambda _: next(told), patience=patience)
     trainer.train()
     assert trainer.state.global_step == steps
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped at ")]
+    ends = f"no candidate better in {patience} evaluation{'s' * (patience > 1)} (--patience)"
+    assert said == [f"stopped at step {steps} of 8: {ends}"] * (steps < 8)
 
 
 def test_what_a_sandwich_leaves_out(make: Callable[..., CandidateTrainer]) -> None:

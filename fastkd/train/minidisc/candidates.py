@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
+from ..common.errors import counted
 from ..judge import cost
 from ..training.trainer import DistillTrainer
 from .prune import Widths, narrowed, skeleton, sliced
@@ -133,6 +134,12 @@ class CandidateTrainer(DistillTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as DistillTrainer does; in the end, all candidates have been evaluated."""
         result = super().train(*args, **kwargs)
+        if self._stale >= self.patience and self.state.global_step < self.state.max_steps:
+            when = f"step {self.state.global_step:,} of {self.state.max_steps:,}"
+            print(
+                f"stopped at {when}: no candidate better in {counted(self._stale, 'evaluations')} (--patience)",
+                flush=True,
+            )
         if self.eval_dataset is not None and self._evaluated != self.state.global_step:
             self.evaluate()
         return result
