@@ -26,6 +26,7 @@ from fastkd.train.data.sources import read_rows
 from fastkd.train.flags.arguments import parse
 from fastkd.train.models.tokenizer import texts_of, train_tokenizer
 from fastkd.train.stages import prepare, sides
+from fastkd.train.stages.identity import identity
 from fastkd.train.stages.prepare import Data, get_data
 
 SYLLABLES = ["ta", "re", "mon", "sil", "ver", "ka", "lo", "phi", "der", "ing", "ous", "un"]
@@ -182,6 +183,28 @@ def test_a_column_that_comes_late(get: Callable[..., Data], tmp_path: Path, monk
     assert len(get(*flags, "--label_column", "kind").held_out) == 4
     with pytest.raises(InputError, match=r"--train_file: --label_column: no column 'none' \(columns: text, kind\)"):
         get(*flags, "--label_column", "none")
+
+
+def test_a_translation_without_languages_says_which_way_it_goes(
+    get: Callable[..., Data], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = make_texts(60)
+    path = lines(tmp_path / "t.jsonl", [{"es": text, "en": text[:9]} for text in texts])
+    turned = lines(tmp_path / "e.jsonl", [{"en": text[:9], "es": text} for text in texts[:9]])
+    flags = ["--task", "translation", "--train_file", path]
+    for _ in range(2):  # also where the data is in the cache
+        made = get(*flags)
+        assert (made.facts["source_lang"], made.facts["target_lang"]) == ("es", "en")
+        said = "from es to en, by the columns: --source_lang and --target_lang say otherwise"
+        assert said in capsys.readouterr().out.splitlines()
+    ours, args = parse(effective("--method", "scratch", *SIZES, *flags))
+    run = SimpleNamespace(flags=ours, args=args, data=made, given=SimpleNamespace(digests={}))
+    assert (identity(run)["source_lang"], identity(run)["target_lang"]) == ("es", "en")  # of run.json
+    with pytest.raises(InputError, match="translation: es to en in --train_file, but en to es in --eval_file: give"):
+        get(*flags, "--eval_file", turned)
+    made = get(*flags, "--eval_file", turned, "--source_lang", "en", "--target_lang", "es")
+    assert made.held_out_rows["target"][:2] == texts[:2] and "source_lang" not in made.facts  # but in the flags
+    assert "by the columns" not in capsys.readouterr().out
 
 
 def test_what_a_model_that_writes_is_to_classify_has_classes(get: Callable[..., Data], tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_translation() -> None:
     ]
     assert pairs_of("translation", nested, source_lang="English", target_lang="Spanish") == expected
     assert pairs_of("translation", [{"id": 1, "en": "Hello", "es": "Hola"}]) == expected
+    assert pairs_of("translation", [{"en": "Hello", "es": "Hola"}], source_column="es") == [
+        ("translate Spanish to English: Hola", "Hello")
+    ]
+    assert pairs_of("translation", [{"en": "Hello", "es": "Hola"}], target_column="en") == [
+        ("translate Spanish to English: Hola", "Hello")
+    ]
     assert (
         pairs_of("translation", [{"source": "Hello", "target": "Hola"}], source_lang="en", target_lang="es") == expected
     )

@@ -148,12 +148,25 @@ def _language(keys: Iterable[str], language: str) -> str | None:
     return next((key for key in keys if {language, language.split("_")[0]} & {key, LANGUAGES.get(key)}), None)
 
 
+def languages(features: dict[str, Any], columns: Columns) -> tuple[list[str], tuple[str | None, str | None]]:
+    """Return (the languages that the data has, those of source and target).
+
+    Where the user names none, and the data has two, they are those: in the order of the columns that the user names, or
+    else in the data's.
+    """
+    if columns.source_column is None and "translation" in features:
+        keys = _languages_of(features["translation"])
+    else:
+        keys = [name for name in features if name in LANGUAGES]
+        keys.sort(key=lambda name: (name == columns.target_column) - (name == columns.source_column))
+    given = columns.source_lang, columns.target_lang
+    return keys, (keys[0], keys[1]) if len(keys) == 2 and given == (None, None) else given
+
+
 def translation(features: dict[str, Any], columns: Columns) -> Bound:
     """Bind rows of {"translation": {code: text}}, of one column per language code, or of sources and targets."""
     nested = columns.source_column is None and "translation" in features
-    keys = _languages_of(features["translation"]) if nested else [name for name in features if name in LANGUAGES]
-    given = columns.source_lang, columns.target_lang
-    guessed = tuple(keys) if len(keys) == 2 and given == (None, None) else given
+    keys, guessed = languages(features, columns)
     if None in guessed and (columns.source_prefix is None or nested):
         found = f" (found {', '.join(sorted(keys))})" if keys else ""
         raise InputError(f"translation: expected --source_lang and --target_lang{found}")

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from ..common.errors import InputError
-from .columns import Bound, Columns, Texts
+from .columns import Bound, Columns, Texts, languages
 from .formats import Row
 from .sources import Files, Rows, arrow_file, blocks, streamed
 from .tasks import Part, Task
@@ -39,6 +39,14 @@ def _bound(task: Task, rows: Rows, columns: Columns, streaming: bool = False) ->
             raise InputError(f"{error}; a stream has the columns of its first file, {rows.files[0]}") from error
     rows = rows.with_all_columns()
     return rows, task.bind(_features(rows), columns)
+
+
+def languages_of(part: Part, columns: Columns) -> dict[str, str]:
+    """Return the languages that a translation is from and to, by the flags for them; {} where none is known."""
+    task, _, rows = part
+    rows, _ = _bound(task, rows, columns)
+    _, found = languages(_features(rows), columns)
+    return {name: language for name, language in zip(("source_lang", "target_lang"), found, strict=True) if language}
 
 
 def _learnt(part: Part, columns: Columns) -> Iterator[Row | None]:

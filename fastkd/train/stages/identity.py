@@ -71,6 +71,7 @@ def identity(run: Any) -> dict[str, Any]:
     flags, args = run.flags, run.args
     read = {**run.given.digests, **run.data.parts}
     ours = {name: value for name, value in vars(flags).items() if name not in _MAY_CHANGE and name not in read}
+    ours |= {name: run.data.facts[name] for name in ("source_lang", "target_lang") if name in run.data.facts}
     contents = {name: [str(Path(str(getattr(flags, name, None) or found))), found] for name, found in read.items()}
     return json.loads(json.dumps({**ours, **recipe(args), "fsdp": is_asked_for(args), "contents": contents}))
 

@@ -29,7 +29,7 @@ from ..data.sources import blocks
 from ..data.tasks import TASKS, Task, matched
 from ..flags.fields import FastkdArguments
 from ..models.tokenizer import SENTINELS, check_known, fingerprint, train_tokenizer
-from .sides import HELD_OUT, TRAINING, VERSION, rows_of, sides_of
+from .sides import HELD_OUT, TRAINING, VERSION, languages_of_sides, rows_of, sides_of
 
 HELD_OUT_SEED = 20  # one fixed corruption of the held-out chunks, whatever --seed is, so that runs compare
 MODEL_LENGTH = 512  # tokens that a T5 takes where its tokenizer does not tell
@@ -90,6 +90,7 @@ def get_data(
     if task.name == "translation" and hasattr(tokenizer, "src_lang"):
         set_languages(tokenizer, flags.source_lang, flags.target_lang)
     sides = by_first(lambda: sides_of(flags, cache, columns))
+    languages = by_first(lambda: languages_of_sides(flags, cache, columns, sides))
     # Rows are not read if what they become is cached.
     rows = functools.cache(lambda side: rows_of(flags, cache, columns, sides[side]))
     if tokenizer is None:
@@ -128,6 +129,7 @@ def get_data(
         facts |= known
         made.append(folder)
     print(", ".join(counted(value, name.replace("_", " ")) for name, value in facts.items() if value))
+    facts |= languages
     parts = {side.flag or "embedded_data": side.rows["digest"] for side in sides.values()}
     parts |= {"tokenizer": fingerprint(tokenizer), "preparation of data": VERSION}
     digest = key([*(side.settings for side in sides.values()), *(folder.name for folder in made)])

@@ -17,7 +17,7 @@ from ..common.cache import cached, key
 from ..common.errors import InputError, counted
 from ..data import corpus, dates
 from ..data.columns import Columns
-from ..data.rows import sample, store, stream
+from ..data.rows import languages_of, sample, store, stream
 from ..data.sources import content_digest, data_files, hub_revision, is_saved, read_hub, read_rows
 from ..data.tasks import TASKS, Part, Task, glue_parts, has_splits, is_glue
 from ..flags.fields import FastkdArguments
@@ -133,6 +133,28 @@ def rows_of(flags: FastkdArguments, cache: Path, columns: Columns, side: Side) -
             )
         rows = rows.select([i for i in range(len(texts)) if (i in held) == (side.part == HELD_OUT)])
     return sample(rows, side.at_most) if side.at_most else rows
+
+
+def languages_of_sides(flags: FastkdArguments, cache: Path, columns: Columns, sides: dict[str, Side]) -> dict[str, str]:
+    """Return the languages of a translation, "source_lang" and "target_lang", where the data and no flag tells them.
+
+    Raises InputError if the sides differ.
+    """
+    if flags.task != "translation" or flags.source_lang or flags.target_lang:
+        return {}
+    found = []
+    for side in sides.values():
+        with _said_by(side.flag):
+            found.append(languages_of(_parts(flags, cache, side)[0], columns))
+    if found[0] != found[1]:
+        first, second = (
+            f"{' to '.join(each.values()) or 'no language'} in --{side.flag}"
+            for each, side in zip(found, sides.values(), strict=True)
+        )
+        raise InputError(f"translation: {first}, but {second}: give --source_lang and --target_lang")
+    if found[0]:
+        print(f"from {' to '.join(found[0].values())}, by the columns: --source_lang and --target_lang say otherwise")
+    return found[0]
 
 
 def _parts(flags: FastkdArguments, cache: Path, side: Side) -> list[Part]:
