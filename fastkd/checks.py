@@ -320,8 +320,9 @@ def check_tensor(
     """`shape` may hold None where any size will do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
+    if value.is_nested or value.layout != torch.strided:
+        given = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {given}")
     if floating and value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {value.dtype}")
     if shape is not None:

@@ -351,6 +351,14 @@ def test_sparse_tensors_are_refused(op, make, impl):
                 getattr(fastkd, op)(**(arguments | {name: x.to_sparse()}))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout):
+    nested = torch.nested.nested_tensor([torch.randn(3, V), torch.randn(2, V)], layout=layout)
+    with pytest.raises(TypeError, match="student_logits: expected a dense tensor, got a nested one"):
+        fastkd.logit_kl(nested, nested)
+
+
 def test_sparse_top_k_is_refused():
     ids, log_probs = torch.zeros(T, 1).long(), torch.zeros(T, 1)
     with pytest.raises(TypeError, match=r"TopK.indices: expected a dense tensor, got one of layout torch.sparse_coo"):
