@@ -23,6 +23,11 @@ from ..teaching.cached import NUMBERS
 # Of a batch. The decoder's tokens are made of the labels unless they are given.
 READ = ("input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", NUMBERS)
 
+# All blocks are one function of transformers to torch's compiler, of which so many compilations may be kept, not just
+# 8: for a teacher, a student that learns and one that is evaluated; for the first block of each stack, which makes T5's
+# bias, and the others; for sizes (examples, source, target), which become dynamic one by one. A T5's run takes some 30.
+_COMPILATIONS = 64
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -133,6 +138,7 @@ def compiled_blocks(models: Sequence[tuple[Any, Needs]], args: Any) -> Iterator[
     captured stay as they are. What generates or measures afterwards runs uncompiled.
     """
     with contextlib.ExitStack() as undo:
+        undo.enter_context(torch._dynamo.config.patch(recompile_limit=_COMPILATIONS))
         for model, needs in models:
             captured = {(PLACES[place].stack, layer) for place, layer in needs.layers.items()}
             for stack in family(model).stacks if model is not None else ():
