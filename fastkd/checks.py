@@ -81,12 +81,8 @@ class Objective:
         self._set("divergence", as_divergence(self.divergence))
         self._set("beta", as_number("beta", self.beta, self._expected_beta(), lambda x: 0 < x < 1))
         self._set("temperature", as_number("temperature", self.temperature, "> 0", is_positive))
-        for name in ("kd_weight", "ce_weight"):
-            self._set(name, as_number(name, getattr(self, name), "that is finite and >= 0", is_not_negative))
-        if self.kd_weight == 0 and self.ce_weight == 0:
-            raise ValueError(
-                f"kd_weight, ce_weight: expected at least one > 0, got {self.kd_weight} and {self.ce_weight}"
-            )
+        self._set("kd_weight", as_number("kd_weight", self.kd_weight, "that is finite", is_finite))
+        self._set("ce_weight", as_number("ce_weight", self.ce_weight, "that is finite", is_finite))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

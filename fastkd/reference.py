@@ -132,7 +132,7 @@ def logit_kl(
         dropped = (weight == 0).unsqueeze(-1)
         scores = scores.masked_fill(dropped, 0)  # whatever a dropped token holds, NaN included, it counts for nothing
 
-        loss = scores.new_zeros(scores.shape[:-1])  # [T...]
+        loss = scores[..., :0].sum(-1)  # [T...] of 0, which depends on the student also where no term does
         told: dict[str, Tensor] = {}  # [T...] each
         if teacher_logits is not None and kd_weight != 0:
             if isinstance(teacher_logits, TopK):

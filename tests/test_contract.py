@@ -457,6 +457,19 @@ def test_weights_of_both_signs(op: Op, backend: str):
 
 
 @over_token_ops
+@over_backends
+def test_a_weight_of_0_is_a_loss_of_0(op: Op, backend: str):
+    """With which a schedule may begin."""
+    inputs = to(op.make(UNRELATED, tokens=3), torch.float32)
+    with running_on(backend) as (impl, device):
+        moved = to(inputs, torch.float32, device)
+        loss, gradients = value_and_gradients(op, moved, impl=impl, kd_weight=0)
+    assert loss == 0
+    for name, gradient in gradients.items():
+        assert not gradient.any(), name
+
+
+@over_token_ops
 @over_fused
 def test_one_token_without_a_batch(op: Op, backend: str):
     inputs = to(op.make(UNRELATED, tokens=1), torch.float32)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import as_number, check_choice, check_flag, check_same_device, check_tensor, is_not_negative, is_positive
+from ..checks import as_number, check_choice, check_flag, check_same_device, check_tensor, is_finite, is_positive
 from ..heads import Head
 from ..ops.linear_kl import linear_kl
 from ..ops.logit_kl import logit_kl
@@ -210,9 +210,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ) -> None:
         super().__init__()
         generalized_jsd(beta, temperature)
-        weights = {"weight_soft_loss": weight_soft_loss, "weight_hard_loss": weight_hard_loss}
-        for name, weight in weights.items():
-            as_number(name, weight, "that is finite and >= 0", is_not_negative)
+        as_number("weight_soft_loss", weight_soft_loss, "that is finite", is_finite)
+        as_number("weight_hard_loss", weight_hard_loss, "that is finite", is_finite)
         check_flag("return_soft_hard_loss", return_soft_hard_loss)
         self.weight_hard_loss = weight_hard_loss
         self.weight_soft_loss = weight_soft_loss

@@ -276,7 +276,7 @@ def logit_kl(
         weight: [...] a number for each token, or a mask of bool or integers; 0 drops it. A constant, as ``normalizer``
             is. May be negative, but the mean of weights that cancel is NaN or infinite.
         labels: [...] integers in [0, Vs) or ``ignore_index``, which drops the token from both terms.
-        ce_weight, kd_weight: weights of the two terms, >= 0 and not both 0.
+        ce_weight, kd_weight: weights of the two terms.
         ignore_index: the label of tokens that are dropped.
         reduction: ``"mean"`` divides by the sum of weights, ``"sum"`` does not, ``"none"`` returns [...].
         normalizer: with ``"mean"``, a number or 0-d tensor that replaces the sum of weights, such as
