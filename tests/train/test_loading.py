@@ -362,11 +362,12 @@ def test_texts_that_the_tokenizer_does_not_know(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     row = {"source": "ta re mon", "target": "sil", column: "数字 三 个"}
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
+    data, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file, count in ((data, 40), (held_out, 4)):
+        file.write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
     flags = ["--method", "scratch", "--student", whole, "--task", "text2text", "--train_file", data]
     capsys.readouterr()
-    assert tool(*flags, "--eval_file", data, "--output_dir", tmp_path / "out") == 2
+    assert tool(*flags, "--eval_file", held_out, "--output_dir", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert f"the tokenizer knows 0% of the characters of the {column}s" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
