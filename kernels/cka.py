@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import choose, choose_matrix, load_valid, rounded_to
+from .common import choose, choose_matrix, load_valid, rounded_to, working_dtype
 
 __all__ = ["ENTRIES", "centre_", "means_"]
 
@@ -113,10 +113,6 @@ def _arguments(xs: Sequence[Tensor], masks: Sequence[Tensor | None], means: Sequ
     return matrices, given or None, *xs[0].shape
 
 
-def _kind(exact: torch.dtype) -> tl.dtype:
-    return tl.float64 if exact == torch.float64 else tl.float32
-
-
 def means_(
     xs: Sequence[Tensor],  # [N, D] each, at most ENTRIES
     masks: Sequence[Tensor | None],  # [N] bool each, or all None
@@ -126,7 +122,7 @@ def means_(
     """Writes the means of valid tokens: 0 where there are none, and exactly what they are where all are the same."""
     grid = triton.cdiv(xs[0].shape[1], MEAN_TILE["BLOCK_D"]), len(xs)
     with torch.cuda.device_of(xs[0]):
-        means_kernel[grid](*_arguments(xs, masks, means), **MEAN_TILE, F=_kind(exact), num_warps=8)
+        means_kernel[grid](*_arguments(xs, masks, means), **MEAN_TILE, F=working_dtype(exact), num_warps=8)
 
 
 def centre_(
@@ -140,5 +136,5 @@ def centre_(
     rows, columns = (triton.cdiv(n, CENTRE_TILE[name]) for n, name in zip(xs[0].shape, CENTRE_TILE, strict=True))
     with torch.cuda.device_of(xs[0]):
         centre_kernel[rows, len(xs), columns](
-            *_arguments(xs, masks, means), out, *out.stride()[:2], **CENTRE_TILE, F=_kind(exact), num_warps=8
+            *_arguments(xs, masks, means), out, *out.stride()[:2], **CENTRE_TILE, F=working_dtype(exact), num_warps=8
         )

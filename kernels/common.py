@@ -15,6 +15,7 @@ from torch import Tensor
 # Triton's interpreter would multiply the bits of bf16 operands.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 # The order is that of fastkd.divergence.DIVERGENCES. Those from JSD on have no closed form and can saturate.
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
@@ -83,6 +84,19 @@ def rounded_to(x, DTYPE: tl.constexpr):
 def double(x):
     """A number given by the host, in fp64."""
     return tl.full((), x, tl.float64)
+
+
+def working_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What kernels compute in for scores or states of a dtype."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def write_row(to, index, numbers):
+    """to[index] = numbers, where that is wanted."""
+    if to is not None:
+        for i in tl.static_range(len(numbers)):
+            tl.store(to + index * len(numbers) + i, numbers[i])
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -173,6 +187,10 @@ def beta_constants(beta, weights, F: tl.constexpr):
 
 
 # ---- one column ------------------------------------------------------------------------------------------------------
+
+
+# The maximum of scores that are all masked, and so worked on as -1e30: e^(their difference) is 0.
+NOTHING = tl.constexpr(-1e29)
 
 
 @triton.jit

@@ -3,9 +3,21 @@
 import triton
 import triton.language as tl
 
-from ..common import FORWARD_KL, INTERPRETED, JSD, MIX, REVERSE_KL, TVD, coslope_of, pair_of, slope_of, value_of
+from ..common import (
+    FORWARD_KL,
+    INTERPRETED,
+    JSD,
+    LN2,
+    MIX,
+    REVERSE_KL,
+    TVD,
+    coslope_of,
+    mixes,
+    pair_of,
+    slope_of,
+    value_of,
+)
 
-LN2 = tl.constexpr(0.6931471805599453)
 # ---- functions of a score --------------------------------------------------------------------------------------------
 
 
@@ -135,7 +147,7 @@ def tile_columns(s, t, row, beta, DIVERGENCE: tl.constexpr):
         pair = _pair(s, t, row)
         value, slope = value_of(pair, beta, DIVERGENCE), slope_of(pair, beta, DIVERGENCE)
         coslope = coslope_of(pair, beta, DIVERGENCE)
-        if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
+        if DIVERGENCE == TVD or mixes(DIVERGENCE, TVD):
             difference = pair.difference
             sign = tl.where(pair.q > 0.5, (difference > 0).to(s.dtype) - (difference < 0).to(s.dtype), 0)
     return value, slope, coslope, sign
@@ -170,7 +182,7 @@ def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
         # of a mix tvd, and forward and reverse KL, stay apart
         OTHERS: tl.constexpr = MIX + DIVERGENCE % 32 // 4 * 4 if DIVERGENCE >= MIX else DIVERGENCE
         slope, coslope = slope_of(pair, beta, OTHERS), coslope_of(pair, beta, OTHERS)
-        if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
+        if DIVERGENCE == TVD or mixes(DIVERGENCE, TVD):
             # It jumps at p = q, and every kernel rounds scores in its own way. Where nearly all of q is at one key,
             # the mean is u there: taken with the other sign here, it would not cancel.
             q = pair.q
@@ -181,11 +193,11 @@ def tile_gradient(s, t, row, beta, used, DIVERGENCE: tl.constexpr):
             else:
                 slope, coslope = slope + beta.weights[TVD] * of_tvd, coslope + beta.weights[TVD] * counter
         slope = tl.where(row.saturated != 0, -coslope, slope)
-        if DIVERGENCE >= MIX and DIVERGENCE // 2 % 2 == 1:  # centred before it is rounded
+        if mixes(DIVERGENCE, REVERSE_KL):  # centred before it is rounded
             gradient = slope - pair.q * beta.weights[REVERSE_KL] * (pair.log_ratio + mean / beta.weights[REVERSE_KL])
         else:
             gradient = slope - pair.q * mean
-        if DIVERGENCE >= MIX and DIVERGENCE % 2 == 1:
+        if mixes(DIVERGENCE, FORWARD_KL):
             gradient += beta.weights[FORWARD_KL] * pair.difference
     gradient *= row.coefficient
     if used is not None:

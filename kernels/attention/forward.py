@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..common import FORWARD_KL, JSD, LOG2E, MIX, REVERSE_KL, TVD, choose, log_1p, with_infinity
-from .columns import LN2, tile_columns
+from ..common import FORWARD_KL, JSD, LN2, LOG2E, REVERSE_KL, TVD, choose, log_1p, mixes, with_infinity
+from .columns import tile_columns
 from .tiles import MASKED, STATS, Block, Row, Side, along, any_masked, beta_of, both_scores, last_key, mask_of, side_of
 
 
@@ -94,7 +94,7 @@ def _second_look(block, end, row, beta, CAUSAL: tl.constexpr, BLOCK_N: tl.conste
         value += tl.sum(columns[0], 1)
         mean += tl.sum(columns[1], 1)
         comean += tl.sum(columns[2], 1)
-        if DIVERGENCE == TVD or DIVERGENCE >= MIX + 32:
+        if DIVERGENCE == TVD or mixes(DIVERGENCE, TVD):
             sign += tl.sum(columns[3], 1)
     if DIVERGENCE == JSD:
         mean, comean = -beta.rest * mean, beta.rest * comean
@@ -130,7 +130,7 @@ def forward_kernel(
     end = last_key(block, C.CAUSAL)
 
     # a mix's reverse KL comes of the first look
-    MIXED: tl.constexpr = C.DIVERGENCE >= MIX and C.DIVERGENCE // 2 % 2 == 1
+    MIXED: tl.constexpr = mixes(C.DIVERGENCE, REVERSE_KL)
     FIRST: tl.constexpr = REVERSE_KL if MIXED else C.DIVERGENCE
     SECOND: tl.constexpr = C.DIVERGENCE - 2 if MIXED else C.DIVERGENCE
     alive, divergence, row = _first_look(block, end, coefficient, C.CAUSAL, BLOCK_N, FIRST, C.DIVERGENCE == REVERSE_KL)

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...ops.dtypes import fp16_lift, gradient_dtype, score_dtype
-from ..common import FORWARD_KL, JSD, LOG2E, MIX, beta_arguments, for_products
+from ..common import FORWARD_KL, JSD, LOG2E, MIX, beta_arguments, for_products, working_dtype
 from ..tuning import launch, together
 from .forward import forward_kernel
 from .gradient import factors_kernel, gradient_kernel
@@ -85,8 +84,7 @@ class _Launches:
         self.rows = max(queries)
         widths = (xs[0][0].shape[2] // num_heads for xs in (students, teachers))
         groups = (max(1, xs[0][0].shape[2] // max(1, xs[0][-1].shape[2])) for xs in (students, teachers))
-        f = tl.float64 if wide == torch.float64 else tl.float32
-        self.C = Constants(divergence, causal, *widths, *groups, f)
+        self.C = Constants(divergence, causal, *widths, *groups, working_dtype(wide))
 
     def _launch(self, name: str, kernel: Any, arguments: tuple, heads: int, rows: int, least: int = 16) -> None:
         call, C, given = self.call, self.C, self.call.rows

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import MIX, TVD, beta_arguments
+from ..common import MIX, TVD, beta_arguments, working_dtype
 from ..tuning import check, launch_options
 from .kernels import rows_kernel
 from .passes import Shape
@@ -28,7 +28,7 @@ def _shape(dtype: torch.dtype, columns: int, divergence: int, *kind: bool) -> tu
     if divergence >= MIX.value and not wide:  # its members' sums and weights take the registers of half the columns
         largest, per_thread = 1024, 4
     block = min(largest, max(32 * per_thread, triton.next_power_of_2(columns)))
-    shape = Shape(divergence, *kind, F=tl.float64 if wide else tl.float32, BLOCK=block)
+    shape = Shape(divergence, *kind, F=working_dtype(dtype), BLOCK=block)
     return Shape(*map(tl.constexpr, shape)), block // (32 * per_thread), registers
 
 

@@ -3,16 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..common import double
+from ..common import double, write_row
 from .column import RowStats
 from .passes import Objective, Row, Scores, first_pass, label_of, loss_of_row, value_sums, write_block, write_gradient
-
-
-@triton.jit
-def _write(to, index, numbers):
-    if to is not None:
-        for i in tl.static_range(len(numbers)):
-            tl.store(to + index * len(numbers) + i, numbers[i])
 
 
 @triton.jit
@@ -21,20 +14,20 @@ def _computed(row, index, weight, loss, stats, metrics, sums, objective, S):
     zero = double(0.0)
     if loss is not None:
         row_loss, row_stats, row_metrics = loss_of_row(row, objective, S)
-        _write(loss, index, (weight * row_loss,))
+        write_row(loss, index, (weight * row_loss,))
     elif S.SHARD:  # as if it were all of the row
         row_stats, own = first_pass(row, objective.tau, S.DIVERGENCE, S)
         row_metrics = [zero] * 2 + own
     else:
         row_stats = RowStats(*[tl.load(stats + index * 7 + i) for i in (0, 1, 2, 3, 4, 5, 6)])
     if loss is not None or S.SHARD:
-        _write(stats, index, row_stats)
-        _write(metrics, index, row_metrics)
+        write_row(stats, index, row_stats)
+        write_row(metrics, index, row_metrics)
     if sums is not None:
         found = zero, zero, zero
         if (row_stats.sum_s != 0) & (row_stats.sum_t != 0):
             found = value_sums(row, row_stats, objective, S.DIVERGENCE, S)
-        _write(sums, index, found)
+        write_row(sums, index, found)
     if row.gradient is not None:
         if row_stats.careful != 0:
             write_gradient(row, row_stats, weight, objective, True, S)
@@ -72,10 +65,10 @@ def rows_kernel(
     weight = tl.load(coefficient + index)
     if weight == 0:  # the row is not read
         if loss is not None or S.SHARD:  # else stats are given
-            _write(stats, index, (zero,) * 7)
-        _write(loss, index, (zero,))
-        _write(metrics, index, (zero,) * 6)
-        _write(sums, index, (zero,) * 3)
+            write_row(stats, index, (zero,) * 7)
+        write_row(loss, index, (zero,))
+        write_row(metrics, index, (zero,) * 6)
+        write_row(sums, index, (zero,) * 3)
         if gradient is not None:
             for start in range(0, columns, S.BLOCK):
                 write_block(gradient, start + tl.arange(0, S.BLOCK), columns, tl.zeros((S.BLOCK,), S.F), True)

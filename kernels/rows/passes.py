@@ -10,6 +10,7 @@ from ..common import (
     FORWARD_KL,
     JSD,
     LOG2E,
+    NOTHING,
     REVERSE_KL,
     beta_constants,
     coslope_of,
@@ -24,8 +25,6 @@ from ..common import (
 from .column import RowStats, column_gradient, column_pair, row_constants
 
 LOWEST = tl.constexpr(float("-inf"))
-# The maximum of scores that are all masked, and so worked on as -1e30: e^(their difference) is 0.
-NOTHING = tl.constexpr(-1e29)
 # Divergence, in nats, under which a row is computed with care: csrc/cpu/row_kernel.h says why.
 NEARLY_EQUAL = tl.constexpr(0.1)
 # Divergence over which the mean of log(q / p) is refined: one so large is summed up with its own last digit's error.

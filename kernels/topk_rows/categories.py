@@ -8,6 +8,7 @@ import triton.language as tl
 from ..common import (
     FORWARD_KL,
     JSD,
+    NOTHING,
     REVERSE_KL,
     SKEW_KL,
     SKEW_REVERSE_KL,
@@ -22,7 +23,7 @@ from ..common import (
     value_of,
     with_infinity,
 )
-from .rest import NOTHING, NOWHERE
+from .rest import NOWHERE
 
 # The logarithm of no mass: differences stay finite, and a divergence beyond what it allows is infinite.
 NO_MASS = tl.constexpr(-1e100)

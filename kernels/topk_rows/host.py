@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import working_dtype
 from ..tuning import check, launch_options
 from .kernels import topk_rows_kernel, topk_shard_gradient_kernel, topk_shard_stats_kernel
 from .rest import Rows, Setting
@@ -29,7 +30,7 @@ def _setting(
     """
     width, lanes, wide = 16 // dtype.itemsize, triton.next_power_of_2(entries + 1), dtype == torch.float64
     block = min(largest, max(32 * width, triton.next_power_of_2(columns)))
-    constants = (tl.float64 if wide else tl.float32, block // width, width, lanes, separate, conditional)
+    constants = (working_dtype(dtype), block // width, width, lanes, separate, conditional)
     warps, registers = max(1, block // 512, lanes // 64), 255 if wide or lanes > 256 else 128
     return Setting(*map(tl.constexpr, constants)), warps, registers
 

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..common import double
+from ..common import NOTHING, double, write_row
 from .categories import cross_entropy, divergences, label_beside, log_masses, metrics_of, shared_out
-from .rest import NOTHING, NOWHERE, Rest, row_of, sums_of_rest, write_gradient, write_rest
+from .rest import NOWHERE, Rest, row_of, sums_of_rest, write_gradient, write_rest
 
 
 @triton.jit
@@ -14,12 +14,6 @@ def _columns_aside(ids, index, entries, student, S):
     lane = tl.arange(0, S.LANES)
     column = tl.load(ids + index * entries + lane, mask=lane < entries, other=-1)
     return lane, tl.where((column >= 0) & (column < student.columns), column, NOWHERE).to(tl.int32)
-
-
-@triton.jit
-def _store(pointer, numbers):
-    for i in tl.static_range(len(numbers)):
-        tl.store(pointer + i, numbers[i])
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -44,18 +38,11 @@ def topk_rows_kernel(
     student, weight, nothing = row_of(student, index), tl.load(coefficient + index), Rest(zero, zero, zero)
     if gradient is not None:
         gradient = row_of(gradient, index)
-    if stats is not None:
-        stats += index * 3
-    if metrics is not None:
-        metrics += index * 6
     if weight == 0:  # the row is not read
-        if loss is not None:
-            tl.store(loss + index, zero)
-            if stats is not None:
-                _store(stats, nothing)
-        if metrics is not None:
-            _store(metrics, nothing)
-            _store(metrics + 3, nothing)
+        if loss is not None:  # else stats are given
+            write_row(stats, index, nothing)
+        write_row(loss, index, (zero,))
+        write_row(metrics, index, (zero,) * 6)
         if gradient is not None:
             write_rest(student, gradient, nothing, tau, False, S)
     else:
@@ -71,10 +58,9 @@ def topk_rows_kernel(
         rest = Rest(double(NOTHING), zero, zero)
         if READ and loss is not None:
             rest = sums_of_rest(student, aside, tau, S)
-            if stats is not None:
-                _store(stats, rest)
+            write_row(stats, index, rest)
         elif READ:
-            rest = Rest(tl.load(stats), tl.load(stats + 1), tl.load(stats + 2))
+            rest = Rest(*[tl.load(stats + index * 3 + i) for i in (0, 1, 2)])
         tail_log_p = None
         if tail_log_prob is not None:
             tail_log_p = tl.load(tail_log_prob + index).to(tl.float64)
@@ -87,7 +73,9 @@ def topk_rows_kernel(
         if loss is not None:
             tl.store(loss + index, weight * (found.value + ce_weight * entropy))
         if metrics is not None:
-            _store(metrics, metrics_of(lane, known, s, log_p, tail.reference, found, kd_weight, entropy, tau, S))
+            write_row(
+                metrics, index, metrics_of(lane, known, s, log_p, tail.reference, found, kd_weight, entropy, tau, S)
+            )
         if gradient is not None:
             of_tail, slopes = shared_out(of_tail, weight / tau * found.slopes, tail, rest, tau, S)
             if label is not None:
@@ -111,7 +99,7 @@ def topk_shard_stats_kernel(
     if tl.load(coefficient + index) != 0:
         _, aside = _columns_aside(ids, index, entries, student, S)
         rest = sums_of_rest(row_of(student, index), aside, tau, S)
-    _store(stats + index * 3, rest)
+    write_row(stats, index, rest)
 
 
 @triton.jit(do_not_specialize=["entries"])

@@ -5,12 +5,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..common import LOG2E, double, unmasked
+from ..common import LN2, LOG2E, NOTHING, double, unmasked
 
-# Scores of -inf, masked columns, are worked on as the first of these, and the maximum of none but such is the second:
-# e^(their difference) is 0, where -inf - -inf would be NaN.
+# What masked columns' scores are worked on as: see `unmasked`.
 MASKED = tl.constexpr(-1e30)
-NOTHING = tl.constexpr(-1e29)
 # The column of what is none.
 NOWHERE = tl.constexpr(2**31 - 1)
 
@@ -58,7 +56,7 @@ def _exp_of(x, tau, EXACT: tl.constexpr, F: tl.constexpr):
         rounded = scale.to(F)
         power = tl.exp2(x * rounded)
         if EXACT:
-            power += power * (x * ((scale - rounded.to(tl.float64)) * 0.6931471805599453).to(F))
+            power += power * (x * ((scale - rounded.to(tl.float64)) * LN2).to(F))
     return power
 
 
